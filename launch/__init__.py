@@ -1,0 +1,1 @@
+"""Training runs of the optimizers in symdist: data, loop, checkpoints and reports."""

@@ -1,0 +1,278 @@
+"""Checkpoints of a sharded training run: written whole or not at all, and checked before they are read.
+
+A checkpoint is a directory ``step-00000100`` that holds the shards and the ``.metadata`` of
+``torch.distributed.checkpoint``, a ``state.json`` (trainer state and optimizer options), one
+``rng-00000.json`` a rank, and a ``manifest.json``. The manifest is written last and names every other file
+with its size and checksum, so a directory that has one was finished. Every rank must see the same directory.
+
+Each stage ends in one exchange of outcomes between all ranks, whatever happened on any of them; a failure on
+one rank is therefore raised on all, and none is left waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from launch.checkpoint_directory import (
+    CHOOSE,
+    CheckpointError,
+    describe_files,
+    latest,
+    prepare,
+    prune,
+    publish,
+    verify,
+    write_json,
+)
+from launch.rng import rng_state, set_rng_state
+
+__all__ = ["CheckpointError", "latest", "load", "save"]
+
+_STATE = "state.json"
+
+T = TypeVar("T")
+
+
+def save(
+    directory: Path,
+    step: int,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    trainer: dict[str, Any],
+    identity: dict[str, Any],
+    keep: int = 3,
+) -> Path:
+    """Write ``directory/step-XXXXXXXX``, then remove the oldest earlier ones; called by all ranks.
+
+    Args:
+        directory: where the checkpoints of this run live; made when missing.
+        step: optimizer steps done; an older checkpoint of the same step is replaced.
+        model: its parameters and persistent buffers are saved, each rank writing its own shards.
+        optimizer: its state and its groups' options are saved; a state not made yet is made.
+        trainer: JSON-able values, the same on all ranks.
+        identity: JSON-able values that tell this run from others.
+        keep: how many checkpoints to leave, this one included. Those of later steps are neither counted
+            nor removed.
+
+    Returns:
+        The directory of the finished checkpoint.
+
+    Raises:
+        ValueError: where ``keep`` is below 1.
+        CheckpointError: on all ranks, where any of them could not write, or where ``directory`` belongs to
+            another run. Earlier checkpoints are then as they were, and nothing of this one is left.
+    """
+    if keep < 1:
+        raise ValueError(f"keep is {keep}; at least the newest checkpoint must stay")
+    final = directory / f"step-{step:08d}"
+    writing = directory / f"{final.name}.writing"
+    rank, world = _rank_and_world()
+    tensors, plain = _collect(model, optimizer)
+    failed = f"cannot write {final}"
+    remedy = "free space or pick another directory; earlier checkpoints stand"
+
+    def write_own() -> dict[str, Any]:
+        own = [*writing.glob(f"__{rank}_*.distcp"), writing / f"rng-{rank:05d}.json"]
+        write_json(own[-1], rng_state())
+        if rank == 0:
+            own += [writing / ".metadata", writing / _STATE]
+            write_json(own[-1], {"trainer": trainer, "optimizer": plain})
+        return describe_files(own)
+
+    def publish_all() -> None:
+        files = {name: entry for share in shares for name, entry in share.items()}
+        publish(writing, final, world=world, identity=identity, files=files)
+
+    try:
+        _on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy)
+        _with_dcp(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing)), failed, remedy)
+        shares = _gather(_together(write_own, failed, remedy))
+        _on_rank_0(publish_all, failed, remedy)
+    except CheckpointError:
+        _on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
+        raise
+    _on_rank_0(
+        lambda: prune(final, keep=keep, identity=identity),
+        f"{final} is written, but an older checkpoint cannot be removed",
+        "check the permissions of the directory",
+    )
+    return final
+
+
+def load(
+    path: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Restore a checkpoint into ``model`` and ``optimizer``; called by all ranks, changes nothing on disk.
+
+    The number of ranks may differ from the run that saved; the generators of random numbers are then left
+    as they are.
+
+    Returns:
+        The ``trainer`` values given to ``save``, and ``"rng_restored"``: whether the states of Python's,
+        NumPy's and torch's generators were restored too.
+
+    Raises:
+        CheckpointError: on all ranks, where the directory is missing, unfinished, damaged or not of this
+            format, comes from a run of another identity, or holds other tensors than the model and the
+            optimizer need. Weights and existing optimizer state are untouched then.
+    """
+    rank, world = _rank_and_world()
+    failed = f"cannot read {path}"
+    saved_world = _together(lambda: verify(path, identity=identity, rank=rank, world=world), failed, CHOOSE)
+    tensors, plain = _collect(model, optimizer)
+    reader = _Reader(path)
+    names = [group["params"] for group in plain["groups"]]
+
+    def fitting() -> dict[str, Any]:
+        state = json.loads((path / _STATE).read_text())
+        problem = _mismatch(reader.read_metadata(), tensors)
+        if problem is None and [group["params"] for group in state["optimizer"]["groups"]] != names:
+            problem = "its optimizer groups hold other parameters"
+        if problem is not None:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this model and optimizer: {problem}; build both as the saving run did"
+            )
+        return state
+
+    state = _together(fitting, failed, CHOOSE)
+    _with_dcp(lambda: dcp.load(tensors, storage_reader=reader), failed, CHOOSE)
+    _restore(model, optimizer, tensors=tensors, plain=state["optimizer"])
+    if saved_world == world:
+        set_rng_state(json.loads((path / f"rng-{rank:05d}.json").read_text()))
+    return state["trainer"] | {"rng_restored": saved_world == world}
+
+
+def _rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _gather(value: T) -> list[T]:
+    """Return every rank's value, in rank order."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _together(function: Callable[[], T], failed: str, remedy: str) -> T:
+    """Call ``function``, which must not communicate; raise on all ranks what went wrong on any of them."""
+    result: T | None = None
+    failure: str | None = None
+    cause: Exception | None = None
+    try:
+        result = function()
+    except CheckpointError as error:
+        failure, cause = str(error), error
+    except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
+        failure, cause = f"{failed}: {_told(error, _rank_and_world()[0])}; {remedy}", error
+    # Ranks that met the same trouble say so once; a dict keeps their order.
+    failures = list(dict.fromkeys(told for told in _gather(failure) if told is not None))
+    if failures:
+        raise CheckpointError("\n".join(failures)) from cause
+    return cast(T, result)
+
+
+def _on_rank_0(function: Callable[[], None], failed: str, remedy: str) -> None:
+    _together(function if _rank_and_world()[0] == 0 else lambda: None, failed, remedy)
+
+
+def _with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:
+    """Run a collective of DCP, which gathers failures itself, but in a BaseException full of tracebacks."""
+    try:
+        function()
+    except CheckpointException as error:
+        reasons = [_told(cause, rank) for rank, (cause, _) in sorted(error.failures.items())]
+        raise CheckpointError(f"{failed}: {'; '.join(reasons)}; {remedy}") from error
+
+
+def _told(error: BaseException, rank: int) -> str:
+    return f"{type(error).__name__} on rank {rank}: {error}"
+
+
+def _collect(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Split the state of both into tensors by flat name, for DCP, and the rest, for JSON.
+
+    DCP would pickle whatever is not a tensor, and unpickle it without restriction.
+    """
+    weights = get_model_state_dict(model)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    tensors: dict[str, Any] = {f"model.{name}": value for name, value in weights.items()}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer.{name}.{key}"] = value
+            else:
+                scalars.setdefault(name, {})[key] = value
+    return tensors, {"groups": state["param_groups"], "scalars": scalars}
+
+
+def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, tensors: dict, plain: dict) -> None:
+    """Apply the options, and let load hooks run; DCP has already filled all tensors in place."""
+    weights = {name: value for name, value in tensors.items() if name.startswith("model.")}
+    set_model_state_dict(model, {name.removeprefix("model."): value for name, value in weights.items()})
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
+    for name, values in state["state"].items():
+        values.update(plain["scalars"].get(name, {}))
+    for group, saved in zip(state["param_groups"], plain["groups"], strict=True):
+        # JSON has made lists of tuples such as AdamW's betas.
+        group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
+    exact = {parameter: dict(values) for parameter, values in optimizer.state.items()}
+    set_optimizer_state_dict(model, optimizer, state)
+    # Optimizer.load_state_dict rounds floating state to its parameter's dtype, float32 momenta of bfloat16
+    # weights included.
+    for parameter, values in exact.items():
+        optimizer.state[parameter].update(values)
+
+
+def _mismatch(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> str | None:
+    """Say how the stored tensors differ from the wanted ones; DCP itself ignores surplus and casts dtypes."""
+    stored: dict[str, Any] = metadata.state_dict_metadata
+    lacking, surplus = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
+    if lacking or surplus:
+        return f"it lacks {lacking[:5] or 'nothing'} and has {surplus[:5] or 'nothing'} besides"
+    for name, wanted in tensors.items():
+        there = (tuple(stored[name].size), stored[name].properties.dtype)
+        if there != (tuple(wanted.shape), wanted.dtype):
+            return f"{name} is {there[0]} of {there[1]} there, {tuple(wanted.shape)} of {wanted.dtype} here"
+    return None
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads shards as DCP does, but unpickles ``.metadata`` with DCP's own record types only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as stream:
+            return _MetadataUnpickler(stream).load()
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        harmless = (torch.Size, torch.serialization._get_layout, pathlib.PosixPath, pathlib.WindowsPath)
+        from_dcp = isinstance(found, type) and found.__module__.startswith("torch.distributed.checkpoint.")
+        if found in harmless or from_dcp or isinstance(found, torch.dtype):
+            return found
+        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint needs")

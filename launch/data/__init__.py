@@ -1,0 +1,25 @@
+"""Text and token corpora for pretraining: preparation once, then sharded, resumable loading.
+
+`prepare` turns a source of text into token shards on disk; `TokenLoader` and `validation_batches`
+read windows of these shards for one rank.
+"""
+
+from launch.data.errors import DataError
+from launch.data.loader import TokenLoader, validation_batches
+from launch.data.prepare import Corpus, DataConfig, prepare
+from launch.data.shards import ShardWriter, read_shard, write_shard
+from launch.data.tokenizer import END_OF_TEXT, load_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "Corpus",
+    "DataConfig",
+    "DataError",
+    "ShardWriter",
+    "TokenLoader",
+    "load_tokenizer",
+    "prepare",
+    "read_shard",
+    "validation_batches",
+    "write_shard",
+]

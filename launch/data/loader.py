@@ -1,0 +1,132 @@
+"""Batches of token windows for one rank of many."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from launch.data.errors import DataError
+from launch.data.permutation import permute
+from launch.data.windows import Windows
+
+
+class TokenLoader:
+    """Endless iterator over the training windows of one rank; yields int64 tensors `[batch, sequence + 1]`.
+
+    The run reads one row of windows, epoch after epoch, each epoch in its own order. A step of all ranks
+    takes the next `world * batch` of them and rank r the r-th `batch` of these. The position in that row
+    is the only state, so a run resumes at any world size and batch without repeating or missing a window.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        *,
+        sequence: int,
+        batch: int,
+        rank: int,
+        world: int,
+        seed: int,
+        vocabulary: int | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        """Open `shards`; raises `DataError` where they hold too few windows for one step of all ranks."""
+        assert batch >= 1
+        assert 0 <= rank < world
+        self.batch = batch
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.vocabulary = vocabulary
+        self.shuffle = shuffle
+        self.position = 0
+        self._windows = Windows(shards, sequence)
+        if self._windows.count < world * batch:
+            raise DataError(
+                f"{_names(shards)}: {self._windows.count} windows of {sequence} tokens are too few for a "
+                f"global batch of {world * batch}; use a larger corpus, shorter sequences or a smaller batch"
+            )
+        order = "shuffled" if shuffle else "in order"
+        self._fingerprint = f"{self._windows.fingerprint()}, sequence {sequence}, {order}"
+
+    @property
+    def windows(self) -> int:
+        """Windows of one epoch, over all ranks."""
+        return self._windows.count
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self
+
+    def __next__(self) -> torch.Tensor:
+        first = self.position + self.rank * self.batch
+        tokens = self._windows.read(self._order(np.arange(first, first + self.batch)))
+        if self.vocabulary is not None and (largest := int(tokens.max())) >= self.vocabulary:
+            raise DataError(
+                f"token id {largest} is outside the vocabulary of {self.vocabulary}; "
+                "set vocabulary to that of the tokenizer the shards were made with"
+            )
+        self.position += self.world * self.batch
+        return tokens
+
+    def _order(self, positions: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(positions, self.windows)
+        if self.shuffle:
+            for epoch in np.unique(epochs):
+                now = epochs == epoch
+                places[now] = permute(places[now], size=self.windows, seed=self.seed, epoch=int(epoch))
+        return places
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs: the sequences read so far by all ranks, and of what."""
+        return {"position": self.position, "fingerprint": self._fingerprint, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; raises `DataError` where it counts windows of another row."""
+        for name, mine in (("fingerprint", self._fingerprint), ("seed", self.seed)):
+            if state[name] != mine:
+                raise DataError(
+                    f"the saved loader state has {name} ({state[name]}) but this run has ({mine}); resume "
+                    "with the corpus, sequence, shuffling and seed of the saved run, or start a new one"
+                )
+        self.position = state["position"]
+
+
+def validation_batches(
+    shards: Sequence[Path], *, sequence: int, batch: int, rank: int, world: int, limit: int | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield this rank's share of `limit` windows spread evenly over `shards` (all windows where None).
+
+    Yields tokens, int64 `[batch, sequence + 1]`, and weights, float32 `[batch]`. The windows of weight 1 are,
+    over all ranks, the same whatever `world` and `batch` are, each once. Weight 0 marks padding: every rank
+    yields the same number of batches of the same shape, since a forward pass of sharded weights is
+    collective. Raises `DataError`, at the call, where the shards hold no window.
+    """
+    assert batch >= 1
+    assert 0 <= rank < world
+    assert limit is None or limit >= 1
+    windows = Windows(shards, sequence)
+    if not windows.count:
+        raise DataError(
+            f"{_names(shards)}: too short for one window of {sequence} tokens; "
+            "use a larger validation set or shorter sequences"
+        )
+    total = windows.count if limit is None else min(limit, windows.count)
+    mine = (np.arange(total) * windows.count // total)[rank::world]
+    steps = math.ceil(math.ceil(total / world) / batch)
+    return (_padded(windows, mine[step * batch : (step + 1) * batch], batch) for step in range(steps))
+
+
+def _padded(windows: Windows, indices: np.ndarray, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.zeros(batch, windows.sequence + 1, dtype=torch.int64)
+    weight = torch.zeros(batch)
+    tokens[: len(indices)] = windows.read(indices)
+    weight[: len(indices)] = 1
+    return tokens, weight
+
+
+def _names(shards: Sequence[Path]) -> str:
+    more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+    return f"{shards[0]}{more}"

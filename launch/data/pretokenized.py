@@ -1,0 +1,42 @@
+"""Corpora that come as token shards: which shards train, which validate, and whether the ids fit."""
+
+import glob
+from pathlib import Path
+
+from launch.data.errors import DataError
+from launch.data.shards import read_shard
+
+CHUNK_TOKENS = 2**24
+
+
+def split_shards(pattern: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """Sort the shards that `pattern` (a glob, or a directory of `.bin` files) matches into two groups.
+
+    Returns the training and the validation shards. Shards with `val` in their name validate; where none has,
+    the last one does. Raises `DataError` where either group would be empty.
+    """
+    if Path(pattern).is_dir():
+        pattern = str(Path(glob.escape(pattern)) / "*.bin")
+    paths = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+    if not paths:
+        raise DataError(f"bin:{pattern}: no shard matches; check the path and the quoting of the pattern")
+    validation = tuple(path for path in paths if "val" in path.name) or (paths[-1],)
+    train = tuple(path for path in paths if path not in validation)
+    if not train:
+        raise DataError(
+            f"bin:{pattern}: only {', '.join(path.name for path in paths)} found, which leaves nothing to "
+            "train on beside validation; give at least one more shard without 'val' in its name"
+        )
+    return train, validation
+
+
+def verify_tokens(path: Path, vocabulary: int) -> None:
+    """Read the whole shard in chunks and raise `DataError` where an id is not below `vocabulary`."""
+    tokens = read_shard(path)
+    for start in range(0, tokens.size, CHUNK_TOKENS):
+        largest = int(tokens[start : start + CHUNK_TOKENS].max())
+        if largest >= vocabulary:
+            raise DataError(
+                f"{path}: token id {largest} is outside the vocabulary of {vocabulary}; "
+                f"set vocabulary to that of the tokenizer the shards were made with (at least {largest + 1})"
+            )

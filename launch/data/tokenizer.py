@@ -1,0 +1,71 @@
+"""Byte-level BPE tokenizer: training, loading, and encoding of documents."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from launch.data.errors import DataError
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+MIN_VOCABULARY = 300
+SAMPLE_CHARACTERS = 16_000_000
+_PIECE_CHARACTERS = 250_000
+
+
+def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Tokenizer:
+    """Train on the first `SAMPLE_CHARACTERS` of `texts`, in their order; equal texts give an equal tokenizer.
+
+    Ids are below `vocabulary` and id 0 is `END_OF_TEXT`; a short text may yield fewer ids than asked for.
+    Raises `DataError` for a vocabulary that the 256 bytes and a few merges do not fit in.
+    """
+    if vocabulary < MIN_VOCABULARY:
+        raise DataError(f"vocabulary={vocabulary} cannot hold a byte-level BPE; use {MIN_VOCABULARY} or more")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(texts), trainer)
+    assert tokenizer.token_to_id(END_OF_TEXT) == END_OF_TEXT_ID
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a tokenizer that preparation saved."""
+    return Tokenizer.from_file(str(path))
+
+
+def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Return the ids (uint32, `[tokens]`) of each text, followed by the document-end id.
+
+    The mark itself, met inside a text, is encoded as plain characters: only preparation ends documents.
+    """
+    tokenizer.encode_special_tokens = True
+    # A very long document is encoded in pieces, since an encoding takes some hundred bytes per token.
+    pieces = [_pieces(text) for text in texts]
+    encodings = iter(tokenizer.encode_batch_fast([piece for group in pieces for piece in group]))
+    documents = []
+    for group in pieces:
+        ids = [token for _ in group for token in next(encodings).ids]
+        documents.append(np.array([*ids, END_OF_TEXT_ID], dtype=np.uint32))
+    return documents
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS)]
+
+
+def _sample(texts: Iterable[str]) -> Iterator[str]:
+    remaining = SAMPLE_CHARACTERS
+    for text in texts:
+        yield text[:remaining]
+        remaining -= len(text)
+        if remaining <= 0:
+            return

@@ -1,0 +1,53 @@
+"""Agreement on whether gradients are finite, before anything moves."""
+
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from symdist.exchange import Transport
+from symdist.layouts import Group
+
+NonFinite: TypeAlias = Literal["raise", "skip", "zero"]
+
+
+def agree_finite(
+    gradients: list[Tensor],
+    names: Sequence[str],
+    groups: Iterable[Group],
+    *,
+    transport: Transport,
+    on_failure: NonFinite,
+) -> bool:
+    """Whether the step may go on, the same on all ranks of all groups: one number summed over each group.
+
+    With "zero", elements of `gradients` that are not finite become zero, in new tensors put in the list, and the step
+    goes on: no rank need know of another's. With "raise", FloatingPointError on every rank.
+    """
+    if on_failure == "zero":
+        for i, gradient in enumerate(gradients):
+            gradients[i] = torch.where(gradient.isfinite(), gradient, 0)
+        return True
+    held = [gradient for gradient in gradients if gradient.numel()]
+    # The largest magnitude, not a sum of squares: squares of finite numbers can overflow.
+    peaks = torch._foreach_norm(held, float("inf")) if held else []
+    device = gradients[0].device if gradients else torch.device("cpu")
+    bad = (
+        torch.stack([~peak.to(device).isfinite() for peak in peaks]).any()
+        if peaks
+        else torch.zeros((), dtype=torch.bool)
+    )
+    flag = bad.to(device=device, dtype=torch.float32).reshape(1)
+    for group in sorted(groups, key=lambda group: group.ranks):
+        transport.all_reduce(flag, group=group).wait()
+    if not bool(flag):
+        return True
+    if on_failure == "skip":
+        return False
+    here = [name for name, gradient in zip(names, gradients, strict=True) if not bool(gradient.isfinite().all())]
+    where = f"of {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "held by another rank"
+    raise FloatingPointError(
+        f"a gradient {where} is not finite; no weight was changed. "
+        "nonfinite='skip' leaves such steps out, nonfinite='zero' drops the elements"
+    )

@@ -1,0 +1,112 @@
+"""Parameter groups: what a user may say of one, completed and checked."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symdist.exchange import Stack
+from symdist.layouts import Layout, layout_of
+from symdist.rules import Rule, get_rule
+from symdist.rules.registry import ACCUMULATOR_OPTIONS
+from symdist.views import bind_view
+
+COMMON: dict[str, Any] = {
+    "weight_decay": 0.0,
+    "view": "rows",
+    "stale_rows": "move",
+    "placement": "auto",
+    "padding_rows": 0,
+    "role": "",
+}
+_READERS = {"params", "names", "lr", "rule", "initial_lr"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Member:
+    """A parameter as the optimizer sees it: `stack` is None where PyTorch's AdamW can step it as it lies."""
+
+    parameter: Tensor
+    name: str
+    group: int
+    rule: Rule
+    layout: Layout
+    dtype: torch.dtype
+    """The dtype of its state and of all arithmetic: float32, or wider where the parameter is."""
+    stack: Stack | None
+
+
+def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with every option of its rule filled in.
+
+    Raises ValueError, naming the group, for a missing or unknown rule, an unknown option or a value out of range.
+    """
+    where = f"param group {group['role']!r}" if group.get("role") else f"param group of {group['names'][0]}"
+    if "rule" not in group:
+        raise ValueError(f"{where} has no 'rule'; give one, or build the groups with symdist.route(model, recipe)")
+    try:
+        rule = get_rule(group["rule"])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    own = {**ACCUMULATOR_OPTIONS[rule.accumulator], **rule.defaults}
+    unknown = sorted(set(group) - set(own) - set(COMMON) - _READERS)
+    if unknown:
+        raise ValueError(
+            f"{where}: rule {rule.name!r} knows no option {', '.join(map(repr, unknown))}; "
+            f"it knows {', '.join(sorted({*own, *COMMON, 'lr'}))}"
+        )
+    completed = {**COMMON, **rule.options({k: group[k] for k in own if k in group}, where=where), **group}
+    _check_common(completed, where)
+    return completed
+
+
+def _check_common(group: Mapping[str, Any], where: str) -> None:
+    lr = group.get("lr")
+    if lr is None:
+        raise ValueError(f"{where} has no 'lr'; learning rates of different rules have no common default")
+    if not (math.isfinite(float(lr)) and float(lr) >= 0):
+        raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
+    if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
+        raise ValueError(f"{where}: weight_decay={group['weight_decay']!r} must be a finite number, 0 or more")
+    if group["stale_rows"] not in ("move", "hold"):
+        raise ValueError(f"{where}: stale_rows={group['stale_rows']!r} is not 'move' or 'hold'")
+    if group["placement"] not in ("auto", "local", "reduce", "owner"):
+        raise ValueError(f"{where}: placement={group['placement']!r} is not 'auto', 'local', 'reduce' or 'owner'")
+
+
+def describe_member(parameter: Tensor, *, name: str, index: int, group: Mapping[str, Any]) -> Member:
+    """Find a parameter's layout, view and stack.
+
+    Raises ValueError, naming it, where the rule, the view or the layout do not fit its shape.
+    """
+    rule = get_rule(group["rule"])
+    if not parameter.is_floating_point():
+        raise ValueError(f"{name} is {parameter.dtype}; only floating-point parameters can be optimized")
+    layout = layout_of(parameter, name=name)
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if rule.matrices and len(layout.shape) < 2:
+        raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")
+    padding, hold = group["padding_rows"], group["stale_rows"] == "hold"
+    if padding and (group["view"] != "rows" or len(layout.shape) != 2 or not 0 <= padding < layout.shape[0]):
+        raise ValueError(
+            f"{name}: padding_rows={padding} needs a matrix seen by rows, with more rows than that; "
+            f"its shape is {layout.shape}, its view {group['view']!r}"
+        )
+    plain = not rule.matrices and not group["centered"] and not padding and not hold
+    stack = None
+    if not plain or group["placement"] in ("reduce", "owner"):
+        stack = Stack(
+            rule=rule,
+            options=tuple(sorted(rule.update_options(group).items())),
+            view=bind_view(group["view"], layout.shape, name=name),
+            layout=layout,
+            dtype=dtype,
+            device=parameter.device,
+            asked=group["placement"],
+            hold=hold,
+            padding_rows=padding,
+        )
+    return Member(parameter=parameter, name=name, group=index, rule=rule, layout=layout, dtype=dtype, stack=stack)

@@ -1,0 +1,26 @@
+"""Layouts: what piece of a weight this rank holds, and who holds the others."""
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from symdist.layouts.dtensor import dtensor_layout
+from symdist.layouts.layout import Group, Layout, Split
+from symdist.layouts.whole import whole_layout
+
+__all__ = ["Group", "Layout", "Split", "layout_of", "local"]
+
+
+def layout_of(tensor: Tensor, *, name: str) -> Layout:
+    """The layout of a parameter; ValueError, naming it, where no layout fits."""
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on the meta device; materialise it (to_empty) before building the optimizer")
+    if isinstance(tensor, DTensor):
+        return dtensor_layout(tensor, name=name)
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise ValueError(f"{name} is a {type(tensor).__name__}; symdist takes plain tensors and DTensors")
+    return whole_layout(tensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's piece, sharing memory with `tensor`."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,8 @@
+"""Language models by name: presets for transformers architectures with random weights.
+
+Importing this package costs nothing; transformers is imported when a model is built.
+"""
+
+from symdist.models.build import active_parameters, blocks, build, names
+
+__all__ = ["active_parameters", "blocks", "build", "names"]

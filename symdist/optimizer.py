@@ -1,0 +1,258 @@
+"""SymDist: every parameter under its own symmetry-compatible rule, on the shards where it lies."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symdist.accumulate import adamw_step, advance
+from symdist.exchange import Collectives, Job, Placement, Stack, Transport, describe, place, run
+from symdist.finite import NonFinite, agree_finite
+from symdist.groups import Member, complete_group, describe_member
+from symdist.layouts import local
+from symdist.rules import ACCUMULATOR_STATE
+
+WAVE_BYTES = 1 << 30
+
+
+class SymDist(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` over groups that each name a rule.
+
+    A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`, `view`,
+    `stale_rows`, `placement`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A 3-D
+    parameter is a stack of matrices. A missing gradient is a zero gradient. State lies like its parameter, is
+    complete from construction on, and is float32 or wider.
+
+    `nonfinite` says what all ranks do together when a gradient is inf or NaN on any: "raise" FloatingPointError before
+    anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements. `wave_bytes`
+    bounds the buffers in flight. `transport` replaces the collectives, to count them.
+
+    Raises ValueError, naming group or parameter and the remedy, for anything it cannot run exactly as asked.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        nonfinite: NonFinite = "raise",
+        wave_bytes: int = WAVE_BYTES,
+        transport: Transport | None = None,
+    ):
+        if nonfinite not in ("raise", "skip", "zero"):
+            raise ValueError(f"nonfinite={nonfinite!r} is not 'raise', 'skip' or 'zero'")
+        if wave_bytes <= 0:
+            raise ValueError(f"wave_bytes={wave_bytes} must be positive")
+        self.nonfinite: NonFinite = nonfinite
+        self.wave_bytes = wave_bytes
+        self.transport: Transport = transport or Collectives()
+        self.skipped_steps = 0
+        self._members: list[Member] = []
+        self._waves: list[list[Job]] | None = None
+        groups = list(params)
+        if not all(isinstance(group, Mapping) for group in groups):
+            raise ValueError("SymDist takes param groups, dicts with a 'rule'; symdist.route(model, recipe) makes them")
+        self._constructed = False
+        super().__init__(groups, {})
+        self._plan()
+        self._constructed = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group after construction; nothing is added where it raises ValueError."""
+        group = dict(param_group)
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if params and isinstance(params[0], tuple):
+            group["names"], params = [name for name, _ in params], [parameter for _, parameter in params]
+        first = len(self._members)
+        names = list(group.get("names") or (f"param_{first + i}" for i in range(len(params))))
+        if len(names) != len(params):
+            raise ValueError(f"a param group has {len(params)} params but {len(names)} names")
+        if not params:
+            raise ValueError(f"param group {group.get('role', '')!r} has no parameters")
+        group |= {"params": params, "names": names}
+        group = complete_group(group)
+        known = {id(member.parameter): member.name for member in self._members}
+        members = []
+        for name, parameter in zip(names, params, strict=True):
+            if id(parameter) in known:
+                raise ValueError(f"{name} is given twice: it is {known[id(parameter)]} of another place or group")
+            known[id(parameter)] = name
+            members.append(describe_member(parameter, name=name, index=len(self.param_groups), group=group))
+        if self._constructed:
+            _stacks_placed(self._members + members, self.wave_bytes)
+        super().add_param_group(group)
+        self._members += members
+        self._waves = None
+        for member in members:
+            self.state[member.parameter] = _new_state(member)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every weight once. `closure`, where given, recomputes the loss, which is returned.
+
+        Raises FloatingPointError on every rank where a gradient is not finite on any and `nonfinite` is "raise".
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        waves = self._plan()
+        gradients = [_gradient(member) for member in self._members]
+        names = [member.name for member in self._members]
+        groups = {member.layout.split.group for member in self._members if member.layout.split is not None}
+        if not agree_finite(gradients, names, groups, transport=self.transport, on_failure=self.nonfinite):
+            self.skipped_steps += 1
+            return loss
+        for i, wave in enumerate(waves or [[]]):
+            self._run(wave, gradients, with_plain=i == 0)
+        return loss
+
+    def placements(self) -> dict[str, Placement]:
+        """Where each parameter's rule runs, by name."""
+        where = describe(self._plan())
+        return {member.name: where.get(i, "local") for i, member in enumerate(self._members)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; every tensor keeps the dtype and device it has here.
+
+        Raises ValueError, before anything changes, where groups, rules or state do not match.
+        """
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(f"the saved state has {len(saved)} param groups, this optimizer {len(self.param_groups)}")
+        for mine, theirs in zip(self.param_groups, saved, strict=True):
+            if theirs.get("rule") != mine["rule"] or len(theirs["params"]) != len(mine["params"]):
+                raise ValueError(
+                    f"param group {mine['role'] or mine['names'][0]!r} has rule {mine['rule']!r} and "
+                    f"{len(mine['params'])} parameters; the saved one has {theirs.get('rule')!r} and "
+                    f"{len(theirs['params'])}. Build the optimizer with the recipe of the saved run"
+                )
+        states = [state_dict["state"].get(index, {}) for group in saved for index in group["params"]]
+        for member, theirs in zip(self._members, states, strict=True):
+            _check_state(member.name, self.state[member.parameter], theirs)
+        own = {member.parameter: self.state[member.parameter] for member in self._members}
+        super().load_state_dict(state_dict)
+        for (parameter, mine), theirs in zip(own.items(), states, strict=True):
+            for key, tensor in mine.items():
+                # The base class casts state to the parameter's dtype, and leaves `step` on the saved device.
+                local(tensor).copy_(local(theirs[key]))
+            self.state[parameter] = mine
+        self._waves = None
+
+    def _plan(self) -> list[list[Job]]:
+        if self._waves is None:
+            self._waves = _stacks_placed(self._members, self.wave_bytes)
+        return self._waves
+
+    def _run(self, wave: list[Job], gradients: list[Tensor], *, with_plain: bool) -> None:
+        directions = self._directions([i for job in wave for i in job.members], gradients)
+        tasks = [
+            job.task(
+                [directions[i] for i in job.members],
+                [gradients[i] for i in job.members] if job.stack.hold else None,
+            )
+            for job in wave
+        ]
+        run(
+            tasks,
+            transport=self.transport,
+            meanwhile=(lambda: self._step_plain(gradients)) if with_plain else (lambda: None),
+        )
+        for job, task in zip(wave, tasks, strict=True):
+            updates, moved = task.result
+            self._move(job, updates, moved)
+
+    def _by_group(self, indices: Iterable[int]) -> list[tuple[dict[str, Any], list[int]]]:
+        by_group: dict[int, list[int]] = {}
+        for i in indices:
+            by_group.setdefault(self._members[i].group, []).append(i)
+        return [(self.param_groups[group], members) for group, members in by_group.items()]
+
+    def _directions(self, indices: Iterable[int], gradients: list[Tensor]) -> dict[int, Tensor]:
+        directions: dict[int, Tensor] = {}
+        for group, members in self._by_group(indices):
+            states = [self._local_state(i) for i in members]
+            rule = self._members[members[0]].rule
+            given = [gradients[i].to(self._members[i].dtype) for i in members]
+            directions.update(zip(members, advance(rule.accumulator, states, given, group), strict=True))
+        return directions
+
+    def _local_state(self, index: int) -> dict[str, Tensor]:
+        return {key: local(value) for key, value in self.state[self._members[index].parameter].items()}
+
+    def _step_plain(self, gradients: list[Tensor]) -> None:
+        plain = [i for i, member in enumerate(self._members) if member.stack is None]
+        for group, members in self._by_group(plain):
+            weights = [local(self._members[i].parameter) for i in members]
+            wide = [weight.to(self._members[i].dtype) for i, weight in zip(members, weights, strict=True)]
+            adamw_step(
+                wide,
+                [self._local_state(i) for i in members],
+                [gradients[i].to(self._members[i].dtype) for i in members],
+                betas=group["betas"],
+                eps=group["eps"],
+                lr=float(group["lr"]),
+                weight_decay=group["weight_decay"],
+            )
+            for weight, stepped in zip(weights, wide, strict=True):
+                if weight is not stepped:
+                    weight.copy_(stepped)
+
+    def _move(self, job: Job, updates: list[Tensor], moved: list[Tensor] | None) -> None:
+        """Decoupled decay first, then the update."""
+        for group, members in self._by_group(job.members):
+            lr, decay = float(group["lr"]), group["weight_decay"]
+            places = [job.members.index(i) for i in members]
+            weights = [local(self._members[i].parameter) for i in members]
+            chosen = [updates[place] for place in places]
+            if moved is not None:
+                for weight, update, place in zip(weights, chosen, places, strict=True):
+                    weight.copy_(weight * (1 - lr * decay * moved[place]) - lr * update)
+            elif weights[0].dtype != chosen[0].dtype:
+                for weight, update in zip(weights, chosen, strict=True):
+                    weight.copy_(weight.to(update.dtype) * (1 - lr * decay) - lr * update)
+            else:
+                if decay:
+                    torch._foreach_mul_(weights, 1 - lr * decay)
+                torch._foreach_add_(weights, chosen, alpha=-lr)
+
+
+def _stacks_placed(members: list[Member], wave_bytes: int) -> list[list[Job]]:
+    stacks: dict[Stack, list[int]] = {}
+    for i, member in enumerate(members):
+        if member.stack is not None:
+            stacks.setdefault(member.stack, []).append(i)
+    return place(stacks, names=[member.name for member in members], wave_bytes=wave_bytes)
+
+
+def _new_state(member: Member) -> dict[str, Tensor]:
+    state = {
+        key: torch.zeros_like(member.parameter, dtype=member.dtype, requires_grad=False)
+        for key in ACCUMULATOR_STATE[member.rule.accumulator]
+    }
+    if member.rule.accumulator == "adam":
+        state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
+    return state
+
+
+def _check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
+    for key, tensor in mine.items():
+        if key not in theirs or tuple(theirs[key].shape) != tuple(tensor.shape):
+            found = f"shape {tuple(theirs[key].shape)}" if key in theirs else "none"
+            raise ValueError(f"{name}: needs state {key!r} of shape {tuple(tensor.shape)}; the saved state has {found}")
+
+
+def _gradient(member: Member) -> Tensor:
+    gradient = member.parameter.grad
+    if gradient is None:
+        return torch.zeros_like(local(member.parameter))
+    if gradient.is_sparse:
+        raise ValueError(f"{member.name} has a sparse gradient; build its embedding with sparse=False")
+    here = local(gradient)
+    if tuple(here.shape) != member.layout.local_shape:
+        raise ValueError(
+            f"{member.name}: this rank's gradient has shape {tuple(here.shape)}, its weight {member.layout.local_shape}; "
+            "gradients must be reduced and placed like their weights before the step"
+        )
+    return here

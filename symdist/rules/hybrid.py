@@ -1,0 +1,54 @@
+"""Hybrid rules: row normalisation and the polar map, one after the other."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from symdist.rules.matrix import Matrix, center_rows
+from symdist.rules.registry import rule
+from symdist.rules.requests import Asking
+from symdist.rules.roots import Method, Numerics
+from symdist.rules.row_norm import unit_rows
+from symdist.rules.spectral import Scale, Side, check_scale, polar_factor, scaled, spectral_splits
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    check_scale(options)
+    if options["order"] == "polar_then_row" and options["alpha"] is not None:
+        raise ValueError(
+            "alpha has no effect with order='polar_then_row' (the row norms divide it out); "
+            "remove alpha or use order='row_then_polar'"
+        )
+
+
+@rule("hybrid", splits=spectral_splits, check=_check)
+def hybrid(
+    matrix: Matrix,
+    *,
+    order: Literal["row_then_polar", "polar_then_row"] = "row_then_polar",
+    side: Side = "auto",
+    centered: bool = False,
+    alpha: float | None = None,
+    scale: Scale = "nuclear",
+    eps: float = 1e-8,
+    method: Method = "polar_express",
+    steps: int = 0,
+    damping: float = 1e-8,
+) -> Asking:
+    """`U = ν^α·polar(X)`, `X = D(M)·M`, `ν = ‖X‖_*`; or `U = D(Q)·Q`, `Q = polar(M)`.
+
+    Centred, M is replaced by ΠM, X by ΠX, and the result is projected again. α is 0 unless given.
+    Equivariant under row permutations and column rotations. Moves what its row norms and its Gram move.
+    Source: Lau & Su, arXiv 2605.18106.
+    """
+    numerics = Numerics(method=method, steps=steps, damping=damping)
+    x = (yield from center_rows(matrix, matrix.values)) if centered else matrix.values
+    if order == "row_then_polar":
+        x = yield from unit_rows(x, eps=eps)
+        if centered:
+            x = yield from center_rows(matrix, x)
+        u, root = yield from polar_factor(matrix, x, side=side, numerics=numerics)
+        u = scaled(u, root, alpha=alpha or 0.0, scale=scale)
+    else:
+        q, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics)
+        u = yield from unit_rows(q, eps=eps)
+    return (yield from center_rows(matrix, u)) if centered else u

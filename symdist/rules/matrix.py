@@ -1,0 +1,34 @@
+"""The matrix a rule is given, and the one operation most rules share: removing the mean over its rows."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from symdist.rules.requests import Sum
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Matrix:
+    """A stack of b matrices as far as this rank holds them.
+
+    `values` is `[b, rows here, columns here]` and must not be written to. `rows` and `columns` count the whole
+    matrix, padding left out. `real` is 1 for rows that exist and 0 for padding, `[rows here, 1]`, or None where
+    every row is real; padding rows of `values` are zero.
+    """
+
+    values: Tensor
+    rows: int
+    columns: int
+    real: Tensor | None = None
+
+
+def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:
+    """`Πx = x − mean over all rows of x`: the projection that removes the gauge direction `1aᵀ`.
+
+    `x` is `[b, rows here, columns here]`, in the layout of `matrix`.
+    """
+    total = yield Sum(values=x.sum(-2, keepdim=True), across="rows")
+    centered = x - total / matrix.rows
+    return centered if matrix.real is None else centered * matrix.real

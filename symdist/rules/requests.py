@@ -1,0 +1,58 @@
+"""What a rule may ask of the ranks that hold the rest of its matrix, and what it is told."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from symdist.rules.roots import InverseRoot, Numerics, inverse_root
+
+T = TypeVar("T")
+Axis: TypeAlias = Literal["rows", "columns", "all"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Sum:
+    """Add `values` over the ranks that hold the other rows, columns, or pieces of the matrix.
+
+    Answered with a tensor of the same shape. `values` is `[b, …]`, one entry a matrix of the stack.
+    """
+
+    values: Tensor
+    across: Axis
+
+    def alone(self) -> Tensor:
+        """The answer where nobody holds another part."""
+        return self.values
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Root:
+    """Add the partial Grams `[b, d, d]`, take the inverse square root once, and give it to all.
+
+    Answered with an `InverseRoot`.
+    """
+
+    gram: Tensor
+    across: Axis
+    numerics: Numerics
+
+    def alone(self) -> InverseRoot:
+        """The answer where this rank holds the whole matrix."""
+        return inverse_root(self.gram, self.numerics)
+
+
+Request: TypeAlias = Sum | Root
+Asking: TypeAlias = Generator[Any, Any, Tensor]
+"""The type of a running rule: it yields requests, is sent their answers, and returns a tensor."""
+
+
+def answer_alone(asking: Generator[Any, Any, T]) -> T:
+    """Run a rule on a matrix that is whole on this rank: every request answers itself."""
+    answer: Any = None
+    while True:
+        try:
+            answer = asking.send(answer).alone()
+        except StopIteration as finished:
+            return finished.value

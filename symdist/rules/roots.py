@@ -1,0 +1,147 @@
+"""Inverse square roots of Gram matrices: the only dense linear algebra the spectral rules need.
+
+A polar factor is `M·(MᵀM)^{-1/2}`. Every iterative polar method that multiplies `M` by odd polynomials of
+itself is a polynomial in the Gram applied once to `M`, so all of them run here, on the small side, in at
+least float32, whatever the layout of `M`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Method: TypeAlias = Literal["polar_express", "newton_schulz", "exact"]
+Quintic: TypeAlias = tuple[float, float, float]
+
+_SAFETY = 1.05
+_POLAR_EXPRESS: tuple[Quintic, ...] = tuple(
+    (a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5)
+    for a, b, c in (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+    )
+) + ((1.875, -1.25, 0.375),)
+# The first five already contain a safety factor of 1.02; they belong to the normalisation by ‖M‖_F.
+_MUON: tuple[Quintic, ...] = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    (1.875, -1.25, 0.375),
+)
+_CUBIC: tuple[Quintic, ...] = ((1.5, -0.5, 0.0),)
+_DEFAULT_STEPS = {"polar_express": 5, "newton_schulz": 15, "exact": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """How an inverse root, or Muon's polar factor, is taken.
+
+    `steps` is the number of polynomial steps, 0 for the method's own (5 for polar_express, 15 for the cubic
+    newton_schulz; "exact" has none). `damping` is relative to `‖C‖_F`. `normalise` says by what the iteration
+    bounds the spectrum: "gram" by `‖C‖_F`, "matrix" by `tr C = ‖M‖²_F` with the coefficients Muon runs on.
+    """
+
+    method: Method = "polar_express"
+    steps: int = 0
+    damping: float = 1e-8
+    normalise: Literal["gram", "matrix"] = "gram"
+
+    def coefficients(self) -> list[Quintic]:
+        """One `(a, b, c)` a step; a step maps a singular value x to `a·x + b·x³ + c·x⁵`."""
+        steps = self.steps or _DEFAULT_STEPS[self.method]
+        if self.method == "newton_schulz":
+            table = _CUBIC
+        else:
+            table = _POLAR_EXPRESS if self.normalise == "gram" else _MUON
+        return [table[min(i, len(table) - 1)] for i in range(steps)]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class InverseRoot:
+    """`matrix` is `C^{-1/2}` `[b, d, d]`; `nuclear` `tr(C·C^{-1/2})` and `frobenius` `√tr C` are `[b, 1, 1]`.
+
+    For `C` the Gram of `M` these are the nuclear and the Frobenius norm of `M`.
+    """
+
+    matrix: Tensor
+    nuclear: Tensor
+    frobenius: Tensor
+
+
+def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
+    """The damped inverse square root of a stack of symmetric positive semi-definite matrices.
+
+    `gram` is `[b, d, d]` and is not written to. A zero matrix gives a finite root. The result has the dtype
+    of `gram`, or float32 where that is narrower; "exact" computes in float64.
+    Source: Lau & Su, arXiv 2605.18106 (coupled polynomial iteration); the Polar Express, arXiv 2505.16932.
+    """
+    c = gram.to(torch.promote_types(gram.dtype, torch.float32))
+    c = (c + c.mT) / 2
+    norm = torch.linalg.matrix_norm(c, keepdim=True)
+    norm = torch.where(norm > 0, norm, torch.ones_like(norm))
+    unit = c / norm
+    solve = _exact if numerics.method == "exact" else _polynomial
+    matrix = solve(unit, numerics) * norm.rsqrt()
+    diagonal = c.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    return InverseRoot(
+        matrix=matrix,
+        nuclear=(c * matrix).sum((-2, -1), keepdim=True),
+        frobenius=diagonal.clamp_min(0).sqrt(),
+    )
+
+
+def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
+    """The polar factor of `[b, m, n]` by the quintic steps on the matrix itself, in bfloat16, smaller side first.
+
+    What Muon runs on accelerators: the products are fast and the rounding, some percent of a singular value, is part
+    of the method as published. `numerics.method` must be iterative. The result has the dtype of `m`.
+    """
+    x = m.bfloat16()
+    tall = m.shape[-2] > m.shape[-1]
+    x = x.mT if tall else x
+    x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True)).clamp_min(torch.finfo(x.dtype).tiny)
+    for a, b, c in numerics.coefficients():
+        gram = x @ x.mT
+        # Product by product, each rounded to bfloat16: a fused form rounds less, but then departs from the
+        # published updates by as much as they depart from the exact polynomial.
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(m.dtype)
+
+
+def _exact(unit: Tensor, numerics: Numerics) -> Tensor:
+    values, vectors = torch.linalg.eigh(unit.double())
+    # Rounding leaves eigenvalues of a singular Gram at ±1e-16 of its norm: without a floor, their roots are noise.
+    values = values.clamp_min(0) + max(numerics.damping, torch.finfo(torch.float64).eps)
+    return ((vectors * values.rsqrt()[..., None, :]) @ vectors.mT).to(unit.dtype)
+
+
+def _polynomial(unit: Tensor, numerics: Numerics) -> Tensor:
+    """Coupled iteration: `y → A^{1/2}`-ward, `z → A^{-1/2}`-ward, all factors polynomials in the same `A`."""
+    eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    y = unit + numerics.damping * eye
+    if numerics.normalise == "matrix":
+        bound = y.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * 1.02**2
+    else:
+        bound = torch.linalg.matrix_norm(y, keepdim=True) * (1.0 if numerics.method == "newton_schulz" else 1.02)
+    bound = bound.clamp_min(torch.finfo(unit.dtype).tiny)
+    y = y / bound
+    z: Tensor | None = None
+    coefficients = numerics.coefficients()
+    for i, (a, b, c) in enumerate(coefficients):
+        w = y if z is None else z @ y
+        r = eye - (w + w.mT) / 2
+        p = torch.baddbmm(r, r, r, beta=-b - 2 * c, alpha=c)
+        p.diagonal(dim1=-2, dim2=-1).add_(a + b + c)
+        z = p if z is None else p @ z
+        if i + 1 < len(coefficients):
+            y = y @ p
+    assert z is not None
+    return (z + z.mT) / 2 * bound.rsqrt()

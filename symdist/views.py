@@ -1,0 +1,149 @@
+"""How a stored tensor is seen as matrices: transposed, by heads, in gate/up pairs, expert by expert.
+
+A view acts on the trailing two dimensions; whatever stands before them is a stack. The same code acts on the whole
+tensor and on a rank's piece of it, because every cut it accepts leaves the piece a matrix of the same kind.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+from symdist.layouts import Layout
+
+Kind: TypeAlias = Literal["rows", "columns", "gate_up_stacked", "gate_up_interleaved", "heads_0", "heads_1"]
+Seen: TypeAlias = Literal["batch", "rows", "columns", "torn"]
+
+_NAMED = ("rows", "columns", "gate_up_stacked", "gate_up_interleaved")
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A view bound to a stored shape: every matrix is `[rows, columns]` and the whole tensor holds `count` of them.
+
+    `unit` is the head size for views by heads, else 1.
+    """
+
+    kind: Kind
+    stored: tuple[int, ...]
+    count: int
+    rows: int
+    columns: int
+    unit: int = 1
+
+    def matrices(self, tensor: Tensor) -> Tensor:
+        """`[…, p, q]`, a stack of whole tensors or of pieces, as `[b, m, n]`."""
+        if len(self.stored) == 1:
+            tensor = tensor[..., None]
+        b = math.prod(tensor.shape[:-2])
+        p, q = tensor.shape[-2:]
+        match self.kind:
+            case "rows":
+                return tensor.reshape(b, p, q)
+            case "columns":
+                return tensor.reshape(b, p, q).mT
+            case "gate_up_stacked":
+                return tensor.reshape(b, 2, p // 2, q).transpose(1, 2).reshape(b, p // 2, 2 * q)
+            case "gate_up_interleaved":
+                return tensor.mT.reshape(b, q // 2, 2 * p)
+            case "heads_0":
+                return tensor.reshape(b * (p // self.unit), self.unit, q)
+            case "heads_1":
+                h = q // self.unit
+                return tensor.reshape(b, p, h, self.unit).transpose(1, 2).reshape(b * h, p, self.unit)
+
+    def stored_form(self, matrices: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `matrices`: `[b, m, n]` back as `shape`, that of the stack the matrices were seen in."""
+        if len(self.stored) == 1:
+            return matrices.reshape(shape)
+        b = math.prod(shape[:-2])
+        p, q = shape[-2:]
+        match self.kind:
+            case "rows" | "heads_0":
+                return matrices.reshape(shape)
+            case "columns":
+                return matrices.mT.reshape(shape)
+            case "gate_up_stacked":
+                return matrices.reshape(b, p // 2, 2, q).transpose(1, 2).reshape(shape)
+            case "gate_up_interleaved":
+                return matrices.reshape(b, q, p).mT.reshape(shape)
+            case "heads_1":
+                return matrices.reshape(b, q // self.unit, p, self.unit).transpose(1, 2).reshape(shape)
+
+    def seen(self, layout: Layout) -> Seen:
+        """What the layout's split is to these matrices.
+
+        "batch": it runs between them; "rows", "columns": it cuts each of them so; "torn": the pieces are no blocks
+        of the matrices, and the rule can only run where they are put together.
+        """
+        assert layout.split is not None
+        dim = layout.split.dim - len(self.stored)
+        if len(self.stored) == 1:
+            return "rows"
+        if dim < -2:
+            return "batch"
+        across: Literal["rows", "columns"] = "rows" if dim == -2 else "columns"
+        along: Literal["rows", "columns"] = "columns" if dim == -2 else "rows"
+        whole_units = all(size % (self.unit if self.unit > 1 else 2) == 0 for size in layout.split.sizes)
+        match self.kind:
+            case "rows":
+                return across
+            case "columns":
+                return along
+            case "gate_up_stacked":
+                return "torn" if dim == -2 else "columns"
+            case "gate_up_interleaved":
+                return "columns" if dim == -2 else ("rows" if whole_units else "torn")
+            case "heads_0":
+                return across if dim == -1 else ("batch" if whole_units or self.unit == 1 else "torn")
+            case "heads_1":
+                return across if dim == -2 else ("batch" if whole_units or self.unit == 1 else "torn")
+
+
+def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
+    """The view an option names, bound to a stored shape.
+
+    `view` is "rows", "columns", "gate_up_stacked" (`[…, 2r, d]`), "gate_up_interleaved" (`[…, d, 2r]`) or
+    `{"heads": h, "dim": 0 | 1}`. Raises ValueError, naming the parameter, where the shape does not fit.
+    """
+    if not 1 <= len(shape) <= 3:
+        raise ValueError(
+            f"{name}: shape {shape} is neither a vector, a matrix nor a stack of matrices; use rule 'adamw'"
+        )
+    batch = shape[0] if len(shape) == 3 else 1
+    p, q = (shape[0], 1) if len(shape) == 1 else shape[-2:]
+    if isinstance(view, Mapping):
+        return _bind_heads(view, shape, batch, p, q, name)
+    match view:
+        case "rows":
+            rows, columns = p, q
+        case "columns":
+            rows, columns = q, p
+        case "gate_up_stacked":
+            rows, columns = p // 2, 2 * q
+        case "gate_up_interleaved":
+            rows, columns = q // 2, 2 * p
+        case _:
+            raise ValueError(
+                f"{name}: view {view!r} is not one of {', '.join(map(repr, _NAMED))} or {{'heads': h, 'dim': 0 or 1}}"
+            )
+    if len(shape) == 1 and view != "rows":
+        raise ValueError(f"{name}: a vector has no view {view!r}")
+    if view == "gate_up_stacked" and p % 2 or view == "gate_up_interleaved" and q % 2:
+        raise ValueError(f"{name}: {view} needs an even number of gate and up neurons, the shape is {shape}")
+    return View(kind=view, stored=shape, count=batch, rows=rows, columns=columns)
+
+
+def _bind_heads(view: Mapping[str, Any], shape: tuple[int, ...], batch: int, p: int, q: int, name: str) -> View:
+    if set(view) != {"heads", "dim"} or view["dim"] not in (0, 1) or not isinstance(view["heads"], int):
+        raise ValueError(f"{name}: view {dict(view)!r} should be {{'heads': h, 'dim': 0 or 1}}")
+    heads, dim = view["heads"], view["dim"]
+    size = p if dim == 0 else q
+    if heads < 1 or size % heads or len(shape) == 1:
+        raise ValueError(f"{name}: dimension {dim} of {shape} does not split into {heads} heads")
+    unit = size // heads
+    rows, columns = (unit, q) if dim == 0 else (p, unit)
+    kind: Kind = "heads_0" if dim == 0 else "heads_1"
+    return View(kind=kind, stored=shape, count=batch * heads, rows=rows, columns=columns, unit=unit)
