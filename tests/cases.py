@@ -1,0 +1,85 @@
+"""Rule × view × option cases, each a stored shape and a param group; shared by parity, placement and invariance tests."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Case = tuple[tuple[int, ...], dict[str, Any]]
+
+ROW = {"rule": "row_norm"}
+RIGHT = {"rule": "right_spectral"}
+LEFT = {"rule": "left_spectral"}
+HYBRID = {"rule": "hybrid"}
+POLAR = {"rule": "polar"}
+MUON = {"rule": "muon"}
+ADAMW = {"rule": "adamw"}
+
+# Row counts do not divide by 2, 3 and 4 at once; some leave ranks empty (2 and 3 rows on 4 ranks).
+CASES: dict[str, Case] = {
+    "row": ((17, 6), ROW),
+    "row_few": ((3, 6), ROW | {"weight_decay": 0.1}),
+    "row_centered": ((17, 6), ROW | {"centered": True}),
+    "row_columns": ((7, 10), ROW | {"view": "columns"}),
+    "row_columns_centered": ((7, 10), ROW | {"view": "columns", "centered": True}),
+    "row_stacked": ((10, 7), ROW | {"view": "gate_up_stacked"}),
+    "row_stacked_centered": ((10, 7), ROW | {"view": "gate_up_stacked", "centered": True}),
+    "row_interleaved": ((7, 10), ROW | {"view": "gate_up_interleaved"}),
+    "row_experts": ((5, 4, 6), ROW),
+    "row_experts_few": ((2, 6, 4), ROW | {"view": "gate_up_stacked"}),
+    "row_experts_interleaved": ((5, 4, 6), ROW | {"view": "gate_up_interleaved", "centered": True}),
+    "row_hold": ((17, 6), ROW | {"stale_rows": "hold", "weight_decay": 0.1}),
+    "row_columns_hold": ((7, 10), ROW | {"view": "columns", "stale_rows": "hold", "weight_decay": 0.1}),
+    "row_padding": ((17, 6), ROW | {"centered": True, "padding_rows": 5, "weight_decay": 0.1}),
+    "right": ((29, 6), RIGHT | {"weight_decay": 0.1}),
+    "right_centered": ((29, 6), RIGHT | {"centered": True, "alpha": 1.0}),
+    "right_ratio": ((29, 6), RIGHT | {"alpha": 0.5, "scale": "nuclear_over_frobenius"}),
+    "right_exact": ((29, 6), RIGHT | {"method": "exact", "centered": True}),
+    "right_padding": ((29, 6), RIGHT | {"centered": True, "padding_rows": 4}),
+    "left": ((5, 16), LEFT),
+    "left_centered": ((5, 16), LEFT | {"centered": True, "alpha": 1.0, "damping": 1e-5}),
+    "left_columns": ((29, 6), LEFT | {"view": "columns"}),
+    "left_experts": ((5, 4, 9), LEFT),
+    "hybrid": ((29, 6), HYBRID | {"alpha": 1.0}),
+    "hybrid_wide": ((5, 16), HYBRID),
+    "hybrid_centered": ((29, 6), HYBRID | {"centered": True, "alpha": 1.0, "scale": "nuclear_over_frobenius"}),
+    "hybrid_columns": ((6, 29), HYBRID | {"view": "columns"}),
+    "hybrid_polar_first": ((29, 6), HYBRID | {"order": "polar_then_row", "centered": True}),
+    "hybrid_polar_first_columns": ((29, 6), HYBRID | {"order": "polar_then_row", "view": "columns"}),
+    "hybrid_stacked": ((22, 4), HYBRID | {"view": "gate_up_stacked"}),
+    "hybrid_interleaved": ((4, 22), HYBRID | {"view": "gate_up_interleaved"}),
+    "hybrid_experts": ((3, 5, 14), HYBRID | {"view": "gate_up_interleaved", "alpha": 1.0}),
+    "polar_tall": ((29, 6), POLAR | {"alpha": 1.0}),
+    "polar_wide": ((6, 29), POLAR),
+    "polar_cubic": ((29, 6), POLAR | {"method": "newton_schulz", "steps": 20}),
+    "polar_exact": ((6, 29), POLAR | {"method": "exact"}),
+    "polar_experts": ((3, 11, 5), POLAR),
+    "muon_tall": ((29, 6), MUON | {"weight_decay": 0.1}),
+    "muon_wide": ((6, 29), MUON | {"scale": "match_rms", "nesterov": False}),
+    "muon_columns": ((6, 29), MUON | {"view": "columns"}),
+    "muon_heads_out": ((12, 15), MUON | {"view": {"heads": 3, "dim": 0}}),
+    "muon_heads_in": ((15, 12), MUON | {"view": {"heads": 3, "dim": 1}}),
+    "muon_experts": ((5, 9, 4), MUON | {"scale": "none"}),
+    "adamw": ((17, 6), ADAMW | {"weight_decay": 0.1}),
+    "adamw_vector": ((3,), ADAMW),
+    "adamw_bias_centered": ((7,), ADAMW | {"centered": True}),
+    "adamw_hold": ((17, 6), ADAMW | {"stale_rows": "hold"}),
+}
+STEPS = 3
+LR = 0.1
+
+
+def is_row_rule(case: str) -> bool:
+    """Whether the rule takes no inverse root, and so magnifies no rounding."""
+    return CASES[case][1]["rule"] in ("row_norm", "adamw")
+
+
+def tensors(case: str, copy: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """A weight and three gradients, exactly representable in float32, as float64; some rows have no gradient."""
+    shape, group = CASES[case]
+    generator = torch.Generator().manual_seed(sum(map(ord, case)) + copy)
+    draws = [torch.randn(shape, generator=generator).double() for _ in range(STEPS + 1)]
+    if group.get("stale_rows") == "hold":
+        for gradient in draws[2:]:
+            (gradient.mT if group.get("view") == "columns" else gradient)[1::3] = 0
+    return draws[0], draws[1:]
