@@ -4,8 +4,9 @@ What counts is the busiest rank: everyone waits for it. Costs are found by runni
 what it asks, so they follow from the rule and need no second description of it.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from symdist.exchange.balance import balance
 from symdist.exchange.jobs import Job, Placement, Stack
 from symdist.layouts import Group, Split
-from symdist.rules import Root, Sum
+from symdist.rules import InverseRoot, Root
 
 # How many operations a rank does in the time it sends one byte: the order of an H100 in fp32 on 50 GB/s links, and of
 # a CPU core on a fast loopback. Only the choice between reduce and owner hangs on it, and that seldom is close.
@@ -32,8 +33,9 @@ class Asked:
     root_flops: float
 
 
+@functools.cache
 def ask(stack: Stack, piece: tuple[int, ...], axis: Literal["rows", "columns"] | None) -> Asked:
-    """Run the rule of a stack on a meta tensor of shape `piece`, answering itself, and note what crosses `axis`."""
+    """Run the rule of a stack on a meta tensor of shape `piece`, answering its requests emptily, and note what crosses `axis`."""
     values = stack.view.matrices(torch.empty((1, *piece), dtype=stack.dtype, device="meta"))
     asking = stack.rule.update(stack.matrix(values, None), **dict(stack.options))
     summed = grams = root_flops = 0.0
@@ -44,15 +46,17 @@ def ask(stack: Stack, piece: tuple[int, ...], axis: Literal["rows", "columns"] |
                 request = asking.send(answer)
             except StopIteration:
                 break
-            before = counter.get_total_flops()
-            answer = request.alone()
-            root_flops += counter.get_total_flops() - before
-            if axis is not None and request.across in (axis, "all"):
-                if isinstance(request, Sum):
-                    summed += request.values.numel()
-                elif isinstance(request, Root):
-                    grams += request.gram.numel()
-    return Asked(summed=summed, grams=grams, flops=counter.get_total_flops() - root_flops, root_flops=root_flops)
+            remote = axis is not None and request.across in (axis, "all")
+            if isinstance(request, Root):
+                b, d = request.gram.shape[:2]
+                norm = request.gram.new_empty(b, 1, 1)
+                answer = InverseRoot(matrix=request.gram, nuclear=norm, frobenius=norm)
+                root_flops += b * request.numerics.operations(d)
+                grams += request.gram.numel() if remote else 0
+            else:
+                answer = request.values
+                summed += request.values.numel() if remote else 0
+    return Asked(summed=summed, grams=grams, flops=counter.get_total_flops(), root_flops=root_flops)
 
 
 def place(stacks: Mapping[Stack, Sequence[int]], *, names: Sequence[str], wave_bytes: int) -> list[list[Job]]:
@@ -75,21 +79,21 @@ def place(stacks: Mapping[Stack, Sequence[int]], *, names: Sequence[str], wave_b
 def _choose(stack: Stack, count: int, *, name: str) -> tuple[Placement, Literal["rows", "columns"] | None]:
     split = stack.layout.split
     if split is None:
-        return _asked(stack, {"local": 0.0}, name=name), None
+        return _asked(stack, {"local": lambda: 0.0}, name=name), None
     seen = stack.view.seen(stack.layout)
     axis: Literal["rows", "columns"] | None = seen if seen in ("rows", "columns") else None
-    costs: dict[Placement, float] = {"owner": _owner_cost(stack, split, count)}
+    costs: dict[Placement, Callable[[], float]] = {"owner": lambda: _owner_cost(stack, split, count)}
     if seen == "batch":
-        costs = {"local": 0.0, "owner": costs["owner"]}
+        costs["local"] = lambda: 0.0
     elif axis in stack.rule.splits_of(dict(stack.options), stack.view.rows, stack.view.columns):
-        costs["reduce"] = _reduce_cost(stack, split, count, axis)
+        costs["reduce"] = lambda: _reduce_cost(stack, split, count, axis)
     chosen = _asked(stack, costs, name=name)
     return chosen, axis if chosen == "reduce" else None
 
 
-def _asked(stack: Stack, costs: Mapping[Placement, float], *, name: str) -> Placement:
+def _asked(stack: Stack, costs: Mapping[Placement, Callable[[], float]], *, name: str) -> Placement:
     if stack.asked == "auto":
-        return min(costs, key=lambda placement: costs[placement])
+        return min(costs, key=lambda placement: costs[placement]()) if len(costs) > 1 else next(iter(costs))
     if stack.asked not in costs:
         raise ValueError(
             f"{name}: rule {stack.rule.name!r} cannot run with placement {stack.asked!r} on this layout; "

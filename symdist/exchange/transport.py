@@ -12,6 +12,11 @@ from torch import Tensor
 from symdist.layouts import Group
 
 
+# PyTorch 2.13 renamed both.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Handle(Protocol):
     """A collective under way."""
 
@@ -44,11 +49,11 @@ class Collectives:
 
     def reduce_scatter(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
-        return dist.reduce_scatter_tensor(out, buffer, group=group.handle, async_op=True)
+        return _reduce_scatter(out, buffer, group=group.handle, async_op=True)
 
     def all_gather(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
-        return dist.all_gather_into_tensor(out, buffer, group=group.handle, async_op=True)
+        return _all_gather(out, buffer, group=group.handle, async_op=True)
 
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: list[int], sent: list[int], group: Group) -> Handle:
         """See `Transport`."""
