@@ -2,6 +2,17 @@
 
 from symdist.clipping import clip_grad_norm_
 from symdist.optimizer import SymDist
+from symdist.recipes import load_recipe, recipe_names
+from symdist.routing import build_optimizer, route
 from symdist.rules import rule, rule_names
 
-__all__ = ["SymDist", "clip_grad_norm_", "rule", "rule_names"]
+__all__ = [
+    "SymDist",
+    "build_optimizer",
+    "clip_grad_norm_",
+    "load_recipe",
+    "recipe_names",
+    "route",
+    "rule",
+    "rule_names",
+]

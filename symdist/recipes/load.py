@@ -1,0 +1,143 @@
+"""A recipe: which rule, with which options, each role of parameter gets. One TOML file a stack."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from symdist.rules import get_rule
+
+RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
+
+_FOLDER = Path(__file__).parent
+
+# role -> where its options come from if the recipe has no section of its own. "default" ends every chain.
+FALLBACK: dict[str, str] = {
+    "embedding": "default",
+    "tied_embedding": "embedding",
+    "head": "default",
+    "router": "default",
+    "matrix": "default",
+    "attention": "matrix",
+    "attention_q": "attention",
+    "attention_k": "attention",
+    "attention_v": "attention",
+    "attention_qkv": "attention",
+    "attention_o": "attention",
+    "mlp": "matrix",
+    "mlp_gate": "mlp",
+    "mlp_up": "mlp",
+    "mlp_gate_up": "mlp",
+    "mlp_down": "mlp",
+    "experts": "matrix",
+    "expert_gate": "experts",
+    "expert_up": "experts",
+    "expert_gate_up": "experts",
+    "expert_down": "experts",
+    "other": "default",
+    "norm": "other",
+    "bias": "other",
+    "router_bias": "other",
+    "sink": "other",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """`sections` maps a role to its options, `patterns` are ordered overrides by parameter name.
+
+    A pattern is `{"match": "layers.*.weird.weight", "role": …}` and may carry options of its own; the first that
+    matches a name wins. `schedules` maps a role, a rule or "default" to a learning-rate schedule, for a training loop.
+    """
+
+    name: str
+    sections: Mapping[str, Mapping[str, Any]]
+    patterns: tuple[Mapping[str, Any], ...] = ()
+    schedules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def options(self, role: str) -> dict[str, Any] | None:
+        """The options of the nearest section up the role's chain, or None where there is none."""
+        at: str | None = role
+        while at is not None:
+            if at in self.sections:
+                return dict(self.sections[at])
+            at = FALLBACK.get(at)
+        return None
+
+    def overridden(self, overrides: Mapping[str, Mapping[str, Any]]) -> "Recipe":
+        """The recipe with options of some roles replaced.
+
+        A role without a section of its own first takes over the one it falls back to. Where an override names
+        another rule, options that this rule does not know are left behind; every other unknown option is an error
+        later. Raises ValueError for an unknown role.
+        """
+        sections = {role: dict(options) for role, options in self.sections.items()}
+        for role, changes in overrides.items():
+            _check_role(role, f"recipe {self.name!r}: override")
+            if not isinstance(changes, Mapping):
+                raise ValueError(f"override of {role!r} is {changes!r}; give its options, like {{'lr': 0.01}}")
+            base = self.options(role) or {}
+            if "rule" in changes and changes["rule"] != base.get("rule"):
+                known = {
+                    *get_rule(changes["rule"]).defaults,
+                    "lr",
+                    "weight_decay",
+                    "view",
+                    "stale_rows",
+                    "padding_rows",
+                }
+                base = {key: value for key, value in base.items() if key in known}
+            sections[role] = {**base, **changes}
+        return Recipe(name=self.name, sections=sections, patterns=self.patterns, schedules=self.schedules)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with symdist, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load_recipe(recipe: RecipeLike) -> Recipe:
+    """A recipe by name, from a TOML file, or from a mapping of the same form.
+
+    Raises ValueError for an unknown name, a file that is no TOML, and an unknown section.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return _parse(dict(recipe), name=str(recipe.get("name", "given")))
+    path = Path(recipe)
+    if path.suffix != ".toml":
+        path = _FOLDER / f"{recipe}.toml"
+        if not path.exists():
+            raise ValueError(
+                f"there is no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or a .toml file"
+            )
+    try:
+        return _parse(tomllib.loads(path.read_text()), name=path.stem)
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def _parse(content: dict[str, Any], *, name: str) -> Recipe:
+    content.pop("name", None)
+    content.pop("description", None)
+    schedules = content.pop("schedule", {})
+    patterns = tuple(content.pop("patterns", ()))
+    for role, options in content.items():
+        _check_role(role, f"recipe {name!r}")
+        if not isinstance(options, Mapping):
+            raise ValueError(f"recipe {name!r}: {role!r} should be a section of options, not {options!r}")
+    for pattern in patterns:
+        if "match" not in pattern:
+            raise ValueError(f"recipe {name!r}: pattern {dict(pattern)!r} has no 'match'")
+        if "role" in pattern:
+            _check_role(pattern["role"], f"recipe {name!r}: pattern {pattern['match']!r}")
+    return Recipe(name=name, sections=content, patterns=patterns, schedules=schedules)
+
+
+def _check_role(role: str, where: str) -> None:
+    if role not in FALLBACK and role != "default":
+        raise ValueError(f"{where} names {role!r}, which is no role; the roles are {', '.join([*FALLBACK, 'default'])}")

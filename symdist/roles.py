@@ -1,0 +1,159 @@
+"""What part a parameter plays in a transformer, found from the modules around it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+_HEADS = {"lm_head", "output", "head", "unembed", "embed_out", "output_layer"}
+_ATTENTION = {
+    **dict.fromkeys(("q_proj", "wq", "query", "q_a_proj", "q_b_proj", "to_q"), "attention_q"),
+    **dict.fromkeys(("k_proj", "wk", "key", "kv_a_proj_with_mqa", "kv_b_proj", "to_k"), "attention_k"),
+    **dict.fromkeys(("v_proj", "wv", "value", "to_v"), "attention_v"),
+    **dict.fromkeys(("o_proj", "wo", "out_proj", "dense", "c_proj", "proj"), "attention_o"),
+    **dict.fromkeys(("qkv_proj", "qkv", "c_attn", "in_proj", "Wqkv", "query_key_value"), "attention_qkv"),
+}
+# Latent projections and their like: rows of several kinds, not head after head.
+_NO_HEADS = {"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
+_MLP = {
+    **dict.fromkeys(("gate_proj", "w1", "wg"), "gate"),
+    **dict.fromkeys(("up_proj", "w3", "fc1", "c_fc", "linear1", "dense_h_to_4h", "fc_in"), "up"),
+    **dict.fromkeys(("down_proj", "w2", "fc2", "c_proj", "linear2", "dense_4h_to_h", "fc_out", "wo"), "down"),
+    "gate_up_proj": "gate_up",
+}
+_ATTENTION_WORDS = ("attn", "attention")
+_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
+_KV_COUNTS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where a parameter stands.
+
+    `role` is None where nothing is known of a matrix. `heads` and `head_dim_index` (0 rows, 1 columns of the stored
+    matrix) are set where heads lie one after another. `transposed` marks storage as `[in, out]`. `fused` says how a
+    gate and an up projection share one tensor.
+    """
+
+    role: str | None
+    heads: int | None = None
+    head_dim_index: int = 0
+    transposed: bool = False
+    fused: Literal["stacked", "interleaved"] | None = None
+
+
+def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:
+    """Every trainable parameter by its name, once, with its site. Tied parameters keep their first name."""
+    embedded = {id(module.weight) for module in model.modules() if _is_embedding(module)}
+    heads = {id(weight) for weight in _output_weights(model)}
+    sites: dict[str, tuple[nn.Parameter, Site]] = {}
+    seen: set[int] = set()
+    for name, parameter, chain in _walk(model):
+        if id(parameter) in seen or not parameter.requires_grad:
+            continue
+        seen.add(id(parameter))
+        if id(parameter) in embedded:
+            site = Site(role="tied_embedding" if id(parameter) in heads else "embedding")
+        elif id(parameter) in heads:
+            site = Site(role="head")
+        else:
+            site = _site(name.rsplit(".", 1)[-1], parameter, chain)
+        sites[name] = (parameter, site)
+    return sites
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
+    """Name, parameter, and the chain of (attribute, module) from the root to the module that holds it."""
+
+    def descend(module: nn.Module, prefix: str, chain: list[tuple[str, nn.Module]]) -> Any:
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield prefix + leaf, parameter, chain
+        for attribute, child in module.named_children():
+            yield from descend(child, f"{prefix}{attribute}.", [*chain, (attribute, child)])
+
+    yield from descend(model, "", [("", model)])
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and (
+        isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")
+    )
+
+
+def _output_weights(model: nn.Module) -> list[Tensor]:
+    found = [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.rsplit(".", 1)[-1] in _HEADS
+        and "." not in name.removeprefix("module.")
+    ]
+    declared = getattr(model, "get_output_embeddings", lambda: None)()
+    return found + ([declared.weight] if declared is not None else [])
+
+
+def _site(leaf: str, parameter: Tensor, chain: list[tuple[str, nn.Module]]) -> Site:
+    attribute, module = chain[-1]
+    parent_name, parent = chain[-2] if len(chain) > 1 else ("", module)
+    kind = type(module).__name__
+    router = kind.endswith("Router") or (attribute in ("router", "gate") and hasattr(parent, "experts"))
+    if router:
+        return Site(role="router" if parameter.dim() == 2 else "router_bias")
+    if leaf.endswith("bias") or leaf.endswith("_bias"):
+        return Site(role="bias")
+    if leaf == "sinks":
+        return Site(role="sink")
+    if "norm" in kind.lower():
+        return Site(role="norm")
+    if parameter.dim() < 2:
+        return Site(role="other")
+    # A bare parameter (stacked experts, in_proj_weight) names itself; a linear's weight is named by its attribute.
+    word, holder = (attribute, parent) if leaf == "weight" else (leaf.removesuffix("_weight"), module)
+    if any("experts" in name for name, _ in chain):
+        return _expert_site(word, module, parameter)
+    around = [name for name, _ in chain] + [type(m).__name__ for _, m in chain[-2:]]
+    if word in _ATTENTION and any(w in text.lower() for text in around for w in _ATTENTION_WORDS):
+        return _attention_site(word, holder, parameter)
+    if word in _MLP:
+        return _mlp_site(word, "mlp_", parameter)
+    return Site(role=None)
+
+
+def _expert_site(word: str, module: nn.Module, parameter: Tensor) -> Site:
+    if word not in _MLP:
+        return Site(role=None)
+    if parameter.dim() < 3:
+        return _mlp_site(word, "expert_", parameter)
+    # transformers says of stacked experts how they lie; elsewhere [expert, out, in] with gate before up is assumed.
+    transposed = bool(getattr(module, "is_transposed", False))
+    stacked = bool(getattr(module, "is_concatenated", True))
+    fused: Literal["stacked", "interleaved"] | None = None
+    if word == "gate_up_proj":
+        fused = "stacked" if stacked else "interleaved"
+    return Site(role=f"expert_{_MLP[word]}", transposed=transposed, fused=fused)
+
+
+def _mlp_site(word: str, prefix: str, parameter: Tensor) -> Site:
+    return Site(role=prefix + _MLP[word], fused="stacked" if word == "gate_up_proj" else None)
+
+
+def _attention_site(word: str, attention: nn.Module, parameter: Tensor) -> Site:
+    role = _ATTENTION[word]
+    index = 1 if role == "attention_o" else 0
+    size = parameter.shape[index]
+    heads = None
+    if word not in _NO_HEADS:
+        head_dim = getattr(attention, "head_dim", None)
+        if isinstance(head_dim, int) and size % head_dim == 0:
+            heads = size // head_dim
+        elif head_dim is None and role != "attention_qkv":
+            counts = _KV_COUNTS if role in ("attention_k", "attention_v") else ()
+            heads = _count(attention, (*counts, *_COUNTS))
+    return Site(role=role, heads=heads, head_dim_index=index)
+
+
+def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    counts = (getattr(module, name, None) for name in names)
+    return next((count for count in counts if isinstance(count, int)), None)

@@ -1,0 +1,114 @@
+"""From a model and a recipe to param groups: every parameter gets a role, and by its role a rule."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from symdist.exchange import Transport
+from symdist.finite import NonFinite
+from symdist.groups import COMMON
+from symdist.optimizer import WAVE_BYTES, SymDist
+from symdist.recipes import Recipe, RecipeLike, load_recipe
+from symdist.roles import Site, find_sites
+from symdist.rules import get_rule
+
+_LOOKED_UP = ("embedding", "tied_embedding")
+
+
+def route(model: nn.Module, recipe: RecipeLike, **overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The param groups of a model: one for each role and set of options, parameters in the model's order.
+
+    `recipe` is a name, a TOML file or a mapping; `overrides` replace options by role, as in
+    `router={"rule": "left_spectral"}`. Frozen parameters are left out. Beside the views a group knows, a recipe may
+    say "heads" (head by head), "neurons" (rows are the hidden neurons of an MLP) or nothing (`[out, in]`), and each
+    parameter gets the view that means.
+
+    Raises ValueError for a matrix without a role, a role without a section, a pattern that nothing takes, and a view
+    that does not fit; always with the parameter's name and what to do.
+    """
+    loaded = load_recipe(recipe).overridden(overrides)
+    used: set[int] = set()
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, (parameter, site) in find_sites(model).items():
+        role, options = _options(name, tuple(parameter.shape), site, loaded, used)
+        options["view"] = _view(name, options, role, site)
+        key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
+        group = groups.setdefault(key, {"params": [], "names": [], "role": role, **options})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    unused = [pattern["match"] for i, pattern in enumerate(loaded.patterns) if i not in used]
+    if unused:
+        raise ValueError(
+            f"recipe {loaded.name!r}: pattern {unused[0]!r} takes no parameter (none matches, or an earlier pattern "
+            "took them); names look like " + ", ".join(list(find_sites(model))[:3])
+        )
+    return list(groups.values())
+
+
+def build_optimizer(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    nonfinite: NonFinite = "raise",
+    wave_bytes: int = WAVE_BYTES,
+    transport: Transport | None = None,
+    **overrides: Mapping[str, Any],
+) -> SymDist:
+    """`SymDist(route(model, recipe, **overrides))`; see there for what each raises."""
+    return SymDist(route(model, recipe, **overrides), nonfinite=nonfinite, wave_bytes=wave_bytes, transport=transport)
+
+
+def _options(
+    name: str, shape: tuple[int, ...], site: Site, recipe: Recipe, used: set[int]
+) -> tuple[str, dict[str, Any]]:
+    role, own = site.role, {}
+    for i, pattern in enumerate(recipe.patterns):
+        if fnmatchcase(name, pattern["match"]):
+            used.add(i)
+            role = pattern.get("role", role)
+            own = {key: value for key, value in pattern.items() if key not in ("match", "role")}
+            break
+    if role is None:
+        raise ValueError(
+            f"{name} {shape} has no role: it is a matrix of a kind symdist does not know. Name its role in the "
+            f'recipe: [[patterns]] match = "{name}", role = "matrix"'
+        )
+    options = recipe.options(role)
+    if options is None and "rule" not in own:
+        raise ValueError(f"{name} has role {role!r}, for which recipe {recipe.name!r} has no section and no [default]")
+    options = {**(options or {}), **own}
+    if "rule" not in options:
+        raise ValueError(f"recipe {recipe.name!r} names no rule for role {role!r} ({name})")
+    if role in _LOOKED_UP and options.get("centered"):
+        raise ValueError(
+            f"{name}: an {role.replace('_', ' ')} must not be centred, for a look-up changes when all rows shift; "
+            "remove centered = true"
+        )
+    return role, options
+
+
+def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
+    view = options.get("view")
+    if not get_rule(options["rule"]).matrices:
+        # Coordinate-wise rules see no matrix, so a section shared with them may name any view.
+        return COMMON["view"]
+    match view:
+        case None:
+            return "columns" if site.transposed else "rows"
+        case "heads":
+            if site.heads is None:
+                raise ValueError(
+                    f"{name}: view 'heads' needs the number of heads, which its module does not tell; "
+                    "say view = { heads = h, dim = 0 or 1 } in a pattern or section, or leave the view out"
+                )
+            return {"heads": site.heads, "dim": site.head_dim_index}
+        case "neurons":
+            kind = role.partition("_")[2]
+            if role.partition("_")[0] not in ("mlp", "expert") or not kind:
+                raise ValueError(f"{name} has role {role!r}: view 'neurons' is for MLP and expert matrices")
+            if site.fused is not None:
+                return f"gate_up_{site.fused}"
+            return "columns" if (kind == "down") != site.transposed else "rows"
+    return view
