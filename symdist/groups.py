@@ -1,14 +1,14 @@
 """Parameter groups: what a user may say of one, completed and checked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from symdist.exchange import Stack
+from symdist.exchange import Job, Stack, place
 from symdist.layouts import Layout, layout_of
 from symdist.rules import Rule, get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
@@ -110,3 +110,15 @@ def describe_member(parameter: Tensor, *, name: str, index: int, group: Mapping[
             padding_rows=padding,
         )
     return Member(parameter=parameter, name=name, group=index, rule=rule, layout=layout, dtype=dtype, stack=stack)
+
+
+def place_members(members: Sequence[Member], *, wave_bytes: int) -> list[list[Job]]:
+    """The waves of a step: the members that share a stack put together, and each stack placed.
+
+    Members without a stack are in no wave. Raises ValueError, naming a parameter, where its placement does not fit.
+    """
+    stacks: dict[Stack, list[int]] = {}
+    for i, member in enumerate(members):
+        if member.stack is not None:
+            stacks.setdefault(member.stack, []).append(i)
+    return place(stacks, names=[member.name for member in members], wave_bytes=wave_bytes)

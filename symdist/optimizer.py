@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from symdist.accumulate import adamw_step, advance
-from symdist.exchange import Collectives, Job, Placement, Stack, Transport, describe, place, run
+from symdist.exchange import Collectives, Job, Placement, Transport, describe, run
 from symdist.finite import NonFinite, agree_finite
-from symdist.groups import Member, complete_group, describe_member
+from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import local
 from symdist.rules import ACCUMULATOR_STATE
 
@@ -77,10 +77,12 @@ class SymDist(torch.optim.Optimizer):
         for name, parameter in zip(names, params, strict=True):
             if id(parameter) in known:
                 raise ValueError(f"{name} is given twice: it is {known[id(parameter)]} of another place or group")
+            if parameter.is_meta:
+                raise ValueError(f"{name} is on the meta device; materialise it (to_empty) before building the optimizer")
             known[id(parameter)] = name
             members.append(describe_member(parameter, name=name, index=len(self.param_groups), group=group))
         if self._constructed:
-            _stacks_placed(self._members + members, self.wave_bytes)
+            place_members(self._members + members, wave_bytes=self.wave_bytes)
         super().add_param_group(group)
         self._members += members
         self._waves = None
@@ -142,7 +144,7 @@ class SymDist(torch.optim.Optimizer):
 
     def _plan(self) -> list[list[Job]]:
         if self._waves is None:
-            self._waves = _stacks_placed(self._members, self.wave_bytes)
+            self._waves = place_members(self._members, wave_bytes=self.wave_bytes)
         return self._waves
 
     def _run(self, wave: list[Job], gradients: list[Tensor], *, with_plain: bool) -> None:
@@ -216,14 +218,6 @@ class SymDist(torch.optim.Optimizer):
                 if decay:
                     torch._foreach_mul_(weights, 1 - lr * decay)
                 torch._foreach_add_(weights, chosen, alpha=-lr)
-
-
-def _stacks_placed(members: list[Member], wave_bytes: int) -> list[list[Job]]:
-    stacks: dict[Stack, list[int]] = {}
-    for i, member in enumerate(members):
-        if member.stack is not None:
-            stacks.setdefault(member.stack, []).append(i)
-    return place(stacks, names=[member.name for member in members], wave_bytes=wave_bytes)
 
 
 def _new_state(member: Member) -> dict[str, Tensor]:

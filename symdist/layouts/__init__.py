@@ -12,8 +12,6 @@ __all__ = ["Group", "Layout", "Split", "layout_of", "local"]
 
 def layout_of(tensor: Tensor, *, name: str) -> Layout:
     """The layout of a parameter; ValueError, naming it, where no layout fits."""
-    if tensor.is_meta:
-        raise ValueError(f"{name} is on the meta device; materialise it (to_empty) before building the optimizer")
     if isinstance(tensor, DTensor):
         return dtensor_layout(tensor, name=name)
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:

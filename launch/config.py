@@ -1,0 +1,145 @@
+"""What a pretraining run is told: a TOML file, the command line over it, checked before anything starts."""
+
+import dataclasses
+import sys
+import tomllib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.data import DataConfig
+from symdist.recipes import load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A pretraining run. Every value can stand in the TOML file and on the command line, which wins."""
+
+    model: str = "olmoe-tiny"
+    """A preset of symdist.models, or a TOML file of the same form."""
+    model_overrides: dict[str, str] = field(default_factory=dict)
+    """Values of the model's configuration, as pairs: --model-overrides num_hidden_layers 8."""
+    recipe: str = "small-moe"
+    """A recipe of symdist.recipes, or a TOML file of the same form."""
+    set: tuple[str, ...] = ()
+    """Options of the recipe to replace, each as role.option=value: --set router.lr=0.02 head.rule=hybrid."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The corpus."""
+    steps: int = 300
+    """Optimizer steps."""
+    batch: int = 16
+    """Sequences a step, over all ranks and micro-batches."""
+    sequence: int = 128
+    """Tokens a sequence."""
+    accumulation: int = 1
+    """Micro-batches a step."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+    aux_loss: float = 0.0
+    """Weight of the routers' load-balance loss."""
+    z_loss: float = 0.0
+    """Weight of the routers' z-loss."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward and backward; "auto" is bfloat16 on a GPU that has it. Weights and state are always float32."""
+    nonfinite: Literal["raise", "skip", "zero"] = "skip"
+    """What to do where a gradient is inf or NaN."""
+    seed: int = 42
+    """Of weights and data order."""
+    validate_every: int = 50
+    """Steps between validations; the last step is always validated."""
+    validation_sequences: int = 512
+    """Sequences of a validation, over all ranks."""
+    log_every: int = 10
+    """Steps between log lines."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 saves at the end, on SIGTERM, and nowhere else."""
+    keep: int = 3
+    """Checkpoints kept."""
+    output: Path = Path("runs/default")
+    """The folder of logs and checkpoints."""
+    resume: str | None = None
+    """"auto" continues from the newest checkpoint of the run, or starts where there is none; or a checkpoint's path."""
+
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """`set` by role; ValueError for a word that is not role.option=value."""
+        overrides: dict[str, dict[str, Any]] = {}
+        for word in self.set:
+            path, equals, text = word.partition("=")
+            role, dot, option = path.partition(".")
+            if not (equals and dot and role and option):
+                raise ValueError(f"--set {word!r} should be role.option=value, as in router.lr=0.02")
+            overrides.setdefault(role, {})[option] = parse_value(text)
+        return overrides
+
+    def check(self, *, ranks: int) -> None:
+        """ValueError, naming the value and the remedy, for what cannot run on so many ranks."""
+        for name in ("steps", "batch", "sequence", "accumulation", "validate_every", "validation_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.log_every < 1 or self.keep < 1 or self.checkpoint_every < 0:
+            raise ValueError("--log-every and --keep must be at least 1, --checkpoint-every at least 0")
+        if self.batch % (ranks * self.accumulation):
+            raise ValueError(
+                f"--batch {self.batch} does not split over {ranks} ranks × {self.accumulation} micro-batches; "
+                f"take a multiple of {ranks * self.accumulation}"
+            )
+        if self.clip < 0 or self.aux_loss < 0 or self.z_loss < 0:
+            raise ValueError("--clip, --aux-loss and --z-loss must not be negative")
+        load_recipe(self.recipe).overridden(self.overrides())
+
+
+def parse_value(text: str) -> Any:
+    """A word of the command line as TOML would read it, or as a string where it would not."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_command_line(arguments: list[str]) -> Config:
+    """The configuration from `--config FILE.toml` and options over it.
+
+    Raises ValueError for a file that is missing, no TOML, or holds an unknown key; tyro ends the process with its own
+    message for an unknown option.
+    """
+    import tyro
+
+    arguments = list(arguments)
+    default = Config()
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ValueError("--config needs a file")
+        default = read_toml(Path(arguments[at + 1]))
+        del arguments[at : at + 2]
+    return tyro.cli(Config, args=arguments, default=default, prog=Path(sys.argv[0]).name, description=__doc__)
+
+
+def read_toml(path: Path) -> Config:
+    """A configuration from a TOML file; see `parse_command_line` for what it raises."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"config {path} is not valid TOML: {error}") from None
+    return _build(Config, content, where=str(path))
+
+
+def _build(kind: Any, content: dict[str, Any], *, where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    unknown = sorted(set(content) - known)
+    if unknown:
+        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(hint, value, where=f"{where}: [{name}]")
+        elif name == "model_overrides":
+            values[name] = {key: repr(item) if not isinstance(item, str) else item for key, item in value.items()}
+        else:
+            values[name] = Path(value) if hint is Path else tuple(value) if isinstance(value, list) else value
+    return kind(**values)

@@ -1,0 +1,258 @@
+"""The training loop: data in, forward, backward, clip, step; validation, logs and checkpoints at their intervals."""
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn import functional
+
+import symdist
+from launch import checkpoint
+from launch.config import Config, parse_value
+from launch.data import Corpus, TokenLoader, validation_batches
+from launch.ranks import Ranks
+from launch.runlog import RunLog
+from launch.schedules import Schedule, build_scheduler
+from symdist.diagnostics import RouterMonitor
+from symdist.models import active_parameters, blocks, build
+from symdist.recipes import load_recipe
+
+
+class Training:
+    """A run on all ranks: model, optimizer, schedule, data, and what a checkpoint needs of them."""
+
+    def __init__(self, config: Config, corpus: Corpus, ranks: Ranks):
+        self.config, self.corpus, self.ranks = config, corpus, ranks
+        self.recipe = load_recipe(config.recipe).overridden(config.overrides())
+        self.model = self._build_model()
+        self.monitor = RouterMonitor(self.model)
+        self.optimizer = symdist.build_optimizer(self.model, self.recipe, nonfinite=config.nonfinite)
+        self.scheduler = build_scheduler(self.optimizer, self._schedules(), config.steps)
+        self.loader = TokenLoader(
+            corpus.train,
+            sequence=config.sequence,
+            batch=config.batch // (ranks.world * config.accumulation),
+            rank=ranks.rank,
+            world=ranks.world,
+            seed=config.seed,
+            vocabulary=corpus.vocabulary,
+        )
+        self.step = 0
+        self.elapsed = 0.0
+        self._step_times: list[float] = []
+        self._optimizer_times: list[float] = []
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to belong to this run."""
+        config = self.config
+        return {
+            "model": config.model,
+            "model_overrides": config.model_overrides,
+            "recipe": {role: dict(options) for role, options in self.recipe.sections.items()},
+            "corpus": self.corpus.fingerprint,
+            "vocabulary": self.corpus.vocabulary,
+            "sequence": config.sequence,
+            "batch": config.batch,
+            "seed": config.seed,
+        }
+
+    def resume(self, log_to: Any) -> int | None:
+        """Load the checkpoint the configuration asks for; the step it was saved at, or None where there is none."""
+        wanted = self.config.resume
+        if wanted is None:
+            return None
+        path = checkpoint.latest(self.checkpoints) if wanted == "auto" else Path(wanted)
+        if path is None:
+            log_to(f"no checkpoint in {self.checkpoints}: starting from the beginning")
+            return None
+        state = checkpoint.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
+        self.step, self.elapsed = state["step"], state["elapsed"]
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.loader.load_state_dict(state["data"])
+        self.optimizer.skipped_steps = state["skipped_steps"]
+        return self.step
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of this run's checkpoints."""
+        return self.config.output / "checkpoints"
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        trainer = {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "scheduler": self.scheduler.state_dict(),
+            "data": self.loader.state_dict(),
+            "skipped_steps": self.optimizer.skipped_steps,
+        }
+        return checkpoint.save(
+            self.checkpoints,
+            self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            trainer=trainer,
+            identity=self.identity,
+            keep=self.config.keep,
+        )
+
+    def run(self, log: RunLog) -> dict[str, Any] | None:
+        """Train to the end, or until a signal; the summary, or None where it was stopped early."""
+        config = self.config
+        while self.step < config.steps:
+            loss, norm = self._train_step()
+            log.advance(self.step)
+            last = self.step == config.steps
+            if self.step % config.log_every == 0 or last:
+                log.step(self.step, "train", self._measures(loss, norm))
+            if self.step % config.validate_every == 0 or last:
+                measures = self.validate()
+                log.step(self.step, "validation", measures)
+            if last or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                self.save()
+            if self.ranks.agree_to_stop() and not last:
+                log.say(f"told to stop: saved {self.save()}; --resume auto goes on from there")
+                return None
+        return self._summary(measures)
+
+    def _train_step(self) -> tuple[Tensor, Tensor]:
+        started = self._clock()
+        self.model.train()
+        config = self.config
+        total = torch.zeros((), device=self.ranks.device)
+        for micro in range(config.accumulation):
+            # Gradients meet once a step, however many micro-batches it has.
+            self.model.set_requires_gradient_sync(micro + 1 == config.accumulation)
+            tokens = next(self.loader).to(self.ranks.device)
+            loss = _next_token_losses(self.model, tokens).mean()
+            total += loss.detach() / config.accumulation
+            if self.monitor.layers:
+                self.monitor.accumulate()
+                if config.aux_loss or config.z_loss:
+                    balance, z = self.monitor.losses()
+                    loss = loss + config.aux_loss * balance + config.z_loss * z
+            (loss / config.accumulation).backward()
+        norm = symdist.clip_grad_norm_(self.model.parameters(), config.clip or float("inf"))
+        stepping = self._clock()
+        self.optimizer.step()
+        done = self._clock()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        self.step += 1
+        self._optimizer_times.append(done - stepping)
+        self._step_times.append(self._clock() - started)
+        self.elapsed += self._step_times[-1]
+        return total, norm
+
+    def _measures(self, loss: Tensor, norm: Tensor) -> dict[str, float]:
+        config = self.config
+        values = {
+            "loss": float(self.ranks.sum(loss.clone()) / self.ranks.world),
+            "gradient_norm": float(norm),
+            "tokens_per_second": config.batch * config.sequence / statistics.median(self._step_times[-config.log_every :]),
+            "optimizer_share": self._optimizer_share(config.log_every),
+        }
+        if self.optimizer.skipped_steps:
+            values["skipped_steps"] = self.optimizer.skipped_steps
+        return values | self._router_measures()
+
+    def _router_measures(self) -> dict[str, float]:
+        if not self.monitor.layers:
+            return {}
+        mean = self.monitor.summary(self.ranks.sum)["mean"]
+        self.monitor.reset()
+        return {f"router_{name}": value for name, value in mean.items()}
+
+    def _optimizer_share(self, last: int) -> float:
+        return statistics.median(self._optimizer_times[-last:]) / statistics.median(self._step_times[-last:])
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean next-token loss on the validation set, and how its tokens load the routers."""
+        self.model.eval()
+        self.monitor.reset()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        config = self.config
+        batches = validation_batches(
+            self.corpus.validation,
+            sequence=config.sequence,
+            batch=config.batch // (self.ranks.world * config.accumulation),
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            limit=config.validation_sequences,
+        )
+        for tokens, weight in batches:
+            losses = _next_token_losses(self.model, tokens.to(self.ranks.device))
+            weight = weight.to(losses)[:, None]
+            totals += torch.stack([(losses * weight).sum().double(), weight.sum().double() * losses.shape[1]])
+            if self.monitor.layers:
+                self.monitor.accumulate()
+        self.ranks.sum(totals)
+        return {"loss": float(totals[0] / totals[1])} | self._router_measures()
+
+    def _summary(self, measures: dict[str, float]) -> dict[str, Any]:
+        config = self.config
+        return {
+            "model": config.model,
+            "recipe": self.recipe.name,
+            "steps": config.steps,
+            "ranks": self.ranks.world,
+            "tokens": config.steps * config.batch * config.sequence,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "active_parameters": active_parameters(self.model),
+            "tokens_per_second": config.batch * config.sequence / statistics.median(self._step_times),
+            "optimizer_share": self._optimizer_share(len(self._step_times)),
+            "optimizer_ms": 1000 * statistics.median(self._optimizer_times),
+            "training_seconds": self.elapsed,
+            "skipped_steps": self.optimizer.skipped_steps,
+            **{f"validation_{name}": value for name, value in measures.items()},
+        }
+
+    def _clock(self) -> float:
+        self.ranks.synchronize()
+        return time.perf_counter()
+
+    def _schedules(self) -> dict[str, Schedule]:
+        given = self.recipe.schedules or {"default": {"shape": "linear"}}
+        try:
+            schedules = {key: Schedule(**options) for key, options in given.items()}
+        except TypeError as error:
+            raise ValueError(f"recipe {self.recipe.name!r}: [schedule] {error}") from None
+        # A trial run of a few steps should warm up too, and still get somewhere.
+        limit = self.config.steps // 4
+        return {
+            key: dataclasses.replace(schedule, warmup=min(schedule.warmup, limit)) for key, schedule in schedules.items()
+        }
+
+    def _build_model(self) -> Any:
+        config = self.config
+        # On every rank the same weights, drawn whole: a run starts alike at any world size.
+        model: nn.Module = build(
+            config.model,
+            vocabulary=self.corpus.vocabulary,
+            overrides={key: parse_value(text) for key, text in config.model_overrides.items()},
+            seed=config.seed,
+        )
+        low = config.precision == "bfloat16" or (
+            config.precision == "auto" and self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        )
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
+        )
+        for block in blocks(model):
+            fully_shard(block, mesh=self.ranks.mesh, mp_policy=policy)
+        fully_shard(model, mesh=self.ranks.mesh, mp_policy=policy)
+        assert isinstance(model, FSDPModule)
+        return model
+
+
+def _next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each next token: `[batch, sequence]` of tokens `[batch, sequence + 1]`, in nats."""
+    logits = model(input_ids=tokens[:, :-1]).logits
+    return functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
