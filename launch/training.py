@@ -233,7 +233,7 @@ class Training:
     def _build_model(self) -> Any:
         config = self.config
         # On every rank the same weights, drawn whole: a run starts alike at any world size.
-        model: nn.Module = build(
+        model: Any = build(
             config.model,
             vocabulary=self.corpus.vocabulary,
             overrides={key: parse_value(text) for key, text in config.model_overrides.items()},

@@ -78,7 +78,9 @@ class SymDist(torch.optim.Optimizer):
             if id(parameter) in known:
                 raise ValueError(f"{name} is given twice: it is {known[id(parameter)]} of another place or group")
             if parameter.is_meta:
-                raise ValueError(f"{name} is on the meta device; materialise it (to_empty) before building the optimizer")
+                raise ValueError(
+                    f"{name} is on the meta device; materialise it (to_empty) before building the optimizer"
+                )
             known[id(parameter)] = name
             members.append(describe_member(parameter, name=name, index=len(self.param_groups), group=group))
         if self._constructed:

@@ -1,13 +1,14 @@
 """What a recipe comes to on a model over some number of ranks, found without the ranks and without the weights."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -20,6 +21,9 @@ from symdist.recipes import RecipeLike
 from symdist.routing import route
 from symdist.rules import get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ def preview(model: str | Path, recipe: RecipeLike, *, ranks: int) -> Preview:
         )
 
 
-def shard(model: Any, mesh: DeviceMesh) -> nn.Module:
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     """The model under FSDP2 over a one-dimensional mesh: its decoder layers one by one, then the rest."""
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
@@ -107,7 +111,7 @@ def _pretended(ranks: int) -> Iterator[DeviceMesh]:
 
 
 def _dry_step(members: list[Member], waves: list[list[Job]]) -> Counting:
-    """What a step moves: its jobs run on meta tensors, and the one number a group that says the gradients are finite."""
+    """What a step moves: one number a group for the agreement on finite gradients, and its jobs, on meta tensors."""
     counting = Counting()
     for group in {member.layout.split.group for member in members if member.layout.split is not None}:
         counting.all_reduce(local(members[0].parameter).new_empty(1), group=group)

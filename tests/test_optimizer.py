@@ -262,6 +262,9 @@ def wide_state(optimizer: SymDist, parameter: nn.Parameter) -> list[Tensor]:
         ([{"params": [weight(4, 3)], **MUON}], "'mine' has rule 'row_norm'.*'muon'"),
         ([{"params": [weight(4, 3), weight(4, 3)], **ROW}], "1 parameters; the saved one has 'row_norm' and 2"),
         ([{"params": [weight(4, 4)], **ROW}], r"w: needs state 'momentum' of shape \(4, 3\); .* \(4, 4\)"),
+        ([{"params": [weight(4, 3)], **ROW, "centered": True}], "centered"),
+        ([{"params": [weight(4, 3)], **ROW, "view": "columns"}], "view"),
+        ([{"params": [weight(4, 3)], **ROW, "stale_rows": "hold"}], "stale_rows"),
         ([{"params": [weight(4, 3)], **ROW}, {"params": [weight(2, 2)], **ROW}], "has 2 param groups, this optimizer 1"),
     ],
 )

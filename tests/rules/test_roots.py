@@ -95,6 +95,19 @@ def test_muon_on_the_gram_is_muon_on_the_matrix(shape: tuple[int, int], scale: f
     assert error(m @ inverse_root(m.mT @ m, numerics).matrix, x) < 1e-8
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("normalise", ["gram", "matrix"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_scale_may_be_any_that_float32_holds(method: str, normalise: str, scale: float) -> None:
+    gram = spectrum(0.1, 1.0, 3.0, batch=2)
+    numerics = Numerics(method=method, steps=0 if method == "exact" else 15, normalise=normalise)  # type: ignore[arg-type]
+    root = inverse_root((gram * scale).float(), numerics)
+    exact = inverse_root(gram, Numerics(method="exact"))
+    assert error(root.matrix.double() * scale**0.5, exact.matrix) < 1e-4
+    assert error(root.nuclear.double() / scale**0.5, exact.nuclear) < 1e-4
+    assert error(root.frobenius.double() / scale**0.5, exact.frobenius) < 1e-4
+
+
 @pytest.mark.parametrize("normalise", ["gram", "matrix"])
 @pytest.mark.parametrize("damping", [0.0, 1e-8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Train a small mixture of experts three times on the same text, under the symmetry stack, under Muon with AdamW, and
+# under AdamW, and set them side by side.
+#   bash launch/quickstart.sh [--nproc 2] [--recipe small-moe] [--steps 300] [--model olmoe-tiny] [any option of pretrain.py]
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+nproc=2
+recipe=small-moe
+options=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --nproc | --recipe)
+            [ $# -gt 1 ] || { echo "error: $1 needs a value" >&2; exit 2; }
+            if [ "$1" = --nproc ]; then nproc=$2; else recipe=$2; fi
+            shift 2
+            ;;
+        --nproc=*) nproc=${1#*=}; shift ;;
+        --recipe=*) recipe=${1#*=}; shift ;;
+        --output | --output=*)
+            echo "error: quickstart chooses the output folders; use launch/pretrain.py to choose your own" >&2
+            exit 2
+            ;;
+        -h | --help)
+            sed -n '2,4s/^# \{0,1\}//p' "$0"
+            exit 0
+            ;;
+        *) options+=("$1"); shift ;;
+    esac
+done
+
+. launch/environment.sh launch
+# One core a rank: more threads than cores make each other wait.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os, sys; print(max(1, len(os.sched_getaffinity(0)) // int(sys.argv[1])))" "$nproc")}
+
+folder=runs/quickstart/$(date +%Y%m%d-%H%M%S)
+finished=()
+for stack in "$recipe" muon adamw; do
+    run=$folder/$(basename "$stack" .toml)
+    [ -d "$run" ] && continue
+    echo "== $stack" >&2
+    torchrun --standalone --nproc_per_node="$nproc" launch/pretrain.py --recipe "$stack" --output "$run" "${options[@]}"
+    finished+=("$run")
+done
+python launch/report.py "${finished[@]}" --picture "$folder/curves.png"

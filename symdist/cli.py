@@ -1,0 +1,148 @@
+"""The command `symdist`: shows what a recipe does to a model, and measures what it costs.
+
+A subcommand is a dataclass of its arguments with a method `run`, listed in `_COMMANDS`.
+"""
+
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, Union, cast
+
+_FILE_WIDTH = 200
+_EXTRA = ("rich", "tyro")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Show the role, rule, view and placement of every parameter of a model. Nothing is materialised."""
+
+    model: str
+    """A preset, or a TOML file of the same form."""
+    recipe: str = "small-moe"
+    """A recipe, or a TOML file of the same form."""
+    ranks: int = 2
+    """Ranks to shard over, as FSDP2 does."""
+    set: tuple[str, ...] = ()
+    """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
+    all: bool = False
+    """Show every parameter, not one row for all layers alike."""
+
+    def run(self) -> None:
+        """Print the table and a line of totals."""
+        from symdist.preview import preview
+        from symdist.recipes import load_recipe
+        from symdist.tables import route_table, totals
+
+        recipe = load_recipe(self.recipe).overridden(_overrides(self.set))
+        found = preview(self.model, recipe, ranks=self.ranks)
+        _show(
+            route_table(found, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
+            totals(found),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train recipes and torch.optim.AdamW side by side on random tokens, and show time, traffic and memory."""
+
+    model: str = "olmoe-tiny"
+    """A preset, or a TOML file of the same form."""
+    recipes: tuple[str, ...] = ("small-moe", "muon", "adamw")
+    """Recipes, or TOML files of the same form."""
+    ranks: int = 2
+    """Processes: on GPUs where there are as many, else on the CPU."""
+    steps: int = 12
+    """Steps measured, after two that are not."""
+    batch: int = 8
+    """Sequences a rank and step."""
+    sequence: int = 128
+    """Tokens a sequence."""
+    json: Path | None = None
+    """File for the same numbers as JSON."""
+
+    def run(self) -> None:
+        """Measure, print the table, and write the JSON file where one is asked for."""
+        from symdist.compare import compare
+        from symdist.tables import compare_table
+
+        found = compare(
+            self.model,
+            self.recipes,
+            ranks=self.ranks,
+            steps=self.steps,
+            batch=self.batch,
+            sequence=self.sequence,
+        )
+        _show(compare_table(found))
+        if self.json is not None:
+            found.write(self.json)
+
+
+_COMMANDS = {"route": Route, "compare": Compare}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the subcommand that `arguments`, by default the process's own, name.
+
+    Exits with code 2 and one line on stderr where a name, option or layout is refused, or an extra is not installed.
+    """
+    try:
+        _parse(arguments).run()
+    except (ValueError, FileNotFoundError) as error:
+        _refuse(str(error))
+    except ImportError as error:
+        if error.name in _EXTRA:
+            _refuse(f"this needs {error.name}: pip install symdist[launch]")
+        if error.name is not None:
+            raise
+        # Raised by symdist itself, which says what to install.
+        _refuse(str(error))
+
+
+def _parse(arguments: Sequence[str] | None) -> Route | Compare:
+    import tyro
+
+    # --set may be repeated; the lists of other subcommands are given in one go.
+    repeated = {"route": (tyro.conf.UseAppendAction,)}
+    commands = tuple(
+        Annotated[command, tyro.conf.subcommand(name), *repeated.get(name, ())] for name, command in _COMMANDS.items()
+    )
+    return tyro.cli(cast(Any, Union[commands]), prog="symdist", args=arguments)  # noqa: UP007
+
+
+def _overrides(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`role.option=value` by role and option; a value that is no TOML is a string."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        target, equals, text = setting.partition("=")
+        role, dot, option = target.partition(".")
+        if not (equals and dot and role and option):
+            raise ValueError(f"--set {setting}: should be role.option=value, as in router.rule=left_spectral")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        overrides.setdefault(role, {})[option] = value
+    return overrides
+
+
+def _show(*lines: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        # In a file or a pipe a row is a line.
+        console = Console(width=_FILE_WIDTH)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"symdist: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Previews and comparisons as tables for the terminal."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from symdist.compare import Comparison
+from symdist.preview import Preview, Routed
+
+
+def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
+    """A row a parameter; with `fold`, one row for all that differ only in the numbers in their names."""
+    rows: dict[tuple[str, ...], int] = {}
+    for parameter in preview.parameters:
+        row = _route_row(parameter, fold=fold)
+        rows[row] = rows.get(row, 0) + 1
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table.add_column("parameter", overflow="fold")
+    if fold:
+        table.add_column("count", justify="right")
+    for heading in ("shape", "role", "rule", "lr", "view", "placement"):
+        table.add_column(heading, justify="right" if heading == "lr" else "left", no_wrap=heading != "rule")
+    for (name, *cells), count in rows.items():
+        table.add_row(name, *([str(count)] if fold else []), *cells)
+    return table
+
+
+def totals(preview: Preview) -> str:
+    """One line on the whole of a preview."""
+    weights = sum(math.prod(parameter.shape) for parameter in preview.parameters)
+    return (
+        f"{weights:,} weights in {len(preview.parameters)} parameters, {preview.groups} groups, "
+        f"{preview.stacks} stacks; a rank's step starts {preview.collectives} collectives "
+        f"and sends {in_bytes(preview.sent)}"
+    )
+
+
+def compare_table(comparison: Comparison) -> Table:
+    """A row an arm."""
+    run = comparison
+    table = Table(
+        title=f"{run.model}, {run.ranks} ranks ({run.backend}, {run.device}, threads a rank: {run.threads}), "
+        f"{run.batch} × {run.sequence} tokens a rank, median of {run.steps} steps",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    table.add_column("optimizer", overflow="fold")
+    for heading in (
+        "step\nms",
+        "optimizer\nms",
+        "share of\nstep",
+        "× AdamW",
+        "collectives\na step",
+        "sent\na rank",
+        "state\na rank",
+        "peak extra\na rank",
+    ):
+        table.add_column(heading, justify="right")
+    for arm in run.arms:
+        table.add_row(
+            arm.name,
+            f"{arm.step_seconds * 1e3:.1f}",
+            f"{arm.optimizer_seconds * 1e3:.2f}",
+            f"{arm.share:.1%}",
+            f"{arm.ratio:.2f}",
+            str(arm.collectives),
+            in_bytes(arm.sent_bytes),
+            in_bytes(arm.state_bytes),
+            in_bytes(arm.peak_bytes),
+        )
+    return table
+
+
+def in_bytes(count: float) -> str:
+    """Bytes with a unit, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _route_row(parameter: Routed, *, fold: bool) -> tuple[str, ...]:
+    name = re.sub(r"(?<=\.)\d+(?=\.)", "*", parameter.name) if fold else parameter.name
+    return (
+        name,
+        " × ".join(map(str, parameter.shape)),
+        parameter.role,
+        " ".join([parameter.rule, *(_option(key, value) for key, value in parameter.options.items())]),
+        f"{parameter.lr:g}",
+        _view(parameter.view),
+        parameter.placement,
+    )
+
+
+def _option(key: str, value: Any) -> str:
+    return key if value is True else f"{key}={value}"
+
+
+def _view(view: Any) -> str:
+    return f"{view['heads']} heads, dim {view['dim']}" if isinstance(view, Mapping) else str(view)

@@ -1,0 +1,165 @@
+"""The pretraining entry on two real ranks: learning, exact resumption, clean stops, and refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.config import Config, parse_command_line, read_toml
+from launch.report import read_run, report
+from launch.runlog import check_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 30
+WORDS = "rows columns shards ranks grams heads experts routers layouts views rules waves owners pieces".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small text files with something to learn."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        lines = [" ".join(WORDS[(i * j + k * k) % len(WORDS)] for k in range(12)) for j in range(40)]
+        (folder / f"{i:02}.txt").write_text(f"file {i}\n" + "\n".join(lines))
+    return folder
+
+
+def command(corpus: Path, output: Path, *options: str, ranks: int = 2) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
+        *("launch/pretrain.py", "--output", str(output), "--data.source", str(corpus), "--data.vocabulary", "300"),
+        *("--data.cache", str(corpus.parent / "cache"), "--steps", str(STEPS), "--batch", "4", "--sequence", "32"),
+        *("--log-every", "1", "--validate-every", "15", "--validation-sequences", "8", "--accumulation", "2"),
+        *("--model-overrides", "num_hidden_layers", "2", "hidden_size", "32", "intermediate_size", "32"),
+        *options,
+    ]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+
+def pretrain(corpus: Path, output: Path, *options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(corpus, output, *options, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+
+
+def trained(output: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm of every training step."""
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines if line["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = pretrain(corpus, output, "--checkpoint-every", "10")
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_it_learns_and_reports(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = trained(whole)
+    assert sorted(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS][0] < losses[1][0] - 0.5
+    summary: dict[str, Any] = read_run(whole).summary
+    assert summary["validation_loss"] < losses[1][0] - 0.5
+    assert 0 < summary["optimizer_share"] < 1
+    assert summary["tokens"] == STEPS * 4 * 32
+    assert 0 < summary["validation_router_load_cv"] < 3
+    report([whole, whole], whole / "curves.png")
+    assert f"{summary['validation_loss']:.3f}" in capsys.readouterr().out
+    assert (whole / "curves.png").stat().st_size > 10_000
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
+        f"step-{step:08}" for step in (10, 20, 30)
+    ]
+    assert any(path.name.startswith("events.out") for path in whole.iterdir())
+
+
+def test_resuming_repeats_every_step_exactly(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    done = pretrain(corpus, tmp_path / "again", "--resume", str(whole / "checkpoints" / "step-00000010"))
+    assert done.returncode == 0, done.stderr
+    expected = {step: loss for step, loss in trained(whole).items() if step > 10}
+    assert len(expected) == 20
+    assert trained(tmp_path / "again") == expected
+    assert read_run(tmp_path / "again").summary["validation_loss"] == read_run(whole).summary["validation_loss"]
+
+
+def test_sigterm_saves_and_auto_resume_completes_the_log(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stopped"
+    running = subprocess.Popen(command(corpus, output), cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    log = output / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    error = running.communicate()[1]
+    assert "told to stop: saved" in error
+    assert not (output / "summary.json").exists()
+    assert 3 <= max(trained(output)) < STEPS
+    done = pretrain(corpus, output, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert trained(output) == trained(whole)
+
+
+def test_world_size_changes_only_the_rounding(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    done = pretrain(corpus, tmp_path / "alone", "--accumulation", "4", ranks=1)
+    assert done.returncode == 0, done.stderr
+    one, two = trained(tmp_path / "alone"), trained(whole)
+    assert all(abs(one[step][0] - two[step][0]) < 1e-3 for step in two)
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    path = whole / "checkpoints" / "step-00000010"
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    done = pretrain(corpus, tmp_path / "other", "--recipe", "adamw", "--resume", str(path))
+    assert done.returncode != 0
+    assert "error:" in done.stderr
+    assert "recipe" in done.stderr
+    assert "Traceback" not in done.stderr.split("error:")[0]
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "message"),
+    [
+        (Config(batch=6), 4, "--batch 6 does not split over 4 ranks × 1 micro-batches"),
+        (Config(steps=0), 1, "--steps is 0"),
+        (Config(clip=-1.0), 1, "must not be negative"),
+        (Config(recipe="nothing"), 1, "there is no recipe 'nothing'"),
+        (Config(set=("router",)), 1, "should be role.option=value"),
+        (Config(set=("gate.lr=1",)), 1, "which is no role"),
+    ],
+)
+def test_what_cannot_run_is_refused(config: Config, ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.check(ranks=ranks)
+
+
+def test_toml_and_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('steps = 7\nset = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n[model_overrides]\nhidden_size = 64\n')
+    config = parse_command_line(["--config", str(path), "--steps", "9", "--data.source", "texts"])
+    assert (config.steps, config.data.vocabulary, config.data.source) == (9, 512, "texts")
+    assert config.overrides() == {"router": {"lr": 0.5}}
+    assert config.model_overrides == {"hidden_size": "64"}
+    for text, message in (("stepz = 1", "unknown 'stepz'"), ("steps =", "not valid TOML"), ("[data]\nx = 1", r"\[data\]")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_toml(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_toml(tmp_path / "missing.toml")
+
+
+def test_an_earlier_run_is_not_overwritten(whole: Path) -> None:
+    with pytest.raises(ValueError, match="already holds a run"):
+        check_folder(whole, resume=None)
+    check_folder(whole, resume="auto")
