@@ -38,7 +38,12 @@ def weight(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn
 
 def every_rule(dtype: torch.dtype = torch.float32) -> list[Group]:
     return [
-        {"params": [(f"{key}.{i}", weight(8, 6, seed=i, dtype=dtype)) for i in range(2)], "role": key, "lr": 0.1, **rule}
+        {
+            "params": [(f"{key}.{i}", weight(8, 6, seed=i, dtype=dtype)) for i in range(2)],
+            "role": key,
+            "lr": 0.1,
+            **rule,
+        }
         for key, rule in RULES.items()
     ]
 
@@ -221,7 +226,8 @@ def test_state_is_complete_before_the_first_step() -> None:
     before = {key: (x.shape, x.dtype) for p in parameters(optimizer) for key, x in optimizer.state[p].items()}
     keys = [set(optimizer.state[p]) for p in parameters(optimizer)]
     assert all(keys)
-    assert all(not x.any() and x.dtype == torch.float32 for p in parameters(optimizer) for x in optimizer.state[p].values())
+    held = [x for p in parameters(optimizer) for x in optimizer.state[p].values()]
+    assert all(not x.any() and x.dtype == torch.float32 for x in held)
     advance(optimizer, 0)
     assert before == {key: (x.shape, x.dtype) for p in parameters(optimizer) for key, x in optimizer.state[p].items()}
     assert keys == [set(optimizer.state[p]) for p in parameters(optimizer)]
@@ -265,7 +271,10 @@ def wide_state(optimizer: SymDist, parameter: nn.Parameter) -> list[Tensor]:
         ([{"params": [weight(4, 3)], **ROW, "centered": True}], "centered"),
         ([{"params": [weight(4, 3)], **ROW, "view": "columns"}], "view"),
         ([{"params": [weight(4, 3)], **ROW, "stale_rows": "hold"}], "stale_rows"),
-        ([{"params": [weight(4, 3)], **ROW}, {"params": [weight(2, 2)], **ROW}], "has 2 param groups, this optimizer 1"),
+        (
+            [{"params": [weight(4, 3)], **ROW}, {"params": [weight(2, 2)], **ROW}],
+            "has 2 param groups, this optimizer 1",
+        ),
     ],
 )
 def test_another_runs_state_is_refused_whole(groups: list[Group], message: str) -> None:

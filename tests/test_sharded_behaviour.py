@@ -137,7 +137,7 @@ def test_fully_shard_is_one_process(ranks: Ranks, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_checkpoints_are_whole_and_continue(ranks: Ranks, world: int) -> None:
     shapes = {name: tuple(parameter.shape) for name, parameter in sharded.Model().named_parameters()}
-    state = {}
+    state: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         adam = len(shape) == 1
         state |= {f"{name}.{key}": shape for key in (("exp_avg", "exp_avg_sq") if adam else ("momentum",))}

@@ -194,7 +194,7 @@ def test_a_centred_bias_leaves_the_routing_alone() -> None:
 
 @pytest.mark.parametrize("name", [*CENTERED, "plain_row", "plain_right"])
 def test_padding_takes_no_part(name: str) -> None:
-    options = CENTERED[name] if name in CENTERED else ROW if name == "plain_row" else RIGHT
+    options = CENTERED.get(name, ROW if name == "plain_row" else RIGHT)
     g = normal(12, 5)
     update = step(g, padding_rows=3, **options)
     assert distance(update[:9], step(g[:9], **options)) < 1e-9

@@ -1,0 +1,250 @@
+"""Roles, recipes and groups: the five model families, plain transformers, overrides, and every refusal."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from symdist import build_optimizer, load_recipe, recipe_names, route
+from symdist.models import build, names
+from symdist.roles import find_sites
+
+BLOCK = {
+    "self_attn.q_proj.weight": "attention_q",
+    "self_attn.k_proj.weight": "attention_k",
+    "self_attn.v_proj.weight": "attention_v",
+    "self_attn.o_proj.weight": "attention_o",
+    "input_layernorm.weight": "norm",
+    "post_attention_layernorm.weight": "norm",
+}
+DENSE = {"mlp.gate_proj.weight": "mlp_gate", "mlp.up_proj.weight": "mlp_up", "mlp.down_proj.weight": "mlp_down"}
+EXPERTS = {"mlp.experts.gate_up_proj": "expert_gate_up", "mlp.experts.down_proj": "expert_down"}
+NORMS = {"self_attn.q_norm.weight": "norm", "self_attn.k_norm.weight": "norm"}
+FAMILIES = {
+    "qwen3-tiny": BLOCK | DENSE | NORMS,
+    "gemma3-tiny": BLOCK
+    | DENSE
+    | NORMS
+    | {"pre_feedforward_layernorm.weight": "norm", "post_feedforward_layernorm.weight": "norm"},
+    "olmoe-tiny": BLOCK | EXPERTS | NORMS | {"mlp.gate.weight": "router"},
+    "qwen3-moe-tiny": BLOCK | EXPERTS | NORMS | {"mlp.gate.weight": "router"},
+    "gpt-oss-tiny": BLOCK
+    | EXPERTS
+    | {f"self_attn.{x}_proj.bias": "bias" for x in "qkvo"}
+    | {
+        "self_attn.sinks": "sink",
+        "mlp.router.weight": "router",
+        "mlp.router.bias": "router_bias",
+        "mlp.experts.gate_up_proj_bias": "bias",
+        "mlp.experts.down_proj_bias": "bias",
+    },
+}
+
+
+def roles(model: nn.Module) -> dict[str, str | None]:
+    return {name: site.role for name, (_, site) in find_sites(model).items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_parameter_of_the_families_has_its_role(family: str) -> None:
+    model = build(family, device="meta")
+    expected = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
+    layers = model.config.num_hidden_layers
+    expected |= {f"model.layers.{i}.{name}": role for i in range(layers) for name, role in FAMILIES[family].items()}
+    assert roles(model) == expected
+
+
+def test_tied_embedding_is_one_parameter_that_is_not_centred() -> None:
+    model = build("gemma3-tiny", device="meta", overrides={"tie_word_embeddings": True})
+    found = roles(model)
+    assert found["model.embed_tokens.weight"] == "tied_embedding"
+    assert "lm_head.weight" not in found
+    group = next(group for group in route(model, "gemma3") if group["role"] == "tied_embedding")
+    assert not group.get("centered", False)
+    with pytest.raises(ValueError, match="tied embedding must not be centred"):
+        route(model, "gemma3", tied_embedding={"centered": True})
+
+
+def view_of(model: str, recipe: dict[str, Any], role: str) -> Any:
+    groups = route(build(model, device="meta"), recipe)
+    return next(group["view"] for group in groups if group["role"] == role)
+
+
+@pytest.mark.parametrize(
+    ("model", "view", "role", "expected"),
+    [
+        ("gpt-oss-tiny", "heads", "attention_q", {"heads": 8, "dim": 0}),
+        ("gpt-oss-tiny", "heads", "attention_v", {"heads": 2, "dim": 0}),
+        ("gpt-oss-tiny", "heads", "attention_o", {"heads": 8, "dim": 1}),
+        ("olmoe-tiny", "neurons", "expert_gate_up", "gate_up_stacked"),
+        ("olmoe-tiny", "neurons", "expert_down", "columns"),
+        ("gpt-oss-tiny", "neurons", "expert_gate_up", "gate_up_interleaved"),
+        ("gpt-oss-tiny", "neurons", "expert_down", "rows"),
+        ("gpt-oss-tiny", None, "expert_down", "columns"),
+        ("olmoe-tiny", None, "expert_down", "rows"),
+        ("qwen3-tiny", "neurons", "mlp_gate", "rows"),
+        ("qwen3-tiny", "neurons", "mlp_down", "columns"),
+    ],
+)
+def test_views_follow_how_a_family_stores_its_weights(model: str, view: Any, role: str, expected: Any) -> None:
+    section = {"rule": "polar", "lr": 1.0} | ({} if view is None else {"view": view})
+    base = "attention" if role.startswith("attention") else "experts" if role.startswith("expert") else "mlp"
+    assert view_of(model, {"default": {"rule": "adamw", "lr": 1.0}, base: section}, role) == expected
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+@pytest.mark.parametrize("model", [name for name in names() if name.endswith("-tiny")])
+def test_every_recipe_builds_on_every_family(model: str, recipe: str) -> None:
+    built = build(model)
+    # The recipes of dense models say nothing of routers.
+    says = load_recipe(recipe).options("router") is not None
+    overrides = {} if says else {"router": {"rule": "row_norm", "centered": True, "lr": 0.01}}
+    optimizer = build_optimizer(built, recipe, **overrides)
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in built.parameters())
+    assert len(optimizer.placements()) == len(held)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_heads, self.n_kv_heads = 4, 2
+        self.wq, self.wk = nn.Linear(16, 16, bias=False), nn.Linear(16, 8, bias=False)
+        self.wv, self.wo = nn.Linear(16, 8, bias=False), nn.Linear(16, 16, bias=False)
+        self.attn_gate = nn.Linear(16, 4)
+
+
+class FeedForward(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3 = nn.Linear(16, 24), nn.Linear(24, 16), nn.Linear(16, 24)
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 3)
+        self.experts = nn.ModuleList([FeedForward() for _ in range(3)])
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok = nn.Embedding(11, 16)
+        self.attention, self.mixture = Attention(), Mixture()
+        self.encoder = nn.TransformerEncoderLayer(16, 4, 32)
+        self.ln = nn.LayerNorm(16)
+        self.output = nn.Linear(16, 11, bias=False)
+
+
+ADAMW = {"default": {"rule": "adamw", "lr": 1.0}}
+GATE = {"patterns": [{"match": "*.attn_gate.weight", "role": "matrix"}]}
+
+
+def test_plain_modules() -> None:
+    found = roles(Plain())
+    expected = {
+        "tok.weight": "embedding",
+        "output.weight": "head",
+        "attention.wq.weight": "attention_q",
+        "attention.wk.weight": "attention_k",
+        "attention.wo.weight": "attention_o",
+        "mixture.gate.weight": "router",
+        "mixture.gate.bias": "router_bias",
+        "mixture.experts.2.w1.weight": "expert_gate",
+        "mixture.experts.2.w2.weight": "expert_down",
+        "mixture.experts.0.w3.bias": "bias",
+        "encoder.self_attn.in_proj_weight": "attention_qkv",
+        "encoder.self_attn.out_proj.weight": "attention_o",
+        "encoder.linear1.weight": "mlp_up",
+        "encoder.linear2.weight": "mlp_down",
+        "ln.weight": "norm",
+        "attention.attn_gate.weight": None,
+    }
+    assert {name: found[name] for name in expected} == expected
+    groups = route(Plain(), ADAMW | GATE | {"attention": {"rule": "muon", "lr": 1.0, "view": "heads"}})
+    views = {name: group["view"] for group in groups for name in group["names"]}
+    assert views["attention.wq.weight"] == {"heads": 4, "dim": 0}
+    assert views["attention.wk.weight"] == {"heads": 2, "dim": 0}
+    assert views["encoder.self_attn.in_proj_weight"] == {"heads": 12, "dim": 0}
+    assert views["encoder.self_attn.out_proj.weight"] == {"heads": 4, "dim": 1}
+
+
+def test_a_gate_that_is_no_router_is_not_guessed() -> None:
+    with pytest.raises(ValueError, match=r"attention\.attn_gate\.weight .* has no role.*\[\[patterns\]\]"):
+        route(Plain(), ADAMW)
+
+
+def test_patterns_come_first_and_in_order() -> None:
+    patterns = [
+        {"match": "tok.*", "lr": 7.0},
+        {"match": "*.attn_gate.weight", "role": "matrix"},
+        {"match": "*experts.1.*.weight", "role": "experts", "rule": "row_norm"},
+    ]
+    groups = route(Plain(), ADAMW | {"patterns": patterns})
+    of = {name: group for group in groups for name in group["names"]}
+    assert of["tok.weight"]["lr"] == 7.0
+    assert of["tok.weight"]["role"] == "embedding"
+    assert of["mixture.experts.1.w1.weight"]["rule"] == "row_norm"
+    assert of["mixture.experts.2.w1.weight"]["rule"] == "adamw"
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = Plain()
+    model.tok.weight.requires_grad_(False)
+    assert "tok.weight" not in roles(model)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("nothing", {}, "there is no recipe 'nothing'"),
+        ("missing.toml", {}, "does not exist"),
+        ({"gates": {"rule": "adamw"}}, {}, "'gates', which is no role"),
+        ({"router": 3}, {}, "should be a section"),
+        ({"embedding": {"rule": "adamw", "lr": 1.0}}, {}, "has role .* no section and no \\[default\\]"),
+        (ADAMW | {"patterns": [*GATE["patterns"], {"match": "x.*", "lr": 1}]}, {}, "'x.\\*' takes no parameter"),
+        (ADAMW | {"patterns": [{"lr": 1}]}, {}, "has no 'match'"),
+        (ADAMW | GATE, {"routers": {"lr": 1}}, "'routers', which is no role"),
+        (ADAMW | GATE, {"router": 0.1}, "give its options"),
+        (ADAMW | GATE | {"embedding": {"rule": "row_norm", "lr": 1, "centered": True}}, {}, "must not be centred"),
+        (ADAMW | GATE | {"router": {"rule": "row_norm", "lr": 1, "view": "neurons"}}, {}, "for MLP and expert"),
+        (ADAMW | GATE | {"router": {"rule": "muon", "lr": 1, "view": "heads"}}, {}, "needs the number of heads"),
+        ({"default": {"lr": 1.0}} | GATE, {}, "names no rule for role"),
+    ],
+)
+def test_what_cannot_be_routed_is_refused(recipe: Any, overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        route(Plain(), recipe, **overrides)
+
+
+def test_an_option_no_rule_knows_names_group_and_option() -> None:
+    with pytest.raises(ValueError, match=r"'router': rule 'row_norm' knows no option 'alpha'"):
+        build_optimizer(Plain(), ADAMW | GATE | {"router": {"rule": "row_norm", "lr": 1.0, "alpha": 1.0}})
+
+
+def test_overriding_the_rule_leaves_the_old_rules_options_behind() -> None:
+    recipe = load_recipe({"router": {"rule": "hybrid", "order": "polar_then_row", "lr": 0.5, "centered": True}})
+    assert recipe.overridden({"router": {"rule": "left_spectral"}}).options("router") == {
+        "rule": "left_spectral",
+        "lr": 0.5,
+        "centered": True,
+    }
+
+
+def test_recipe_files_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('[default]\nrule = "adamw"\nlr = 0.1\n')
+    assert route(nn.Sequential(nn.Embedding(3, 2)), path)[0]["lr"] == 0.1
+    path.write_text("[default")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        load_recipe(path)
+
+
+def test_names_survive_wrapping() -> None:
+    wrapped = nn.Module()
+    wrapped.module = Plain()
+    assert roles(wrapped)["module.output.weight"] == "head"
+    assert torch.equal(wrapped.module.tok.weight, find_sites(wrapped)["module.tok.weight"][0])
