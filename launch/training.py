@@ -155,7 +155,9 @@ class Training:
         values = {
             "loss": float(self.ranks.sum(loss.clone()) / self.ranks.world),
             "gradient_norm": float(norm),
-            "tokens_per_second": config.batch * config.sequence / statistics.median(self._step_times[-config.log_every :]),
+            "tokens_per_second": config.batch
+            * config.sequence
+            / statistics.median(self._step_times[-config.log_every :]),
             "optimizer_share": self._optimizer_share(config.log_every),
         }
         if self.optimizer.skipped_steps:
@@ -227,7 +229,8 @@ class Training:
         # A trial run of a few steps should warm up too, and still get somewhere.
         limit = self.config.steps // 4
         return {
-            key: dataclasses.replace(schedule, warmup=min(schedule.warmup, limit)) for key, schedule in schedules.items()
+            key: dataclasses.replace(schedule, warmup=min(schedule.warmup, limit))
+            for key, schedule in schedules.items()
         }
 
     def _build_model(self) -> Any:

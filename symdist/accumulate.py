@@ -44,6 +44,11 @@ def adamw_step(
 ) -> None:
     """PyTorch's own AdamW, fused where it has a kernel, on pieces of any layout: it is coordinate-wise."""
     device = weights[0].device.type
+    # The fused kernels walk memory: a gradient of other strides than its weight's would be paired wrongly.
+    gradients = [
+        gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
+        for weight, gradient in zip(weights, gradients, strict=True)
+    ]
     adamw(
         weights,
         gradients,

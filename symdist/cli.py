@@ -109,7 +109,8 @@ def _parse(arguments: Sequence[str] | None) -> Route | Compare:
     commands = tuple(
         Annotated[command, tyro.conf.subcommand(name), *repeated.get(name, ())] for name, command in _COMMANDS.items()
     )
-    return tyro.cli(cast(Any, Union[commands]), prog="symdist", args=arguments)  # noqa: UP007
+    kinds = cast(Any, Union[commands])  # noqa: UP007
+    return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def _overrides(settings: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -69,8 +69,11 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} has no 'lr'; learning rates of different rules have no common default")
     if not (math.isfinite(float(lr)) and float(lr) >= 0):
         raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
-    if not (math.isfinite(group["weight_decay"]) and group["weight_decay"] >= 0):
-        raise ValueError(f"{where}: weight_decay={group['weight_decay']!r} must be a finite number, 0 or more")
+    decay = group["weight_decay"]
+    if not (isinstance(decay, int | float) and math.isfinite(decay) and decay >= 0):
+        raise ValueError(f"{where}: weight_decay={decay!r} must be a finite number, 0 or more")
+    if not isinstance(group["padding_rows"], int) or group["padding_rows"] < 0:
+        raise ValueError(f"{where}: padding_rows={group['padding_rows']!r} must be a whole number, 0 or more")
     if group["stale_rows"] not in ("move", "hold"):
         raise ValueError(f"{where}: stale_rows={group['stale_rows']!r} is not 'move' or 'hold'")
     if group["placement"] not in ("auto", "local", "reduce", "owner"):
@@ -89,14 +92,19 @@ def describe_member(parameter: Tensor, *, name: str, index: int, group: Mapping[
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if rule.matrices and len(layout.shape) < 2:
         raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")
+    if rule.matrices and 0 in layout.shape:
+        raise ValueError(f"{name} has shape {layout.shape} and so no matrix in it; leave it out of the optimizer")
     padding, hold = group["padding_rows"], group["stale_rows"] == "hold"
-    if padding and (group["view"] != "rows" or len(layout.shape) != 2 or not 0 <= padding < layout.shape[0]):
+    if padding and (group["view"] != "rows" or len(layout.shape) != 2 or padding >= layout.shape[0]):
         raise ValueError(
             f"{name}: padding_rows={padding} needs a matrix seen by rows, with more rows than that; "
             f"its shape is {layout.shape}, its view {group['view']!r}"
         )
     plain = not rule.matrices and not group["centered"] and not padding and not hold
     stack = None
+    view = group["view"]
+    if plain and view != COMMON["view"]:
+        bind_view(view, layout.shape, name=name)
     if not plain or group["placement"] in ("reduce", "owner"):
         stack = Stack(
             rule=rule,

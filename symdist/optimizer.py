@@ -11,7 +11,7 @@ from symdist.exchange import Collectives, Job, Placement, Transport, describe, r
 from symdist.finite import NonFinite, agree_finite
 from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import local
-from symdist.rules import ACCUMULATOR_STATE
+from symdist.rules import ACCUMULATOR_STATE, get_rule
 
 WAVE_BYTES = 1 << 30
 
@@ -22,7 +22,8 @@ class SymDist(torch.optim.Optimizer):
     A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`, `view`,
     `stale_rows`, `placement`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A 3-D
     parameter is a stack of matrices. A missing gradient is a zero gradient. State lies like its parameter, is
-    complete from construction on, and is float32 or wider.
+    complete from construction on, and is float32 or wider. `lr`, `weight_decay` and what the momentum is told may
+    change between steps; the rule's own options and the view are those of construction.
 
     `nonfinite` says what all ranks do together when a gradient is inf or NaN on any: "raise" FloatingPointError before
     anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements. `wave_bytes`
@@ -60,10 +61,14 @@ class SymDist(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after construction; nothing is added where it raises ValueError."""
         group = dict(param_group)
+        if "params" not in group:
+            raise ValueError(f"a param group needs 'params'; this one has {', '.join(map(repr, group))}")
         params = group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         if params and isinstance(params[0], tuple):
             group["names"], params = [name for name, _ in params], [parameter for _, parameter in params]
+        if not all(isinstance(parameter, Tensor) for parameter in params):
+            raise ValueError("'params' must be parameters, or (name, parameter) pairs")
         first = len(self._members)
         names = list(group.get("names") or (f"param_{first + i}" for i in range(len(params))))
         if len(names) != len(params):
@@ -112,6 +117,10 @@ class SymDist(torch.optim.Optimizer):
             self._run(wave, gradients, with_plain=i == 0)
         return loss
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: process groups do not copy."""
+        raise TypeError("SymDist cannot be copied or pickled; build another and load_state_dict into it")
+
     def placements(self) -> dict[str, Placement]:
         """Where each parameter's rule runs, by name."""
         where = describe(self._plan())
@@ -131,6 +140,15 @@ class SymDist(torch.optim.Optimizer):
                     f"param group {mine['role'] or mine['names'][0]!r} has rule {mine['rule']!r} and "
                     f"{len(mine['params'])} parameters; the saved one has {theirs.get('rule')!r} and "
                     f"{len(theirs['params'])}. Build the optimizer with the recipe of the saved run"
+                )
+            fixed = {"view", "stale_rows", "padding_rows", *get_rule(mine["rule"]).defaults}
+            changed = sorted(key for key in fixed if key in theirs and theirs[key] != mine[key])
+            if changed:
+                raise ValueError(
+                    f"param group {mine['role'] or mine['names'][0]!r}: the saved run had "
+                    f"{', '.join(f'{key}={theirs[key]!r}' for key in changed)}, this one has "
+                    f"{', '.join(f'{key}={mine[key]!r}' for key in changed)}. "
+                    "Build the optimizer with the recipe of the saved run"
                 )
         states = [state_dict["state"].get(index, {}) for group in saved for index in group["params"]]
         for member, theirs in zip(self._members, states, strict=True):
@@ -248,7 +266,7 @@ def _gradient(member: Member) -> Tensor:
     here = local(gradient)
     if tuple(here.shape) != member.layout.local_shape:
         raise ValueError(
-            f"{member.name}: this rank's gradient has shape {tuple(here.shape)}, its weight {member.layout.local_shape}; "
-            "gradients must be reduced and placed like their weights before the step"
+            f"{member.name}: this rank's gradient has shape {tuple(here.shape)}, its weight "
+            f"{member.layout.local_shape}; gradients must be reduced and placed like their weights before the step"
         )
     return here

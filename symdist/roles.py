@@ -96,7 +96,7 @@ def _output_weights(model: nn.Module) -> list[Tensor]:
 
 def _site(leaf: str, parameter: Tensor, chain: list[tuple[str, nn.Module]]) -> Site:
     attribute, module = chain[-1]
-    parent_name, parent = chain[-2] if len(chain) > 1 else ("", module)
+    parent = chain[-2][1] if len(chain) > 1 else module
     kind = type(module).__name__
     router = kind.endswith("Router") or (attribute in ("router", "gate") and hasattr(parent, "experts"))
     if router:

@@ -19,11 +19,13 @@ def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
         row = _route_row(parameter, fold=fold)
         rows[row] = rows.get(row, 0) + 1
     table = Table(title=title, title_justify="left", box=SIMPLE)
-    table.add_column("parameter", overflow="fold")
+    table.add_column("parameter", overflow="fold", min_width=12)
     if fold:
-        table.add_column("count", justify="right")
+        table.add_column("count", justify="right", no_wrap=True)
+    # Where the terminal is narrow, what has spaces wraps; names of roles and placements stay whole.
     for heading in ("shape", "role", "rule", "lr", "view", "placement"):
-        table.add_column(heading, justify="right" if heading == "lr" else "left", no_wrap=heading != "rule")
+        wraps = heading in ("shape", "rule", "view")
+        table.add_column(heading, justify="right" if heading == "lr" else "left", no_wrap=not wraps)
     for (name, *cells), count in rows.items():
         table.add_row(name, *([str(count)] if fold else []), *cells)
     return table

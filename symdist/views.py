@@ -131,7 +131,7 @@ def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
             )
     if len(shape) == 1 and view != "rows":
         raise ValueError(f"{name}: a vector has no view {view!r}")
-    if view == "gate_up_stacked" and p % 2 or view == "gate_up_interleaved" and q % 2:
+    if (view == "gate_up_stacked" and p % 2) or (view == "gate_up_interleaved" and q % 2):
         raise ValueError(f"{name}: {view} needs an even number of gate and up neurons, the shape is {shape}")
     return View(kind=view, stored=shape, count=batch, rows=rows, columns=columns)
 

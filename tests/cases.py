@@ -1,4 +1,4 @@
-"""Rule × view × option cases, each a stored shape and a param group; shared by parity, placement and invariance tests."""
+"""Rule × view × option cases, each a stored shape and a param group."""
 
 from typing import Any
 

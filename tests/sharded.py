@@ -53,7 +53,7 @@ def place(mesh: DeviceMesh | None, tensor: Tensor) -> Tensor:
 
 def full(tensor: Tensor | None) -> Tensor:
     assert tensor is not None
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach().clone()
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
 def missing_on(mesh: DeviceMesh, rank: int) -> list[Tensor]:

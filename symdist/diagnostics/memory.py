@@ -67,8 +67,11 @@ class _Watch(TorchDispatchMode):
 
     def _storages(self, tree: Any) -> Iterable[Any]:
         for leaf in tree_leaves(tree):
-            if isinstance(leaf, Tensor) and leaf.device.type == self._device_type:
-                yield leaf.untyped_storage()
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                # Not the tensor's device: DTensor works out shapes on tensors that only claim to be here.
+                if storage.device.type == self._device_type:
+                    yield storage
 
     def _grow(self, size: int) -> None:
         self._alive += size

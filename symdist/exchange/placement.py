@@ -35,7 +35,7 @@ class Asked:
 
 @functools.cache
 def ask(stack: Stack, piece: tuple[int, ...], axis: Literal["rows", "columns"] | None) -> Asked:
-    """Run the rule of a stack on a meta tensor of shape `piece`, answering its requests emptily, and note what crosses `axis`."""
+    """Run the rule of a stack on a meta tensor of shape `piece` and note what it asks across `axis`."""
     values = stack.view.matrices(torch.empty((1, *piece), dtype=stack.dtype, device="meta"))
     asking = stack.rule.update(stack.matrix(values, None), **dict(stack.options))
     summed = grams = root_flops = 0.0

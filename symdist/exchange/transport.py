@@ -11,7 +11,6 @@ from torch import Tensor
 
 from symdist.layouts import Group
 
-
 # PyTorch 2.13 renamed both.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

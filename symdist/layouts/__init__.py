@@ -1,5 +1,7 @@
 """Layouts: what piece of a weight this rank holds, and who holds the others."""
 
+from collections.abc import Hashable
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -7,7 +9,7 @@ from symdist.layouts.dtensor import dtensor_layout
 from symdist.layouts.layout import Group, Layout, Split
 from symdist.layouts.whole import whole_layout
 
-__all__ = ["Group", "Layout", "Split", "layout_of", "local"]
+__all__ = ["Group", "Layout", "Split", "layout_of", "local", "same_group"]
 
 
 def layout_of(tensor: Tensor, *, name: str) -> Layout:
@@ -22,3 +24,8 @@ def layout_of(tensor: Tensor, *, name: str) -> Layout:
 def local(tensor: Tensor) -> Tensor:
     """This rank's piece, sharing memory with `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def same_group(tensor: Tensor) -> Hashable:
+    """A key that tensors share whose pieces lie on the same ranks: cheaper to have than their layouts."""
+    return (id(tensor.device_mesh), tensor.placements) if isinstance(tensor, DTensor) else None

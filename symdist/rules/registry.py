@@ -1,8 +1,9 @@
 """The rules by name: what each may be told, and under which splits of its matrix it can run in place."""
 
 import inspect
+import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -52,10 +53,11 @@ class Rule:
         for key, choices in self.choices.items():
             if options[key] not in choices:
                 raise ValueError(f"{where}: {key}={options[key]!r} is not one of {', '.join(map(repr, choices))}")
-        for key in ("momentum",):
-            if key in options and not 0 <= options[key] < 1:
-                raise ValueError(f"{where}: {key}={options[key]!r} must lie in [0, 1)")
+        defaults = {**ACCUMULATOR_OPTIONS[self.accumulator], **self.defaults}
         try:
+            for key, default in defaults.items():
+                if key not in self.choices:
+                    _check_value(key, options[key], default)
             self.check(options)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
@@ -67,6 +69,34 @@ class Rule:
 
 
 _RULES: dict[str, Rule] = {}
+_NOT_NEGATIVE = {"eps", "damping", "alpha", "steps", "momentum"}
+
+
+def _check_value(key: str, value: Any, default: Any) -> None:
+    """ValueError for a value that is not of the default's kind, or out of its range."""
+    if value is default:
+        return
+    if isinstance(default, bool):
+        fits, kind = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        fits, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    elif isinstance(default, float) or default is None:
+        fits, kind = _is_number(value), "a finite number"
+    elif key == "betas":
+        fits = isinstance(value, Sequence) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
+        kind = "two numbers in [0, 1)"
+    else:
+        return
+    if fits and key in _NOT_NEGATIVE:
+        fits, kind = value >= 0, "0 or more"
+    if fits and key == "momentum":
+        fits, kind = value < 1, "in [0, 1)"
+    if not fits:
+        raise ValueError(f"{key}={value!r} must be {kind}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def rule(

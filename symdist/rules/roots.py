@@ -95,11 +95,17 @@ def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
     """
     c = gram.to(torch.promote_types(gram.dtype, torch.float32))
     c = (c + c.mT) / 2
-    norm = torch.linalg.matrix_norm(c, keepdim=True)
+    # By the largest entry first: the squares in the norm leave float32's range long before the Gram does.
+    # Entries so small that they are denormal carry no digits, and are left as small as they are.
+    number = torch.finfo(c.dtype)
+    peak = _peak(c)
+    peak = torch.where(peak > number.tiny / number.eps, peak, torch.ones_like(peak))
+    unit = c / peak
+    norm = torch.linalg.matrix_norm(unit, keepdim=True)
     norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    unit = c / norm
+    unit = unit / norm
     solve = _exact if numerics.method == "exact" else _polynomial
-    matrix = solve(unit, numerics) * norm.rsqrt()
+    matrix = solve(unit, numerics) * norm.rsqrt() * peak.rsqrt()
     diagonal = c.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     return InverseRoot(
         matrix=matrix,
@@ -108,13 +114,20 @@ def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
     )
 
 
+def _peak(x: Tensor) -> Tensor:
+    """The largest magnitude of each matrix, `[b, 1, 1]`; zero where it is empty."""
+    return x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_zeros(x.shape[0], 1, 1)
+
+
 def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
     """The polar factor of `[b, m, n]` by the quintic steps on the matrix itself, in bfloat16, smaller side first.
 
     What Muon runs on accelerators: the products are fast and the rounding, some percent of a singular value, is part
     of the method as published. `numerics.method` must be iterative. The result has the dtype of `m`.
     """
-    x = m.bfloat16()
+    # By a power of two first, which rounds nothing: the squares of a long-unused expert's momentum are zero.
+    exponent = torch.frexp(_peak(m.float())).exponent.clamp(-126, 126)
+    x = torch.ldexp(m, -exponent).bfloat16()
     tall = m.shape[-2] > m.shape[-1]
     x = x.mT if tall else x
     x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True)).clamp_min(torch.finfo(x.dtype).tiny)
@@ -128,8 +141,8 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
 
 def _exact(unit: Tensor, numerics: Numerics) -> Tensor:
     values, vectors = torch.linalg.eigh(unit.double())
-    # Rounding leaves eigenvalues of a singular Gram at ±1e-16 of its norm: without a floor, their roots are noise.
-    values = values.clamp_min(0) + max(numerics.damping, torch.finfo(torch.float64).eps)
+    # Rounding leaves eigenvalues of a singular Gram at ±eps of its dtype: without a floor, their roots are noise.
+    values = values.clamp_min(torch.finfo(unit.dtype).eps) + numerics.damping
     return ((vectors * values.rsqrt()[..., None, :]) @ vectors.mT).to(unit.dtype)
 
 

@@ -14,7 +14,8 @@ from symdist.rules.requests import Asking, Sum
 def unit_rows(x: Tensor, *, eps: float) -> Generator[Any, Any, Tensor]:
     """`D(x)·x` with `D = diag(1/(‖x_i‖₂ + eps))`; a zero row stays zero even where eps is 0."""
     squares = yield Sum(values=x.square().sum(-1, keepdim=True), across="columns")
-    return x / (squares.sqrt() + eps).clamp_min(torch.finfo(x.dtype).tiny)
+    # Below √tiny squares vanish: such a row counts as that long, and is not magnified beyond one.
+    return x / (squares.sqrt() + eps).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
 
 
 @rule("row_norm", splits=("rows", "columns"))

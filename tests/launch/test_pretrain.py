@@ -17,7 +17,22 @@ from launch.runlog import check_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
-WORDS = "rows columns shards ranks grams heads experts routers layouts views rules waves owners pieces".split()
+WORDS = [
+    "rows",
+    "columns",
+    "shards",
+    "ranks",
+    "grams",
+    "heads",
+    "experts",
+    "routers",
+    "layouts",
+    "views",
+    "rules",
+    "waves",
+    "owners",
+    "pieces",
+]
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +161,18 @@ def test_what_cannot_run_is_refused(config: Config, ranks: int, message: str) ->
 
 def test_toml_and_command_line(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
-    path.write_text('steps = 7\nset = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n[model_overrides]\nhidden_size = 64\n')
+    path.write_text(
+        'steps = 7\nset = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n[model_overrides]\nhidden_size = 64\n'
+    )
     config = parse_command_line(["--config", str(path), "--steps", "9", "--data.source", "texts"])
     assert (config.steps, config.data.vocabulary, config.data.source) == (9, 512, "texts")
     assert config.overrides() == {"router": {"lr": 0.5}}
     assert config.model_overrides == {"hidden_size": "64"}
-    for text, message in (("stepz = 1", "unknown 'stepz'"), ("steps =", "not valid TOML"), ("[data]\nx = 1", r"\[data\]")):
+    for text, message in (
+        ("stepz = 1", "unknown 'stepz'"),
+        ("steps =", "not valid TOML"),
+        ("[data]\nx = 1", r"\[data\]"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_toml(path)

@@ -11,13 +11,13 @@ from symdist.rules import Matrix, answer_alone, get_rule
 
 Options = dict[str, Any]
 
-ROW = {"rule": "row_norm"}
+ROW: Options = {"rule": "row_norm"}
 RIGHT = {"rule": "right_spectral"}
-LEFT = {"rule": "left_spectral"}
-HYBRID = {"rule": "hybrid"}
+LEFT: Options = {"rule": "left_spectral"}
+HYBRID: Options = {"rule": "hybrid"}
 POLAR = {"rule": "polar"}
 MUON = {"rule": "muon"}
-RATIO = {"alpha": 0.5, "scale": "nuclear_over_frobenius"}
+RATIO: Options = {"alpha": 0.5, "scale": "nuclear_over_frobenius"}
 POLAR_FIRST = HYBRID | {"order": "polar_then_row"}
 
 SPECTRAL: dict[str, Options] = {
@@ -255,7 +255,7 @@ def test_updates_are_their_formulas(name: str, shape: tuple[int, int], centered:
     if name == "row":
         assert distance(step(g, centered=centered, **ROW), project(row_normed(m))) < 1e-12
     elif name in ("polar", "alpha", "ratio"):
-        given = {"polar": {}, "alpha": {"alpha": 1.0}, "ratio": RATIO}[name]
+        given: Options = {"polar": {}, "alpha": {"alpha": 1.0}, "ratio": RATIO}[name]
         expected = project(polar_of(m, given.get("alpha", 0.0), ratio=name == "ratio"))
         for rule in ("polar", f"{side}_spectral"):
             assert distance(step(g, rule=rule, **exact, **given), expected) < 1e-6
@@ -278,7 +278,7 @@ def test_damping_is_relative() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", [*EVERY, "bfloat16", "adamw"])
 def test_no_rule_writes_to_its_input(name: str, dtype: torch.dtype) -> None:
-    options = {"bfloat16": MUON | {"precision": "bfloat16"}, "adamw": {"rule": "adamw", "centered": True}} | EVERY
+    options = EVERY | {"bfloat16": MUON | {"precision": "bfloat16"}, "adamw": {"rule": "adamw", "centered": True}}
     given = dict(options[name])
     rule = get_rule(given.pop("rule"))
     values = normal(2, 9, 5).to(dtype)

@@ -1,0 +1,166 @@
+"""The command: tables of what a recipe does, refusals in one line, and a benchmark that anyone can run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from symdist.cli import main
+from symdist.compare import YARDSTICK
+from symdist.models import names
+from symdist.preview import Routed, preview
+
+FULL_SIZE = [("olmoe-1b-7b", 8), ("qwen3-moe-30b-a3b", 8), ("qwen3-moe-30b-a3b", 64)]
+
+
+def route(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[list[str]], str]:
+    """The table's rows as words, and the line of totals."""
+    main(["route", *arguments])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    start = next(i for i, line in enumerate(lines) if "───" in line) + 1
+    return [line.split() for line in lines[start:-1]], lines[-1]
+
+
+def by_name(model: str, recipe: str, ranks: int) -> dict[str, Routed]:
+    return {parameter.name: parameter for parameter in preview(model, recipe, ranks=ranks).parameters}
+
+
+@pytest.mark.parametrize("model", [name for name in names() if name.endswith("-tiny")])
+def test_every_parameter_has_a_row(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    folded, line = route(capsys, "--model", model)
+    unfolded, same = route(capsys, "--model", model, "--all")
+    assert line == same
+    assert f"in {len(unfolded)} parameters" in line
+    assert len(folded) < len(unfolded) == sum(int(row[1]) for row in folded)
+    assert not any(".*." in row[0] for row in unfolded)
+
+
+@pytest.mark.parametrize(("model", "ranks"), FULL_SIZE)
+def test_full_size(capsys: pytest.CaptureFixture[str], model: str, ranks: int) -> None:
+    rows, _ = route(capsys, "--model", model, "--ranks", str(ranks))
+    cells = {row[0]: row for row in rows}
+    # An expert is whole on one rank; a centred head takes sums over all.
+    assert cells["model.layers.*.mlp.experts.gate_up_proj"][-1] == "local"
+    assert cells["lm_head.weight"][-1] == "reduce"
+    assert cells["model.layers.*.mlp.gate.weight"][-1] in ("reduce", "owner")
+
+
+def test_totals_of_a_full_size(capsys: pytest.CaptureFixture[str]) -> None:
+    _, line = route(capsys, "--model", "olmoe-1b-7b", "--ranks", "8")
+    assert line.startswith("2,824,177,664 weights in 135 parameters, ")
+
+
+def test_layers_fold_into_one_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, _ = route(capsys, "--model", "olmoe-tiny")
+    query = next(row for row in rows if "q_proj" in row[0])
+    assert query[:2] == ["model.layers.*.self_attn.q_proj.weight", "4"]
+    assert " ".join(query[2:]) == "128 × 128 attention_q muon 0.01 4 heads, dim 0 local"
+
+
+def test_set_replaces_options(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--set", "router.rule=left_spectral", "--set", "router.alpha=1.0", "--set", "head.lr=0.2"]
+    rows, _ = route(capsys, "--model", "olmoe-tiny", *given, "--set", "attention.view={heads = 2, dim = 0}")
+    text = [" ".join(row) for row in rows]
+    assert any("router left_spectral centered alpha=1.0 0.01" in row for row in text)
+    assert any("head row_norm centered 0.2" in row for row in text)
+    assert sum("2 heads, dim 0" in row for row in text) == 4
+
+
+def test_a_model_and_a_recipe_of_ones_own(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    model, recipe = tmp_path / "mine.toml", tmp_path / "flat.toml"
+    model.write_text('family = "qwen3"\n[config]\nvocab_size = 96\nhidden_size = 16\nnum_hidden_layers = 1\n')
+    recipe.write_text('[default]\nrule = "adamw"\nlr = 0.125\n')
+    rows, _ = route(capsys, "--model", str(model), "--recipe", str(recipe), "--ranks", "1")
+    assert all("adamw 0.125 rows local" in " ".join(row) for row in rows)
+
+
+def test_a_single_rank_sends_nothing() -> None:
+    found = preview("olmoe-tiny", "small-moe", ranks=1)
+    assert found.collectives == found.sent == 0
+    assert {parameter.placement for parameter in found.parameters} == {"local"}
+
+
+def test_placements_follow_the_ranks() -> None:
+    # Four heads: whole on two ranks, cut through on eight.
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert by_name("olmoe-tiny", "small-moe", 2)[name].placement == "local"
+    assert by_name("olmoe-tiny", "small-moe", 8)[name].placement == "owner"
+
+
+REFUSED = {
+    "model": (["--model", "nope"], "no model 'nope'"),
+    "recipe": (["--recipe", "nope"], "no recipe 'nope'"),
+    "recipe file": (["--recipe", "nope.toml"], "nope.toml does not exist"),
+    "model file": (["--model", "nope.toml"], "nope.toml"),
+    "option": (["--set", "head.nope=1"], "'head': rule 'row_norm' knows no option 'nope'"),
+    "role": (["--set", "nope.lr=1"], "'nope', which is no role"),
+    "role named like an argument": (["--set", "model.lr=1"], "'model', which is no role"),
+    "rule": (["--set", "head.rule=nope"], "no rule 'nope'"),
+    "placement": (["--set", "embedding.placement=local"], "cannot run with placement 'local'"),
+    "setting": (["--set", "head"], "should be role.option=value"),
+    "ranks": (["--ranks", "0"], "ranks=0 must be 1 or more"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_are_one_line(capsys: pytest.CaptureFixture[str], case: str) -> None:
+    arguments, message = REFUSED[case]
+    with pytest.raises(SystemExit) as exit:
+        main(["route", *(() if "--model" in arguments else ("--model", "olmoe-tiny")), *arguments])
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert message in printed.err
+
+
+def test_compare_refuses_before_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["compare", "--recipes", "small-moe", "nope"])
+    assert exit.value.code == 2
+    assert "no recipe 'nope'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", "--steps", "0"])
+    assert "steps=0 must be 1 or more" in capsys.readouterr().err
+
+
+def test_a_missing_extra_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(SystemExit) as exit:
+        main(["route", "--model", "olmoe-tiny"])
+    assert exit.value.code == 2
+    assert "pip install symdist[launch]" in capsys.readouterr().err
+
+
+def test_the_library_does_not_load_the_command() -> None:
+    check = "import sys, symdist; assert not {'tyro', 'rich', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "compare.json"
+    sizes = ["--steps", "2", "--batch", "2", "--sequence", "16"]
+    main(["compare", "--recipes", "small-moe", "adamw", *sizes, "--json", str(path)])
+    table = capsys.readouterr().out
+    found = json.loads(path.read_text())
+    assert [found[key] for key in ("model", "ranks", "steps", "batch", "sequence")] == ["olmoe-tiny", 2, 2, 2, 16]
+    arms = {arm["name"]: arm for arm in found["arms"]}
+    assert list(arms) == [YARDSTICK, "small-moe", "adamw"]
+    assert all(name in table for name in arms)
+    for arm in arms.values():
+        assert 0 < arm["optimizer_seconds"] < arm["step_seconds"]
+        assert arm["share"] == pytest.approx(arm["optimizer_seconds"] / arm["step_seconds"])
+        assert arm["ratio"] == pytest.approx(arm["optimizer_seconds"] / arms[YARDSTICK]["optimizer_seconds"])
+    assert (arms[YARDSTICK]["collectives"], arms[YARDSTICK]["sent_bytes"]) == (0, 0)
+    # What `route` foretells is what is sent.
+    foretold = preview("olmoe-tiny", "small-moe", ranks=2)
+    assert arms["small-moe"]["collectives"] == foretold.collectives <= 12
+    assert arms["small-moe"]["sent_bytes"] == foretold.sent
+    # Momentum alone on nearly every weight, and the same two buffers as PyTorch where the rule is AdamW.
+    assert arms["small-moe"]["state_bytes"] < 0.55 * arms[YARDSTICK]["state_bytes"]
+    assert arms["adamw"]["state_bytes"] == arms[YARDSTICK]["state_bytes"]
+    assert arms["small-moe"]["peak_bytes"] > arms["adamw"]["peak_bytes"] >= 0
