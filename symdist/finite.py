@@ -29,16 +29,8 @@ def agree_finite(
         for i, gradient in enumerate(gradients):
             gradients[i] = torch.where(gradient.isfinite(), gradient, 0)
         return True
-    held = [gradient for gradient in gradients if gradient.numel()]
-    # The largest magnitude, not a sum of squares: squares of finite numbers can overflow.
-    peaks = torch._foreach_norm(held, float("inf")) if held else []
     device = gradients[0].device if gradients else torch.device("cpu")
-    bad = (
-        torch.stack([~peak.to(device).isfinite() for peak in peaks]).any()
-        if peaks
-        else torch.zeros((), dtype=torch.bool)
-    )
-    flag = bad.to(device=device, dtype=torch.float32).reshape(1)
+    flag = torch.tensor([float(not _all_finite(gradients))], device=device)
     for group in sorted(groups, key=lambda group: group.ranks):
         transport.all_reduce(flag, group=group).wait()
     if not bool(flag):
@@ -51,3 +43,16 @@ def agree_finite(
         f"a gradient {where} is not finite; no weight was changed. "
         "nonfinite='skip' leaves such steps out, nonfinite='zero' drops the elements"
     )
+
+
+def _all_finite(gradients: Sequence[Tensor]) -> bool:
+    held = [gradient for gradient in gradients if gradient.numel()]
+    # A sum of squares is one fast pass, but squares of finite numbers can overflow: then the largest magnitude tells.
+    return _finite_norms(held, 2) or _finite_norms(held, float("inf"))
+
+
+def _finite_norms(gradients: list[Tensor], order: float) -> bool:
+    if not gradients:
+        return True
+    norms = torch._foreach_norm(gradients, order)
+    return bool(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().all())

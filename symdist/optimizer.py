@@ -1,6 +1,7 @@
 """SymDist: every parameter under its own symmetry-compatible rule, on the shards where it lies."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,22 +169,11 @@ class SymDist(torch.optim.Optimizer):
         return self._waves
 
     def _run(self, wave: list[Job], gradients: list[Tensor], *, with_plain: bool) -> None:
-        directions = self._directions([i for job in wave for i in job.members], gradients)
-        tasks = [
-            job.task(
-                [directions[i] for i in job.members],
-                [gradients[i] for i in job.members] if job.stack.hold else None,
-            )
-            for job in wave
-        ]
         run(
-            tasks,
+            [job.task(partial(self._begin, job, gradients), partial(self._move, job)) for job in wave],
             transport=self.transport,
             meanwhile=(lambda: self._step_plain(gradients)) if with_plain else (lambda: None),
         )
-        for job, task in zip(wave, tasks, strict=True):
-            updates, moved = task.result
-            self._move(job, updates, moved)
 
     def _by_group(self, indices: Iterable[int]) -> list[tuple[dict[str, Any], list[int]]]:
         by_group: dict[int, list[int]] = {}
@@ -191,14 +181,14 @@ class SymDist(torch.optim.Optimizer):
             by_group.setdefault(self._members[i].group, []).append(i)
         return [(self.param_groups[group], members) for group, members in by_group.items()]
 
-    def _directions(self, indices: Iterable[int], gradients: list[Tensor]) -> dict[int, Tensor]:
+    def _begin(self, job: Job, gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         directions: dict[int, Tensor] = {}
-        for group, members in self._by_group(indices):
+        for group, members in self._by_group(job.members):
             states = [self._local_state(i) for i in members]
-            rule = self._members[members[0]].rule
-            given = [gradients[i].to(self._members[i].dtype) for i in members]
-            directions.update(zip(members, advance(rule.accumulator, states, given, group), strict=True))
-        return directions
+            given = [gradients[i].to(job.stack.dtype) for i in members]
+            directions.update(zip(members, advance(job.stack.rule.accumulator, states, given, group), strict=True))
+        held = [gradients[i] for i in job.members] if job.stack.hold else None
+        return [directions[i] for i in job.members], held
 
     def _local_state(self, index: int) -> dict[str, Tensor]:
         return {key: local(value) for key, value in self.state[self._members[index].parameter].items()}

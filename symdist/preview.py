@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -116,12 +118,13 @@ def _dry_step(members: list[Member], waves: list[list[Job]]) -> Counting:
     for group in {member.layout.split.group for member in members if member.layout.split is not None}:
         counting.all_reduce(local(members[0].parameter).new_empty(1), group=group)
     for wave in waves:
-        tasks = []
-        for job in wave:
-            pieces = [local(members[i].parameter).detach().to(job.stack.dtype) for i in job.members]
-            tasks.append(job.task(pieces, pieces if job.stack.hold else None))
-        run(tasks, transport=counting)
+        run([job.task(partial(_pieces, job, members), lambda updates, moved: None) for job in wave], transport=counting)
     return counting
+
+
+def _pieces(job: Job, members: list[Member]) -> tuple[list[Tensor], list[Tensor] | None]:
+    pieces = [local(members[i].parameter).detach().to(job.stack.dtype) for i in job.members]
+    return pieces, pieces if job.stack.hold else None
 
 
 def _routed(member: Member, group: dict[str, Any], placement: Placement) -> Routed:

@@ -1,6 +1,6 @@
 """A job: parameters of one shape, rule, options and layout, run as one stack where placement put them."""
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from symdist.views import View
 
 Placement: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
+Begin: TypeAlias = Callable[[], tuple[Tensors, Tensors | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,57 +53,61 @@ class Job:
     axis: Literal["rows", "columns"] | None = None
     owners: tuple[int, ...] = ()
 
-    def task(self, directions: Tensors, gradients: Tensors | None) -> Task:
-        """The job as a task; its result is `(updates, moved)`, lists of pieces in the order of `members`.
+    def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None]) -> Task:
+        """The job as a task that calls `begin` when it starts and `done(updates, moved)` when it has run.
 
-        `directions` are this rank's pieces of what the rule transforms, and are not written to. `gradients` are
-        needed where the stack holds stale rows. `moved` holds 1 where a weight may move (decay included) and 0 where
-        it may not, or is None where every weight moves.
+        `begin` returns `(directions, gradients)`: this rank's pieces of what the rule transforms, in the order of
+        `members`, which are not written to, and the gradients, where the stack holds stale rows. `updates` are such
+        pieces too; `moved` holds 1 where a weight may move (decay included) and 0 where it may not, or is None where
+        every weight moves.
         """
         split = self.stack.layout.split
         if self.placement == "owner":
             assert split is not None
-            return Task(self._at_owners(directions, gradients), group=split.group)
+            return Task(_finish(self._at_owners(begin), done), group=split.group)
         held = split.here if split is not None and split.dim == 0 else range(self.stack.layout.shape[0])
-        asking = _update(self.stack, directions, gradients, held)
+        asking = _finish(_update(self.stack, begin, held), done)
         if self.placement == "local" or split is None:
             return Task(asking)
         return Task(asking, axis=self.axis, group=split.group)
 
-    def _at_owners(
-        self, directions: Tensors, gradients: Tensors | None
-    ) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+    def _at_owners(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
         layout, k = self.stack.layout, len(self.members)
-        pieces = list(directions)
+        pieces, gradients = begin()
+        like = pieces[0].new_empty(0)
         owners = self.owners
         if gradients is not None:
             # Whether a row was touched is known only where the row is whole, so the gradients travel too.
-            pieces += [gradient.to(directions[0].dtype) for gradient in gradients]
+            pieces = [*pieces, *(gradient.to(like.dtype) for gradient in gradients)]
             owners = owners * 2
         wholes = yield Ship(pieces=pieces, owners=owners, layout=layout)
         owned = len(wholes) // (1 if gradients is None else 2)
         home: Tensors = []
         if owned:
-            asking = _update(
-                self.stack,
-                wholes[:owned],
-                wholes[owned:] if gradients is not None else None,
-                range(layout.shape[0]),
-            )
-            updates, moved = answer_alone(asking)
+            given = wholes[:owned], wholes[owned:] if gradients is not None else None
+            updates, moved = answer_alone(_update(self.stack, lambda: given, range(layout.shape[0])))
             home = [*updates, *(moved or [])]
         masked = self.stack.hold or self.stack.padding_rows > 0
         owners = self.owners * 2 if masked else self.owners
-        back = yield Return(wholes=home, owners=owners, layout=layout, like=directions[0])
+        back = yield Return(wholes=home, owners=owners, layout=layout, like=like)
         return back[:k], back[k:] if masked else None
 
 
-def _update(
-    stack: Stack, directions: Tensors, gradients: Tensors | None, held: range
-) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
-    """Run the rule on these pieces, of which `held` are the indices along the stored dimension 0."""
+def _finish(
+    asking: Generator[Any, Any, tuple[Tensors, Tensors | None]], done: Callable[[Tensors, Tensors | None], None]
+) -> Generator[Any, Any, None]:
+    # Handed on at once, so that no update outlives its use while others are under way.
+    done(*(yield from asking))
+
+
+def _update(stack: Stack, begin: Begin, held: range) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+    """Run the rule on the pieces of `begin`, of which `held` are the indices along the stored dimension 0."""
+    directions, gradients = begin()
     stored = torch.stack(directions) if len(directions) > 1 else directions[0].unsqueeze(0)
+    del directions
+    shape = tuple(stored.shape)
     values = stack.view.matrices(stored)
+    del stored
     real = _real_rows(stack, held, values)
     if real is not None:
         values = values * real
@@ -116,8 +121,8 @@ def _update(
         moved = touched.ne(0).to(update.dtype) * (1 if real is None else real)
     if moved is not None:
         update = update * moved
-        moved = stack.view.stored_form(moved.expand_as(update), tuple(stored.shape))
-    updates = stack.view.stored_form(update, tuple(stored.shape))
+        moved = stack.view.stored_form(moved.expand_as(update), shape)
+    updates = stack.view.stored_form(update, shape)
     return list(updates.unbind(0)), None if moved is None else list(moved.unbind(0))
 
 

@@ -50,7 +50,7 @@ def ask(stack: Stack, piece: tuple[int, ...], axis: Literal["rows", "columns"] |
             if isinstance(request, Root):
                 b, d = request.gram.shape[:2]
                 norm = request.gram.new_empty(b, 1, 1)
-                answer = InverseRoot(matrix=request.gram, nuclear=norm, frobenius=norm)
+                answer = InverseRoot(request.gram, norms=(norm, norm))
                 root_flops += b * request.numerics.operations(d)
                 grams += request.gram.numel() if remote else 0
             else:

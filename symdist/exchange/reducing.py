@@ -71,13 +71,8 @@ def answer_roots(
         b, d = request.gram.shape[:2]
         rows = torch.stack([buffer[roots.starts[u] : roots.starts[u] + roots.sizes[u]] for u in range(unit, unit + b)])
         unit += b
-        unpacked.append(
-            InverseRoot(
-                matrix=rows[:, : d * d].reshape(b, d, d),
-                nuclear=rows[:, d * d, None, None],
-                frobenius=rows[:, d * d + 1, None, None],
-            )
-        )
+        norms = rows[:, d * d, None, None], rows[:, d * d + 1, None, None]
+        unpacked.append(InverseRoot(rows[:, : d * d].reshape(b, d, d), norms=norms))
     return unpacked
 
 

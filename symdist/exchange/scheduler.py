@@ -19,7 +19,7 @@ _ANSWERS: dict[type, Any] = {
 
 
 class Task:
-    """A running generator, where its requests go, and in the end its `result`.
+    """A running generator and where its requests go.
 
     `axis` says along what the ranks of `group` split the matrices ("rows", "columns"), or is None where each rank
     has whole ones. A request across another axis answers itself.
@@ -30,7 +30,6 @@ class Task:
         self.axis = axis
         self.group = group
         self.pending: Any = None
-        self.result: Any = None
 
     def advance(self, answer: Any = None) -> None:
         """Run to the next request that other ranks must answer, left in `pending`, or to the end."""
@@ -39,10 +38,9 @@ class Task:
             request = self.asking.send(answer)
             while not self._remote(request):
                 request = self.asking.send(request.alone())
-        except StopIteration as finished:
-            self.result = finished.value
-        else:
-            self.pending = request
+        except StopIteration:
+            return
+        self.pending = request
 
     def _remote(self, request: Any) -> bool:
         if isinstance(request, Ship | Return):

@@ -74,16 +74,32 @@ class Numerics:
         return (4 * len(self.coefficients()) - 3) * 2.0 * d**3
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
 class InverseRoot:
-    """`matrix` is `C^{-1/2}` `[b, d, d]`; `nuclear` `tr(C·C^{-1/2})` and `frobenius` `√tr C` are `[b, 1, 1]`.
+    """`matrix` is `C^{-1/2}`, `[b, d, d]`, of a Gram `C` of `M`; the norms of `M` are found when asked for.
 
-    For `C` the Gram of `M` these are the nuclear and the Frobenius norm of `M`.
+    Where the Gram stayed on another rank, its norms come along instead of it.
     """
 
-    matrix: Tensor
-    nuclear: Tensor
-    frobenius: Tensor
+    def __init__(self, matrix: Tensor, *, gram: Tensor | None = None, norms: tuple[Tensor, Tensor] | None = None):
+        self.matrix = matrix
+        self._gram = gram
+        self._norms = norms
+
+    @property
+    def nuclear(self) -> Tensor:
+        """`‖M‖_* = tr(C·C^{-1/2})`, `[b, 1, 1]`."""
+        if self._norms is not None:
+            return self._norms[0]
+        assert self._gram is not None
+        return (self._gram * self.matrix).sum((-2, -1), keepdim=True)
+
+    @property
+    def frobenius(self) -> Tensor:
+        """`‖M‖_F = √tr C`, `[b, 1, 1]`."""
+        if self._norms is not None:
+            return self._norms[1]
+        assert self._gram is not None
+        return _trace(self._gram).clamp_min(0).sqrt()
 
 
 def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
@@ -94,29 +110,19 @@ def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
     Source: Lau & Su, arXiv 2605.18106 (coupled polynomial iteration); the Polar Express, arXiv 2505.16932.
     """
     c = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    c = (c + c.mT) / 2
-    # By the largest entry first: the squares in the norm leave float32's range long before the Gram does.
-    # Entries so small that they are denormal carry no digits, and are left as small as they are.
+    # By the trace: unlike a norm's squares it stays in float32's range as long as the Gram itself does. Where even the
+    # trace is denormal it carries no digits, and the matrix counts as zero.
+    trace = _trace(c)
     number = torch.finfo(c.dtype)
-    peak = _peak(c)
-    peak = torch.where(peak > number.tiny / number.eps, peak, torch.ones_like(peak))
-    unit = c / peak
-    norm = torch.linalg.matrix_norm(unit, keepdim=True)
-    norm = torch.where(norm > 0, norm, torch.ones_like(norm))
-    unit = unit / norm
+    held = trace > number.tiny / number.eps
+    trace = torch.where(held, trace, 1)
+    unit = torch.where(held, c / trace, 0)
     solve = _exact if numerics.method == "exact" else _polynomial
-    matrix = solve(unit, numerics) * norm.rsqrt() * peak.rsqrt()
-    diagonal = c.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return InverseRoot(
-        matrix=matrix,
-        nuclear=(c * matrix).sum((-2, -1), keepdim=True),
-        frobenius=diagonal.clamp_min(0).sqrt(),
-    )
+    return InverseRoot(solve(unit, numerics) * trace.rsqrt(), gram=c)
 
 
-def _peak(x: Tensor) -> Tensor:
-    """The largest magnitude of each matrix, `[b, 1, 1]`; zero where it is empty."""
-    return x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_zeros(x.shape[0], 1, 1)
+def _trace(x: Tensor) -> Tensor:
+    return x.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
 def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
@@ -126,7 +132,7 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
     of the method as published. `numerics.method` must be iterative. The result has the dtype of `m`.
     """
     # By a power of two first, which rounds nothing: the squares of a long-unused expert's momentum are zero.
-    exponent = torch.frexp(_peak(m.float())).exponent.clamp(-126, 126)
+    exponent = torch.frexp(m.float().abs().amax((-2, -1), keepdim=True)).exponent.clamp(-126, 126)
     x = torch.ldexp(m, -exponent).bfloat16()
     tall = m.shape[-2] > m.shape[-1]
     x = x.mT if tall else x
@@ -141,26 +147,28 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
 
 def _exact(unit: Tensor, numerics: Numerics) -> Tensor:
     values, vectors = torch.linalg.eigh(unit.double())
+    norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
     # Rounding leaves eigenvalues of a singular Gram at ±eps of its dtype: without a floor, their roots are noise.
-    values = values.clamp_min(torch.finfo(unit.dtype).eps) + numerics.damping
+    values = values.clamp_min(torch.finfo(unit.dtype).eps) + numerics.damping * norm
     return ((vectors * values.rsqrt()[..., None, :]) @ vectors.mT).to(unit.dtype)
 
 
 def _polynomial(unit: Tensor, numerics: Numerics) -> Tensor:
     """Coupled iteration: `y → A^{1/2}`-ward, `z → A^{-1/2}`-ward, all factors polynomials in the same `A`."""
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    y = unit + numerics.damping * eye
+    y = unit
+    if numerics.damping:
+        y = y + numerics.damping * torch.linalg.matrix_norm(unit, keepdim=True) * eye
     if numerics.normalise == "matrix":
-        bound = y.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] * 1.02**2
+        bound = 1.02**2 * _trace(y)
     else:
         bound = torch.linalg.matrix_norm(y, keepdim=True) * (1.0 if numerics.method == "newton_schulz" else 1.02)
-    bound = bound.clamp_min(torch.finfo(unit.dtype).tiny)
+    bound = torch.where(bound > 0, bound, 1)
     y = y / bound
     z: Tensor | None = None
     coefficients = numerics.coefficients()
     for i, (a, b, c) in enumerate(coefficients):
-        w = y if z is None else z @ y
-        r = eye - (w + w.mT) / 2
+        r = eye - y if z is None else torch.baddbmm(eye, z, y, alpha=-1)
         p = torch.baddbmm(r, r, r, beta=-b - 2 * c, alpha=c)
         p.diagonal(dim1=-2, dim2=-1).add_(a + b + c)
         z = p if z is None else p @ z

@@ -17,22 +17,7 @@ from launch.runlog import check_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
-WORDS = [
-    "rows",
-    "columns",
-    "shards",
-    "ranks",
-    "grams",
-    "heads",
-    "experts",
-    "routers",
-    "layouts",
-    "views",
-    "rules",
-    "waves",
-    "owners",
-    "pieces",
-]
+WORDS = ("rows", "columns", "shards", "ranks", "grams", "heads", "experts", "routers", "layouts", "views", "rules")
 
 
 @pytest.fixture(scope="module")
