@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import tyro
+from tyro.conf import UseAppendAction
+
 from launch.data import DataConfig
-from symdist.recipes import load_recipe
+from symdist.recipes import load_recipe, parse_overrides
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +25,8 @@ class Config:
     """Values of the model's configuration, as pairs: --model-overrides num_hidden_layers 8."""
     recipe: str = "small-moe"
     """A recipe of symdist.recipes, or a TOML file of the same form."""
-    set: tuple[str, ...] = ()
-    """Options of the recipe to replace, each as role.option=value: --set router.lr=0.02 head.rule=hybrid."""
+    set: UseAppendAction[tuple[str, ...]] = ()
+    """An option of a role in place of the recipe's, as in router.lr=0.02; may be given again."""
     data: DataConfig = field(default_factory=DataConfig)
     """The corpus."""
     steps: int = 300
@@ -62,15 +65,8 @@ class Config:
     """"auto" continues from the newest checkpoint of the run, or starts where there is none; or a checkpoint's path."""
 
     def overrides(self) -> dict[str, dict[str, Any]]:
-        """`set` by role; ValueError for a word that is not role.option=value."""
-        overrides: dict[str, dict[str, Any]] = {}
-        for word in self.set:
-            path, equals, text = word.partition("=")
-            role, dot, option = path.partition(".")
-            if not (equals and dot and role and option):
-                raise ValueError(f"--set {word!r} should be role.option=value, as in router.lr=0.02")
-            overrides.setdefault(role, {})[option] = parse_value(text)
-        return overrides
+        """`set` by role and option; ValueError for a word that is not role.option=value."""
+        return parse_overrides(self.set)
 
     def check(self, *, ranks: int) -> None:
         """ValueError, naming the value and the remedy, for what cannot run on so many ranks."""
@@ -89,22 +85,12 @@ class Config:
         load_recipe(self.recipe).overridden(self.overrides())
 
 
-def parse_value(text: str) -> Any:
-    """A word of the command line as TOML would read it, or as a string where it would not."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
 def parse_command_line(arguments: list[str]) -> Config:
     """The configuration from `--config FILE.toml` and options over it.
 
     Raises ValueError for a file that is missing, no TOML, or holds an unknown key; tyro ends the process with its own
     message for an unknown option.
     """
-    import tyro
-
     arguments = list(arguments)
     default = Config()
     if "--config" in arguments:

@@ -13,14 +13,14 @@ from torch.nn import functional
 
 import symdist
 from launch import checkpoint
-from launch.config import Config, parse_value
+from launch.config import Config
 from launch.data import Corpus, TokenLoader, validation_batches
 from launch.ranks import Ranks
 from launch.runlog import RunLog
 from launch.schedules import Schedule, build_scheduler
 from symdist.diagnostics import RouterMonitor
 from symdist.models import active_parameters, blocks, build
-from symdist.recipes import load_recipe
+from symdist.recipes import load_recipe, parse_value
 
 
 class Training:

@@ -4,7 +4,6 @@ A subcommand is a dataclass of its arguments with a method `run`, listed in `_CO
 """
 
 import sys
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,10 @@ class Route:
     def run(self) -> None:
         """Print the table and a line of totals."""
         from symdist.preview import preview
-        from symdist.recipes import load_recipe
+        from symdist.recipes import load_recipe, parse_overrides
         from symdist.tables import route_table, totals
 
-        recipe = load_recipe(self.recipe).overridden(_overrides(self.set))
+        recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set))
         found = preview(self.model, recipe, ranks=self.ranks)
         _show(
             route_table(found, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
@@ -111,22 +110,6 @@ def _parse(arguments: Sequence[str] | None) -> Route | Compare:
     )
     kinds = cast(Any, Union[commands])  # noqa: UP007
     return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-
-
-def _overrides(settings: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`role.option=value` by role and option; a value that is no TOML is a string."""
-    overrides: dict[str, dict[str, Any]] = {}
-    for setting in settings:
-        target, equals, text = setting.partition("=")
-        role, dot, option = target.partition(".")
-        if not (equals and dot and role and option):
-            raise ValueError(f"--set {setting}: should be role.option=value, as in router.rule=left_spectral")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        overrides.setdefault(role, {})[option] = value
-    return overrides
 
 
 def _show(*lines: Any) -> None:

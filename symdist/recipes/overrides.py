@@ -1,0 +1,25 @@
+"""Options on a command line: `role.option=value`, the value as TOML would read it."""
+
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+
+def parse_value(text: str) -> Any:
+    """A number, boolean, list or table where TOML reads one; else the text itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`role.option=value` words by role and option; ValueError for a word of another form."""
+    overrides: dict[str, dict[str, Any]] = {}
+    for word in words:
+        target, equals, text = word.partition("=")
+        role, dot, option = target.partition(".")
+        if not (equals and dot and role and option):
+            raise ValueError(f"--set {word}: should be role.option=value, as in router.rule=left_spectral")
+        overrides.setdefault(role, {})[option] = parse_value(text)
+    return overrides
