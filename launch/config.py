@@ -1,9 +1,8 @@
 """What a pretraining run is told: a TOML file, the command line over it, checked before anything starts."""
 
-import dataclasses
+import json
 import sys
 import tomllib
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +44,8 @@ class Config:
     """Weight of the routers' z-loss."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward and backward; "auto" is bfloat16 on a GPU that has it. Weights and state are always float32."""
+    initialize: Literal["auto", "whole", "sharded"] = "auto"
+    """Draw all weights on every rank, alike at any world size, or each rank its shards; "auto" goes by size."""
     nonfinite: Literal["raise", "skip", "zero"] = "skip"
     """What to do where a gradient is inf or NaN."""
     seed: int = 42
@@ -88,44 +89,49 @@ class Config:
 def parse_command_line(arguments: list[str]) -> Config:
     """The configuration from `--config FILE.toml` and options over it.
 
-    Raises ValueError for a file that is missing, no TOML, or holds an unknown key; tyro ends the process with its own
-    message for an unknown option.
+    Raises ValueError for a file that is missing or no TOML; for an unknown option or a value of the wrong kind, in the
+    file or on the command line, tyro says so and ends the process with code 2.
     """
-    arguments = list(arguments)
-    default = Config()
-    if "--config" in arguments:
-        at = arguments.index("--config")
-        if at + 1 == len(arguments):
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name != "--config":
+            words.append(word)
+            continue
+        path = value if equals else next(rest, None)
+        if not path:
             raise ValueError("--config needs a file")
-        default = read_toml(Path(arguments[at + 1]))
-        del arguments[at : at + 2]
-    return tyro.cli(Config, args=arguments, default=default, prog=Path(sys.argv[0]).name, description=__doc__)
+        words = [*read_toml(Path(path)), *words]
+    description = f"{Config.__doc__}\n\n--config FILE.toml reads values from a file; the command line wins."
+    return tyro.cli(Config, args=words, prog=Path(sys.argv[0]).name, description=description)
 
 
-def read_toml(path: Path) -> Config:
-    """A configuration from a TOML file; see `parse_command_line` for what it raises."""
+def read_toml(path: Path) -> list[str]:
+    """The values of a TOML file as command-line words, so that both are checked alike."""
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config {path} is not valid TOML: {error}") from None
-    return _build(Config, content, where=str(path))
+    return _words(content, prefix="--")
 
 
-def _build(kind: Any, content: dict[str, Any], *, where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    known = {entry.name for entry in dataclasses.fields(kind)}
-    unknown = sorted(set(content) - known)
-    if unknown:
-        raise ValueError(f"{where}: unknown {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
-    values: dict[str, Any] = {}
+def _words(content: dict[str, Any], *, prefix: str) -> list[str]:
+    words = []
     for name, value in content.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(hint, value, where=f"{where}: [{name}]")
-        elif name == "model_overrides":
-            values[name] = {key: repr(item) if not isinstance(item, str) else item for key, item in value.items()}
+        option = prefix + name.replace("_", "-")
+        if name == "model_overrides" and isinstance(value, dict):
+            words += [option, *(word for key, item in value.items() for word in (key, _text(item)))]
+        elif isinstance(value, dict):
+            words += _words(value, prefix=f"{option}.")
+        elif name == "set" and isinstance(value, list):
+            words += [word for item in value for word in (option, _text(item))]
         else:
-            values[name] = Path(value) if hint is Path else tuple(value) if isinstance(value, list) else value
-    return kind(**values)
+            words += [option, _text(value)]
+    return words
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -31,5 +31,3 @@ symdist_install() {
 
 symdist_install "$1" || exit 1
 export PATH=$symdist_venv/bin:$PATH
-# Models are built from their configurations and data is local: nothing is to be looked up.
-export HF_HUB_OFFLINE=1

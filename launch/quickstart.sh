@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 nproc=2
 recipe=small-moe
 options=()
+settings=()
 while [ $# -gt 0 ]; do
     case $1 in
         --nproc | --recipe)
@@ -17,6 +18,12 @@ while [ $# -gt 0 ]; do
             ;;
         --nproc=*) nproc=${1#*=}; shift ;;
         --recipe=*) recipe=${1#*=}; shift ;;
+        --set)
+            # Meant for the first stack: the baselines stay what they are called.
+            [ $# -gt 1 ] || { echo "error: --set needs role.option=value" >&2; exit 2; }
+            settings+=(--set "$2")
+            shift 2
+            ;;
         --output | --output=*)
             echo "error: quickstart chooses the output folders; use launch/pretrain.py to choose your own" >&2
             exit 2
@@ -30,6 +37,8 @@ while [ $# -gt 0 ]; do
 done
 
 . launch/environment.sh launch
+# Models come from their configurations, so nothing is to be looked up but a dataset that is asked for by name.
+case " ${options[*]:-} " in *datasets:*) ;; *) export HF_HUB_OFFLINE=1 ;; esac
 # One core a rank: more threads than cores make each other wait.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(python -c "import os, sys; print(max(1, len(os.sched_getaffinity(0)) // int(sys.argv[1])))" "$nproc")}
 
@@ -39,7 +48,9 @@ for stack in "$recipe" muon adamw; do
     run=$folder/$(basename "$stack" .toml)
     [ -d "$run" ] && continue
     echo "== $stack" >&2
-    torchrun --standalone --nproc_per_node="$nproc" launch/pretrain.py --recipe "$stack" --output "$run" "${options[@]}"
+    torchrun --standalone --nproc_per_node="$nproc" launch/pretrain.py --recipe "$stack" --output "$run" \
+        "${options[@]}" "${settings[@]}"
+    settings=()
     finished+=("$run")
 done
 python launch/report.py "${finished[@]}" --picture "$folder/curves.png"

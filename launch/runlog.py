@@ -82,6 +82,12 @@ class RunLog:
         self._lines.close()
 
 
+def already_finished(folder: Path, *, steps: int) -> bool:
+    """Whether the folder holds a run that came to its end, with as many steps."""
+    summary = folder / SUMMARY
+    return summary.exists() and json.loads(summary.read_text())["steps"] >= steps
+
+
 def check_folder(folder: Path, *, resume: str | None) -> None:
     """ValueError where the folder already holds a run that is not being resumed."""
     if resume is None and (folder / LOG).exists():

@@ -3,12 +3,13 @@
 import dataclasses
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional
 
 import symdist
@@ -19,8 +20,11 @@ from launch.ranks import Ranks
 from launch.runlog import RunLog
 from launch.schedules import Schedule, build_scheduler
 from symdist.diagnostics import RouterMonitor
-from symdist.models import active_parameters, blocks, build
+from symdist.models import active_parameters, build, shard
 from symdist.recipes import load_recipe, parse_value
+
+# Above this many weights no rank draws the whole model to keep its shard of it.
+_DRAWN_WHOLE = 200_000_000
 
 
 class Training:
@@ -42,6 +46,11 @@ class Training:
             seed=config.seed,
             vocabulary=corpus.vocabulary,
         )
+        if self.loader.windows < config.batch:
+            raise ValueError(
+                f"the corpus has {self.loader.windows} training sequences of {config.sequence} tokens, a step takes "
+                f"{config.batch}; give more text or a smaller --batch"
+            )
         self.step = 0
         self.elapsed = 0.0
         self._step_times: list[float] = []
@@ -67,10 +76,16 @@ class Training:
         wanted = self.config.resume
         if wanted is None:
             return None
-        path = checkpoint.latest(self.checkpoints) if wanted == "auto" else Path(wanted)
+        newest = checkpoint.latest(self.checkpoints)
+        path = newest if wanted == "auto" else Path(wanted)
         if path is None:
             log_to(f"no checkpoint in {self.checkpoints}: starting from the beginning")
             return None
+        if newest is not None and newest != path and newest.parent.resolve() == path.parent.resolve():
+            raise ValueError(
+                f"{self.checkpoints} goes on to {newest.name}, which a run from {path.name} would mix with; "
+                "give another --output"
+            )
         state = checkpoint.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.scheduler.load_state_dict(state["scheduler"])
@@ -114,12 +129,14 @@ class Training:
             if self.step % config.validate_every == 0 or last:
                 measures = self.validate()
                 log.step(self.step, "validation", measures)
-            if last or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
-                self.save()
-            if self.ranks.agree_to_stop() and not last:
-                log.say(f"told to stop: saved {self.save()}; --resume auto goes on from there")
+            due = last or (config.checkpoint_every and self.step % config.checkpoint_every == 0)
+            saved = self.save() if due else None
+            if last:
+                return self._summary(measures)
+            if self.ranks.agree_to_stop():
+                log.say(f"told to stop: saved {saved or self.save()}; --resume auto goes on from there")
                 return None
-        return self._summary(measures)
+        raise ValueError(f"the checkpoint is of step {self.step}, the run has {config.steps}; give more --steps")
 
     def _train_step(self) -> tuple[Tensor, Tensor]:
         started = self._clock()
@@ -235,23 +252,27 @@ class Training:
 
     def _build_model(self) -> Any:
         config = self.config
-        # On every rank the same weights, drawn whole: a run starts alike at any world size.
-        model: Any = build(
-            config.model,
-            vocabulary=self.corpus.vocabulary,
-            overrides={key: parse_value(text) for key, text in config.model_overrides.items()},
-            seed=config.seed,
-        )
         low = config.precision == "bfloat16" or (
             config.precision == "auto" and self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
         )
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
         )
-        for block in blocks(model):
-            fully_shard(block, mesh=self.ranks.mesh, mp_policy=policy)
-        fully_shard(model, mesh=self.ranks.mesh, mp_policy=policy)
-        assert isinstance(model, FSDPModule)
+        make = partial(
+            build,
+            config.model,
+            vocabulary=self.corpus.vocabulary,
+            overrides={key: parse_value(text) for key, text in config.model_overrides.items()},
+        )
+        model: Any = make(device="meta")
+        size = sum(parameter.numel() for parameter in model.parameters())
+        if config.initialize == "whole" or (config.initialize == "auto" and size <= _DRAWN_WHOLE):
+            # On every rank the same weights, drawn whole: a run starts alike at any world size.
+            return shard(make(seed=config.seed), self.ranks.mesh, policy=policy)
+        shard(model, self.ranks.mesh, policy=policy).to_empty(device=self.ranks.device)
+        # On the CPU each rank draws its own shards; on GPUs DTensor keeps the ranks' draws apart by itself.
+        torch.manual_seed(config.seed + (self.ranks.rank if self.ranks.device.type == "cpu" else 0))
+        model.init_weights()
         return model
 
 

@@ -30,9 +30,9 @@ class Route:
 
     def run(self) -> None:
         """Print the table and a line of totals."""
-        from symdist.preview import preview
+        from symdist.commands.preview import preview
+        from symdist.commands.tables import route_table, totals
         from symdist.recipes import load_recipe, parse_overrides
-        from symdist.tables import route_table, totals
 
         recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set))
         found = preview(self.model, recipe, ranks=self.ranks)
@@ -63,8 +63,8 @@ class Compare:
 
     def run(self) -> None:
         """Measure, print the table, and write the JSON file where one is asked for."""
-        from symdist.compare import compare
-        from symdist.tables import compare_table
+        from symdist.commands.compare import compare
+        from symdist.commands.tables import compare_table
 
         found = compare(
             self.model,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from symdist.exchange import Collectives, Transport
-from symdist.layouts import Group, layout_of, local, same_group
+from symdist.layouts import Group, check_placements, layout_of, local, same_group
 
 
 @torch.no_grad()
@@ -30,6 +30,7 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, *, transport:
             groups[key] = split.group if split is not None else None
             squares.setdefault(groups[key], torch.zeros(1, dtype=torch.float64, device=parameter.device))
         if parameter.grad is not None:
+            check_placements(f"parameter {i}", parameter, parameter.grad)
             gradient = local(parameter.grad)
             gradients.append(gradient)
             so_far = squares[groups[key]]

@@ -67,7 +67,7 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
     lr = group.get("lr")
     if lr is None:
         raise ValueError(f"{where} has no 'lr'; learning rates of different rules have no common default")
-    if not (math.isfinite(float(lr)) and float(lr) >= 0):
+    if isinstance(lr, bool | str) or not (math.isfinite(float(lr)) and float(lr) >= 0):
         raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
     decay = group["weight_decay"]
     if not (isinstance(decay, int | float) and math.isfinite(decay) and decay >= 0):

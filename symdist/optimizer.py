@@ -11,7 +11,7 @@ from symdist.accumulate import adamw_step, advance
 from symdist.exchange import Collectives, Job, Placement, Transport, describe, run
 from symdist.finite import NonFinite, agree_finite
 from symdist.groups import Member, complete_group, describe_member, place_members
-from symdist.layouts import local
+from symdist.layouts import check_placements, local
 from symdist.rules import ACCUMULATOR_STATE, get_rule
 
 WAVE_BYTES = 1 << 30
@@ -58,6 +58,10 @@ class SymDist(torch.optim.Optimizer):
         super().__init__(groups, {})
         self._plan()
         self._constructed = True
+        # Schedulers that cycle momentum look for it here, and write it to every group.
+        for key in ("momentum", "betas"):
+            if all(key in group for group in self.param_groups):
+                self.defaults[key] = self.param_groups[0][key]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after construction; nothing is added where it raises ValueError."""
@@ -107,6 +111,7 @@ class SymDist(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_options()
         waves = self._plan()
         gradients = [_gradient(member) for member in self._members]
         names = [member.name for member in self._members]
@@ -167,6 +172,18 @@ class SymDist(torch.optim.Optimizer):
         if self._waves is None:
             self._waves = place_members(self._members, wave_bytes=self.wave_bytes)
         return self._waves
+
+    def _check_options(self) -> None:
+        """ValueError for a rule's option that was changed after construction: it would be ignored."""
+        stacks = {member.group: member.stack for member in self._members if member.stack is not None}
+        for i, stack in stacks.items():
+            group = self.param_groups[i]
+            changed = [key for key, value in stack.options if group[key] != value]
+            if changed:
+                raise ValueError(
+                    f"param group {group['role'] or group['names'][0]!r}: {', '.join(changed)} changed after "
+                    "construction; build another optimizer and load_state_dict into it"
+                )
 
     def _run(self, wave: list[Job], gradients: list[Tensor], *, with_plain: bool) -> None:
         run(
@@ -245,6 +262,11 @@ def _check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Ten
         if key not in theirs or tuple(theirs[key].shape) != tuple(tensor.shape):
             found = f"shape {tuple(theirs[key].shape)}" if key in theirs else "none"
             raise ValueError(f"{name}: needs state {key!r} of shape {tuple(tensor.shape)}; the saved state has {found}")
+        if local(theirs[key]).shape != local(tensor).shape:
+            raise ValueError(
+                f"{name}: state {key!r} was saved in pieces of {tuple(local(theirs[key]).shape)}, this rank holds "
+                f"{tuple(local(tensor).shape)}; load it through torch.distributed.checkpoint, which re-shards"
+            )
 
 
 def _gradient(member: Member) -> Tensor:
@@ -253,6 +275,7 @@ def _gradient(member: Member) -> Tensor:
         return torch.zeros_like(local(member.parameter))
     if gradient.is_sparse:
         raise ValueError(f"{member.name} has a sparse gradient; build its embedding with sparse=False")
+    check_placements(member.name, member.parameter, gradient)
     here = local(gradient)
     if tuple(here.shape) != member.layout.local_shape:
         raise ValueError(

@@ -22,6 +22,7 @@ _MLP = {
     **dict.fromkeys(("down_proj", "w2", "fc2", "c_proj", "linear2", "dense_4h_to_h", "fc_out", "wo"), "down"),
     "gate_up_proj": "gate_up",
 }
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 _ATTENTION_WORDS = ("attn", "attention")
 _COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
 _KV_COUNTS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
@@ -45,7 +46,7 @@ class Site:
 
 def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:
     """Every trainable parameter by its name, once, with its site. Tied parameters keep their first name."""
-    embedded = {id(module.weight) for module in model.modules() if _is_embedding(module)}
+    embedded = {id(weight) for weight in _embedding_weights(model)}
     heads = {id(weight) for weight in _output_weights(model)}
     sites: dict[str, tuple[nn.Parameter, Site]] = {}
     seen: set[int] = set()
@@ -75,20 +76,26 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str,
     yield from descend(model, "", [("", model)])
 
 
-def _is_embedding(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and (
-        isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")
-    )
+def _embedding_weights(model: nn.Module) -> list[Tensor]:
+    embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding) or type(m).__name__.endswith("Embedding"))
+    return [m.weight for m in embeddings if isinstance(getattr(m, "weight", None), Tensor)]  # type: ignore[misc]
+
+
+def _unwrapped(name: str) -> str:
+    """A module's name without what DDP, torch.compile and their like put before it."""
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
 
 
 def _output_weights(model: nn.Module) -> list[Tensor]:
+    vocabularies = {weight.shape[0] for weight in _embedding_weights(model)}
     found = [
         module.weight
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and name.rsplit(".", 1)[-1] in _HEADS
-        and "." not in name.removeprefix("module.")
+        and (_unwrapped(name) in _HEADS or module.weight.shape[0] in vocabularies)
     ]
     declared = getattr(model, "get_output_embeddings", lambda: None)()
     return found + ([declared.weight] if declared is not None else [])
@@ -113,11 +120,15 @@ def _site(leaf: str, parameter: Tensor, chain: list[tuple[str, nn.Module]]) -> S
     word, holder = (attribute, parent) if leaf == "weight" else (leaf.removesuffix("_weight"), module)
     if any("experts" in name for name, _ in chain):
         return _expert_site(word, module, parameter)
+    transposed = kind == "Conv1D"
     around = [name for name, _ in chain] + [type(m).__name__ for _, m in chain[-2:]]
     if word in _ATTENTION and any(w in text.lower() for text in around for w in _ATTENTION_WORDS):
+        # Heads of a weight stored [in, out] are no view there is: a recipe that asks for them is told so.
+        if transposed:
+            return Site(role=_ATTENTION[word], transposed=True)
         return _attention_site(word, holder, parameter)
     if word in _MLP:
-        return _mlp_site(word, "mlp_", parameter)
+        return _mlp_site(word, "mlp_", transposed=transposed)
     return Site(role=None)
 
 
@@ -125,7 +136,7 @@ def _expert_site(word: str, module: nn.Module, parameter: Tensor) -> Site:
     if word not in _MLP:
         return Site(role=None)
     if parameter.dim() < 3:
-        return _mlp_site(word, "expert_", parameter)
+        return _mlp_site(word, "expert_", transposed=type(module).__name__ == "Conv1D")
     # transformers says of stacked experts how they lie; elsewhere [expert, out, in] with gate before up is assumed.
     transposed = bool(getattr(module, "is_transposed", False))
     stacked = bool(getattr(module, "is_concatenated", True))
@@ -135,8 +146,9 @@ def _expert_site(word: str, module: nn.Module, parameter: Tensor) -> Site:
     return Site(role=f"expert_{_MLP[word]}", transposed=transposed, fused=fused)
 
 
-def _mlp_site(word: str, prefix: str, parameter: Tensor) -> Site:
-    return Site(role=prefix + _MLP[word], fused="stacked" if word == "gate_up_proj" else None)
+def _mlp_site(word: str, prefix: str, *, transposed: bool) -> Site:
+    fused: Literal["stacked"] | None = "stacked" if word == "gate_up_proj" and not transposed else None
+    return Site(role=prefix + _MLP[word], transposed=transposed, fused=fused)
 
 
 def _attention_site(word: str, attention: nn.Module, parameter: Tensor) -> Site:

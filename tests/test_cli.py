@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from symdist.cli import main
-from symdist.compare import YARDSTICK
+from symdist.commands.compare import YARDSTICK
+from symdist.commands.preview import Routed, preview
 from symdist.models import names
-from symdist.preview import Routed, preview
 
 FULL_SIZE = [("olmoe-1b-7b", 8), ("qwen3-moe-30b-a3b", 8), ("qwen3-moe-30b-a3b", 64)]
 

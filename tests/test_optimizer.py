@@ -179,9 +179,10 @@ def test_a_bare_list_of_parameters_is_refused() -> None:
         lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.5**step),
         lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=4),
         lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=6, cycle_momentum=False),
+        lambda o: lr_scheduler.OneCycleLR(o, max_lr=1.0, total_steps=6),
         lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.1),
     ],
-    ids=["lambda", "cosine", "one_cycle", "plateau"],
+    ids=["lambda", "cosine", "one_cycle", "one_cycle_momentum", "plateau"],
 )
 def test_schedulers_set_the_step_taken(build: Callable[[SymDist], Any]) -> None:
     optimizer = SymDist([{"params": [weight(6, 4)], "rule": "row_norm", "lr": 0.3, "eps": 0.0}])

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from symdist.exchange.balance import balance
 from symdist.exchange.jobs import Job, Placement, Stack
 from symdist.layouts import Group, Split
-from symdist.rules import InverseRoot, Root
+from symdist.rules import InverseRoot, Matrix, Root, Rule
+from symdist.views import View
 
 # How many operations a rank does in the time it sends one byte: the order of an H100 in fp32 on 50 GB/s links, and of
 # a CPU core on a fast loopback. Only the choice between reduce and owner hangs on it, and that seldom is close.
@@ -33,11 +34,25 @@ class Asked:
     root_flops: float
 
 
-@functools.cache
 def ask(stack: Stack, piece: tuple[int, ...], axis: Literal["rows", "columns"] | None) -> Asked:
     """Run the rule of a stack on a meta tensor of shape `piece` and note what it asks across `axis`."""
-    values = stack.view.matrices(torch.empty((1, *piece), dtype=stack.dtype, device="meta"))
-    asking = stack.rule.update(stack.matrix(values, None), **dict(stack.options))
+    # Without its layout: a cache must not keep process groups alive.
+    return _ask(stack.rule, stack.options, stack.view, stack.padding_rows, stack.dtype, piece, axis)
+
+
+@functools.lru_cache(maxsize=1024)
+def _ask(
+    rule: Rule,
+    options: tuple[tuple[str, Any], ...],
+    view: View,
+    padding_rows: int,
+    dtype: torch.dtype,
+    piece: tuple[int, ...],
+    axis: Literal["rows", "columns"] | None,
+) -> Asked:
+    values = view.matrices(torch.empty((1, *piece), dtype=dtype, device="meta"))
+    matrix = Matrix(values=values, rows=view.rows - padding_rows, columns=view.columns)
+    asking = rule.update(matrix, **dict(options))
     summed = grams = root_flops = 0.0
     answer: Any = None
     with FlopCounterMode(display=False) as counter:

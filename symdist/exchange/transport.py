@@ -1,4 +1,4 @@
-"""The only file that talks to torch.distributed: four asynchronous collectives on flat buffers.
+"""All that an optimizer step asks of torch.distributed: four asynchronous collectives on flat buffers.
 
 `Collectives` moves data. `Counting` notes what would be, or is being, moved.
 """

@@ -9,7 +9,7 @@ from symdist.layouts.dtensor import dtensor_layout
 from symdist.layouts.layout import Group, Layout, Split
 from symdist.layouts.whole import whole_layout
 
-__all__ = ["Group", "Layout", "Split", "layout_of", "local", "same_group"]
+__all__ = ["Group", "Layout", "Split", "check_placements", "layout_of", "local", "same_group"]
 
 
 def layout_of(tensor: Tensor, *, name: str) -> Layout:
@@ -29,3 +29,14 @@ def local(tensor: Tensor) -> Tensor:
 def same_group(tensor: Tensor) -> Hashable:
     """A key that tensors share whose pieces lie on the same ranks: cheaper to have than their layouts."""
     return (id(tensor.device_mesh), tensor.placements) if isinstance(tensor, DTensor) else None
+
+
+def check_placements(name: str, tensor: Tensor, gradient: Tensor) -> None:
+    """ValueError, naming the parameter, for a gradient that is placed otherwise than its weight: a partial sum, say."""
+    mine = getattr(tensor, "placements", None)
+    theirs = getattr(gradient, "placements", None)
+    if mine != theirs:
+        raise ValueError(
+            f"{name}: its gradient is placed {theirs}, the weight {mine}; reduce or redistribute gradients first "
+            "(tensor parallelism is not supported yet)"
+        )

@@ -4,5 +4,6 @@ Importing this package costs nothing; transformers is imported when a model is b
 """
 
 from symdist.models.build import active_parameters, blocks, build, names
+from symdist.models.shard import shard
 
-__all__ = ["active_parameters", "blocks", "build", "names"]
+__all__ = ["active_parameters", "blocks", "build", "names", "shard"]

@@ -116,7 +116,12 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
             known = ", ".join(names())
             raise ValueError(f"no model {str(name_or_path)!r}: the path of a .toml file, or one of {known}")
         path = _FOLDER / f"{name_or_path}.toml"
-    table = tomllib.loads(path.read_text())
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"model file {path} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"model file {path} is not valid TOML: {error}") from None
     if set(table) != {"family", "config"}:
         raise ValueError(f"{path}: expected `family` and the table `config`, found {sorted(table)}")
     if table["family"] not in _FAMILIES:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from symdist.rules import get_rule
+from symdist.groups import COMMON
+from symdist.rules import get_rule, rule_names
+from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
 RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
 
@@ -79,14 +81,8 @@ class Recipe:
                 raise ValueError(f"override of {role!r} is {changes!r}; give its options, like {{'lr': 0.01}}")
             base = self.options(role) or {}
             if "rule" in changes and changes["rule"] != base.get("rule"):
-                known = {
-                    *get_rule(changes["rule"]).defaults,
-                    "lr",
-                    "weight_decay",
-                    "view",
-                    "stale_rows",
-                    "padding_rows",
-                }
+                rule = get_rule(changes["rule"])
+                known = {*rule.defaults, *ACCUMULATOR_OPTIONS[rule.accumulator], *COMMON, "lr"}
                 base = {key: value for key, value in base.items() if key in known}
             sections[role] = {**base, **changes}
         return Recipe(name=self.name, sections=sections, patterns=self.patterns, schedules=self.schedules)
@@ -130,8 +126,13 @@ def _parse(content: dict[str, Any], *, name: str) -> Recipe:
         _check_role(role, f"recipe {name!r}")
         if not isinstance(options, Mapping):
             raise ValueError(f"recipe {name!r}: {role!r} should be a section of options, not {options!r}")
+    if not isinstance(schedules, Mapping) or not all(isinstance(value, Mapping) for value in schedules.values()):
+        raise ValueError(f"recipe {name!r}: [schedule] should hold sections, like [schedule.default]")
+    for key in schedules:
+        if key not in (*FALLBACK, *rule_names(), "default"):
+            raise ValueError(f"recipe {name!r}: [schedule.{key}] names neither a role nor a rule nor default")
     for pattern in patterns:
-        if "match" not in pattern:
+        if not isinstance(pattern.get("match"), str):
             raise ValueError(f"recipe {name!r}: pattern {dict(pattern)!r} has no 'match'")
         if "role" in pattern:
             _check_role(pattern["role"], f"recipe {name!r}: pattern {pattern['match']!r}")

@@ -139,7 +139,7 @@ def rule(
 
 def get_rule(name: str) -> Rule:
     """The rule registered as `name`; ValueError with all names where there is none."""
-    if name not in _RULES:
+    if not isinstance(name, str) or name not in _RULES:
         raise ValueError(f"there is no rule {name!r}; the rules are {', '.join(rule_names())}")
     return _RULES[name]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from launch.config import Config, parse_command_line, read_toml
+from launch.config import Config, parse_command_line
 from launch.report import read_run, report
 from launch.runlog import check_folder
 
@@ -144,25 +144,48 @@ def test_what_cannot_run_is_refused(config: Config, ranks: int, message: str) ->
         config.check(ranks=ranks)
 
 
-def test_toml_and_command_line(tmp_path: Path) -> None:
+def test_toml_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
-        'steps = 7\nset = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n[model_overrides]\nhidden_size = 64\n'
+        'steps = 7\nset = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n'
+        "[model_overrides]\nhidden_size = 64\ntie_word_embeddings = true\n"
     )
-    config = parse_command_line(["--config", str(path), "--steps", "9", "--data.source", "texts"])
+    given = ["--config", str(path), "--steps", "9", "--data.source", "texts", "--set", "head.lr=1"]
+    config = parse_command_line(given)
     assert (config.steps, config.data.vocabulary, config.data.source) == (9, 512, "texts")
-    assert config.overrides() == {"router": {"lr": 0.5}}
-    assert config.model_overrides == {"hidden_size": "64"}
-    for text, message in (
-        ("stepz = 1", "unknown 'stepz'"),
-        ("steps =", "not valid TOML"),
-        ("[data]\nx = 1", r"\[data\]"),
-    ):
+    assert config.overrides() == {"router": {"lr": 0.5}, "head": {"lr": 1}}
+    assert config.model_overrides == {"hidden_size": "64", "tie_word_embeddings": "true"}
+    assert parse_command_line([f"--config={path}"]).steps == 7
+    for text, message in (("stepz = 1", "stepz"), ('steps = "many"', "--steps"), ('precision = "fp8"', "--precision")):
         path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            read_toml(path)
+        with pytest.raises(SystemExit, match="2"):
+            parse_command_line(["--config", str(path)])
+        assert message in capsys.readouterr().err
+    path.write_text("steps =")
+    with pytest.raises(ValueError, match="not valid TOML"):
+        parse_command_line(["--config", str(path)])
     with pytest.raises(ValueError, match="cannot be read"):
-        read_toml(tmp_path / "missing.toml")
+        parse_command_line(["--config", str(tmp_path / "missing.toml")])
+    with pytest.raises(ValueError, match="needs a file"):
+        parse_command_line(["--config"])
+
+
+def test_a_finished_run_stays_as_it_is(corpus: Path, whole: Path) -> None:
+    before = (whole / "log.jsonl").read_text()
+    done = pretrain(corpus, whole, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "come to its 30 steps already" in done.stderr
+    assert (whole / "log.jsonl").read_text() == before
+    done = pretrain(corpus, whole, "--resume", str(whole / "checkpoints" / "step-00000010"))
+    assert "goes on to step-00000030" in done.stderr
+    assert (whole / "log.jsonl").read_text() == before
+
+
+def test_weights_drawn_in_shards_train_too(corpus: Path, tmp_path: Path) -> None:
+    done = pretrain(corpus, tmp_path / "sharded", "--initialize", "sharded")
+    assert done.returncode == 0, done.stderr
+    losses = trained(tmp_path / "sharded")
+    assert losses[STEPS][0] < losses[1][0] - 0.5
 
 
 def test_an_earlier_run_is_not_overwritten(whole: Path) -> None:

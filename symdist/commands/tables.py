@@ -8,8 +8,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from symdist.compare import Comparison
-from symdist.preview import Preview, Routed
+from symdist.commands.compare import Comparison
+from symdist.commands.preview import Preview, Routed
 
 
 def route_table(preview: Preview, *, title: str, fold: bool) -> Table:

@@ -7,25 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from symdist.exchange import Counting, Job, Placement, describe, run
 from symdist.groups import COMMON, Member, complete_group, describe_member, place_members
 from symdist.layouts import local
-from symdist.models import blocks, build
+from symdist.models import build, shard
 from symdist.optimizer import WAVE_BYTES
 from symdist.recipes import RecipeLike
 from symdist.routing import route
 from symdist.rules import get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +85,6 @@ def preview(model: str | Path, recipe: RecipeLike, *, ranks: int) -> Preview:
             collectives=moved.collectives,
             sent=moved.sent,
         )
-
-
-def shard(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
-    """The model under FSDP2 over a one-dimensional mesh: its decoder layers one by one, then the rest."""
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
 
 
 @contextmanager

@@ -23,11 +23,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from symdist.clipping import clip_grad_norm_
+from symdist.commands.preview import preview
 from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import Collectives, Counting
 from symdist.layouts import local
-from symdist.models import build
-from symdist.preview import preview, shard
+from symdist.models import build, shard
 from symdist.routing import build_optimizer
 
 if TYPE_CHECKING:

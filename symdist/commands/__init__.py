@@ -1,0 +1,1 @@
+"""What the command `symdist` does: previews and benchmarks, and how they are shown."""
