@@ -1,53 +1,58 @@
-"""What ranks run for the model test: OLMoE-tiny under FSDP2, its steps and their collectives."""
+"""What ranks run for the model test: OLMoE-tiny under FSDP2 and DDP, its steps and their collectives."""
 
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from symdist import build_optimizer, clip_grad_norm_
+from symdist import SymDist, build_optimizer, clip_grad_norm_
 from symdist.exchange import Collectives, Counting
-from symdist.models import blocks, build
+from symdist.models import build, shard
 
 STEPS = 3
 
 
 def stepped(mesh: DeviceMesh, layers: int, recipe: Any) -> tuple[int, list[float]]:
-    """Collectives of one optimizer step, and the mean loss over ranks before each of three steps."""
-    model = sized(layers)
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    """FSDP2: collectives of one optimizer step, and this rank's loss before each of three steps."""
+    model = shard(sized(layers), mesh)
     counting = Counting(inner=Collectives())
     optimizer = build_optimizer(model, recipe, transport=counting)
-    losses = []
-    for step in range(STEPS):
-        tokens = batches()[step].chunk(mesh.size())[mesh.get_local_rank()]
-        loss = loss_of(model, tokens)
-        loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
-        counting.log.clear()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return counting.collectives, losses
+    found = losses(model, optimizer, mesh, counting)
+    return counting.collectives, found
+
+
+def replicated(mesh: DeviceMesh, layers: int, recipe: Any) -> tuple[float, list[float]]:
+    """DDP: the same, with the sum over all weights in the end instead of collectives."""
+    model = DistributedDataParallel(sized(layers), process_group=mesh.get_group())
+    found = losses(model, build_optimizer(model, recipe), mesh)
+    return float(sum(parameter.detach().double().sum() for parameter in model.parameters())), found
 
 
 def alone(layers: int, recipe: Any) -> list[float]:
     """The losses of the unsharded model on the whole batch."""
     model = sized(layers)
-    optimizer = build_optimizer(model, recipe)
-    losses = []
-    for step in range(STEPS):
-        loss = loss_of(model, batches()[step])
+    return losses(model, build_optimizer(model, recipe))
+
+
+def losses(
+    model: nn.Module, optimizer: SymDist, mesh: DeviceMesh | None = None, counting: Counting | None = None
+) -> list[float]:
+    """Train on this rank's share of each batch; `counting` is left with the last step's collectives."""
+    found = []
+    for batch in batches():
+        tokens = batch if mesh is None else batch.chunk(mesh.size())[mesh.get_local_rank()]
+        logits = model(input_ids=tokens[:, :-1]).logits
+        loss = nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
+        if counting is not None:
+            counting.log.clear()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
+        found.append(float(loss.detach()))
+    return found
 
 
 def sized(layers: int) -> Any:
@@ -58,9 +63,3 @@ def sized(layers: int) -> Any:
 def batches() -> torch.Tensor:
     """Six sequences of 17 tokens a step."""
     return torch.randint(515, (STEPS, 6, 17), generator=torch.Generator().manual_seed(0))
-
-
-def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss."""
-    logits = model(input_ids=tokens[:, :-1]).logits
-    return nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:])

@@ -66,8 +66,7 @@ def build(
             random state as it was. Left out, the weights are drawn from the caller's random state.
 
     Raises:
-        ValueError: the preset, the family or a setting is unknown.
-        FileNotFoundError: the path ends in `.toml` and names no file.
+        ValueError: the preset, the file, the family or a setting is unknown, or a setting is of the wrong type.
         ImportError: transformers is not installed.
     """
     family, settings = _read(name_or_path)
@@ -76,6 +75,9 @@ def build(
         settings["vocab_size"] = vocabulary
 
     transformers = _transformers()
+    # What transformers checks its configurations with; installed with it.
+    from huggingface_hub.errors import StrictDataclassError
+
     config_class, model_class = (getattr(transformers, attribute) for attribute in _FAMILIES[family])
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     known |= _UNDECLARED | _UNDECLARED_BY_FAMILY.get(family, set())
@@ -83,7 +85,10 @@ def build(
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"{name_or_path}: {config_class.__name__} has no setting {', '.join(unknown)}")
 
-    config = config_class(**(_DEFAULTS | settings))
+    try:
+        config = config_class(**(_DEFAULTS | settings))
+    except StrictDataclassError as error:
+        raise ValueError(f"{name_or_path}: {' '.join(str(error).split())}") from None
     place = torch.get_default_device() if device is None else torch.device(device)
     forked = [place] if place.type == "cuda" else []
     with torch.random.fork_rng(devices=forked, enabled=seed is not None), place:
