@@ -1,5 +1,6 @@
 """Pretrain a language model with a symdist recipe: torchrun --nproc_per_node=2 launch/pretrain.py --help."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -63,4 +64,9 @@ def pretrain(config: Config, *, first: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: gloo's threads, still held by meshes and tensors, can abort a process whose interpreter is torn down
+    # (pytorch#190489), and torchrun would take a finished run for a failed one.
+    os._exit(code)

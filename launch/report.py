@@ -71,6 +71,7 @@ def draw(runs: list[Run], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
     routed = any(run.curve("train", "router_load_cv")[0] for run in runs)
     figure, axes = pyplot.subplots(1, 3 if routed else 1, figsize=(13 if routed else 6, 4), squeeze=False)
@@ -83,6 +84,7 @@ def draw(runs: list[Run], path: Path) -> None:
             if measure == "loss":
                 axis.plot(*run.curve("validation", measure), color=f"C{i}", marker="o", ms=3)
             axis.plot([], [], color=f"C{i}", label=run.name)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.set_xlabel("tokens")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)

@@ -177,6 +177,8 @@ def _rank(rank: int, directory: str, run: Settings, recipes: list[str]) -> None:
     (Path(directory) / f"rank-{rank}.json").write_text(json.dumps(reports))
     dist.barrier()
     dist.destroy_process_group()
+    # Gloo's threads can abort a process whose interpreter is torn down (pytorch#190489); all is written, so leave at once.
+    os._exit(0)
 
 
 def _arm(recipe: str | None, name: str, mesh: DeviceMesh, device: torch.device) -> _Arm:

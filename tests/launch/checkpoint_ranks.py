@@ -257,6 +257,8 @@ def main(out: Path) -> None:
     seen = {case.__name__: case(out) for case in cases}
     (out / f"rank-{dist.get_rank()}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
+    # Gloo's threads can abort a process whose interpreter is torn down (pytorch#190489).
+    os._exit(0)
 
 
 if __name__ == "__main__":
