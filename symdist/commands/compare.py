@@ -177,7 +177,7 @@ def _rank(rank: int, directory: str, run: Settings, recipes: list[str]) -> None:
     (Path(directory) / f"rank-{rank}.json").write_text(json.dumps(reports))
     dist.barrier()
     dist.destroy_process_group()
-    # Gloo's threads can abort a process whose interpreter is torn down (pytorch#190489); all is written, so leave at once.
+    # Gloo's threads can abort a process whose interpreter is torn down (pytorch#190489), and all is written.
     os._exit(0)
 
 
