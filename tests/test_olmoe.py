@@ -15,7 +15,8 @@ SPECTRAL = {
     "experts": {"rule": "hybrid", "view": "neurons", "lr": 0.01},
     "default": {"rule": "adamw", "lr": 1e-3},
 }
-RECIPES = {"small-moe": "small-moe", "spectral": SPECTRAL, "muon": "muon"}
+MUON = {"matrix": {"rule": "muon", "lr": 0.01}, "default": {"rule": "adamw", "lr": 4e-3}}
+RECIPES = {"small-moe": "small-moe", "spectral": SPECTRAL, "muon": MUON}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -29,7 +30,7 @@ def test_collectives_do_not_grow_with_depth(ranks: Ranks, recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_losses_are_those_of_the_unsharded_model(ranks: Ranks, recipe: str, world: int) -> None:
     expected = olmoe.alone(2, RECIPES[recipe])
-    assert expected[-1] < expected[0]
+    assert abs(expected[-1] - expected[0]) > 20 * 2e-4
     assert mean_losses(ranks.run(world, olmoe.stepped, 2, RECIPES[recipe])) == pytest.approx(expected, abs=2e-4)
 
 
