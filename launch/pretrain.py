@@ -49,6 +49,7 @@ def pretrain(config: Config, *, first: bool) -> int:
         # Before the ranks meet, so that nobody's collective times out over a large corpus; the others read the cache.
         prepare(config.data, progress=say)
     with connect() as ranks:
+        # Connecting need not wait for anyone; this does, and then the first rank's cache is there.
         ranks.sum(torch.zeros(1, device=ranks.device))
         training = Training(config, prepare(config.data), ranks)
         resumed_at = training.resume(say)

@@ -178,7 +178,9 @@ class SymDist(torch.optim.Optimizer):
         stacks = {member.group: member.stack for member in self._members if member.stack is not None}
         for i, stack in stacks.items():
             group = self.param_groups[i]
-            changed = [key for key, value in stack.options if group[key] != value]
+            fixed = {**dict(stack.options), "padding_rows": stack.padding_rows}
+            fixed["stale_rows"] = "hold" if stack.hold else "move"
+            changed = [key for key, value in fixed.items() if group[key] != value]
             if changed:
                 raise ValueError(
                     f"param group {group['role'] or group['names'][0]!r}: {', '.join(changed)} changed after "

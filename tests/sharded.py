@@ -231,3 +231,17 @@ def roots(mesh: DeviceMesh, grams: list[list[Tensor]]) -> tuple[list[list[Tensor
             break
     written = not all(torch.equal(request.gram, gram) for request, gram in zip(requests, mine, strict=True))
     return [[a.matrix, a.nuclear, a.frobenius] for a in answers], [moved.kind for moved in counting.log], written
+
+
+def partial_gradient(mesh: DeviceMesh) -> list[str]:
+    """What the step and clipping say of a replicated weight whose gradient is a partial sum."""
+    weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Replicate()]))
+    weight.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+    optimizer = SymDist([{"params": [("weight", weight)], "rule": "row_norm", "lr": 0.1}])
+    messages = []
+    for act in (optimizer.step, lambda: clip_grad_norm_([weight], 1.0)):
+        try:
+            act()
+        except ValueError as error:
+            messages.append(str(error).replace("parameter 0", "weight"))
+    return messages

@@ -312,3 +312,14 @@ def test_loading_does_not_share_memory_with_what_was_loaded() -> None:
     before = snapshot(first)
     advance(second, 1)
     assert same(snapshot(first), before)
+
+
+@pytest.mark.parametrize(("option", "value"), [("eps", 1.0), ("stale_rows", "hold"), ("padding_rows", 1)])
+def test_a_rules_option_does_not_change_after_construction(option: str, value: Any) -> None:
+    optimizer = SymDist([{"params": [weight(4, 4)], **ROW}])
+    optimizer.param_groups[0][option] = value
+    before = parameters(optimizer)[0].detach().clone()
+    parameters(optimizer)[0].grad = torch.ones(4, 4)
+    with pytest.raises(ValueError, match=f"'mine': {option} changed after construction"):
+        optimizer.step()
+    assert torch.equal(parameters(optimizer)[0], before)

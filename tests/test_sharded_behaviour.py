@@ -233,3 +233,9 @@ def test_balance_breaks_ties_by_index() -> None:
     assert balance([1.0] * 7, parts=3) == [0, 1, 2, 0, 1, 2, 0]
     assert balance([1.0, 5.0, 2.0, 2.0], parts=2) == [1, 0, 1, 1]
     assert balance([], parts=4) == []
+
+
+def test_a_gradient_that_is_a_partial_sum_is_refused(ranks: Ranks) -> None:
+    for messages in ranks.run(2, sharded.partial_gradient):
+        assert all("weight" in message and "reduce or redistribute" in message for message in messages)
+        assert len(messages) == 2
