@@ -23,11 +23,6 @@ class Ranks:
     mesh: DeviceMesh
     stopping: bool = field(default=False)
 
-    @property
-    def first(self) -> bool:
-        """Whether this rank writes logs and prepares data."""
-        return self.rank == 0
-
     def sum(self, values: Tensor) -> Tensor:
         """Add `values` over all ranks, in place."""
         dist.all_reduce(values)

@@ -101,15 +101,16 @@ def describe_member(parameter: Tensor, *, name: str, index: int, group: Mapping[
             f"its shape is {layout.shape}, its view {group['view']!r}"
         )
     plain = not rule.matrices and not group["centered"] and not padding and not hold
+    stacked = not plain or group["placement"] in ("reduce", "owner")
     stack = None
-    view = group["view"]
-    if plain and view != COMMON["view"]:
-        bind_view(view, layout.shape, name=name)
-    if not plain or group["placement"] in ("reduce", "owner"):
+    # A view that nothing will look through is still checked; the default is left to tensors of any shape.
+    if stacked or group["view"] != COMMON["view"]:
+        view = bind_view(group["view"], layout.shape, name=name)
+    if stacked:
         stack = Stack(
             rule=rule,
             options=tuple(sorted(rule.update_options(group).items())),
-            view=bind_view(group["view"], layout.shape, name=name),
+            view=view,
             layout=layout,
             dtype=dtype,
             device=parameter.device,

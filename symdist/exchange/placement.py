@@ -4,6 +4,7 @@ What counts is the busiest rank: everyone waits for it. Costs are found by runni
 what it asks, so they follow from the rule and need no second description of it.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -168,12 +169,7 @@ def _with_owners(wave: list[Job]) -> list[Job]:
         parts = iter(balance(costs, parts=group.size))
         for job in jobs:
             owners[id(job)] = tuple(next(parts) for _ in job.members)
-    return [
-        job
-        if id(job) not in owners
-        else Job(stack=job.stack, members=job.members, placement="owner", owners=owners[id(job)])
-        for job in wave
-    ]
+    return [dataclasses.replace(job, owners=owners.get(id(job), ())) for job in wave]
 
 
 def _work(stack: Stack) -> float:
