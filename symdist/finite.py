@@ -1,6 +1,6 @@
 """Agreement on whether gradients are finite, before anything moves."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import torch
@@ -15,12 +15,12 @@ NonFinite: TypeAlias = Literal["raise", "skip", "zero"]
 def agree_finite(
     gradients: list[Tensor],
     names: Sequence[str],
-    groups: Iterable[Group],
+    world: Group | None,
     *,
     transport: Transport,
     on_failure: NonFinite,
 ) -> bool:
-    """Whether the step may go on, the same on all ranks of all groups: one number summed over each group.
+    """Whether the step may go on, the same on all ranks of `world`: one number summed over it.
 
     With "zero", elements of `gradients` that are not finite become zero, in new tensors put in the list, and the step
     goes on: no rank need know of another's. With "raise", FloatingPointError on every rank.
@@ -31,8 +31,8 @@ def agree_finite(
         return True
     device = gradients[0].device if gradients else torch.device("cpu")
     flag = torch.tensor([float(not _all_finite(gradients))], device=device)
-    for group in sorted(groups, key=lambda group: group.ranks):
-        transport.all_reduce(flag, group=group).wait()
+    if world is not None and world.size > 1:
+        transport.all_reduce(flag, group=world).wait()
     if not bool(flag):
         return True
     if on_failure == "skip":

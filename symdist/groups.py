@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.exchange import Job, Stack, place
-from symdist.layouts import Layout, layout_of
+from symdist.exchange import Plan, Stack, place
+from symdist.layouts import Group, Layout, layout_of
 from symdist.rules import Rule, get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 from symdist.views import bind_view
@@ -80,15 +80,17 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: placement={group['placement']!r} is not 'auto', 'local', 'reduce' or 'owner'")
 
 
-def describe_member(parameter: Tensor, *, name: str, index: int, group: Mapping[str, Any]) -> Member:
-    """Find a parameter's layout, view and stack.
+def describe_member(
+    parameter: Tensor, *, name: str, index: int, group: Mapping[str, Any], replicas: Group | None = None
+) -> Member:
+    """Find a parameter's layout, view and stack; `replicas` are the ranks that hold plain tensors alike.
 
     Raises ValueError, naming it, where the rule, the view or the layout do not fit its shape.
     """
     rule = get_rule(group["rule"])
     if not parameter.is_floating_point():
         raise ValueError(f"{name} is {parameter.dtype}; only floating-point parameters can be optimized")
-    layout = layout_of(parameter, name=name)
+    layout = layout_of(parameter, name=name, replicas=replicas)
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if rule.matrices and len(layout.shape) < 2:
         raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")
@@ -121,13 +123,15 @@ def describe_member(parameter: Tensor, *, name: str, index: int, group: Mapping[
     return Member(parameter=parameter, name=name, group=index, rule=rule, layout=layout, dtype=dtype, stack=stack)
 
 
-def place_members(members: Sequence[Member], *, wave_bytes: int) -> list[list[Job]]:
-    """The waves of a step: the members that share a stack put together, and each stack placed.
+def place_members(members: Sequence[Member], *, wave_bytes: int, exchange_dtype: torch.dtype | None = None) -> Plan:
+    """The plan of a step: the members that share a stack put together, and each stack placed.
 
-    Members without a stack are in no wave. Raises ValueError, naming a parameter, where its placement does not fit.
+    Members without a stack, and frozen ones, are in no job. Raises ValueError, naming a parameter, where its placement
+    does not fit.
     """
     stacks: dict[Stack, list[int]] = {}
     for i, member in enumerate(members):
-        if member.stack is not None:
+        if member.stack is not None and member.parameter.requires_grad:
             stacks.setdefault(member.stack, []).append(i)
-    return place(stacks, names=[member.name for member in members], wave_bytes=wave_bytes)
+    names = [member.name for member in members]
+    return place(stacks, names=names, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype)

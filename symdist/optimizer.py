@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from symdist.accumulate import adamw_step, advance
-from symdist.exchange import Collectives, Job, Placement, Transport, describe, run
+from symdist.exchange import Collectives, Job, Placement, Plan, Task, Transport, run
 from symdist.finite import NonFinite, agree_finite
 from symdist.groups import Member, complete_group, describe_member, place_members
-from symdist.layouts import check_placements, local
+from symdist.layouts import Group, check_placements, group_from, local, peers
+from symdist.partial import finish_partial_gradients
 from symdist.rules import ACCUMULATOR_STATE, get_rule
 
 WAVE_BYTES = 1 << 30
@@ -27,8 +29,12 @@ class SymDist(torch.optim.Optimizer):
     change between steps; the rule's own options and the view are those of construction.
 
     `nonfinite` says what all ranks do together when a gradient is inf or NaN on any: "raise" FloatingPointError before
-    anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements. `wave_bytes`
-    bounds the buffers in flight. `transport` replaces the collectives, to count them.
+    anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements. "All ranks" are
+    `world`, a process group or mesh; left out, all of the mesh that the parameters' meshes were sliced from, stages
+    of a pipeline included. `replicas`, a process group or mesh, says that plain tensors are the same on its ranks, as under DDP:
+    work on them is then shared out. `exchange_dtype`, bfloat16 say, is what matrices travel as to their owners and
+    back; sums and Grams travel as they are. `wave_bytes` bounds the buffers in flight. `transport` replaces the
+    collectives, to count them. A parameter that does not require a gradient does not move.
 
     Raises ValueError, naming group or parameter and the remedy, for anything it cannot run exactly as asked.
     """
@@ -39,24 +45,36 @@ class SymDist(torch.optim.Optimizer):
         *,
         nonfinite: NonFinite = "raise",
         wave_bytes: int = WAVE_BYTES,
+        exchange_dtype: torch.dtype | None = None,
+        world: Any = None,
+        replicas: Any = None,
         transport: Transport | None = None,
     ):
         if nonfinite not in ("raise", "skip", "zero"):
             raise ValueError(f"nonfinite={nonfinite!r} is not 'raise', 'skip' or 'zero'")
         if wave_bytes <= 0:
             raise ValueError(f"wave_bytes={wave_bytes} must be positive")
+        if exchange_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(
+                f"exchange_dtype={exchange_dtype} must be torch.bfloat16, torch.float32, or None for the dtype of "
+                "the state; float16 would lose small gradients"
+            )
         self.nonfinite: NonFinite = nonfinite
         self.wave_bytes = wave_bytes
+        self.exchange_dtype = exchange_dtype
+        self._world = _group("world", world)
+        self._replicas = _group("replicas", replicas)
         self.transport: Transport = transport or Collectives()
         self.skipped_steps = 0
         self._members: list[Member] = []
-        self._waves: list[list[Job]] | None = None
+        self._planned: tuple[list[bool], Plan] | None = None
+        self._peers: Group | None = None
         groups = list(params)
         if not all(isinstance(group, Mapping) for group in groups):
             raise ValueError("SymDist takes param groups, dicts with a 'rule'; symdist.route(model, recipe) makes them")
         self._constructed = False
         super().__init__(groups, {})
-        self._plan()
+        self.plan()
         self._constructed = True
         # Schedulers that cycle momentum look for it here, and write it to every group.
         for key in ("momentum", "betas"):
@@ -92,12 +110,13 @@ class SymDist(torch.optim.Optimizer):
                     f"{name} is on the meta device; materialise it (to_empty) before building the optimizer"
                 )
             known[id(parameter)] = name
-            members.append(describe_member(parameter, name=name, index=len(self.param_groups), group=group))
+            index = len(self.param_groups)
+            members.append(describe_member(parameter, name=name, index=index, group=group, replicas=self._replicas))
         if self._constructed:
             place_members(self._members + members, wave_bytes=self.wave_bytes)
         super().add_param_group(group)
         self._members += members
-        self._waves = None
+        self._planned = None
         for member in members:
             self.state[member.parameter] = _new_state(member)
 
@@ -112,15 +131,22 @@ class SymDist(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_options()
-        waves = self._plan()
+        plan = self.plan()
+        moving = [member for member in self._members if member.parameter.requires_grad]
+        finish_partial_gradients([member.parameter for member in moving], transport=self.transport)
         gradients = [_gradient(member) for member in self._members]
         names = [member.name for member in self._members]
-        groups = {member.layout.split.group for member in self._members if member.layout.split is not None}
-        if not agree_finite(gradients, names, groups, transport=self.transport, on_failure=self.nonfinite):
+        if not agree_finite(gradients, names, self._peers, transport=self.transport, on_failure=self.nonfinite):
             self.skipped_steps += 1
             return loss
-        for i, wave in enumerate(waves or [[]]):
-            self._run(wave, gradients, with_plain=i == 0)
+
+        def meanwhile() -> None:
+            self._step_plain(gradients)
+            for job in plan.local:
+                self._task(job, gradients).advance()
+
+        waves = [[self._task(job, gradients) for job in wave] for wave in plan.waves]
+        run(waves, transport=self.transport, meanwhile=meanwhile)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,7 +155,7 @@ class SymDist(torch.optim.Optimizer):
 
     def placements(self) -> dict[str, Placement]:
         """Where each parameter's rule runs, by name."""
-        where = describe(self._plan())
+        where = self.plan().placements()
         return {member.name: where.get(i, "local") for i, member in enumerate(self._members)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,12 +192,35 @@ class SymDist(torch.optim.Optimizer):
                 # The base class casts state to the parameter's dtype, and leaves `step` on the saved device.
                 local(tensor).copy_(local(theirs[key]))
             self.state[parameter] = mine
-        self._waves = None
+        self._planned = None
 
-    def _plan(self) -> list[list[Job]]:
-        if self._waves is None:
-            self._waves = place_members(self._members, wave_bytes=self.wave_bytes)
-        return self._waves
+    def plan(self) -> Plan:
+        """Where everything runs, and in which waves: the same on all ranks that share parameters."""
+        moving = [member.parameter.requires_grad for member in self._members]
+        if self._planned is None or self._planned[0] != moving:
+            plan = place_members(self._members, wave_bytes=self.wave_bytes, exchange_dtype=self.exchange_dtype)
+            self._peers = self._find_peers()
+            self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
+            self._planned = moving, plan
+        return self._planned[1]
+
+    def _find_peers(self) -> Group | None:
+        """All ranks that must do the same about a gradient that is not finite."""
+        if self._world is not None:
+            return self._world
+        meshes = {id(p.device_mesh): p for p in (m.parameter for m in self._members) if isinstance(p, DTensor)}
+        groups = [peers(parameter) for parameter in meshes.values()]
+        groups += [self._replicas] if self._replicas is not None else []
+        if not groups:
+            return None
+        largest = max(groups, key=lambda group: (group.size, group.ranks))
+        strays = [group for group in groups if not set(group.ranks) <= set(largest.ranks)]
+        if strays:
+            raise ValueError(
+                f"parameters lie on unrelated meshes, of ranks {largest.ranks} and {strays[0].ranks}; say world=, the "
+                "process group of all ranks that train this model"
+            )
+        return largest
 
     def _check_options(self) -> None:
         """ValueError for a rule's option that was changed after construction: it would be ignored."""
@@ -187,12 +236,8 @@ class SymDist(torch.optim.Optimizer):
                     "construction; build another optimizer and load_state_dict into it"
                 )
 
-    def _run(self, wave: list[Job], gradients: list[Tensor], *, with_plain: bool) -> None:
-        run(
-            [job.task(partial(self._begin, job, gradients), partial(self._move, job)) for job in wave],
-            transport=self.transport,
-            meanwhile=(lambda: self._step_plain(gradients)) if with_plain else (lambda: None),
-        )
+    def _task(self, job: Job, gradients: list[Tensor]) -> Task:
+        return job.task(partial(self._begin, job, gradients), partial(self._move, job))
 
     def _by_group(self, indices: Iterable[int]) -> list[tuple[dict[str, Any], list[int]]]:
         by_group: dict[int, list[int]] = {}
@@ -213,7 +258,7 @@ class SymDist(torch.optim.Optimizer):
         return {key: local(value) for key, value in self.state[self._members[index].parameter].items()}
 
     def _step_plain(self, gradients: list[Tensor]) -> None:
-        plain = [i for i, member in enumerate(self._members) if member.stack is None]
+        plain = [i for i, m in enumerate(self._members) if m.stack is None and m.parameter.requires_grad]
         for group, members in self._by_group(plain):
             weights = [local(self._members[i].parameter) for i in members]
             wide = [weight.to(self._members[i].dtype) for i, weight in zip(members, weights, strict=True)]
@@ -249,6 +294,13 @@ class SymDist(torch.optim.Optimizer):
                 torch._foreach_add_(weights, chosen, alpha=-lr)
 
 
+def _group(option: str, ranks: Any) -> Group | None:
+    try:
+        return None if ranks is None else group_from(ranks)
+    except TypeError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
 def _new_state(member: Member) -> dict[str, Tensor]:
     state = {
         key: torch.zeros_like(member.parameter, dtype=member.dtype, requires_grad=False)
@@ -273,7 +325,7 @@ def _check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Ten
 
 def _gradient(member: Member) -> Tensor:
     gradient = member.parameter.grad
-    if gradient is None:
+    if gradient is None or not member.parameter.requires_grad:
         return torch.zeros_like(local(member.parameter))
     if gradient.is_sparse:
         raise ValueError(f"{member.name} has a sparse gradient; build its embedding with sparse=False")

@@ -7,15 +7,16 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 _HEADS = {"lm_head", "output", "head", "unembed", "embed_out", "output_layer"}
+# Latent projections have rows of several kinds, not head after head: matrices like any other.
+_LATENT = dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "matrix")
 _ATTENTION = {
-    **dict.fromkeys(("q_proj", "wq", "query", "q_a_proj", "q_b_proj", "to_q"), "attention_q"),
-    **dict.fromkeys(("k_proj", "wk", "key", "kv_a_proj_with_mqa", "kv_b_proj", "to_k"), "attention_k"),
+    **_LATENT,
+    **dict.fromkeys(("q_proj", "wq", "query", "q_b_proj", "to_q"), "attention_q"),
+    **dict.fromkeys(("k_proj", "wk", "key", "to_k"), "attention_k"),
     **dict.fromkeys(("v_proj", "wv", "value", "to_v"), "attention_v"),
     **dict.fromkeys(("o_proj", "wo", "out_proj", "dense", "c_proj", "proj"), "attention_o"),
     **dict.fromkeys(("qkv_proj", "qkv", "c_attn", "in_proj", "Wqkv", "query_key_value"), "attention_qkv"),
 }
-# Latent projections and their like: rows of several kinds, not head after head.
-_NO_HEADS = {"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
 _MLP = {
     **dict.fromkeys(("gate_proj", "w1", "wg"), "gate"),
     **dict.fromkeys(("up_proj", "w3", "fc1", "c_fc", "linear1", "dense_h_to_4h", "fc_in"), "up"),
@@ -156,7 +157,7 @@ def _attention_site(word: str, attention: nn.Module, parameter: Tensor) -> Site:
     index = 1 if role == "attention_o" else 0
     size = parameter.shape[index]
     heads = None
-    if word not in _NO_HEADS:
+    if word not in _LATENT:
         head_dim = getattr(attention, "head_dim", None)
         if isinstance(head_dim, int) and size % head_dim == 0:
             heads = size // head_dim

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from symdist.exchange import Transport
 from symdist.finite import NonFinite
@@ -53,11 +55,27 @@ def build_optimizer(
     *,
     nonfinite: NonFinite = "raise",
     wave_bytes: int = WAVE_BYTES,
+    exchange_dtype: torch.dtype | None = None,
+    world: Any = None,
+    replicas: Any = None,
     transport: Transport | None = None,
     **overrides: Mapping[str, Any],
 ) -> SymDist:
-    """`SymDist(route(model, recipe, **overrides))`; see there for what each raises."""
-    return SymDist(route(model, recipe, **overrides), nonfinite=nonfinite, wave_bytes=wave_bytes, transport=transport)
+    """`SymDist(route(model, recipe, **overrides), …)`; see there for the arguments and for what each raises.
+
+    Where the model is a `DistributedDataParallel`, `replicas` are its ranks.
+    """
+    if replicas is None and isinstance(model, DistributedDataParallel):
+        replicas = model.process_group
+    return SymDist(
+        route(model, recipe, **overrides),
+        nonfinite=nonfinite,
+        wave_bytes=wave_bytes,
+        exchange_dtype=exchange_dtype,
+        world=world,
+        replicas=replicas,
+        transport=transport,
+    )
 
 
 def _options(

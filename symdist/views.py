@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from symdist.layouts import Layout
+from symdist.layouts import Split
 
 Kind: TypeAlias = Literal["rows", "columns", "gate_up_stacked", "gate_up_interleaved", "heads_0", "heads_1"]
 Seen: TypeAlias = Literal["batch", "rows", "columns", "torn"]
@@ -72,21 +72,21 @@ class View:
             case "heads_1":
                 return matrices.reshape(b, q // self.unit, p, self.unit).transpose(1, 2).reshape(shape)
 
-    def seen(self, layout: Layout) -> Seen:
-        """What the layout's split is to these matrices.
+    def seen(self, split: Split) -> Seen:
+        """What a split of the stored tensor is to these matrices.
 
         "batch": it runs between them; "rows", "columns": it cuts each of them so; "torn": the pieces are no blocks
         of the matrices, and the rule can only run where they are put together.
         """
-        assert layout.split is not None
-        dim = layout.split.dim - len(self.stored)
+        dim = split.dim - len(self.stored)
         if len(self.stored) == 1:
             return "rows"
         if dim < -2:
             return "batch"
         across: Literal["rows", "columns"] = "rows" if dim == -2 else "columns"
         along: Literal["rows", "columns"] = "columns" if dim == -2 else "rows"
-        whole_units = all(size % (self.unit if self.unit > 1 else 2) == 0 for size in layout.split.sizes)
+        unit = self.unit if self.unit > 1 else 2
+        whole_units = all(start % unit == stop % unit == 0 for start, stop in split.ranges if start < stop)
         match self.kind:
             case "rows":
                 return across

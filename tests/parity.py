@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from symdist import SymDist
+from symdist.layouts import local
 from tests.cases import CASES, LR, STEPS, tensors
+from tests.grids import WAYS
 
 PLACEMENTS = ("auto", "local", "reduce", "owner")
 COPIES = 2
@@ -29,7 +30,7 @@ def train(place: Callable[[Tensor], Tensor], dtype: torch.dtype, placements: tup
                 parameters.append((f"{case}/{copy}/{placement}", parameter))
             candidate = {"params": parameters, "lr": LR, "placement": placement, **group}
             try:
-                SymDist([dict(candidate)])
+                SymDist([dict(candidate)], **options)
             except ValueError as error:
                 if "cannot run with placement" not in str(error):
                     raise
@@ -45,15 +46,16 @@ def train(place: Callable[[Tensor], Tensor], dtype: torch.dtype, placements: tup
     return {key: parameter.detach() for key, (parameter, _) in drawn.items()}, optimizer
 
 
-def sharded(mesh: DeviceMesh, dtype: torch.dtype, dim: int, wave_bytes: int) -> tuple[dict, dict[str, str]]:
-    """Every case split along dimension `dim` of the stored tensor (0 for vectors)."""
+def sharded(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dict, dict[str, str]]:
+    """This rank's pieces of every case laid out in one way, and where the rules ran."""
+    weights, optimizer = train(lambda tensor: WAYS[way].place(tensor, mesh), dtype, PLACEMENTS, **options)
+    return {key: local(weight) for key, weight in weights.items()}, optimizer.placements()
 
-    def place(tensor: Tensor) -> Tensor:
-        return distribute_tensor(tensor, mesh, [Shard(min(dim, tensor.dim() - 1))])
 
-    weights, optimizer = train(place, dtype, PLACEMENTS, wave_bytes=wave_bytes)
-    full = {key: weight.full_tensor() for key, weight in weights.items() if isinstance(weight, DTensor)}
-    return full, optimizer.placements()
+def replicas(mesh: DeviceMesh, dtype: torch.dtype) -> tuple[dict, dict[str, str]]:
+    """Every case in plain tensors, whole on all ranks."""
+    weights, optimizer = train(torch.clone, dtype, PLACEMENTS, replicas=mesh)
+    return weights, optimizer.placements()
 
 
 def alone(dtype: torch.dtype) -> dict:

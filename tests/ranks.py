@@ -1,18 +1,19 @@
 """Real gloo ranks for tests: one set of processes that many cases share, in subgroups of any size.
 
 `Ranks(4)` starts four processes. `ranks.run(3, function, *args)` calls `function(mesh, *args)` on the first three, with
-a mesh over just those, and returns their results in rank order. `function` must be importable: a module-level function
-of a module under `tests`.
+a mesh over just those, and returns their results in rank order; `ranks.run((2, 3), …)` does so on a mesh of two
+dimensions. `function` must be importable: a module-level function of a module under `tests`.
 """
 
 import importlib
+import math
 import multiprocessing
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = 300
+NAMES = {1: ("shard",), 2: ("outer", "inner"), 3: ("replicate", "outer", "inner")}
+
+Shape = tuple[int, ...]
 
 
 class Ranks:
     """A set of rank processes; a failure on any rank is raised here with that rank's traceback."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, grids: tuple[Shape, ...] = ()):
         self.size = size
         self._directory = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
@@ -35,25 +39,34 @@ class Ranks:
         self._processes = []
         for rank in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, grids, store, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run on the first `world` ranks."""
+    def run(self, world: int | Shape, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Run on the first ranks, as many as `world` says or as the mesh of that shape has."""
+        shape = (world,) if isinstance(world, int) else world
+        pipes = self._pipes[: math.prod(shape)]
         where = (function.__module__, function.__qualname__)
-        for pipe in self._pipes[:world]:
-            pipe.send((world, where, args))
-        results, errors = [], []
-        for rank, pipe in enumerate(self._pipes[:world]):
-            assert pipe.poll(TIMEOUT), f"rank {rank} did not answer within {TIMEOUT} s"
-            fine, value = pipe.recv()
-            results.append(value)
-            if not fine:
-                errors.append(f"rank {rank} of {world}:\n{value}")
+        for pipe in pipes:
+            pipe.send((shape, where, args))
+        results: dict[int, Any] = {}
+        errors = []
+        while len(results) < len(pipes):
+            # After a failure the others may wait for the one that failed: they get a moment to fail too.
+            ready = wait([pipe for i, pipe in enumerate(pipes) if i not in results], 10 if errors else TIMEOUT)
+            if not ready:
+                break
+            for pipe in ready:
+                rank = pipes.index(pipe)  # type: ignore[arg-type]
+                fine, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                if not fine:
+                    errors.append(f"rank {rank} of {shape}:\n{results[rank]}")
+        silent = [rank for rank in range(len(pipes)) if rank not in results]
         assert not errors, "\n".join(errors)
-        return results
+        assert not silent, f"no answer from ranks {silent}"
+        return [results[rank] for rank in range(len(pipes))]
 
     def close(self) -> None:
         """End the processes."""
@@ -65,27 +78,35 @@ class Ranks:
         self._directory.cleanup()
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, grids: tuple[Shape, ...], store: str, pipe: Connection) -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
-    groups = [dist.new_group(list(range(world))) for world in range(1, size + 1)]
-    meshes: dict[int, DeviceMesh] = {}
+    meshes: dict[Shape, DeviceMesh] = {}
+    for world in range(1, size + 1):
+        groups = [dist.new_group(list(range(world))), dist.new_group(list(range(world, size)) or None)]
+        if rank < world:
+            meshes[world,] = DeviceMesh.from_group(groups[0], "cpu", mesh_dim_names=NAMES[1])
+    for shape in grids:
+        # Every rank is in as many groups as every other, as in programs where all build the same meshes.
+        ranks = torch.arange(math.prod(shape))
+        meshes[shape] = DeviceMesh("cpu", ranks.view(shape), mesh_dim_names=NAMES[len(shape)])
+        rest = torch.arange(len(ranks), size)
+        if len(rest):
+            DeviceMesh("cpu", rest.view([1] * (len(shape) - 1) + [-1]), mesh_dim_names=NAMES[len(shape)])
     while (message := pipe.recv()) is not None:
-        world, (module, name), args = message
+        shape, (module, name), args = message
         try:
-            if world not in meshes:
-                meshes[world] = DeviceMesh.from_group(groups[world - 1], "cpu", mesh_dim_names=("shard",))
             function = getattr(importlib.import_module(module), name)
-            pipe.send((True, function(meshes[world], *args)))
+            pipe.send((True, function(meshes[shape], *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     dist.destroy_process_group()
 
 
-def start(size: int) -> Ranks:
+def start(size: int, grids: tuple[Shape, ...] = ()) -> Ranks:
     """Ranks that import this repository's tests."""
     root = str(Path(__file__).resolve().parent.parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     os.environ["OMP_NUM_THREADS"] = "1"
-    return Ranks(size)
+    return Ranks(size, grids)

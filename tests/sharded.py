@@ -114,11 +114,13 @@ def refused(mesh: DeviceMesh, kind: str) -> str:
     grid = init_device_mesh("cpu", (2, 2))
     placements: dict[str, list[Placement]] = {
         "partial": [Replicate(), Partial()],
-        "two": [Shard(0), Shard(1)],
-        "twice": [Shard(0), Shard(0)],
-        "strided": [Replicate(), _StridedShard(0, split_factor=2)],
+        "strided by nothing": [Replicate(), _StridedShard(0, split_factor=2)],
+        "strided by too much": [_StridedShard(0, split_factor=4), Shard(0)],
+        "another piece": [Shard(0), Replicate()],
     }
-    weight = DTensor.from_local(torch.ones(4, 4), grid, placements[kind], run_check=False)
+    shape = (8, 4) if kind != "another piece" else (10, 4)
+    piece = torch.ones(4, 4)
+    weight = DTensor.from_local(piece, grid, placements[kind], run_check=False, shape=torch.Size(shape), stride=(4, 1))
     try:
         SymDist([{"params": [("some.weight", nn.Parameter(weight))], "rule": "muon", "lr": 0.1}])
     except ValueError as error:
@@ -218,7 +220,8 @@ def counted_mixed(mesh: DeviceMesh, copies: int) -> list[str]:
 
 def roots(mesh: DeviceMesh, grams: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[str], bool]:
     """Roots of Grams of which rank i holds `grams[i]`, the collectives it took, and whether a Gram was written to."""
-    group = layout_of(place(mesh, torch.ones(8, 2)), name="").split.group  # type: ignore[union-attr]
+    group = layout_of(place(mesh, torch.ones(8, 2)), name="").group
+    assert group is not None
     mine = grams[dist.get_rank()]
     counting = Counting(inner=Collectives())
     requests = [Root(gram=gram.clone(), across="rows", numerics=Numerics(steps=12)) for gram in mine]
@@ -233,10 +236,41 @@ def roots(mesh: DeviceMesh, grams: list[list[Tensor]]) -> tuple[list[list[Tensor
     return [[a.matrix, a.nuclear, a.frobenius] for a in answers], [moved.kind for moved in counting.log], written
 
 
-def partial_gradient(mesh: DeviceMesh) -> list[str]:
-    """What the step and clipping say of a replicated weight whose gradient is a partial sum."""
-    weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Replicate()]))
-    weight.grad = DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])
+def gradients_in_parts(mesh: DeviceMesh, missing: int | None) -> tuple[list[Tensor], Tensor, list[str]]:
+    """Weights whole on every rank whose gradients are left as sums or means in parts, the way tensor parallelism leaves
+    norms: what the step makes of them, what clipping measures, and the collectives of the step.
+
+    The third weight's gradient is whole already; rank `missing` has no gradient for the first.
+    """
+    counting = Counting(inner=Collectives())
+    rank = mesh.get_local_rank()
+    parts: list[tuple[Placement, Tensor]] = [
+        (Partial(), torch.full((3, 4), float(rank + 1)).double()),
+        (Partial("avg"), torch.full((5,), float(rank + 1)).double()),
+        (Replicate(), torch.ones(2, 3).double()),
+    ]
+    weights = [nn.Parameter(DTensor.from_local(torch.ones_like(part), mesh, [Replicate()])) for _, part in parts]
+    for i, (weight, (placement, part)) in enumerate(zip(weights, parts, strict=True)):
+        weight.grad = None if i == 0 and rank == missing else DTensor.from_local(part, mesh, [placement])
+    norm = clip_grad_norm_(weights, float("inf"))
+    for weight, (placement, part) in zip(weights, parts, strict=True):
+        weight.grad = DTensor.from_local(part * (rank != missing), mesh, [placement])
+        if placement == Replicate():
+            weight.grad = DTensor.from_local(part, mesh, [placement])
+    # Momentum of nothing: the first update of row_norm at a huge eps is the gradient, scaled.
+    optimizer = SymDist(
+        [{"params": [weight], "rule": "row_norm", "momentum": 0.0, "eps": 1e9, "lr": 1e9} for weight in weights[::2]]
+        + [{"params": [weights[1]], "rule": "adamw", "lr": 0.1}],
+        transport=counting,
+    )
+    optimizer.step()
+    return [full(weight) for weight in weights], norm, [moved.kind for moved in counting.log]
+
+
+def misplaced_gradient(mesh: DeviceMesh) -> list[str]:
+    """What the step and clipping say of a weight whose gradient is placed otherwise."""
+    weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Shard(0)]))
+    weight.grad = DTensor.from_local(torch.ones(4 * mesh.size(), 4), mesh, [Replicate()])
     optimizer = SymDist([{"params": [("weight", weight)], "rule": "row_norm", "lr": 0.1}])
     messages = []
     for act in (optimizer.step, lambda: clip_grad_norm_([weight], 1.0)):

@@ -103,11 +103,20 @@ def test_a_norm_to_clip_to_is_positive(max_norm: float) -> None:
         clip_grad_norm_([], max_norm)
 
 
-@pytest.mark.parametrize("kind", ["partial", "two", "twice", "strided"])
-def test_layouts_that_are_not_supported_are_named(ranks: Ranks, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("partial", "fully_shard over tensor parallelism"),
+        ("strided by nothing", "strided by 2 where the axes to its right make 1"),
+        ("strided by too much", "strided by 4 where the axes to its right make 2"),
+        ("another piece", "re-shard it with torch.distributed.tensor.distribute_tensor"),
+    ],
+)
+def test_layouts_that_are_not_supported_are_named(ranks: Ranks, kind: str, words: str) -> None:
     for message in ranks.run(4, sharded.refused, kind):
-        assert "some.weight: placements" in message
-        assert "fully_shard" in message
+        assert message.startswith("some.weight: ")
+        assert "placements" in message
+        assert words in message
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -164,12 +173,12 @@ def test_what_rules_send(ranks: Ranks, world: int) -> None:
         assert sent == pytest.approx(2 * n * copies * share)
         assert kinds == ["all_reduce"] * 2
     for sent, kinds in ranks.run(world, sharded.counted, (29, n), RIGHT, copies):
-        # A Gram there, its root and two norms back.
-        assert n * n * copies * share <= sent <= (n * n + 1) * copies * share
+        # A Gram's triangle there; its root's and two norms back.
+        assert sent == pytest.approx((n * (n + 1) / 2 + 1) * copies * share)
         assert kinds == ["reduce_scatter", "all_gather"]
     one = [sent for sent, _ in ranks.run(world, sharded.counted, (29, n), RIGHT, 1)]
-    # A single Gram: its owner also hands the root out. All together stay within two all-reduces.
-    assert n * n * share * world <= sum(one) <= 2 * (n * n + 2) * share * world
+    # A single Gram: its owner also hands the root out. No rank sends more than 2·n² numbers.
+    assert n * n * share / 2 < max(one) <= 2 * (n * n + 2) * 4
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -235,7 +244,23 @@ def test_balance_breaks_ties_by_index() -> None:
     assert balance([], parts=4) == []
 
 
-def test_a_gradient_that_is_a_partial_sum_is_refused(ranks: Ranks) -> None:
-    for messages in ranks.run(2, sharded.partial_gradient):
-        assert all("weight" in message and "reduce or redistribute" in message for message in messages)
+@pytest.mark.parametrize(("world", "missing"), [(2, None), (3, None), (3, 1), (4, 0)])
+def test_gradients_in_parts_are_summed_up(ranks: Ranks, world: int, missing: int | None) -> None:
+    present = [rank + 1.0 for rank in range(world) if rank != missing]
+    total = sum(present)
+    # The second is a mean, and its rank is there when clipping measures.
+    mean = (world + 1) / 2
+    for (matrix, vector, whole), norm, kinds in ranks.run(world, sharded.gradients_in_parts, missing):
+        scale = 1e9 / (1e9 + 2 * total)
+        assert close([matrix], [torch.full((3, 4), 1 - total * scale).double()], 1e-6)
+        assert close([vector], [torch.full((5,), 0.9).double()], 1e-6)
+        assert close([whole], [torch.zeros(2, 3).double() + (1 - 1e9 / (1e9 + 3**0.5))], 1e-3)
+        assert float(norm) == pytest.approx((12 * total**2 + 5 * mean**2 + 6) ** 0.5)
+        # Which are in parts, their sum, and whether all are finite.
+        assert kinds == ["all_reduce"] * 3
+
+
+def test_a_gradient_that_is_placed_otherwise_is_refused(ranks: Ranks) -> None:
+    for messages in ranks.run(2, sharded.misplaced_gradient):
+        assert all("weight" in message and "redistribute the gradient" in message for message in messages)
         assert len(messages) == 2

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-from symdist.exchange import Counting, Job, Placement, describe, run
-from symdist.groups import COMMON, Member, complete_group, describe_member, place_members
-from symdist.layouts import local
-from symdist.models import build, shard
-from symdist.optimizer import WAVE_BYTES
+from symdist.commands.pretend import pretend
+from symdist.exchange import Counting, Placement
+from symdist.groups import COMMON, Member
 from symdist.recipes import RecipeLike
-from symdist.routing import route
 from symdist.rules import get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
@@ -63,56 +53,21 @@ def preview(model: str | Path, recipe: RecipeLike, *, ranks: int) -> Preview:
     """
     if ranks < 1:
         raise ValueError(f"ranks={ranks} must be 1 or more")
-    with _pretended(ranks) as mesh:
-        sharded = shard(build(model, device="meta"), mesh)
-        groups = [complete_group(group) for group in route(sharded, recipe)]
-        members = [
-            describe_member(parameter, name=name, index=i, group=group)
-            for i, group in enumerate(groups)
-            for name, parameter in zip(group["names"], group["params"], strict=True)
-        ]
-        waves = place_members(members, wave_bytes=WAVE_BYTES)
-        moved = _dry_step(members, waves)
-        where = describe(waves)
+    with pretend(model, recipe, mesh={"dp_shard": ranks}) as pretended:
+        counting = Counting()
+        pretended.step(counting)
+        where = pretended.plan.placements()
         routed = {
-            member.name: _routed(member, groups[member.group], where.get(i, "local"))
-            for i, member in enumerate(members)
+            member.name: _routed(member, pretended.groups[member.group], where.get(i, "local"))
+            for i, member in enumerate(pretended.members)
         }
         return Preview(
-            parameters=[routed[name] for name, _ in sharded.named_parameters() if name in routed],
-            groups=len(groups),
-            stacks=len({member.stack for member in members} - {None}),
-            collectives=moved.collectives,
-            sent=moved.sent,
+            parameters=[routed[name] for name, _ in pretended.model.named_parameters() if name in routed],
+            groups=len(pretended.groups),
+            stacks=len({member.stack for member in pretended.members} - {None}),
+            collectives=counting.collectives,
+            sent=counting.sent,
         )
-
-
-@contextmanager
-def _pretended(ranks: int) -> Iterator[DeviceMesh]:
-    """A mesh of which this process is rank 0, and the other ranks do not exist."""
-    # Not public, but the only process group that has a size and no peers.
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        yield init_device_mesh("cpu", (ranks,))
-    finally:
-        dist.destroy_process_group()
-
-
-def _dry_step(members: list[Member], waves: list[list[Job]]) -> Counting:
-    """What a step moves: one number a group for the agreement on finite gradients, and its jobs, on meta tensors."""
-    counting = Counting()
-    for group in {member.layout.split.group for member in members if member.layout.split is not None}:
-        counting.all_reduce(local(members[0].parameter).new_empty(1), group=group)
-    for wave in waves:
-        run([job.task(partial(_pieces, job, members), lambda updates, moved: None) for job in wave], transport=counting)
-    return counting
-
-
-def _pieces(job: Job, members: list[Member]) -> tuple[list[Tensor], list[Tensor] | None]:
-    pieces = [local(members[i].parameter).detach().to(job.stack.dtype) for i in job.members]
-    return pieces, pieces if job.stack.hold else None
 
 
 def _routed(member: Member, group: dict[str, Any], placement: Placement) -> Routed:

@@ -1,7 +1,7 @@
 """The exchange: decides where rules run and answers what they ask of other ranks."""
 
 from symdist.exchange.jobs import Job, Placement, Stack
-from symdist.exchange.placement import describe, place
+from symdist.exchange.placement import Plan, place
 from symdist.exchange.scheduler import Task, run
 from symdist.exchange.transport import Collectives, Counting, Transport
 
@@ -10,10 +10,10 @@ __all__ = [
     "Counting",
     "Job",
     "Placement",
+    "Plan",
     "Stack",
     "Task",
     "Transport",
-    "describe",
     "place",
     "run",
 ]

@@ -1,5 +1,6 @@
 """A job: parameters of one shape, rule, options and layout, run as one stack where placement put them."""
 
+import functools
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from symdist.exchange.requests import Return, Ship
+from symdist.exchange.routes import Route
 from symdist.exchange.scheduler import Task
-from symdist.layouts import Layout
+from symdist.layouts import Group, Layout
 from symdist.rules import Matrix, Rule, Sum, answer_alone
-from symdist.views import View
+from symdist.views import Seen, View
 
 Placement: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
@@ -37,6 +39,12 @@ class Stack:
     hold: bool = False
     padding_rows: int = 0
 
+    @functools.cached_property
+    def seen(self) -> dict[Seen, Group]:
+        """What the splits of the layout are to the matrices, and the ranks over which each runs."""
+        # Several splits that run between matrices, or tear them, differ in nothing that matters here.
+        return {self.view.seen(split): self.layout.group_of(split) for split in self.layout.splits}
+
     def matrix(self, values: Tensor, real: Tensor | None) -> Matrix:
         """`values` `[b, m, n]` with the global counts a rule may need."""
         return Matrix(values=values, rows=self.view.rows - self.padding_rows, columns=self.view.columns, real=real)
@@ -44,14 +52,23 @@ class Stack:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Some parameters of a stack, where their rule runs, and who owns each where an owner does."""
+    """Some parameters of a stack, where their rule runs, and who owns each unit where owners do.
+
+    `owners` has the group index of the owner of every unit, an expert or a whole parameter. `exchange_dtype` is what
+    matrices travel as.
+    """
 
     stack: Stack
     members: tuple[int, ...]
     """Indices into the optimizer's list of parameters."""
     placement: Placement
-    axis: Literal["rows", "columns"] | None = None
     owners: tuple[int, ...] = ()
+    exchange_dtype: torch.dtype = torch.float32
+
+    @functools.cached_property
+    def route(self) -> Route:
+        """How the matrices of an owner's job travel."""
+        return Route(self.stack.layout, count=len(self.members), owners=self.owners)
 
     def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None]) -> Task:
         """The job as a task that calls `begin` when it starts and `done(updates, moved)` when it has run.
@@ -61,36 +78,49 @@ class Job:
         pieces too; `moved` holds 1 where a weight may move (decay included) and 0 where it may not, or is None where
         every weight moves.
         """
-        split = self.stack.layout.split
         if self.placement == "owner":
-            assert split is not None
-            return Task(_finish(self._at_owners(begin), done), group=split.group)
-        held = split.here if split is not None and split.dim == 0 else range(self.stack.layout.shape[0])
-        asking = _finish(_update(self.stack, begin, held), done)
-        if self.placement == "local" or split is None:
+            return Task(_finish(self._at_owners(begin), done), home=self.stack.layout.group)
+        asking = _finish(self._in_place(begin), done)
+        if self.placement == "local":
             return Task(asking)
-        return Task(asking, axis=self.axis, group=split.group)
+        return Task(asking, along={axis: group for axis, group in self.stack.seen.items() if axis != "batch"})
+
+    def _in_place(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+        directions, gradients = begin()
+        touched = None
+        if gradients is not None:
+            touched = torch.stack(gradients).ne(0)
+        stored = torch.stack(directions) if len(directions) > 1 else directions[0].unsqueeze(0)
+        del directions, gradients
+        update, moved = yield from _update(self.stack, stored, touched, self.stack.layout.box[0])
+        return list(update.unbind(0)), None if moved is None else list(moved.unbind(0))
 
     def _at_owners(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
-        layout, k = self.stack.layout, len(self.members)
+        stack, route = self.stack, self.route
         pieces, gradients = begin()
-        like = pieces[0].new_empty(0)
-        owners = self.owners
+        layers = [pieces]
         if gradients is not None:
-            # Whether a row was touched is known only where the row is whole, so the gradients travel too.
-            pieces = [*pieces, *(gradient.to(like.dtype) for gradient in gradients)]
-            owners = owners * 2
-        wholes = yield Ship(pieces=pieces, owners=owners, layout=layout)
-        owned = len(wholes) // (1 if gradients is None else 2)
-        home: Tensors = []
-        if owned:
-            given = wholes[:owned], wholes[owned:] if gradients is not None else None
-            updates, moved = answer_alone(_update(self.stack, lambda: given, range(layout.shape[0])))
-            home = [*updates, *(moved or [])]
-        masked = self.stack.hold or self.stack.padding_rows > 0
-        owners = self.owners * 2 if masked else self.owners
-        back = yield Return(wholes=home, owners=owners, layout=layout, like=like)
-        return back[:k], back[k:] if masked else None
+            # Whether a row was touched is known only where the row is whole, so that travels too.
+            layers.append([gradient.ne(0).to(pieces[0].dtype) for gradient in gradients])
+        del pieces, gradients
+        if route.whole_here:
+            wholes = [route.own_wholes(layer) for layer in layers]
+        else:
+            wholes = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype)
+        del layers
+        masked = stack.hold or stack.padding_rows > 0
+        made = [wholes[0]] * (1 + masked)
+        if route.owned:
+            if len(stack.layout.shape) == 1:
+                wholes = [whole.squeeze(-1) for whole in wholes]
+            touched = wholes[1].ne(0) if stack.hold else None
+            update, moved = answer_alone(_update(stack, wholes[0], touched, range(stack.layout.shape[0])))
+            made = [update] if moved is None else [update, moved]
+            if len(stack.layout.shape) == 1:
+                made = [tensor.unsqueeze(-1) for tensor in made]
+        del wholes
+        back = yield Return(layers=made, route=route, dtype=self.exchange_dtype, shape=stack.layout.local_shape)
+        return back[0], back[1] if masked else None
 
 
 def _finish(
@@ -100,34 +130,34 @@ def _finish(
     done(*(yield from asking))
 
 
-def _update(stack: Stack, begin: Begin, held: range) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
-    """Run the rule on the pieces of `begin`, of which `held` are the indices along the stored dimension 0."""
-    directions, gradients = begin()
-    stored = torch.stack(directions) if len(directions) > 1 else directions[0].unsqueeze(0)
-    del directions
+def _update(
+    stack: Stack, stored: Tensor, touched: Tensor | None, rows: range
+) -> Generator[Any, Any, tuple[Tensor, Tensor | None]]:
+    """Run the rule on a stack of pieces or wholes, `rows` of the stored dimension 0; the update, and where it may move.
+
+    `touched` says where a gradient is not zero, for a stack that holds stale rows.
+    """
     shape = tuple(stored.shape)
     values = stack.view.matrices(stored)
     del stored
-    real = _real_rows(stack, held, values)
+    real = _real_rows(stack, rows, values)
     if real is not None:
         values = values * real
     options: Mapping[str, Any] = dict(stack.options)
     update = yield from stack.rule.update(stack.matrix(values, real), **options)
     moved = real
-    if stack.hold:
-        assert gradients is not None
-        touched = stack.view.matrices(torch.stack(gradients)).ne(0).sum(-1, keepdim=True).to(update.dtype)
-        touched = yield Sum(values=touched, across="columns")
-        moved = touched.ne(0).to(update.dtype) * (1 if real is None else real)
+    if touched is not None:
+        count = stack.view.matrices(touched).sum(-1, keepdim=True).to(update.dtype)
+        count = yield Sum(values=count, across="columns")
+        moved = count.ne(0).to(update.dtype) * (1 if real is None else real)
     if moved is not None:
         update = update * moved
         moved = stack.view.stored_form(moved.expand_as(update), shape)
-    updates = stack.view.stored_form(update, shape)
-    return list(updates.unbind(0)), None if moved is None else list(moved.unbind(0))
+    return stack.view.stored_form(update, shape), moved
 
 
-def _real_rows(stack: Stack, held: range, values: Tensor) -> Tensor | None:
+def _real_rows(stack: Stack, rows: range, values: Tensor) -> Tensor | None:
     if not stack.padding_rows:
         return None
-    rows = torch.arange(held.start, held.stop, device=values.device)
-    return (rows < stack.layout.shape[0] - stack.padding_rows).to(values.dtype)[:, None]
+    index = torch.arange(rows.start, rows.stop, device=values.device)
+    return (index < stack.layout.shape[0] - stack.padding_rows).to(values.dtype)[:, None]

@@ -1,113 +1,107 @@
 """Where each rule runs: local, reduce or owner, decided from shapes and groups alone.
 
-What counts is the busiest rank: everyone waits for it. Costs are found by running the rule on meta tensors and noting
-what it asks, so they follow from the rule and need no second description of it.
+What counts is the busiest rank: everyone waits for it.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from symdist.exchange.balance import balance
+from symdist.exchange.costs import Axis, ask_piece, ask_unit, units_of
 from symdist.exchange.jobs import Job, Placement, Stack
-from symdist.layouts import Group, Split
-from symdist.rules import InverseRoot, Matrix, Root, Rule
-from symdist.views import View
+from symdist.layouts import Group
 
 # How many operations a rank does in the time it sends one byte: the order of an H100 in fp32 on 50 GB/s links, and of
-# a CPU core on a fast loopback. Only the choice between reduce and owner hangs on it, and that seldom is close.
+# a CPU core on a fast loopback. Only the choice among placements hangs on it, and that seldom is close.
 FLOPS_PER_BYTE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a rule asks for one stack member: numbers it sums, numbers in its Grams, and operations, roots apart."""
+class Plan:
+    """The jobs of a step: those that need no other rank, and the waves of those that do.
 
-    summed: float
-    grams: float
-    flops: float
-    root_flops: float
+    `work` has, for each set of ranks that owns matrices, the operations that every rank of it does in a step: for
+    owned units and for what lies there whole.
+    """
 
+    local: list[Job]
+    waves: list[list[Job]]
+    work: dict[Group, list[float]] = field(default_factory=dict)
 
-def ask(stack: Stack, piece: tuple[int, ...], axis: Literal["rows", "columns"] | None) -> Asked:
-    """Run the rule of a stack on a meta tensor of shape `piece` and note what it asks across `axis`."""
-    # Without its layout: a cache must not keep process groups alive.
-    return _ask(stack.rule, stack.options, stack.view, stack.padding_rows, stack.dtype, piece, axis)
+    @property
+    def jobs(self) -> list[Job]:
+        """All of them."""
+        return self.local + [job for wave in self.waves for job in wave]
 
+    def groups(self) -> set[Group]:
+        """All sets of ranks that talk in a step."""
+        found: set[Group] = set()
+        for job in self.jobs:
+            if job.placement == "owner":
+                assert job.stack.layout.group is not None
+                found.add(job.stack.layout.group)
+            elif job.placement == "reduce":
+                found |= set(_cut(job.stack).values())
+        return found
 
-@functools.lru_cache(maxsize=1024)
-def _ask(
-    rule: Rule,
-    options: tuple[tuple[str, Any], ...],
-    view: View,
-    padding_rows: int,
-    dtype: torch.dtype,
-    piece: tuple[int, ...],
-    axis: Literal["rows", "columns"] | None,
-) -> Asked:
-    values = view.matrices(torch.empty((1, *piece), dtype=dtype, device="meta"))
-    matrix = Matrix(values=values, rows=view.rows - padding_rows, columns=view.columns)
-    asking = rule.update(matrix, **dict(options))
-    summed = grams = root_flops = 0.0
-    answer: Any = None
-    with FlopCounterMode(display=False) as counter:
-        while True:
-            try:
-                request = asking.send(answer)
-            except StopIteration:
-                break
-            remote = axis is not None and request.across in (axis, "all")
-            if isinstance(request, Root):
-                b, d = request.gram.shape[:2]
-                norm = request.gram.new_empty(b, 1, 1)
-                answer = InverseRoot(request.gram, norms=(norm, norm))
-                root_flops += b * request.numerics.operations(d)
-                grams += request.gram.numel() if remote else 0
-            else:
-                answer = request.values
-                summed += request.values.numel() if remote else 0
-    return Asked(summed=summed, grams=grams, flops=counter.get_total_flops(), root_flops=root_flops)
+    def placements(self) -> dict[int, Placement]:
+        """The placement of every parameter, by its index."""
+        return {member: job.placement for job in self.jobs for member in job.members}
 
 
-def place(stacks: Mapping[Stack, Sequence[int]], *, names: Sequence[str], wave_bytes: int) -> list[list[Job]]:
-    """The waves of a step: each a list of jobs whose buffers together stay near `wave_bytes`.
+def place(
+    stacks: Mapping[Stack, Sequence[int]],
+    *,
+    names: Sequence[str],
+    wave_bytes: int,
+    exchange_dtype: torch.dtype | None = None,
+) -> Plan:
+    """Choose where every stack runs, cut waves whose buffers stay below `wave_bytes`, and share out the owned units.
 
-    `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks; `names` are all
-    parameters' names. A single parameter larger than the budget makes a wave of its own. Raises ValueError, naming
-    the parameter, where a placement was asked for that its layout does not admit.
+    `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks that hold them;
+    `names` are all parameters' names. A single parameter larger than the budget makes a wave of its own. Matrices
+    travel as `exchange_dtype`, or as what they are computed in. Raises ValueError, naming the parameter, where
+    a placement was asked for that its layout does not admit.
     """
     jobs: list[Job] = []
+    # While one wave is computed the next sets out and the one before comes home.
+    budget = wave_bytes // 2
     for stack, members in stacks.items():
-        placement, axis = _choose(stack, len(members), name=names[members[0]])
-        step = max(1, wave_bytes // max(1, _flight_bytes(stack)))
+        dtype = exchange_dtype if exchange_dtype is not None else stack.dtype
+        placement = _choose(stack, len(members), dtype, name=names[members[0]])
+        step = max(1, int(budget // max(1.0, _flight_bytes(stack, placement))))
         for start in range(0, len(members), step):
-            jobs.append(Job(stack=stack, members=tuple(members[start : start + step]), placement=placement, axis=axis))
-    waves = _waves(jobs, wave_bytes)
-    return [_with_owners(wave) for wave in waves]
+            jobs.append(
+                Job(
+                    stack=stack, members=tuple(members[start : start + step]), placement=placement, exchange_dtype=dtype
+                )
+            )
+    local = [job for job in jobs if job.placement == "local"]
+    work = _work_in_place(jobs)
+    waves = [_with_owners(wave, work) for wave in _waves([job for job in jobs if job.placement != "local"], budget)]
+    return Plan(local=local, waves=waves, work=work)
 
 
-def _choose(stack: Stack, count: int, *, name: str) -> tuple[Placement, Literal["rows", "columns"] | None]:
-    split = stack.layout.split
-    if split is None:
-        return _asked(stack, {"local": lambda: 0.0}, name=name), None
-    seen = stack.view.seen(stack.layout)
-    axis: Literal["rows", "columns"] | None = seen if seen in ("rows", "columns") else None
-    costs: dict[Placement, Callable[[], float]] = {"owner": lambda: _owner_cost(stack, split, count)}
-    if seen == "batch":
-        costs["local"] = lambda: 0.0
-    elif axis in stack.rule.splits_of(dict(stack.options), stack.view.rows, stack.view.columns):
-        costs["reduce"] = lambda: _reduce_cost(stack, split, count, axis)
-    chosen = _asked(stack, costs, name=name)
-    return chosen, axis if chosen == "reduce" else None
+def _cut(stack: Stack) -> dict[Axis, Group]:
+    """The splits that cut the matrices themselves, and over which ranks."""
+    return {seen: group for seen, group in stack.seen.items() if seen in ("rows", "columns")}
 
 
-def _asked(stack: Stack, costs: Mapping[Placement, Callable[[], float]], *, name: str) -> Placement:
+def _choose(stack: Stack, count: int, exchange_dtype: torch.dtype, *, name: str) -> Placement:
+    cut = _cut(stack)
+    costs: dict[Placement, Callable[[], float]] = {}
+    if not cut and "torn" not in stack.seen:
+        costs["local"] = lambda: count * _operations(stack) / FLOPS_PER_BYTE
+    elif "torn" not in stack.seen:
+        admitted = stack.rule.splits_of(dict(stack.options), stack.view.rows, stack.view.columns)
+        if set(cut) <= set(admitted):
+            costs["reduce"] = lambda: _reduce_cost(stack, count, cut)
+    if stack.layout.group is not None:
+        costs["owner"] = lambda: _owner_cost(stack, count, exchange_dtype)
     if stack.asked == "auto":
         return min(costs, key=lambda placement: costs[placement]()) if len(costs) > 1 else next(iter(costs))
     if stack.asked not in costs:
@@ -115,69 +109,114 @@ def _asked(stack: Stack, costs: Mapping[Placement, Callable[[], float]], *, name
             f"{name}: rule {stack.rule.name!r} cannot run with placement {stack.asked!r} on this layout; "
             f"it can with {', '.join(map(repr, costs))} or 'auto'"
         )
-    return stack.asked  # type: ignore[return-value]
+    return stack.asked
 
 
-def _owner_cost(stack: Stack, split: Split, count: int) -> float:
-    """Seconds of the busiest rank, in units of a byte sent: all its pieces there, its share of updates back."""
-    size = split.group.size
-    share = -(-count // size)
-    whole = stack.layout.numel_on(0) * size
-    sent = (count * stack.layout.numel_on(0) + share * whole) * (size - 1) / size * stack.dtype.itemsize
-    asked = ask(stack, stack.layout.shape, None)
-    return sent + share * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
+def _operations(stack: Stack) -> float:
+    """Operations on the largest piece, where it is a whole number of matrices."""
+    if 0 in stack.layout.largest_shape:
+        return 0.0
+    asked = ask_piece(stack, stack.layout.largest_shape)
+    return asked.flops + asked.root_flops
 
 
-def _reduce_cost(stack: Stack, split: Split, count: int, axis: Literal["rows", "columns"] | None) -> float:
-    size = split.group.size
-    asked = ask(stack, stack.layout.shape_on(0), axis)
-    sent = 2 * count * (asked.summed + asked.grams) * (size - 1) / size * stack.dtype.itemsize
-    roots = -(-count * stack.view.count // size) / stack.view.count
-    return sent + (count * asked.flops + roots * asked.root_flops) / FLOPS_PER_BYTE
+def _owner_cost(stack: Stack, count: int, exchange_dtype: torch.dtype) -> float:
+    """Of the busiest rank, in bytes sent: all its pieces there, its share of updates back to every copy."""
+    layout = stack.layout
+    assert layout.group is not None
+    ranks, copies = layout.group.size, layout.replicas
+    units = count * units_of(stack)
+    share = -(-units // ranks)
+    unit = math.prod(layout.shape) / units_of(stack)
+    cells = ranks // copies
+    there = count * math.prod(layout.largest_shape) * (cells - 1) / cells / copies
+    back = share * unit * (copies - 1 / cells)
+    asked = ask_unit(stack)
+    return (there + back) * exchange_dtype.itemsize + share * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
 
 
-def _waves(jobs: list[Job], wave_bytes: int) -> list[list[Job]]:
-    waves: list[list[Job]] = []
-    room = 0
+def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
+    asked = ask_piece(stack, stack.layout.largest_shape, tuple(cut))
+    sent = sum(
+        2 * count * asked.summed[axis] * (group.size - 1) / group.size * stack.dtype.itemsize
+        for axis, group in cut.items()
+    )
+    ranks = max(group.size for group in cut.values())
+    matrices = count * stack.view.count
+    roots = asked.root_flops * count * -(-matrices // ranks) / matrices
+    return sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
+
+
+def _waves(jobs: list[Job], budget: int) -> list[list[Job]]:
+    """Jobs of the same ranks together, as many as the budget holds; in an order that all ranks agree on."""
+    by_ranks: dict[tuple[int, ...], list[Job]] = {}
     for job in jobs:
-        size = len(job.members) * _flight_bytes(job.stack)
-        if not waves or size > room:
-            waves.append([])
-            room = wave_bytes
-        waves[-1].append(job)
-        room -= size
+        assert job.stack.layout.group is not None
+        by_ranks.setdefault(job.stack.layout.group.ranks, []).append(job)
+    waves: list[list[Job]] = []
+    for ranks in sorted(by_ranks):
+        room = 0.0
+        wave: list[Job] = []
+        for job in by_ranks[ranks]:
+            size = len(job.members) * _flight_bytes(job.stack, job.placement)
+            if not wave or size > room:
+                wave = []
+                waves.append(wave)
+                room = budget
+            wave.append(job)
+            room -= size
     return waves
 
 
-def _flight_bytes(stack: Stack) -> int:
-    """What one parameter holds while under way: direction, its copy in the stack, update, and a buffer's worth.
+def _flight_bytes(stack: Stack, placement: Placement) -> float:
+    """What one parameter holds on a rank while under way, at most, but for what a single unit needs.
 
-    Counted from the first rank's piece, the largest, not from this rank's: all ranks must cut alike.
+    In place: direction, its copy in the stack, update, and as much again in between. At owners: pieces there and back,
+    and of the owned share the parts received, put together, updated and sent. Not from this rank's piece but from the
+    largest: all ranks must cut alike.
     """
-    return 4 * stack.layout.numel_on(0) * stack.dtype.itemsize
+    piece = math.prod(stack.layout.largest_shape)
+    if placement != "owner":
+        return 4.0 * piece * stack.dtype.itemsize
+    assert stack.layout.group is not None
+    share = math.prod(stack.layout.shape) / stack.layout.group.size
+    return (2.0 * piece + (4.0 + stack.layout.replicas) * share) * stack.dtype.itemsize
 
 
-def _with_owners(wave: list[Job]) -> list[Job]:
-    """Every job with its owners: balanced by operations over all jobs of the wave that share a group."""
+def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
+    """The operations of every rank on what lies there whole, for each set of ranks."""
+    work: dict[Group, list[float]] = {}
+    for job in jobs:
+        group = job.stack.layout.group
+        if group is None:
+            continue
+        loads = work.setdefault(group, [0.0] * group.size)
+        if job.placement == "local":
+            for rank, box in enumerate(job.stack.layout.boxes):
+                shape = tuple(map(len, box))
+                if 0 not in shape:
+                    asked = ask_piece(job.stack, shape)
+                    loads[rank] += len(job.members) * (asked.flops + asked.root_flops)
+    return work
+
+
+def _with_owners(wave: list[Job], work: dict[Group, list[float]]) -> list[Job]:
+    """Every job with its owners: balanced by operations over all jobs that the same ranks share, wave after wave."""
     by_group: dict[Group, list[Job]] = {}
     for job in wave:
-        if job.placement == "owner" and job.stack.layout.split is not None:
-            by_group.setdefault(job.stack.layout.split.group, []).append(job)
+        if job.placement == "owner":
+            assert job.stack.layout.group is not None
+            by_group.setdefault(job.stack.layout.group, []).append(job)
     owners: dict[int, tuple[int, ...]] = {}
     for group, jobs in by_group.items():
-        costs = [_work(job.stack) for job in jobs for _ in job.members]
-        parts = iter(balance(costs, parts=group.size))
+        units = [(job, _work(job.stack)) for job in jobs for _ in range(len(job.members) * units_of(job.stack))]
+        parts = iter(balance([cost for _, cost in units], parts=group.size, loads=work[group]))
         for job in jobs:
-            owners[id(job)] = tuple(next(parts) for _ in job.members)
+            owners[id(job)] = tuple(next(parts) for _ in range(len(job.members) * units_of(job.stack)))
     return [dataclasses.replace(job, owners=owners.get(id(job), ())) for job in wave]
 
 
 def _work(stack: Stack) -> float:
-    asked = ask(stack, stack.layout.shape, None)
+    asked = ask_unit(stack)
     # A rule without products still costs a pass over its numbers.
-    return asked.flops + asked.root_flops + math.prod(stack.layout.shape)
-
-
-def describe(waves: Sequence[Sequence[Job]]) -> dict[int, Placement]:
-    """The placement of every parameter, by its index."""
-    return {member: job.placement for wave in waves for job in wave for member in job.members}
+    return asked.flops + asked.root_flops + math.prod(stack.layout.shape) / units_of(stack)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from symdist.exchange.balance import balance
+from symdist.exchange.symmetric import pack, packed_size, unpack
 from symdist.exchange.transport import Transport
 from symdist.layouts import Group
 from symdist.rules import InverseRoot, Root, Sum, inverse_root
@@ -33,33 +34,39 @@ def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) 
 def answer_roots(
     requests: Sequence[Root], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[InverseRoot]]:
-    """Reduce-scatter the partial Grams, take each root on one rank, all-gather the roots.
+    """Reduce-scatter the partial Grams, take each root on one rank, all-gather the roots: of each, one triangle.
 
-    The volume is that of one all-reduce. Where the Grams do not spread evenly over the ranks, the sums are cut
-    into equal chunks regardless of the Grams' borders and an all-to-all each way completes them on their owners.
+    The volume is that of one all-reduce of the triangles. Where the Grams do not spread evenly over the ranks, the
+    sums are cut into equal chunks regardless of the Grams' borders, and an all-to-all each way completes them on their
+    owners.
     """
     like = requests[0].gram
     units = [(i, j) for i, request in enumerate(requests) for j in range(request.gram.shape[0])]
     edges = [requests[i].gram.shape[-1] for i, _ in units]
     owners = balance([float(d) ** 3 for d in edges], parts=group.size)
 
-    grams = _slots([d * d for d in edges], owners, group.size)
+    aligned = _spread_evenly([packed_size(d) for d in edges], owners, group.size)
+    grams = _slots([packed_size(d) for d in edges], owners, group.size, aligned=aligned)
     buffer = like.new_zeros(grams.chunk * group.size)
-    for (i, j), start, size in zip(units, grams.starts, grams.sizes, strict=True):
-        buffer[start : start + size] = requests[i].gram[j].reshape(-1)
+    unit = 0
+    for request in requests:
+        for packed in pack(request.gram):
+            buffer[grams.starts[unit] : grams.starts[unit] + grams.sizes[unit]] = packed
+            unit += 1
     chunk = like.new_empty(grams.chunk)
     yield transport.reduce_scatter(chunk, buffer, group=group)
+    del buffer
     owned = yield from _to_owners(chunk, grams, group=group, transport=transport)
 
     # Beside each root travel the two norms it knows of its matrix.
-    roots = _slots([d * d + 2 for d in edges], owners, group.size)
+    roots = _slots([packed_size(d) + 2 for d in edges], owners, group.size, aligned=aligned)
     answers: dict[int, Tensor] = {}
     for i, request in enumerate(requests):
         mine = [u for u in owned if units[u][0] == i]
         if mine:
             d = request.gram.shape[-1]
-            root = inverse_root(torch.stack([owned[u].view(d, d) for u in mine]), request.numerics)
-            flat = torch.cat([root.matrix.flatten(1), root.nuclear.flatten(1), root.frobenius.flatten(1)], dim=1)
+            root = inverse_root(unpack(torch.stack([owned[u] for u in mine]), d), request.numerics)
+            flat = torch.cat([pack(root.matrix), root.nuclear.flatten(1), root.frobenius.flatten(1)], dim=1)
             answers.update(zip(mine, flat.to(like.dtype), strict=True))
     chunk = yield from _from_owners(answers, roots, like=like, group=group, transport=transport)
     buffer = like.new_empty(roots.chunk * group.size)
@@ -69,10 +76,12 @@ def answer_roots(
     unit = 0
     for request in requests:
         b, d = request.gram.shape[:2]
-        rows = torch.stack([buffer[roots.starts[u] : roots.starts[u] + roots.sizes[u]] for u in range(unit, unit + b)])
+        found = [buffer[roots.starts[u] : roots.starts[u] + roots.sizes[u]] for u in range(unit, unit + b)]
+        # Without a matrix among these ranks, as where their experts are none, there is nothing to stack.
+        rows = torch.stack(found) if found else like.new_empty((0, packed_size(d) + 2))
         unit += b
-        norms = rows[:, d * d, None, None], rows[:, d * d + 1, None, None]
-        unpacked.append(InverseRoot(rows[:, : d * d].reshape(b, d, d), norms=norms))
+        norms = rows[:, -2, None, None], rows[:, -1, None, None]
+        unpacked.append(InverseRoot(unpack(rows[:, :-2], d), norms=norms))
     return unpacked
 
 
@@ -97,11 +106,20 @@ class _Slots:
         ]
 
 
-def _slots(sizes: list[int], owners: list[int], ranks: int) -> _Slots:
+def _loads(sizes: list[int], owners: list[int], ranks: int) -> list[int]:
     loads = [0] * ranks
     for size, owner in zip(sizes, owners, strict=True):
         loads[owner] += size
-    aligned = max(loads) * ranks <= _PADDING * sum(sizes)
+    return loads
+
+
+def _spread_evenly(sizes: list[int], owners: list[int], ranks: int) -> bool:
+    """Whether padding every owner's chunk to the fullest moves less than completing cut units would."""
+    return max(_loads(sizes, owners, ranks)) * ranks <= _PADDING * sum(sizes)
+
+
+def _slots(sizes: list[int], owners: list[int], ranks: int, *, aligned: bool) -> _Slots:
+    loads = _loads(sizes, owners, ranks)
     chunk = max(loads) if aligned else -(-sum(sizes) // ranks)
     free = [rank * chunk if aligned else sum(loads[:rank]) for rank in range(ranks)]
     starts = []

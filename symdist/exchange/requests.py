@@ -1,30 +1,32 @@
-"""What a placement, as opposed to a rule, asks of the ranks: to put pieces together, and to take them apart."""
+"""What a placement, as opposed to a rule, asks of the ranks: to put matrices together, and to take them apart."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from symdist.layouts import Layout
+from symdist.exchange.routes import Route
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ship:
-    """Send this rank's `pieces` to the owners; answered with the whole tensors this rank owns, in order.
+    """Send this rank's pieces along `route`, as `dtype`; answered with the `[owned, p, q]` units this rank owns.
 
-    All pieces are of one `layout`; `owners[i]` is the group index of the rank that puts piece i together.
+    A layer is one tensor of each parameter; all layers travel together and are answered one by one.
     """
 
-    pieces: list[Tensor]
-    owners: tuple[int, ...]
-    layout: Layout
+    layers: Sequence[Sequence[Tensor]]
+    route: Route
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Return:
-    """Send the whole tensors this rank owns back; answered with this rank's piece of every one of the `owners`."""
+    """Send the `[owned, p, q]` layers made here back, as `dtype`; answered with this rank's pieces, layer by layer."""
 
-    wholes: list[Tensor]
-    owners: tuple[int, ...]
-    layout: Layout
-    like: Tensor
-    """A piece, for the dtype and device of what comes back where this rank owns nothing."""
+    layers: Sequence[Tensor]
+    route: Route
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of this rank's piece."""

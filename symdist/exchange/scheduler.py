@@ -1,7 +1,9 @@
-"""Advance all rules together and answer what they ask in as few collectives as rounds allow."""
+"""Advance all rules of a wave together, answer what they ask in few collectives, and let one wave follow another."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from symdist.exchange.reducing import answer_roots, answer_sums
 from symdist.exchange.requests import Return, Ship
@@ -21,66 +23,117 @@ _ANSWERS: dict[type, Any] = {
 class Task:
     """A running generator and where its requests go.
 
-    `axis` says along what the ranks of `group` split the matrices ("rows", "columns"), or is None where each rank
-    has whole ones. A request across another axis answers itself.
+    `along` maps "rows" and "columns", as far as the matrices are split so, to the ranks that hold the other rows or
+    columns; a request across another axis answers itself. `home` are the ranks that what an owner asks goes to.
     """
 
-    def __init__(self, asking: Generator[Any, Any, Any], *, axis: str | None = None, group: Group | None = None):
+    def __init__(
+        self,
+        asking: Generator[Any, Any, Any],
+        *,
+        along: Mapping[str, Group] | None = None,
+        home: Group | None = None,
+    ):
         self.asking = asking
-        self.axis = axis
-        self.group = group
+        self.along = dict(along or {})
+        self.home = home
         self.pending: Any = None
+        self.group: Group | None = None
+        """The ranks that the pending request goes to."""
+        self._then: list[Group] = []
 
     def advance(self, answer: Any = None) -> None:
         """Run to the next request that other ranks must answer, left in `pending`, or to the end."""
+        if self._then:
+            # Summed over the ranks with other rows; now over those with other columns.
+            self.pending, self.group = Sum(values=answer, across="all"), self._then.pop()
+            return
         self.pending = None
         try:
             request = self.asking.send(answer)
-            while not self._remote(request):
+            while not (groups := self._asked(request)):
                 request = self.asking.send(request.alone())
         except StopIteration:
             return
-        self.pending = request
+        assert len(groups) == 1 or isinstance(request, Sum), "a Gram is of whole rows or of whole columns"
+        self.pending, self.group, self._then = request, groups[0], groups[1:]
 
-    def _remote(self, request: Any) -> bool:
+    def _asked(self, request: Any) -> list[Group]:
         if isinstance(request, Ship | Return):
-            return True
-        return self.axis is not None and request.across in (self.axis, "all")
+            assert self.home is not None
+            return [self.home]
+        return [group for axis, group in self.along.items() if request.across in (axis, "all")]
 
 
-def run(tasks: Sequence[Task], *, transport: Transport, meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Run every task to its end, and `meanwhile` once, while the first collectives are under way.
+def run(waves: Sequence[Sequence[Task]], *, transport: Transport, meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Run every task of every wave to its end, and `meanwhile` once, while the first collectives are under way.
 
-    The order of collectives follows from the tasks and their shapes alone: every rank of a group must pass the same
-    tasks in the same order. Tasks without a group run at that moment too.
+    A wave's first collectives start before the wave before it is computed, and its updates travel home while the next
+    one is: up to three waves hold buffers, but only one is computed.
+
+    The order of collectives follows from the tasks and their shapes alone. All ranks of a wave's groups must pass the
+    same wave, and all waves in an order that agrees with one order of all waves of all ranks. A rank waits for
+    a wave only when it has started all there is to start of those before: so no ring of ranks, each waiting for
+    another, can close, even where ranks take part in different waves.
     """
-    alone = [task for task in tasks if task.group is None]
-    waiting = [task for task in tasks if task.group is not None]
-    for task in waiting:
-        task.advance()
-    waiting = [task for task in waiting if task.pending is not None]
-    started = False
-    while waiting or not started:
-        asked = _together(waiting)
-        under_way = [_Bucket(bucket, transport) for bucket in _buckets(asked)]
-        if not started:
-            started = True
-            meanwhile()
-            for task in alone:
-                task.advance()
-        while any(bucket.handle is not None for bucket in under_way):
-            for bucket in under_way:
+    flights = [_Flight(wave, transport) for wave in waves]
+    if flights:
+        flights[0].take_off()
+    meanwhile()
+    for i, flight in enumerate(flights):
+        if i + 1 < len(flights):
+            flights[i + 1].take_off()
+        flight.cruise()
+        if i:
+            flights[i - 1].land()
+    if flights:
+        flights[-1].land()
+
+
+class _Flight:
+    """A wave on its way."""
+
+    def __init__(self, tasks: Sequence[Task], transport: Transport):
+        self._tasks = list(tasks)
+        self._transport = transport
+        self._up: list[_Bucket] = []
+        self._landing: list[_Bucket] = []
+
+    def take_off(self) -> None:
+        """Start the first collectives."""
+        for task in self._tasks:
+            task.advance()
+        self._start()
+
+    def cruise(self) -> None:
+        """Answer until nothing is left to start: all that is still under way are updates going home."""
+        while self._up:
+            while any(bucket.handle is not None for bucket in self._up):
+                for bucket in self._up:
+                    bucket.step()
+            for bucket in self._up:
+                bucket.hand_out()
+            self._start()
+
+    def land(self) -> None:
+        """Wait for what is still under way."""
+        for bucket in self._landing:
+            while bucket.handle is not None:
                 bucket.step()
-        for bucket in under_way:
-            for task, answer in zip(bucket.tasks, bucket.answers, strict=True):
-                task.advance(answer)
-        waiting = [task for task in waiting if task.pending is not None]
+            bucket.hand_out()
+        self._landing = []
 
-
-def _together(waiting: list[Task]) -> list[Task]:
-    """Roots wait for those still summing, so that all of them share one reduce-scatter."""
-    sooner = [task for task in waiting if not isinstance(task.pending, Root)]
-    return sooner or waiting
+    def _start(self) -> None:
+        waiting = [task for task in self._tasks if task.pending is not None]
+        # Nothing follows what an owner sends home, so that need not hold up the others.
+        last = [task for task in waiting if isinstance(task.pending, Return)]
+        asking = [task for task in waiting if not isinstance(task.pending, Return)]
+        # Roots wait for those still summing, so that all of them share one reduce-scatter.
+        sooner = [task for task in asking if not isinstance(task.pending, Root)]
+        self._landing += [_Bucket(tasks, self._transport) for tasks in _buckets(last)]
+        self._up = [_Bucket(tasks, self._transport) for tasks in _buckets(sooner or asking)]
+        under_way = {id(task) for task in last}
+        self._tasks = [task for task in waiting if id(task) not in under_way]
 
 
 def _buckets(tasks: list[Task]) -> list[list[Task]]:
@@ -92,26 +145,27 @@ def _buckets(tasks: list[Task]) -> list[list[Task]]:
     return list(buckets.values())
 
 
-def _kind(request: Any) -> tuple[Any, ...]:
+def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
     match request:
         case Ship():
-            tensor = request.pieces[0]
+            return request.dtype, request.layers[0][0].device
         case Return():
-            tensor = request.like
+            return request.dtype, request.layers[0].device
         case Root():
-            tensor = request.gram
-        case _:
-            tensor = request.values
-    return tensor.dtype, tensor.device
+            return request.gram.dtype, request.gram.device
+    return request.values.dtype, request.values.device
 
 
 class _Bucket:
     """Requests of one kind, group and dtype on their way: a generator that yields the handle it waits for."""
 
     def __init__(self, tasks: list[Task], transport: Transport):
-        self.tasks = tasks
-        self.answers: list[Any] = []
+        self._tasks = tasks
+        self._answers: list[Any] = []
         requests = [task.pending for task in tasks]
+        for task in tasks:
+            # What was sent is the buffer's now; the request need not keep it.
+            task.pending = None
         self._answering = _ANSWERS[type(requests[0])](requests, group=tasks[0].group, transport=transport)
         self.handle: Handle | None = None
         self._next()
@@ -122,9 +176,15 @@ class _Bucket:
             self.handle.wait()
             self._next()
 
+    def hand_out(self) -> None:
+        """Let every task go on with its answer."""
+        answers, self._answers = self._answers, []
+        for task in self._tasks:
+            task.advance(answers.pop(0))
+
     def _next(self) -> None:
         try:
             self.handle = next(self._answering)
         except StopIteration as finished:
             self.handle = None
-            self.answers = finished.value
+            self._answers = finished.value

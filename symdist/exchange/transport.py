@@ -3,11 +3,14 @@
 `Collectives` moves data. `Counting` notes what would be, or is being, moved.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _world
 
 from symdist.layouts import Group
 
@@ -26,6 +29,9 @@ class Handle(Protocol):
 class Transport(Protocol):
     """What the exchange needs. All buffers are flat, contiguous and of one dtype."""
 
+    def prepare(self, groups: Iterable[Group]) -> None:
+        """Get ready to talk over `groups`: called at construction, by all their ranks."""
+
     def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
         """Replace `buffer` by its sum over the group."""
 
@@ -40,23 +46,73 @@ class Transport(Protocol):
 
 
 class Collectives:
-    """The collectives of the process group that the layout's mesh was built on: gloo, NCCL or another."""
+    """The collectives of torch.distributed, over the process groups that exist: gloo, NCCL or another.
+
+    Ranks over several mesh axes seldom have a group of their own. One with exactly these ranks is used where it exists,
+    be it the default group; else one is made, when first asked for, which all its ranks must do in the same order.
+    """
+
+    def __init__(self) -> None:
+        self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def prepare(self, groups: Iterable[Group]) -> None:
+        """Find or make the process groups of `groups`, by ascending ranks; RuntimeError where one cannot be made."""
+        for group in sorted(groups, key=lambda group: group.ranks):
+            if group.size > 1:
+                self._handle(group)
 
     def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
-        return dist.all_reduce(buffer, group=group.handle, async_op=True)
+        return dist.all_reduce(buffer, group=self._handle(group), async_op=True)
 
     def reduce_scatter(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
-        return _reduce_scatter(out, buffer, group=group.handle, async_op=True)
+        return _reduce_scatter(out, buffer, group=self._handle(group), async_op=True)
 
     def all_gather(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
-        return _all_gather(out, buffer, group=group.handle, async_op=True)
+        return _all_gather(out, buffer, group=self._handle(group), async_op=True)
 
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: list[int], sent: list[int], group: Group) -> Handle:
         """See `Transport`."""
-        return dist.all_to_all_single(out, buffer, received, sent, group=group.handle, async_op=True)
+        return dist.all_to_all_single(out, buffer, received, sent, group=self._handle(group), async_op=True)
+
+    def _handle(self, group: Group) -> dist.ProcessGroup:
+        if group.ranks not in self._handles:
+            self._handles[group.ranks] = _existing(group) or _made(group)
+        return self._handles[group.ranks]
+
+
+def _existing(group: Group) -> dist.ProcessGroup | None:
+    """A process group that numbers the ranks of `group` as it does; the first made, so that all ranks take the same."""
+    known = [group.handle] if group.handle is not None else [dist.group.WORLD, *_world.pg_group_ranks]
+    return next((each for each in known if tuple(dist.get_process_group_ranks(each)) == group.ranks), None)
+
+
+def _made(group: Group) -> dist.ProcessGroup:
+    # Without the ranks outside, which may never hear of it. PyTorch then names the group by how many groups each
+    # rank is in, and ranks that differ in that would wait for each other for ever: so they compare first.
+    count = torch.tensor([len(_world.pg_names)])
+    most, least = count.clone(), count.clone()
+    for handle in group.through:
+        device = _device_of(handle)
+        most, least = most.to(device), least.to(device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=handle)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=handle)
+    if not group.through or int(most) != int(least):
+        raise RuntimeError(
+            f"ranks {group.ranks} have no process group of their own, and are in different numbers of others, so that "
+            f"PyTorch cannot make one among them alone. Call torch.distributed.new_group({list(group.ranks)}) on all "
+            "ranks before building the optimizer"
+        )
+    return dist.new_group(list(group.ranks), use_local_synchronization=True)
+
+
+def _device_of(handle: dist.ProcessGroup) -> torch.device:
+    """Where collectives of a process group want their tensors."""
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(handle) else torch.device("cpu")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +148,11 @@ class Counting:
     def sent(self) -> float:
         """Bytes this rank sent."""
         return sum(moved.sent for moved in self.log)
+
+    def prepare(self, groups: Iterable[Group]) -> None:
+        """See `Transport`."""
+        if self.inner is not None:
+            self.inner.prepare(groups)
 
     def _note(self, kind: str, group: Group, sent: float) -> None:
         self.log.append(Moved(kind=kind, size=group.size, sent=sent))

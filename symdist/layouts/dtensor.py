@@ -1,49 +1,117 @@
-"""Weights that are DTensors, as FSDP2's `fully_shard` leaves them."""
+"""Weights that are DTensors: as FSDP2's `fully_shard`, tensor and expert parallelism and their products leave them."""
+
+import functools
 
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from symdist.layouts.layout import Group, Layout, Split
+from symdist.layouts.grid import Grid, Group
+from symdist.layouts.layout import Layout, Split
 
 
 def dtensor_layout(tensor: DTensor, *, name: str) -> Layout:
-    """The layout of a DTensor that is replicated, or sharded along one mesh dimension and replicated along the rest.
+    """The layout of a DTensor that every mesh axis replicates or shards, plainly or strided.
 
-    Raises ValueError, naming the parameter, for partial sums, strided shards and two sharded mesh dimensions.
+    A dimension sharded over several axes is cut in the order that the placements tell: a strided shard comes after all
+    axes to its right that shard the same dimension. That is how FSDP2 over tensor parallelism cuts, also where sizes are
+    so uneven (17 rows over 4 × 2) that DTensor's own reading of its placements is another.
+
+    Raises ValueError, naming the parameter, for partial sums, other placements, and pieces that are not where the
+    placements say: alike on all ranks except for the last.
     """
-    sharded = [axis for axis, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
-    strange = [tensor.placements[axis] for axis in sharded if type(tensor.placements[axis]) is not Shard]
-    if strange or len(sharded) > 1:
+    mesh, placements, shape = tensor.device_mesh, tensor.placements, tuple(tensor.shape)
+    strange = [placement for placement in placements if type(placement) not in (Replicate, Shard, _StridedShard)]
+    if strange:
         raise ValueError(
-            f"{name}: placements {tensor.placements} are not supported; symdist takes Replicate and at most one "
-            "Shard. Shard the weight along one mesh dimension (fully_shard) or keep it replicated"
+            f"{name}: placements {placements} are not supported, because of {strange[0]}; symdist takes Replicate, "
+            "Shard and the strided shards of fully_shard over tensor parallelism"
         )
-    shape = tuple(tensor.shape)
-    if not sharded or tensor.device_mesh.size(sharded[0]) == 1:
+    sizes = tuple(mesh.mesh.shape)
+    # An axis of one rank changes nothing, and left out makes equal what is equal.
+    axes = [axis for axis, size in enumerate(sizes) if size > 1]
+    if not axes:
         return Layout(shape=shape)
-    axis = sharded[0]
-    placement = tensor.placements[axis]
-    assert isinstance(placement, Shard)
-    group = _mesh_group(tensor.device_mesh, axis)
-    dim = placement.dim % len(shape)
-    layout = Layout(shape=shape, split=Split(dim=dim, sizes=_chunks(shape[dim], group.size), group=group))
+    splits = []
+    by_dim: dict[int, list[int]] = {}
+    for axis in axes:
+        placement = placements[axis]
+        if not isinstance(placement, Replicate):
+            by_dim.setdefault(placement.dim % len(shape), []).append(axis)  # type: ignore[attr-defined]
+    for dim, cutting in sorted(by_dim.items()):
+        order = _order_of_cuts(placements, cutting, sizes, name=name)
+        ranges = _ranges(shape[dim], tuple(sizes[axis] for axis in cutting), tuple(map(cutting.index, order)))
+        splits.append(Split(dim=dim, axes=tuple(axes.index(axis) for axis in cutting), ranges=ranges))
+    layout = Layout(shape=shape, grid=_grid(mesh, axes), splits=tuple(splits))
     local = tuple(tensor.to_local().shape)
     if local != layout.local_shape:
         raise ValueError(
-            f"{name}: this rank holds {local} of {shape} where an even split over {group.size} ranks gives "
-            f"{layout.local_shape}; re-shard it with torch.distributed.tensor.distribute_tensor"
+            f"{name}: this rank holds {local} of {shape} where placements {placements} give {layout.local_shape}; "
+            "re-shard it with torch.distributed.tensor.distribute_tensor"
         )
     return layout
 
 
-def _mesh_group(mesh: DeviceMesh, axis: int) -> Group:
+def peers(tensor: DTensor) -> Group:
+    """All ranks of the mesh that the tensor's mesh was sliced from: those that train the model together."""
+    mesh = tensor.device_mesh._get_root_mesh()
+    return _grid(mesh, list(range(mesh.ndim))).group(range(mesh.ndim))
+
+
+def mesh_group(mesh: DeviceMesh) -> Group:
+    """All ranks of a mesh."""
+    return _grid(mesh, list(range(mesh.ndim))).group(range(mesh.ndim))
+
+
+def _grid(mesh: DeviceMesh, axes: list[int]) -> Grid:
+    """The mesh without its axes of size one."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside the mesh holds no piece"
-    line = tuple(slice(None) if i == axis else c for i, c in enumerate(coordinate))
-    return Group(ranks=tuple(mesh.mesh[line].tolist()), index=coordinate[axis], handle=mesh.get_group(axis))
+    sizes = tuple(mesh.size(axis) for axis in axes)
+    position = 0
+    for axis, size in zip(axes, sizes, strict=True):
+        position = position * size + coordinate[axis]
+    handles = tuple(mesh.get_group(axis) for axis in axes)
+    return Grid(sizes=sizes, ranks=tuple(mesh.mesh.flatten().tolist()), position=position, handles=handles)
 
 
-def _chunks(size: int, parts: int) -> tuple[int, ...]:
-    """How `torch.chunk`, and so DTensor, cuts `size`: equal blocks rounded up, then what is left, then nothing."""
-    block = -(-size // parts)
-    return tuple(max(0, min(block, size - i * block)) for i in range(parts))
+def _order_of_cuts(
+    placements: tuple[Placement, ...], cutting: list[int], sizes: tuple[int, ...], *, name: str
+) -> list[int]:
+    """The mesh axes that cut a dimension, in the order of cutting."""
+    order: list[int] = []
+    right = 1
+    for axis in reversed(cutting):
+        placement = placements[axis]
+        if isinstance(placement, _StridedShard) and placement.split_factor != 1:
+            if placement.split_factor != right:
+                raise ValueError(
+                    f"{name}: placements {placements} are not supported: {placement} is strided by "
+                    f"{placement.split_factor} where the axes to its right make {right} pieces"
+                )
+            order.append(axis)
+        else:
+            order.insert(0, axis)
+        right *= sizes[axis]
+    return order
+
+
+@functools.lru_cache(maxsize=4096)
+def _ranges(size: int, counts: tuple[int, ...], order: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """The block of every coordinate of an array of `counts` ranks, row-major, cut by its axes in `order`."""
+    blocks: dict[tuple[int, ...], tuple[int, int]] = {(): (0, size)}
+    for axis in order:
+        blocks = {
+            (*at, i): chunk
+            for at, (start, stop) in blocks.items()
+            for i, chunk in enumerate(_chunks(start, stop, counts[axis]))
+        }
+    # From coordinates in the order of cutting to those in the order of the axes.
+    inverse = [order.index(axis) for axis in range(len(order))]
+    return tuple(block for _, block in sorted((tuple(at[i] for i in inverse), block) for at, block in blocks.items()))
+
+
+def _chunks(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
+    """How `torch.chunk`, and so DTensor, cuts: equal blocks rounded up, then what is left, then nothing."""
+    block = -(-(stop - start) // parts)
+    return [(min(start + i * block, stop), min(start + (i + 1) * block, stop)) for i in range(parts)]

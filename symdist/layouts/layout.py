@@ -1,61 +1,126 @@
 """Where the pieces of a stored tensor lie, said without naming the engine that put them there."""
 
+import functools
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+from symdist.layouts.grid import Grid, Group
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """An ordered set of ranks that hold the pieces of one tensor.
-
-    `ranks` are global ranks in the order of the pieces, `index` is this rank's place among them, `handle` is what
-    the transport needs to reach them. Two groups of the same ranks are equal.
-    """
-
-    ranks: tuple[int, ...]
-    index: int
-    handle: Any = field(compare=False, repr=False, default=None)
-
-    @property
-    def size(self) -> int:
-        """The number of ranks."""
-        return len(self.ranks)
+Box: TypeAlias = tuple[range, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One dimension of the stored tensor cut into consecutive blocks, one a rank of the group; blocks may be empty."""
+    """One dimension of the stored tensor, cut into blocks over some axes of the grid.
+
+    `ranges` has the block `(start, stop)` of every coordinate along `axes`, row-major. Blocks cover the dimension once,
+    in any order, and may be empty.
+    """
 
     dim: int
-    sizes: tuple[int, ...]
-    group: Group
-
-    @property
-    def here(self) -> range:
-        """The indices along `dim` that this rank holds."""
-        start = sum(self.sizes[: self.group.index])
-        return range(start, start + self.sizes[self.group.index])
+    axes: tuple[int, ...]
+    ranges: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A stored tensor of global `shape`, whole on this rank or cut along one dimension."""
+    """A stored tensor of global `shape` on the ranks of a grid; no grid where only this rank is known of.
+
+    Every dimension has at most one split, every axis serves at most one. Ranks that differ only along axes that no
+    split uses hold the same piece: they are replicas.
+    """
 
     shape: tuple[int, ...]
-    split: Split | None = None
+    grid: Grid | None = None
+    splits: tuple[Split, ...] = ()
 
-    def shape_on(self, index: int) -> tuple[int, ...]:
-        """The shape of the piece on the group's rank `index`; the whole shape where there is no split."""
-        if self.split is None:
-            return self.shape
-        return tuple(self.split.sizes[index] if dim == self.split.dim else size for dim, size in enumerate(self.shape))
+    @functools.cached_property
+    def group(self) -> Group | None:
+        """All ranks that hold the tensor, this one among them."""
+        return None if self.grid is None else self.grid.group(range(len(self.grid.sizes)))
+
+    def group_of(self, split: Split) -> Group:
+        """The ranks that hold other blocks of this split, and otherwise what this rank holds."""
+        assert self.grid is not None
+        return self.grid.group(split.axes)
+
+    @functools.cached_property
+    def cells(self) -> Group | None:
+        """The ranks that together hold the tensor once, this one among them; None where this rank holds all of it."""
+        axes = [axis for split in self.splits for axis in split.axes]
+        return self.grid.group(axes) if self.grid is not None and axes else None
+
+    @functools.cached_property
+    def box(self) -> Box:
+        """This rank's piece, as ranges of every dimension."""
+        return self._box(self.grid.position if self.grid is not None else 0)
+
+    @functools.cached_property
+    def boxes(self) -> list[Box]:
+        """The piece of every rank of `group`, in its order."""
+        if self.grid is None:
+            return [self.box]
+        return [self._box(position) for position in self.grid.order]
+
+    @functools.cached_property
+    def replica(self) -> list[tuple[int, ...]]:
+        """Of every rank of `group`, which copy of the tensor its piece belongs to."""
+        if self.grid is None:
+            return [()]
+        cut = {axis for split in self.splits for axis in split.axes}
+        free = [axis for axis in range(len(self.grid.sizes)) if axis not in cut]
+        return [tuple(self.grid.coordinate(position)[axis] for axis in free) for position in self.grid.order]
+
+    @property
+    def replicas(self) -> int:
+        """How many copies of the tensor there are."""
+        return len(set(self.replica))
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's piece."""
-        return self.shape_on(self.split.group.index) if self.split else self.shape
+        return tuple(map(len, self.box))
 
-    def numel_on(self, index: int) -> int:
-        """The number of elements of the piece on the group's rank `index`."""
-        return math.prod(self.shape_on(index))
+    @functools.cached_property
+    def largest_shape(self) -> tuple[int, ...]:
+        """The most that any rank holds of each dimension: the shape of the largest piece."""
+        largest = {split.dim: max(stop - start for start, stop in split.ranges) for split in self.splits}
+        return tuple(largest.get(dim, size) for dim, size in enumerate(self.shape))
+
+    def at(self, index: int) -> "Layout":
+        """The layout as the rank `index` of `group` sees it."""
+        if self.grid is None:
+            return self
+        return Layout(shape=self.shape, grid=self.grid.at(self.grid.order[index]), splits=self.splits)
+
+    def _box(self, position: int) -> Box:
+        box = [range(size) for size in self.shape]
+        for split in self.splits:
+            assert self.grid is not None
+            coordinate, sizes = self.grid.coordinate(position), self.grid.sizes
+            place = 0
+            for axis in split.axes:
+                place = place * sizes[axis] + coordinate[axis]
+            box[split.dim] = range(*split.ranges[place])
+        return tuple(box)
+
+
+def cut_along(
+    shape: Sequence[int], *, dim: int, sizes: Sequence[int], ranks: Sequence[int], index: int, handle: Any = None
+) -> Layout:
+    """A tensor cut along one dimension into consecutive blocks, one a rank: `sizes[i]` on `ranks[i]`.
+
+    `index` is this rank's place among `ranks`, `handle` their process group.
+    """
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    assert ends[-1] == shape[dim], "the blocks must cover the dimension"
+    ranges = tuple((end - size, end) for end, size in zip(ends, sizes, strict=True))
+    grid = Grid(sizes=(len(ranks),), ranks=tuple(ranks), position=index, handles=(handle,))
+    return Layout(shape=tuple(shape), grid=grid, splits=(Split(dim=dim, axes=(0,), ranges=ranges),))
+
+
+def numel(box: Box) -> int:
+    """The number of elements of a piece."""
+    return math.prod(map(len, box))

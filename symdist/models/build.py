@@ -18,6 +18,7 @@ _FOLDER = Path(__file__).parent
 
 # family -> (config class, model class). Gemma3 is the text model: `Gemma3Config` has vision too.
 _FAMILIES = {
+    "deepseek-v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
     "gpt-oss": ("GptOssConfig", "GptOssForCausalLM"),
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM"),

@@ -1,5 +1,6 @@
 """Presets build at their sizes, train, and refuse what they do not know."""
 
+import math
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import symdist.models as models
 
-TINY = ["gemma3-tiny", "gpt-oss-tiny", "olmoe-tiny", "qwen3-moe-tiny", "qwen3-tiny"]
+TINY = ["deepseek-v3-tiny", "gemma3-tiny", "gpt-oss-tiny", "olmoe-tiny", "qwen3-moe-tiny", "qwen3-tiny"]
 
 
 def attention(hidden: int, heads: int, kv: int, head: int) -> int:
@@ -25,13 +26,27 @@ def totals(
     expert: int = 0,
     experts: int = 0,
     used: int = 0,
+    dense: tuple[int, int] = (0, 0),
 ) -> tuple[int, int, int]:
-    outside = 2 * vocabulary * hidden + hidden
+    outside = 2 * vocabulary * hidden + hidden + math.prod(dense)
     return (
-        layers,
+        layers + dense[0],
         outside + layers * (shared + experts * expert),
         outside + layers * (shared + used * expert),
     )
+
+
+# DeepSeek-V3's attention and norms: queries and keys/values go through latents, which have norms.
+LATENT = (
+    7168 * 1536
+    + 1536
+    + 1536 * 128 * (128 + 64)
+    + 7168 * (512 + 64)
+    + 512
+    + 512 * 128 * (128 + 128)
+    + 128 * 128 * 7168
+    + 2 * 7168
+)
 
 
 # (layers, all parameters, parameters a token uses), counted from the sizes.
@@ -76,6 +91,25 @@ SIZES = {
         expert=3 * 2048 * 768,
         experts=128,
         used=8,
+    ),
+    "qwen3-235b-a22b": totals(
+        layers=94,
+        hidden=4096,
+        vocabulary=151936,
+        shared=attention(4096, 64, 4, 128) + 128 * 4096 + 2 * 4096 + 2 * 128,
+        expert=3 * 4096 * 1536,
+        experts=128,
+        used=8,
+    ),
+    "deepseek-v3": totals(
+        layers=58,
+        hidden=7168,
+        vocabulary=129280,
+        shared=LATENT + 256 * 7168 + 3 * 7168 * 2048,
+        expert=3 * 7168 * 2048,
+        experts=256,
+        used=8,
+        dense=(3, LATENT + 3 * 7168 * 18432),
     ),
     "olmoe-tiny": totals(
         layers=4,

@@ -1,0 +1,128 @@
+"""A model sharded over ranks that do not exist, and a step of its optimizer as any of them would take it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from symdist.exchange import Counting, Job, Plan, Task, run
+from symdist.groups import Member, complete_group, describe_member, place_members
+from symdist.layouts import Group, Layout, peers
+from symdist.models import build, shard
+from symdist.optimizer import WAVE_BYTES
+from symdist.recipes import RecipeLike
+from symdist.routing import route
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretended:
+    """A model on a mesh of which this process is rank 0; `members` and `plan` are those of its optimizer."""
+
+    model: nn.Module
+    mesh: Mapping[str, int]
+    groups: list[dict[str, Any]]
+    members: list[Member]
+    plan: Plan
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the mesh has."""
+        return math.prod(self.mesh.values())
+
+    def layout(self, layout: Layout, rank: int) -> Layout:
+        """A layout as another rank of the mesh sees its own piece: a sibling of rank 0's, at the rank's coordinates."""
+        if layout.group is None:
+            return layout
+        sizes = list(self.mesh.values())
+        along, stride = rank, self.ranks
+        here = 0
+        for size in sizes:
+            stride //= size
+            coordinate, along = divmod(along, stride)
+            # The axes that rank 0's own group runs along.
+            if size > 1 and stride in layout.group.ranks:
+                here += coordinate * stride
+        return layout.at(layout.group.ranks.index(here))
+
+    def step(self, counting: Counting, *, rank: int = 0, only: set[int] | None = None) -> None:
+        """Run the jobs of a step, of the parameters `only`, on meta tensors, as `rank` would; `counting` notes it.
+
+        All the arithmetic and every collective of `SymDist.step`, but for what costs nothing elsewhere: gradients are
+        taken for directions, and no weight is written.
+        """
+        members = [member for member in self.members if member.parameter.requires_grad]
+        if only is None and members and (world := self._world()) is not None and world.size > 1:
+            counting.all_reduce(torch.empty(1, device="meta"), group=world)
+        waves = [[task for job in wave if (task := self._task(job, rank, only))] for wave in self.plan.waves]
+
+        def meanwhile() -> None:
+            for job in self.plan.local:
+                if task := self._task(job, rank, only):
+                    task.advance()
+
+        run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile)
+
+    def _world(self) -> Group | None:
+        found = [peers(p) for p in (member.parameter for member in self.members) if isinstance(p, DTensor)]
+        return max(found, key=lambda group: group.size) if found else None
+
+    def _task(self, job: Job, rank: int, only: set[int] | None) -> Task | None:
+        if only is not None and not only.issuperset(job.members):
+            assert only.isdisjoint(job.members), "the parameters of a stack share their role"
+            return None
+        stack = dataclasses.replace(job.stack, layout=self.layout(job.stack.layout, rank))
+        there = dataclasses.replace(job, stack=stack)
+        return there.task(partial(_pieces, there), lambda updates, moved: None)
+
+
+def _pieces(job: Job) -> tuple[list[Tensor], list[Tensor] | None]:
+    shape = job.stack.layout.local_shape
+    pieces = [torch.empty(shape, dtype=job.stack.dtype, device="meta") for _ in job.members]
+    return pieces, pieces if job.stack.hold else None
+
+
+@contextmanager
+def pretend(
+    model: str | Path,
+    recipe: RecipeLike,
+    *,
+    mesh: Mapping[str, int],
+    wave_bytes: int = WAVE_BYTES,
+    exchange_dtype: torch.dtype | None = None,
+) -> Iterator[Pretended]:
+    """Shard a model over a mesh, as `symdist.models.shard` does, and route it; nothing is materialised.
+
+    `model` is a preset or a TOML file, see `symdist.models.build`; `mesh` maps names of mesh dimensions to sizes. No
+    process group may be open, and one is until the context ends. Raises ValueError for whatever `build`, `shard`,
+    `route` and `SymDist` refuse.
+    """
+    # Not public, but the only process group that has a size and no peers.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    ranks = math.prod(mesh.values())
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        grid = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+        sharded = shard(build(model, device="meta"), grid, layouts_only=True)
+        groups = [complete_group(group) for group in route(sharded, recipe)]
+        members = [
+            describe_member(parameter, name=name, index=i, group=group)
+            for i, group in enumerate(groups)
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        ]
+        plan = place_members(members, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype)
+        yield Pretended(model=sharded, mesh=dict(mesh), groups=groups, members=members, plan=plan)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,81 @@
+"""What a rule asks of a rank, found by running it on meta tensors: so costs follow from the rule itself."""
+
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from symdist.exchange.jobs import Stack
+from symdist.exchange.routes import canonical_shape
+from symdist.exchange.symmetric import packed_size
+from symdist.rules import InverseRoot, Matrix, Root, Rule
+from symdist.views import View
+
+Axis: TypeAlias = Literal["rows", "columns"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a rule asks for one piece: numbers summed across each axis, the triangles of its Grams among them, and
+    operations, roots apart.
+    """
+
+    summed: Mapping[Axis, float]
+    flops: float
+    root_flops: float
+
+
+def ask_piece(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()) -> Asked:
+    """What the rule of a stack asks for a stored piece of `shape`, where other ranks have more of it along `axes`."""
+    # Without its layout: a cache must not keep process groups alive.
+    return _ask(stack.rule, stack.options, stack.view, stack.padding_rows, stack.dtype, shape, frozenset(axes))
+
+
+def ask_unit(stack: Stack) -> Asked:
+    """What the rule of a stack asks for one whole unit: an expert, or a parameter that is no stack of them."""
+    shape = stack.layout.shape
+    return ask_piece(stack, (1, *shape[1:]) if len(shape) == 3 else shape)
+
+
+def units_of(stack: Stack) -> int:
+    """How many units a parameter of the stack is."""
+    return canonical_shape(stack.layout.shape)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _ask(
+    rule: Rule,
+    options: tuple[tuple[str, Any], ...],
+    view: View,
+    padding_rows: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    axes: frozenset[Axis],
+) -> Asked:
+    values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
+    matrix = Matrix(values=values, rows=view.rows - padding_rows, columns=view.columns)
+    asking = rule.update(matrix, **dict(options))
+    summed: dict[Axis, float] = dict.fromkeys(axes, 0.0)
+    root_flops = 0.0
+    answer: Any = None
+    with FlopCounterMode(display=False) as counter:
+        while True:
+            try:
+                request = asking.send(answer)
+            except StopIteration:
+                break
+            if isinstance(request, Root):
+                b, d = request.gram.shape[:2]
+                norm = request.gram.new_empty(b, 1, 1)
+                answer = InverseRoot(request.gram, norms=(norm, norm))
+                root_flops += b * request.numerics.operations(d)
+                numbers = b * packed_size(d)
+            else:
+                answer = request.values
+                numbers = request.values.numel()
+            for axis in axes:
+                summed[axis] += numbers if request.across in (axis, "all") else 0
+    return Asked(summed=summed, flops=counter.get_total_flops(), root_flops=root_flops)
