@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Union, cast
+from typing import Annotated, Any, Literal, NoReturn, Union, cast
 
 _FILE_WIDTH = 200
-_EXTRA = ("rich", "tyro")
+_EXTRA = ("matplotlib", "rich", "tyro")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,75 @@ class Route:
             route_table(found, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
             totals(found),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show what a step sends, computes and needs on a mesh of any size. Nothing is materialised."""
+
+    model: str
+    """A preset, or a TOML file of the same form."""
+    mesh: str
+    """Sizes of dp_replicate, dp_shard (or dp), ep and tp, as in dp=64,tp=8."""
+    recipe: str = "small-moe"
+    """A recipe, or a TOML file of the same form."""
+    set: tuple[str, ...] = ()
+    """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
+    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrices travel as to their owners and back."""
+    wave_mb: float = 1000.0
+    """Megabytes of buffers in flight."""
+    bandwidth: float = 50.0
+    """GB/s that a rank sends."""
+    tflops: float = 60.0
+    """Tflop/s of the optimizer's float32 products."""
+    model_tflops: float = 400.0
+    """Tflop/s of forward and backward, as achieved."""
+    tokens: int = 16384
+    """Tokens of a data-parallel rank and step."""
+    compare: bool = False
+    """Show beside it what other ways would move."""
+    json: Path | None = None
+    """File for the same numbers as JSON."""
+    picture: Path | None = None
+    """File for a picture of bytes by role, over numbers of ranks up to the mesh's."""
+
+    def run(self) -> None:
+        """Print the tables, and write the files that are asked for."""
+        import torch
+
+        from symdist.commands.plan import Machine, StepPlan, parse_mesh, plan_step, smaller_meshes
+        from symdist.commands.plan_views import alternatives_table, draw, plan_table, summary
+        from symdist.recipes import load_recipe, parse_overrides
+
+        recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set))
+        machine = Machine(
+            bandwidth=self.bandwidth * 1e9,
+            flops=self.tflops * 1e12,
+            model_flops=self.model_tflops * 1e12,
+            tokens=self.tokens,
+        )
+        if self.wave_mb <= 0:
+            raise ValueError(f"wave_mb={self.wave_mb} must be positive")
+
+        def planned(mesh: dict[str, int]) -> StepPlan:
+            return plan_step(
+                self.model,
+                recipe,
+                mesh=mesh,
+                machine=machine,
+                wave_bytes=int(self.wave_mb * 1e6),
+                exchange_dtype=getattr(torch, self.exchange_dtype),
+                alternatives=self.compare,
+            )
+
+        mesh = parse_mesh(self.mesh)
+        found = planned(mesh)
+        _show(plan_table(found), *summary(found), *([alternatives_table(found)] if self.compare else []))
+        if self.json is not None:
+            found.write(self.json)
+        if self.picture is not None:
+            draw([*map(planned, smaller_meshes(mesh)), found], self.picture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +148,7 @@ class Compare:
             found.write(self.json)
 
 
-_COMMANDS = {"route": Route, "compare": Compare}
+_COMMANDS = {"route": Route, "plan": Plan, "compare": Compare}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -100,11 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
 
 
-def _parse(arguments: Sequence[str] | None) -> Route | Compare:
+def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare:
     import tyro
 
     # --set may be repeated; the lists of other subcommands are given in one go.
-    repeated = {"route": (tyro.conf.UseAppendAction,)}
+    repeated = dict.fromkeys(("route", "plan"), (tyro.conf.UseAppendAction,))
     commands = tuple(
         Annotated[command, tyro.conf.subcommand(name), *repeated.get(name, ())] for name, command in _COMMANDS.items()
     )

@@ -1,15 +1,36 @@
 """Agreement on whether gradients are finite, before anything moves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from symdist.exchange import Transport
-from symdist.layouts import Group
+from symdist.layouts import Group, peers
 
 NonFinite: TypeAlias = Literal["raise", "skip", "zero"]
+
+
+def ranks_that_agree(parameters: Iterable[Tensor], *, replicas: Group | None = None) -> Group | None:
+    """All ranks that must do the same about a gradient that is not finite, or None where this rank is alone.
+
+    Those of the mesh that the parameters' meshes were sliced from, which has pipeline stages too, and of `replicas`.
+    Raises ValueError where no one mesh has them all.
+    """
+    meshes = {id(parameter.device_mesh): parameter for parameter in parameters if isinstance(parameter, DTensor)}
+    groups = [peers(parameter) for parameter in meshes.values()] + ([replicas] if replicas is not None else [])
+    if not groups:
+        return None
+    largest = max(groups, key=lambda group: (group.size, group.ranks))
+    strays = [group for group in groups if not set(group.ranks) <= set(largest.ranks)]
+    if strays:
+        raise ValueError(
+            f"parameters lie on unrelated meshes, of ranks {largest.ranks} and {strays[0].ranks}; say world=, the "
+            "process group of all ranks that train this model"
+        )
+    return largest
 
 
 def agree_finite(

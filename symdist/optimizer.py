@@ -6,13 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from symdist.accumulate import adamw_step, advance
 from symdist.exchange import Collectives, Job, Placement, Plan, Task, Transport, run
-from symdist.finite import NonFinite, agree_finite
+from symdist.finite import NonFinite, agree_finite, ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
-from symdist.layouts import Group, check_placements, group_from, local, peers
+from symdist.layouts import Group, check_placements, group_from, local
 from symdist.partial import finish_partial_gradients
 from symdist.rules import ACCUMULATOR_STATE, get_rule
 
@@ -31,10 +30,10 @@ class SymDist(torch.optim.Optimizer):
     `nonfinite` says what all ranks do together when a gradient is inf or NaN on any: "raise" FloatingPointError before
     anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements. "All ranks" are
     `world`, a process group or mesh; left out, all of the mesh that the parameters' meshes were sliced from, stages
-    of a pipeline included. `replicas`, a process group or mesh, says that plain tensors are the same on its ranks, as under DDP:
-    work on them is then shared out. `exchange_dtype`, bfloat16 say, is what matrices travel as to their owners and
-    back; sums and Grams travel as they are. `wave_bytes` bounds the buffers in flight. `transport` replaces the
-    collectives, to count them. A parameter that does not require a gradient does not move.
+    of a pipeline included. `replicas`, a process group or mesh, says that plain tensors are the same on its ranks, as
+    under DDP: work on them is then shared out. `exchange_dtype`, bfloat16 say, is what matrices travel as to their
+    owners and back; sums and Grams travel as they are. `wave_bytes` bounds the buffers in flight. `transport` replaces
+    the collectives, to count them. A parameter that does not require a gradient does not move.
 
     Raises ValueError, naming group or parameter and the remedy, for anything it cannot run exactly as asked.
     """
@@ -146,7 +145,7 @@ class SymDist(torch.optim.Optimizer):
                 self._task(job, gradients).advance()
 
         waves = [[self._task(job, gradients) for job in wave] for wave in plan.waves]
-        run(waves, transport=self.transport, meanwhile=meanwhile)
+        run(waves, transport=self.transport, meanwhile=meanwhile, work=plan.work)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -199,28 +198,11 @@ class SymDist(torch.optim.Optimizer):
         moving = [member.parameter.requires_grad for member in self._members]
         if self._planned is None or self._planned[0] != moving:
             plan = place_members(self._members, wave_bytes=self.wave_bytes, exchange_dtype=self.exchange_dtype)
-            self._peers = self._find_peers()
+            parameters = [member.parameter for member in self._members]
+            self._peers = self._world or ranks_that_agree(parameters, replicas=self._replicas)
             self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
             self._planned = moving, plan
         return self._planned[1]
-
-    def _find_peers(self) -> Group | None:
-        """All ranks that must do the same about a gradient that is not finite."""
-        if self._world is not None:
-            return self._world
-        meshes = {id(p.device_mesh): p for p in (m.parameter for m in self._members) if isinstance(p, DTensor)}
-        groups = [peers(parameter) for parameter in meshes.values()]
-        groups += [self._replicas] if self._replicas is not None else []
-        if not groups:
-            return None
-        largest = max(groups, key=lambda group: (group.size, group.ranks))
-        strays = [group for group in groups if not set(group.ranks) <= set(largest.ranks)]
-        if strays:
-            raise ValueError(
-                f"parameters lie on unrelated meshes, of ranks {largest.ranks} and {strays[0].ranks}; say world=, the "
-                "process group of all ranks that train this model"
-            )
-        return largest
 
     def _check_options(self) -> None:
         """ValueError for a rule's option that was changed after construction: it would be ignored."""

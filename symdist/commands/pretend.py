@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from symdist.exchange import Counting, Job, Plan, Task, run
+from symdist.finite import ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
-from symdist.layouts import Group, Layout, peers
+from symdist.layouts import Group, Layout
 from symdist.models import build, shard
 from symdist.optimizer import WAVE_BYTES
 from symdist.recipes import RecipeLike
@@ -35,6 +36,8 @@ class Pretended:
     groups: list[dict[str, Any]]
     members: list[Member]
     plan: Plan
+    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
+    _sets: dict[tuple[int, ...], frozenset[int]] = field(default_factory=dict, repr=False)
 
     @property
     def ranks(self) -> int:
@@ -45,25 +48,37 @@ class Pretended:
         """A layout as another rank of the mesh sees its own piece: a sibling of rank 0's, at the rank's coordinates."""
         if layout.group is None:
             return layout
-        sizes = list(self.mesh.values())
+        key = id(layout), rank
+        if key not in self._layouts:
+            # Those of one rank at a time: many jobs share a layout, and large ones are slow to make.
+            if any(other != rank for _, other in self._layouts):
+                self._layouts.clear()
+            self._layouts[key] = layout.at(self.place_in(layout.group, rank))
+        return self._layouts[key]
+
+    def place_in(self, group: Group, rank: int) -> int:
+        """The place of a rank in its own sibling of a group of rank 0."""
         along, stride = rank, self.ranks
         here = 0
-        for size in sizes:
+        for size in self.mesh.values():
             stride //= size
             coordinate, along = divmod(along, stride)
-            # The axes that rank 0's own group runs along.
-            if size > 1 and stride in layout.group.ranks:
+            # The axes that rank 0's group runs along: it has the next rank of them.
+            if size > 1 and stride in self._members_of(group):
                 here += coordinate * stride
-        return layout.at(layout.group.ranks.index(here))
+        return bisect.bisect_left(group.ranks, here)
 
-    def step(self, counting: Counting, *, rank: int = 0, only: set[int] | None = None) -> None:
+    def _members_of(self, group: Group) -> frozenset[int]:
+        return self._sets.setdefault(group.ranks, frozenset(group.ranks))
+
+    def step(self, counting: Counting, *, rank: int = 0, only: set[int] | None = None) -> dict[Group, list[float]]:
         """Run the jobs of a step, of the parameters `only`, on meta tensors, as `rank` would; `counting` notes it.
 
         All the arithmetic and every collective of `SymDist.step`, but for what costs nothing elsewhere: gradients are
-        taken for directions, and no weight is written.
+        taken for directions, and no weight is written. Returned are the operations that all ranks do, by group.
         """
-        members = [member for member in self.members if member.parameter.requires_grad]
-        if only is None and members and (world := self._world()) is not None and world.size > 1:
+        world = ranks_that_agree(member.parameter for member in self.members)
+        if only is None and world is not None and world.size > 1:
             counting.all_reduce(torch.empty(1, device="meta"), group=world)
         waves = [[task for job in wave if (task := self._task(job, rank, only))] for wave in self.plan.waves]
 
@@ -72,18 +87,19 @@ class Pretended:
                 if task := self._task(job, rank, only):
                     task.advance()
 
-        run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile)
-
-    def _world(self) -> Group | None:
-        found = [peers(p) for p in (member.parameter for member in self.members) if isinstance(p, DTensor)]
-        return max(found, key=lambda group: group.size) if found else None
+        return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=self.plan.work)
 
     def _task(self, job: Job, rank: int, only: set[int] | None) -> Task | None:
-        if only is not None and not only.issuperset(job.members):
-            assert only.isdisjoint(job.members), "the parameters of a stack share their role"
+        kept = [i for i, member in enumerate(job.members) if only is None or member in only]
+        if not kept:
             return None
-        stack = dataclasses.replace(job.stack, layout=self.layout(job.stack.layout, rank))
-        there = dataclasses.replace(job, stack=stack)
+        units = len(job.owners) // len(job.members)
+        there = dataclasses.replace(
+            job,
+            stack=dataclasses.replace(job.stack, layout=self.layout(job.stack.layout, rank)),
+            members=tuple(job.members[i] for i in kept),
+            owners=tuple(owner for i in kept for owner in job.owners[i * units : (i + 1) * units]),
+        )
         return there.task(partial(_pieces, there), lambda updates, moved: None)
 
 

@@ -39,6 +39,11 @@ class Stack:
     hold: bool = False
     padding_rows: int = 0
 
+    @property
+    def rows(self) -> int:
+        """The rows of a matrix that are real: what a rule is told, and decides by."""
+        return self.view.rows - self.padding_rows
+
     @functools.cached_property
     def seen(self) -> dict[Seen, Group]:
         """What the splits of the layout are to the matrices, and the ranks over which each runs."""
@@ -47,7 +52,7 @@ class Stack:
 
     def matrix(self, values: Tensor, real: Tensor | None) -> Matrix:
         """`values` `[b, m, n]` with the global counts a rule may need."""
-        return Matrix(values=values, rows=self.view.rows - self.padding_rows, columns=self.view.columns, real=real)
+        return Matrix(values=values, rows=self.rows, columns=self.view.columns, real=real)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ What counts is the busiest rank: everyone waits for it.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +25,8 @@ FLOPS_PER_BYTE = 1000.0
 class Plan:
     """The jobs of a step: those that need no other rank, and the waves of those that do.
 
-    `work` has, for each set of ranks that owns matrices, the operations that every rank of it does in a step: for
-    owned units and for what lies there whole.
+    `work` has, for each set of ranks, the operations that every one of them does in a step, but for inverse roots of
+    sums: those go to whoever has least to do.
     """
 
     local: list[Job]
@@ -36,6 +37,11 @@ class Plan:
     def jobs(self) -> list[Job]:
         """All of them."""
         return self.local + [job for wave in self.waves for job in wave]
+
+    @property
+    def largest_unit(self) -> float:
+        """The most operations that one rank must do by itself: those on the costliest unit."""
+        return max((_work(job.stack) for job in self.jobs if job.placement != "reduce"), default=0.0)
 
     def groups(self) -> set[Group]:
         """All sets of ranks that talk in a step."""
@@ -80,10 +86,10 @@ def place(
                     stack=stack, members=tuple(members[start : start + step]), placement=placement, exchange_dtype=dtype
                 )
             )
-    local = [job for job in jobs if job.placement == "local"]
     work = _work_in_place(jobs)
-    waves = [_with_owners(wave, work) for wave in _waves([job for job in jobs if job.placement != "local"], budget)]
-    return Plan(local=local, waves=waves, work=work)
+    jobs = _with_owners(jobs, work)
+    local = [job for job in jobs if job.placement == "local"]
+    return Plan(local=local, waves=_waves([job for job in jobs if job.placement != "local"], budget), work=work)
 
 
 def _cut(stack: Stack) -> dict[Axis, Group]:
@@ -97,7 +103,7 @@ def _choose(stack: Stack, count: int, exchange_dtype: torch.dtype, *, name: str)
     if not cut and "torn" not in stack.seen:
         costs["local"] = lambda: count * _operations(stack) / FLOPS_PER_BYTE
     elif "torn" not in stack.seen:
-        admitted = stack.rule.splits_of(dict(stack.options), stack.view.rows, stack.view.columns)
+        admitted = stack.rule.splits_of(dict(stack.options), stack.rows, stack.view.columns)
         if set(cut) <= set(admitted):
             costs["reduce"] = lambda: _reduce_cost(stack, count, cut)
     if stack.layout.group is not None:
@@ -171,49 +177,58 @@ def _waves(jobs: list[Job], budget: int) -> list[list[Job]]:
 def _flight_bytes(stack: Stack, placement: Placement) -> float:
     """What one parameter holds on a rank while under way, at most, but for what a single unit needs.
 
-    In place: direction, its copy in the stack, update, and as much again in between. At owners: pieces there and back,
-    and of the owned share the parts received, put together, updated and sent. Not from this rank's piece but from the
-    largest: all ranks must cut alike.
+    In place: direction, its copy in the stack, update, and as much again in between; and of every Gram the sum's
+    triangle there and back, and the matrix and its root. At owners: pieces there and back, and of the owned share the
+    parts received, put together, updated and sent. Not from this rank's piece but from the largest: all ranks must
+    cut alike.
     """
     piece = math.prod(stack.layout.largest_shape)
     if placement != "owner":
-        return 4.0 * piece * stack.dtype.itemsize
+        summed = (
+            ask_piece(stack, stack.layout.largest_shape, tuple(_cut(stack))).summed if placement == "reduce" else {}
+        )
+        return (4.0 * piece + 6.0 * sum(summed.values())) * stack.dtype.itemsize
     assert stack.layout.group is not None
     share = math.prod(stack.layout.shape) / stack.layout.group.size
     return (2.0 * piece + (4.0 + stack.layout.replicas) * share) * stack.dtype.itemsize
 
 
 def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
-    """The operations of every rank on what lies there whole, for each set of ranks."""
+    """The operations of every rank on the pieces that lie there, for each set of ranks."""
     work: dict[Group, list[float]] = {}
     for job in jobs:
         group = job.stack.layout.group
         if group is None:
             continue
         loads = work.setdefault(group, [0.0] * group.size)
-        if job.placement == "local":
+        if job.placement != "owner":
             for rank, box in enumerate(job.stack.layout.boxes):
                 shape = tuple(map(len, box))
                 if 0 not in shape:
                     asked = ask_piece(job.stack, shape)
-                    loads[rank] += len(job.members) * (asked.flops + asked.root_flops)
+                    roots = asked.root_flops if job.placement == "local" else 0.0
+                    loads[rank] += len(job.members) * (asked.flops + roots)
     return work
 
 
-def _with_owners(wave: list[Job], work: dict[Group, list[float]]) -> list[Job]:
-    """Every job with its owners: balanced by operations over all jobs that the same ranks share, wave after wave."""
+def _with_owners(jobs: list[Job], work: dict[Group, list[float]]) -> list[Job]:
+    """Every job with its owners: balanced by operations over all jobs that the same ranks share.
+
+    Units of one cost go round the ranks in order, so that each wave is balanced about as well as the whole.
+    """
     by_group: dict[Group, list[Job]] = {}
-    for job in wave:
+    for job in jobs:
         if job.placement == "owner":
             assert job.stack.layout.group is not None
             by_group.setdefault(job.stack.layout.group, []).append(job)
     owners: dict[int, tuple[int, ...]] = {}
-    for group, jobs in by_group.items():
-        units = [(job, _work(job.stack)) for job in jobs for _ in range(len(job.members) * units_of(job.stack))]
-        parts = iter(balance([cost for _, cost in units], parts=group.size, loads=work[group]))
-        for job in jobs:
-            owners[id(job)] = tuple(next(parts) for _ in range(len(job.members) * units_of(job.stack)))
-    return [dataclasses.replace(job, owners=owners.get(id(job), ())) for job in wave]
+    for group, owned in by_group.items():
+        counts = [len(job.members) * units_of(job.stack) for job in owned]
+        costs = [cost for job, count in zip(owned, counts, strict=True) for cost in [_work(job.stack)] * count]
+        parts = iter(balance(costs, parts=group.size, loads=work[group]))
+        for job, count in zip(owned, counts, strict=True):
+            owners[id(job)] = tuple(itertools.islice(parts, count))
+    return [dataclasses.replace(job, owners=owners.get(id(job), ())) for job in jobs]
 
 
 def _work(stack: Stack) -> float:

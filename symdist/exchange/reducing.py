@@ -32,9 +32,11 @@ def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) 
 
 
 def answer_roots(
-    requests: Sequence[Root], *, group: Group, transport: Transport
+    requests: Sequence[Root], *, group: Group, transport: Transport, loads: list[float] | None = None
 ) -> Generator[Any, None, list[InverseRoot]]:
     """Reduce-scatter the partial Grams, take each root on one rank, all-gather the roots: of each, one triangle.
+
+    `loads` are the operations that the ranks have done or will do otherwise; the roots' are added.
 
     The volume is that of one all-reduce of the triangles. Where the Grams do not spread evenly over the ranks, the
     sums are cut into equal chunks regardless of the Grams' borders, and an all-to-all each way completes them on their
@@ -43,7 +45,8 @@ def answer_roots(
     like = requests[0].gram
     units = [(i, j) for i, request in enumerate(requests) for j in range(request.gram.shape[0])]
     edges = [requests[i].gram.shape[-1] for i, _ in units]
-    owners = balance([float(d) ** 3 for d in edges], parts=group.size)
+    operations = [requests[i].numerics.operations(d) for (i, _), d in zip(units, edges, strict=True)]
+    owners = balance(operations, parts=group.size, loads=loads)
 
     aligned = _spread_evenly([packed_size(d) for d in edges], owners, group.size)
     grams = _slots([packed_size(d) for d in edges], owners, group.size, aligned=aligned)

@@ -65,8 +65,17 @@ class Task:
         return [group for axis, group in self.along.items() if request.across in (axis, "all")]
 
 
-def run(waves: Sequence[Sequence[Task]], *, transport: Transport, meanwhile: Callable[[], None] = lambda: None) -> None:
+def run(
+    waves: Sequence[Sequence[Task]],
+    *,
+    transport: Transport,
+    meanwhile: Callable[[], None] = lambda: None,
+    work: Mapping[Group, Sequence[float]] | None = None,
+) -> dict[Group, list[float]]:
     """Run every task of every wave to its end, and `meanwhile` once, while the first collectives are under way.
+
+    `work` has the operations that the ranks of a group do anyhow; inverse roots go to those with least. Returned is
+    what they do then.
 
     A wave's first collectives start before the wave before it is computed, and its updates travel home while the next
     one is: up to three waves hold buffers, but only one is computed.
@@ -76,7 +85,8 @@ def run(waves: Sequence[Sequence[Task]], *, transport: Transport, meanwhile: Cal
     a wave only when it has started all there is to start of those before: so no ring of ranks, each waiting for
     another, can close, even where ranks take part in different waves.
     """
-    flights = [_Flight(wave, transport) for wave in waves]
+    loads = {group: list(of_ranks) for group, of_ranks in (work or {}).items()}
+    flights = [_Flight(wave, transport, loads) for wave in waves]
     if flights:
         flights[0].take_off()
     meanwhile()
@@ -88,14 +98,16 @@ def run(waves: Sequence[Sequence[Task]], *, transport: Transport, meanwhile: Cal
             flights[i - 1].land()
     if flights:
         flights[-1].land()
+    return loads
 
 
 class _Flight:
     """A wave on its way."""
 
-    def __init__(self, tasks: Sequence[Task], transport: Transport):
+    def __init__(self, tasks: Sequence[Task], transport: Transport, loads: dict[Group, list[float]]):
         self._tasks = list(tasks)
         self._transport = transport
+        self._loads = loads
         self._up: list[_Bucket] = []
         self._landing: list[_Bucket] = []
 
@@ -130,8 +142,8 @@ class _Flight:
         asking = [task for task in waiting if not isinstance(task.pending, Return)]
         # Roots wait for those still summing, so that all of them share one reduce-scatter.
         sooner = [task for task in asking if not isinstance(task.pending, Root)]
-        self._landing += [_Bucket(tasks, self._transport) for tasks in _buckets(last)]
-        self._up = [_Bucket(tasks, self._transport) for tasks in _buckets(sooner or asking)]
+        self._landing += [_Bucket(tasks, self._transport, self._loads) for tasks in _buckets(last)]
+        self._up = [_Bucket(tasks, self._transport, self._loads) for tasks in _buckets(sooner or asking)]
         under_way = {id(task) for task in last}
         self._tasks = [task for task in waiting if id(task) not in under_way]
 
@@ -159,14 +171,19 @@ def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
 class _Bucket:
     """Requests of one kind, group and dtype on their way: a generator that yields the handle it waits for."""
 
-    def __init__(self, tasks: list[Task], transport: Transport):
+    def __init__(self, tasks: list[Task], transport: Transport, loads: dict[Group, list[float]]):
         self._tasks = tasks
         self._answers: list[Any] = []
         requests = [task.pending for task in tasks]
         for task in tasks:
             # What was sent is the buffer's now; the request need not keep it.
             task.pending = None
-        self._answering = _ANSWERS[type(requests[0])](requests, group=tasks[0].group, transport=transport)
+        group = tasks[0].group
+        assert group is not None
+        more = {}
+        if isinstance(requests[0], Root):
+            more["loads"] = loads.setdefault(group, [0.0] * group.size)
+        self._answering = _ANSWERS[type(requests[0])](requests, group=group, transport=transport, **more)
         self.handle: Handle | None = None
         self._next()
 

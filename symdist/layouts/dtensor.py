@@ -14,8 +14,8 @@ def dtensor_layout(tensor: DTensor, *, name: str) -> Layout:
     """The layout of a DTensor that every mesh axis replicates or shards, plainly or strided.
 
     A dimension sharded over several axes is cut in the order that the placements tell: a strided shard comes after all
-    axes to its right that shard the same dimension. That is how FSDP2 over tensor parallelism cuts, also where sizes are
-    so uneven (17 rows over 4 × 2) that DTensor's own reading of its placements is another.
+    axes to its right that shard the same dimension. That is how FSDP2 over tensor parallelism cuts, also where sizes
+    are so uneven (17 rows over 4 × 2) that DTensor's own reading of its placements is another.
 
     Raises ValueError, naming the parameter, for partial sums, other placements, and pieces that are not where the
     placements say: alike on all ranks except for the last.
