@@ -17,6 +17,12 @@ def finish_partial_gradients(parameters: Iterable[Tensor], *, transport: Transpo
     DTensor is whole on several ranks. A gradient missing on some ranks counts as zero there. Other placements are left
     as they are. Raises ValueError for a `Partial` that is neither a sum nor a mean.
     """
+    for group, whole in whole_on_several_ranks(parameters):
+        _finish(whole, group, transport)
+
+
+def whole_on_several_ranks(parameters: Iterable[Tensor]) -> list[tuple[Group, list[DTensor]]]:
+    """The parameters whose gradients may be in parts, by the ranks that hold them, in the order of their exchange."""
     by_group: dict[Group, list[DTensor]] = {}
     known: dict[int, Group | None] = {}
     for parameter in parameters:
@@ -28,8 +34,7 @@ def finish_partial_gradients(parameters: Iterable[Tensor], *, transport: Transpo
             group = known[id(mesh)]
             if group is not None:
                 by_group.setdefault(group, []).append(parameter)
-    for group in sorted(by_group, key=lambda group: group.ranks):
-        _finish(by_group[group], group, transport)
+    return [(group, by_group[group]) for group in sorted(by_group, key=lambda group: group.ranks)]
 
 
 def _finish(parameters: Sequence[DTensor], group: Group, transport: Transport) -> None:

@@ -198,11 +198,18 @@ def fsdp(mesh: DeviceMesh) -> tuple[dict[str, Tensor], list[str], dict[str, Any]
     return weights, keys, whole, alike
 
 
-def counted(mesh: DeviceMesh, shape: tuple[int, ...], group: Group, copies: int) -> tuple[float, list[str]]:
+def counted(
+    mesh: DeviceMesh, shape: tuple[int, ...], group: Group, copies: int, exchange_dtype: torch.dtype | None = None
+) -> tuple[float, list[str]]:
     """Bytes this rank sends in a step over some float32 copies of a parameter, and the collectives it takes."""
     counting = Counting(inner=Collectives())
     parameters = [nn.Parameter(place(mesh, torch.ones(shape))) for _ in range(copies)]
-    optimizer = SymDist([{"params": parameters, "lr": 0.1, **group}], transport=counting, nonfinite="zero")
+    optimizer = SymDist(
+        [{"params": parameters, "lr": 0.1, **group}],
+        transport=counting,
+        nonfinite="zero",
+        exchange_dtype=exchange_dtype,
+    )
     optimizer.step()
     return counting.sent, [moved.kind for moved in counting.log]
 

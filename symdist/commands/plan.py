@@ -123,8 +123,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         name = _SHORT.get(name.strip(), name.strip())
         if name not in _ORDER or not equals or not size.strip().isdigit() or int(size) < 1 or name in mesh:
             raise ValueError(
-                f"mesh {text!r}: {part.strip()!r} should be NAME=SIZE, each once; names are {', '.join(_ORDER)}, and dp "
-                "for dp_shard"
+                f"mesh {text!r}: {part.strip()!r} should be NAME=SIZE, each once; names are {', '.join(_ORDER)}, "
+                "and dp for dp_shard"
             )
         mesh[name] = int(size)
     return {name: mesh[name] for name in _ORDER if name in mesh}

@@ -23,6 +23,7 @@ from symdist.groups import Member, complete_group, describe_member, place_member
 from symdist.layouts import Group, Layout
 from symdist.models import build, shard
 from symdist.optimizer import WAVE_BYTES
+from symdist.partial import whole_on_several_ranks
 from symdist.recipes import RecipeLike
 from symdist.routing import route
 
@@ -77,7 +78,11 @@ class Pretended:
         All the arithmetic and every collective of `SymDist.step`, but for what costs nothing elsewhere: gradients are
         taken for directions, and no weight is written. Returned are the operations that all ranks do, by group.
         """
-        world = ranks_that_agree(member.parameter for member in self.members)
+        parameters = [member.parameter for member in self.members]
+        world = ranks_that_agree(parameters)
+        if only is None:
+            for group, whole in whole_on_several_ranks(parameters):
+                counting.all_reduce(torch.empty(len(whole), device="meta"), group=group)
         if only is None and world is not None and world.size > 1:
             counting.all_reduce(torch.empty(1, device="meta"), group=world)
         waves = [[task for job in wave if (task := self._task(job, rank, only))] for wave in self.plan.waves]

@@ -68,6 +68,8 @@ def split_tensors(model: PreTrainedModel, tp: DeviceMesh) -> None:
     head.register_forward_hook(lambda module, inputs, logits: _Gathered.apply(logits, tp))
     if tied:
         head.weight = embedding.weight
+    # DTensor leaves the gradient of a look-up whole on every rank, which FSDP2 mends, where there is one.
+    embedding.weight.register_post_accumulate_grad_hook(_cut_gradient)
     for block in blocks(model):
         parallelize_module(block, tp, _plan(block), src_data_rank=None)
 
@@ -89,6 +91,11 @@ def _plan(block: nn.Module) -> dict[str, ParallelStyle]:
     if "self_attn.kv_a_proj_with_mqa" in modules:
         plan["self_attn.kv_a_proj_with_mqa"] = _Latent(cast(int, attention.kv_lora_rank))
     return plan
+
+
+def _cut_gradient(weight: Tensor) -> None:
+    """Lay the gradient of a cut weight as the weight lies."""
+    weight.grad = cast(DTensor, weight.grad).redistribute(placements=cast(DTensor, weight).placements)
 
 
 class _HeadNorm(ParallelStyle):

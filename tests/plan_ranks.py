@@ -1,0 +1,31 @@
+"""What ranks run for the tests of plans: one step of a model on a mesh, watched on the wire."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from symdist import build_optimizer
+from symdist.diagnostics.wire import Wire
+from symdist.models import build, shard
+
+
+def on_the_wire(
+    mesh: DeviceMesh,
+    model: str,
+    recipe: str,
+    sizes: dict[str, int],
+    exchange_dtype: torch.dtype | None,
+    wave_bytes: int,
+) -> list[tuple[str, int, float]]:
+    """Kind, group size and bytes sent of every collective that this rank starts in a step on a mesh of all ranks."""
+    assert math.prod(sizes.values()) == dist.get_world_size()
+    grid = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    sharded = shard(build(model, seed=0), grid)
+    optimizer = build_optimizer(sharded, recipe, exchange_dtype=exchange_dtype, wave_bytes=wave_bytes)
+    for parameter in sharded.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Wire() as wire:
+        optimizer.step()
+    return [(passed.kind, passed.size, passed.sent) for passed in wire.log]

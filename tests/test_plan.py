@@ -1,0 +1,139 @@
+"""A plan says beforehand what a step then does: every collective of every rank, to the byte; and costs, on any mesh."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from symdist.cli import main
+from symdist.commands.plan import parse_mesh, plan_step, smaller_meshes
+from symdist.commands.pretend import pretend
+from symdist.exchange import Counting
+from tests import plan_ranks
+from tests.ranks import Ranks
+
+MESHES = ("dp=4", "dp=2,tp=2", "dp_replicate=2,dp=2", "dp=2,ep=2")
+CASES = [(model, mesh) for model in ("olmoe-tiny", "qwen3-moe-tiny") for mesh in MESHES]
+CASES += [("olmoe-tiny", "tp=4"), ("qwen3-moe-tiny", "ep=2,tp=2")]
+ALL_WAVES = 1 << 30
+
+
+def expected(model: str, recipe: str, mesh: str, exchange_dtype: torch.dtype | None, wave_bytes: int) -> list:
+    """Of every rank, every collective."""
+    found = []
+    with pretend(model, recipe, mesh=parse_mesh(mesh), wave_bytes=wave_bytes, exchange_dtype=exchange_dtype) as planned:
+        for rank in range(planned.ranks):
+            counting = Counting()
+            planned.step(counting, rank=rank)
+            found.append([(moved.kind, moved.size, moved.sent) for moved in counting.log])
+    return found
+
+
+@pytest.mark.parametrize(("model", "mesh"), CASES)
+def test_the_wire_carries_what_the_plan_says(ranks: Ranks, model: str, mesh: str) -> None:
+    sizes = parse_mesh(mesh)
+    planned = expected(model, "small-moe", mesh, None, ALL_WAVES)
+    assert ranks.run(4, plan_ranks.on_the_wire, model, "small-moe", sizes, None, ALL_WAVES) == planned
+    assert sum(sent for of_rank in planned for _, _, sent in of_rank) > 0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "exchange_dtype", "wave_bytes"),
+    [("small-moe", torch.bfloat16, ALL_WAVES), ("small-moe", None, 1 << 16), ("muon", None, ALL_WAVES)],
+)
+def test_in_bfloat16_in_waves_and_with_another_recipe(
+    ranks: Ranks, recipe: str, exchange_dtype: torch.dtype | None, wave_bytes: int
+) -> None:
+    mesh = "dp=2,tp=2"
+    given = (exchange_dtype, wave_bytes)
+    planned = expected("olmoe-tiny", recipe, mesh, *given)
+    assert ranks.run(4, plan_ranks.on_the_wire, "olmoe-tiny", recipe, parse_mesh(mesh), *given) == planned
+    if wave_bytes < ALL_WAVES:
+        assert len(planned[0]) > len(expected("olmoe-tiny", recipe, mesh, None, ALL_WAVES)[0])
+
+
+def test_a_plan_adds_up() -> None:
+    found = plan_step("olmoe-tiny", "small-moe", mesh={"dp_shard": 4}, alternatives=True)
+    assert found.looked_at == found.ranks == 4
+    roles = {role.role: role for role in found.roles}
+    assert {"embedding", "head", "router", "attention_q", "expert_gate_up", "norm"} <= set(roles)
+    assert roles["embedding"].costs.sent == 0
+    assert roles["embedding"].placements == {"reduce": 1}
+    with pretend("olmoe-tiny", "small-moe", mesh={"dp_shard": 4}) as planned:
+        sent = []
+        for rank in range(4):
+            counting = Counting()
+            planned.step(counting, rank=rank)
+            sent.append(counting.sent)
+    assert found.busiest.sent == max(sent)
+    assert found.mean_sent == pytest.approx(sum(sent) / 4)
+    assert 1 <= found.balance < 1.2
+    assert found.communication_seconds == pytest.approx(found.busiest.sent / found.machine.bandwidth)
+    assert found.compute_seconds == pytest.approx(found.busiest.flops / found.machine.flops)
+    assert 0 < found.share < 1
+    ours, gathered, exchanged, adamw = found.alternatives
+    assert ours.sent < gathered.sent
+    assert 0 < exchanged.sent < gathered.sent
+    assert adamw.sent == 0
+
+
+@pytest.mark.parametrize("model", ["qwen3-0.6b", "gemma3-1b", "olmoe-1b-7b", "gpt-oss-small"])
+@pytest.mark.parametrize("ranks", [8, 64, 512])
+def test_owners_are_balanced_on_the_papers_models(model: str, ranks: int) -> None:
+    found = plan_step(
+        model, {"gemma3-1b": "gemma3", "qwen3-0.6b": "qwen3"}.get(model, "olmoe"), mesh={"dp_shard": ranks}
+    )
+    # Where one matrix is more than a rank's share, nothing that keeps it whole is better balanced.
+    assert found.balance <= max(1.1, found.indivisible * 1.001)
+
+
+def test_the_largest_meshes_are_planned() -> None:
+    found = plan_step("qwen3-235b-a22b", "olmoe", mesh={"dp_shard": 64, "ep": 8, "tp": 8})
+    assert found.ranks == 4096
+    assert found.busiest.peak_bytes < 4e9
+    gathered = plan_step("qwen3-235b-a22b", "olmoe", mesh={"dp_shard": 8}, alternatives=True).alternatives[1]
+    assert found.busiest.sent < gathered.sent / 10
+
+
+def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    main(
+        f"plan --model olmoe-tiny --mesh dp=8,tp=2 --set router.rule=row_norm --exchange-dtype bfloat16 --compare "
+        f"--json {file} --picture {picture}".split()
+    )
+    shown = capsys.readouterr().out
+    assert "olmoe-tiny, recipe small-moe, dp_shard 8 × tp 2" in shown
+    assert "all-gather of every matrix" in shown
+    written = json.loads(file.read_text())
+    assert written["ranks"] == 16
+    assert {role["role"]: role["rules"] for role in written["roles"]}["router"] == ["row_norm"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--mesh dp=4,pp=2", "'pp=2' should be NAME=SIZE"),
+        ("--mesh dp=0", "'dp=0' should be NAME=SIZE"),
+        ("--mesh dp=4,dp_shard=2", "'dp_shard=2' should be NAME=SIZE, each once"),
+        ("--mesh dp=4 --wave-mb 0", "wave_mb"),
+        ("--mesh dp=4 --recipe nothing", "nothing"),
+        ("--mesh dp=4 --model nothing", "nothing"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_line(
+    options: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "--model" in options else ["--model", "olmoe-tiny"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", *model, *options.split()])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_meshes_are_halved_along_data_parallelism() -> None:
+    assert smaller_meshes({"dp_shard": 8, "tp": 2}) == [{"dp_shard": 2, "tp": 2}, {"dp_shard": 4, "tp": 2}]
+    assert smaller_meshes({"tp": 3}) == []
