@@ -52,6 +52,15 @@ def sharded(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, A
     return {key: local(weight) for key, weight in weights.items()}, optimizer.placements()
 
 
+def shuffled(mesh: DeviceMesh, way: str) -> tuple[list[int], dict]:
+    """The same where the mesh does not number ranks in their order: this rank's coordinate and pieces."""
+    grid = DeviceMesh("cpu", torch.tensor([[3, 1], [2, 0]]), mesh_dim_names=("outer", "inner"))
+    weights, _ = train(lambda tensor: WAYS[way].place(tensor, grid), torch.float64, ("auto", "owner"))
+    coordinate = grid.get_coordinate()
+    assert coordinate is not None
+    return list(coordinate), {key: local(weight) for key, weight in weights.items()}
+
+
 def replicas(mesh: DeviceMesh, dtype: torch.dtype) -> tuple[dict, dict[str, str]]:
     """Every case in plain tensors, whole on all ranks."""
     weights, optimizer = train(torch.clone, dtype, PLACEMENTS, replicas=mesh)

@@ -64,6 +64,16 @@ def test_waves_change_nothing(many: Ranks, case: str, way: str) -> None:
     assert worst(case, on_ranks(many, way, "float64", True)[0]) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "way", ["fsdp over column-wise tp on 2 x 2", "fsdp over row-wise tp on 2 x 2", "hsdp on 2 x 2"]
+)
+def test_meshes_may_number_ranks_in_any_order(ranks: Ranks, way: str) -> None:
+    results = [pieces for _, pieces in sorted(ranks.run(4, parity.shuffled, way), key=lambda result: result[0])]
+    for key in results[0]:
+        weight = WAYS[way].whole([pieces[key] for pieces in results], CASES[key[0]][0])
+        assert error(key[0], key, weight) < 1e-9
+
+
 @cache
 def replicas(many: Ranks, world: int) -> list:
     return many.run(world, parity.replicas, torch.float64)

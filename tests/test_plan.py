@@ -96,6 +96,17 @@ def test_the_largest_meshes_are_planned() -> None:
     assert found.busiest.sent < gathered.sent / 10
 
 
+@pytest.mark.parametrize(("model", "ranks"), [("olmoe-1b-7b", 64), ("qwen3-0.6b", 8)])
+def test_buffers_stay_within_the_budget(model: str, ranks: int) -> None:
+    waves = []
+    for budget in (2e9, 1e9, 5e8):
+        found = plan_step(model, "muon", mesh={"dp_shard": ranks}, wave_bytes=int(budget))
+        assert found.busiest.peak_bytes <= budget
+        waves.append(found.waves)
+    assert waves == sorted(waves)
+    assert waves[0] < waves[-1]
+
+
 def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     main(

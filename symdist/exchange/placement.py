@@ -179,7 +179,7 @@ def _flight_bytes(stack: Stack, placement: Placement) -> float:
 
     In place: direction, its copy in the stack, update, and as much again in between; and of every Gram the sum's
     triangle there and back, and the matrix and its root. At owners: pieces there and back, and of the owned share the
-    parts received, put together, updated and sent. Not from this rank's piece but from the largest: all ranks must
+    parts received, put together, updated and sent, and what the rule needs in between. Not from this rank's piece but from the largest: all ranks must
     cut alike.
     """
     piece = math.prod(stack.layout.largest_shape)
@@ -190,7 +190,7 @@ def _flight_bytes(stack: Stack, placement: Placement) -> float:
         return (4.0 * piece + 6.0 * sum(summed.values())) * stack.dtype.itemsize
     assert stack.layout.group is not None
     share = math.prod(stack.layout.shape) / stack.layout.group.size
-    return (2.0 * piece + (4.0 + stack.layout.replicas) * share) * stack.dtype.itemsize
+    return (2.0 * piece + (6.0 + stack.layout.replicas) * share) * stack.dtype.itemsize
 
 
 def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
