@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, cast
 
+from symdist.commands.yardsticks import NAMES, Name
+
 _FILE_WIDTH = 200
 _EXTRA = ("matplotlib", "rich", "tyro")
 
@@ -113,14 +115,16 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Train recipes and torch.optim.AdamW side by side on random tokens, and show time, traffic and memory."""
+    """Train recipes and other optimizers side by side on random tokens, and show time, traffic and memory."""
 
     model: str = "olmoe-tiny"
     """A preset, or a TOML file of the same form."""
     recipes: tuple[str, ...] = ("small-moe", "muon", "adamw")
     """Recipes, or TOML files of the same form."""
-    ranks: int = 2
-    """Processes: on GPUs where there are as many, else on the CPU."""
+    against: tuple[Name, ...] = NAMES
+    """Optimizers beside torch.optim.AdamW, which is always there; muon-fsdp2 is a package of its own."""
+    ranks: tuple[int, ...] = (2,)
+    """Numbers of processes, one table each: on GPUs where there are as many, else on the CPU."""
     steps: int = 12
     """Steps measured, after two that are not."""
     batch: int = 8
@@ -131,21 +135,24 @@ class Compare:
     """File for the same numbers as JSON."""
 
     def run(self) -> None:
-        """Measure, print the table, and write the JSON file where one is asked for."""
-        from symdist.commands.compare import compare
-        from symdist.commands.tables import compare_table
+        """Measure, print a table a number of ranks, and write the JSON file where one is asked for."""
+        from symdist.commands.compare import compare, write
+        from symdist.commands.tables import compare_notes, compare_table
 
-        found = compare(
+        found = []
+        for comparison in compare(
             self.model,
             self.recipes,
+            against=self.against,
             ranks=self.ranks,
             steps=self.steps,
             batch=self.batch,
             sequence=self.sequence,
-        )
-        _show(compare_table(found))
+        ):
+            found.append(comparison)
+            _show(compare_table(comparison), *compare_notes(comparison))
         if self.json is not None:
-            found.write(self.json)
+            write(self.json, found)
 
 
 _COMMANDS = {"route": Route, "plan": Plan, "compare": Compare}

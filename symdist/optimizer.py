@@ -164,7 +164,10 @@ class SymDist(torch.optim.Optimizer):
         """
         saved = state_dict["param_groups"]
         if len(saved) != len(self.param_groups):
-            raise ValueError(f"the saved state has {len(saved)} param groups, this optimizer {len(self.param_groups)}")
+            raise ValueError(
+                f"the saved state has {len(saved)} param groups, this optimizer {len(self.param_groups)}. "
+                "Build the optimizer with the recipe of the saved run"
+            )
         for mine, theirs in zip(self.param_groups, saved, strict=True):
             if theirs.get("rule") != mine["rule"] or len(theirs["params"]) != len(mine["params"]):
                 raise ValueError(
@@ -183,11 +186,17 @@ class SymDist(torch.optim.Optimizer):
                 )
         states = [state_dict["state"].get(index, {}) for group in saved for index in group["params"]]
         for member, theirs in zip(self._members, states, strict=True):
-            _check_state(member.name, self.state[member.parameter], theirs)
+            # `set_state_dict` leaves out what is frozen here: that keeps the state it has.
+            if theirs or member.parameter.requires_grad:
+                _check_state(member.name, self.state[member.parameter], theirs)
         own = {member.parameter: self.state[member.parameter] for member in self._members}
+        names = [group["names"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, mine in zip(self.param_groups, names, strict=True):
+            # The saved ones may be those of a pipeline stage.
+            group["names"] = mine
         for (parameter, mine), theirs in zip(own.items(), states, strict=True):
-            for key, tensor in mine.items():
+            for key, tensor in mine.items() if theirs else ():
                 # The base class casts state to the parameter's dtype, and leaves `step` on the saved device.
                 local(tensor).copy_(local(theirs[key]))
             self.state[parameter] = mine

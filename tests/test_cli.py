@@ -1,5 +1,6 @@
 """The command: tables of what a recipe does, refusals in one line, and a benchmark that anyone can run."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from symdist.cli import main
-from symdist.commands.compare import YARDSTICK
 from symdist.commands.preview import Routed, preview
-from symdist.models import names
+from symdist.commands.yardsticks import ADAMW, parts
+from symdist.models import build, names
 
 FULL_SIZE = [("olmoe-1b-7b", 8), ("qwen3-moe-30b-a3b", 8), ("qwen3-moe-30b-a3b", 64)]
 
@@ -124,6 +125,12 @@ def test_compare_refuses_before_it_starts(capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["compare", "--steps", "0"])
     assert "steps=0 must be 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", "--ranks", "2", "0"])
+    assert "ranks=0 must be 1 or more" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["compare", "--against", "torch.optim.SGD"])
+    assert "torch.optim.Muon" in capsys.readouterr().err
 
 
 def test_a_missing_extra_says_what_to_install(
@@ -141,26 +148,46 @@ def test_the_library_does_not_load_the_command() -> None:
     subprocess.run([sys.executable, "-c", check], check=True)
 
 
-def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     path = tmp_path / "compare.json"
-    sizes = ["--steps", "2", "--batch", "2", "--sequence", "16"]
+    sizes = ["--ranks", "1", "2", "--steps", "1", "--batch", "2", "--sequence", "16"]
     main(["compare", "--recipes", "small-moe", "adamw", *sizes, "--json", str(path)])
-    table = capsys.readouterr().out
-    found = json.loads(path.read_text())
-    assert [found[key] for key in ("model", "ranks", "steps", "batch", "sequence")] == ["olmoe-tiny", 2, 2, 2, 16]
+    printed = capsys.readouterr().out
+    alone, found = json.loads(path.read_text())
+    assert printed.index("olmoe-tiny, 1 rank (") < printed.index("olmoe-tiny, 2 ranks (")
+    assert alone["ranks"] == 1
+    # Whatever is started there.
+    assert {arm["sent_bytes"] for arm in alone["arms"]} == {0}
+    assert [found[key] for key in ("model", "ranks", "steps", "batch", "sequence")] == ["olmoe-tiny", 2, 1, 2, 16]
     arms = {arm["name"]: arm for arm in found["arms"]}
-    assert list(arms) == [YARDSTICK, "small-moe", "adamw"]
-    assert all(name in table for name in arms)
+    installed = ["muon-fsdp2"] if importlib.util.find_spec("muon_fsdp2") else []
+    assert list(arms) == [ADAMW, "torch.optim.Muon", *installed, "all-gather-muon", "small-moe", "adamw"]
+    assert found["refused"] == ({} if installed else {"muon-fsdp2": "not installed: pip install muon-fsdp2"})
+    for name, note in [*((name, arm["note"]) for name, arm in arms.items()), *found["refused"].items()]:
+        assert f"{name}: {note}" in printed.splitlines()
+        assert printed.count(f"  {name} ") == 2
+    first = arms[ADAMW]
     for arm in arms.values():
         assert 0 < arm["optimizer_seconds"] < arm["step_seconds"]
         assert arm["share"] == pytest.approx(arm["optimizer_seconds"] / arm["step_seconds"])
-        assert arm["ratio"] == pytest.approx(arm["optimizer_seconds"] / arms[YARDSTICK]["optimizer_seconds"])
-    assert (arms[YARDSTICK]["collectives"], arms[YARDSTICK]["sent_bytes"]) == (0, 0)
+        assert arm["optimizer_ratio"] == pytest.approx(arm["optimizer_seconds"] / first["optimizer_seconds"])
+        assert arm["step_ratio"] == pytest.approx(arm["step_seconds"] / first["step_seconds"])
+    assert (first["collectives"], first["sent_bytes"]) == (0, 0)
     # What `route` foretells is what is sent.
     foretold = preview("olmoe-tiny", "small-moe", ranks=2)
     assert arms["small-moe"]["collectives"] == foretold.collectives <= 12
     assert arms["small-moe"]["sent_bytes"] == foretold.sent
+    # Each matrix of four-byte numbers is gathered from halves, in both ways.
+    hidden = parts(build("olmoe-tiny", device="meta")).hidden
+    whole = 4 * sum(parameter.numel() for parameter in hidden.values())
+    assert arms["all-gather-muon"]["collectives"] == len(hidden)
+    assert arms["all-gather-muon"]["sent_bytes"] == whole / 2
+    for name in installed:
+        assert arms[name]["collectives"] == 2 * len(hidden)
+    assert arms["torch.optim.Muon"]["sent_bytes"] > 0
     # Momentum alone on nearly every weight, and the same two buffers as PyTorch where the rule is AdamW.
-    assert arms["small-moe"]["state_bytes"] < 0.55 * arms[YARDSTICK]["state_bytes"]
-    assert arms["adamw"]["state_bytes"] == arms[YARDSTICK]["state_bytes"]
+    assert arms["small-moe"]["state_bytes"] < 0.55 * first["state_bytes"]
+    assert arms["adamw"]["state_bytes"] == first["state_bytes"]
     assert arms["small-moe"]["peak_bytes"] > arms["adamw"]["peak_bytes"] >= 0
+    assert first["state_bytes"] > arms["torch.optim.Muon"]["state_bytes"] > arms["all-gather-muon"]["state_bytes"]

@@ -1,4 +1,4 @@
-"""Recipes beside PyTorch's AdamW, measured in one run: each has its own copy of the model, and they take turns.
+"""Recipes beside the optimizers one would use instead, in one run: each has its own copy of the model, in turns.
 
 Taking turns step by step lets what else the machine does fall on all alike; numbers of different runs do not compare.
 """
@@ -11,8 +11,10 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from multiprocessing.util import _run_finalizers  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,9 +25,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from symdist.clipping import clip_grad_norm_
+from symdist.commands.pretend import pretend
 from symdist.commands.preview import preview
+from symdist.commands.yardsticks import ADAMW, NAMES, build_yardstick, describe_yardstick, refusal
 from symdist.diagnostics.memory import peak_bytes
-from symdist.exchange import Collectives, Counting
+from symdist.diagnostics.wire import Wire
 from symdist.layouts import local
 from symdist.models import build, shard
 from symdist.routing import build_optimizer
@@ -35,7 +39,6 @@ if TYPE_CHECKING:
 
 Settings: TypeAlias = dict[str, Any]
 
-YARDSTICK = "torch.optim.AdamW"
 _WARMUP = 2
 
 
@@ -43,15 +46,19 @@ _WARMUP = 2
 class Measured:
     """One arm. Times are seconds, of the slowest rank each step and the median over steps; bytes are the worst rank's.
 
-    A step is forward, backward, clipping and the optimizer. `ratio` is optimizer time over the yardstick's, `share`
-    over that of the whole step. `peak_bytes` is what the optimizer's step needs for a moment on top of all it keeps.
+    A step is forward, backward, clipping and the optimizer. The ratios are times over those of `ADAMW`, `share` is
+    the optimizer's part of the step. `collectives` and `sent_bytes` are what passed through torch.distributed in one
+    step of the optimizer, as `Wire` counts it; `peak_bytes` is what one needs for a moment on top of all it keeps. Both
+    are watched uncompiled. `note` says what steps what.
     """
 
     name: str
+    note: str
     step_seconds: float
+    step_ratio: float
     optimizer_seconds: float
+    optimizer_ratio: float
     share: float
-    ratio: float
     collectives: int
     sent_bytes: float
     state_bytes: int
@@ -60,7 +67,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was run, and every arm, the yardstick first."""
+    """What was run on one number of ranks, every arm, `ADAMW` first, and by name why others could not be run."""
 
     model: str
     ranks: int
@@ -72,27 +79,71 @@ class Comparison:
     batch: int
     sequence: int
     arms: list[Measured]
+    refused: dict[str, str]
 
-    def write(self, path: Path) -> None:
-        """Write all of it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+def write(path: Path, comparisons: Sequence[Comparison]) -> None:
+    """Write all of them as a JSON list."""
+    path.write_text(json.dumps([asdict(comparison) for comparison in comparisons], indent=2) + "\n")
 
 
 def compare(
-    model: str, recipes: Sequence[str], *, ranks: int = 2, steps: int = 12, batch: int = 8, sequence: int = 128
-) -> Comparison:
-    """Start `ranks` processes and train each recipe and the yardstick on random tokens for `steps` measured steps.
+    model: str,
+    recipes: Sequence[str],
+    *,
+    against: Sequence[str] = NAMES,
+    ranks: Sequence[int] = (2,),
+    steps: int = 12,
+    batch: int = 8,
+    sequence: int = 128,
+) -> Iterator[Comparison]:
+    """Train `ADAMW`, yardsticks and recipes on random tokens, for `steps` measured steps, on each number of ranks.
 
-    `model` and `recipes` are names or TOML files. `batch` sequences of `sequence` tokens go to every rank every step.
-    The ranks talk NCCL where each has a GPU, else gloo, with the machine's cores divided among them. Raises
-    ValueError for a model or recipe that cannot be run, and for counts below 1.
+    `model` and `recipes` are names or TOML files, `against` names of yardsticks; one that is not installed, or cannot
+    step the model's shards, is left out and named in `refused`. `batch` sequences of `sequence` tokens go to every
+    rank every step. Each number of ranks has its own processes, started when its result is asked for. They talk NCCL
+    where each has a GPU, else gloo, with the machine's cores divided among them. Raises ValueError at once for a
+    model, recipe or yardstick that there is not or that cannot be run, and for counts below 1.
     """
-    for name, count in (("ranks", ranks), ("steps", steps), ("batch", batch), ("sequence", sequence)):
+    sizes = {"steps": steps, "batch": batch, "sequence": sequence}
+    for name, count in [*(("ranks", count) for count in ranks), *sizes.items()]:
         if count < 1:
             raise ValueError(f"{name}={count} must be 1 or more")
+    if not ranks:
+        raise ValueError("ranks is empty: give one number of processes or more")
+    if unknown := sorted(set(against) - set(NAMES)):
+        raise ValueError(f"no yardstick {unknown[0]!r}: one of {', '.join(NAMES)}")
+    # In seconds and in this process, where the message reaches the user, not as a traceback of some rank.
+    plans = [(count, *_plan(model, recipes, against, count)) for count in ranks]
+    return (_run(model, count, sizes, arms, refused) for count, arms, refused in plans)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """An arm to be run: a recipe, or a yardstick."""
+
+    name: str
+    note: str
+    recipe: bool
+
+
+def _plan(model: str, recipes: Sequence[str], against: Sequence[str], ranks: int) -> tuple[list[_Plan], dict[str, str]]:
+    """The arms, and why others cannot be run: decided here from shapes, so alike for all ranks."""
+    with pretend(model, "muon", mesh={"dp_shard": ranks}) as pretended:
+        refused = {name: reason for name in against if (reason := refusal(name, pretended.model, ranks))}
+        arms = [
+            _Plan(name=name, note=describe_yardstick(name, pretended.model), recipe=False)
+            for name in (ADAMW, *against)
+            if name not in refused
+        ]
     for recipe in recipes:
-        # In seconds and in this process, where the message reaches the user, not as a traceback of some rank.
-        preview(model, recipe, ranks=ranks)
+        rules = Counter(parameter.rule for parameter in preview(model, recipe, ranks=ranks).parameters)
+        what = ", ".join(f"{count} by {rule}" for rule, count in rules.items())
+        arms.append(_Plan(name=recipe, note=f"symdist: {what}", recipe=True))
+    return arms, refused
+
+
+def _run(model: str, ranks: int, sizes: dict[str, int], plans: list[_Plan], refused: dict[str, str]) -> Comparison:
     cuda = torch.cuda.device_count() >= ranks
     run: Settings = {
         "model": model,
@@ -100,24 +151,21 @@ def compare(
         "threads": max(1, (os.cpu_count() or 1) // ranks),
         "backend": "nccl" if cuda else "gloo",
         "device": "cuda" if cuda else "cpu",
-        "steps": steps,
-        "batch": batch,
-        "sequence": sequence,
+        **sizes,
     }
     with tempfile.TemporaryDirectory() as directory:
-        multiprocessing.spawn(_rank, args=(directory, run, list(recipes)), nprocs=ranks)
+        multiprocessing.spawn(_rank, args=(directory, run, plans), nprocs=ranks)
         by_rank = [json.loads((Path(directory) / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
-    return Comparison(**run, torch=torch.__version__, arms=_summary(by_rank))
+    return Comparison(**run, torch=torch.__version__, arms=_summary(plans, by_rank), refused=refused)
 
 
 @dataclass(kw_only=True)
 class _Arm:
-    """A model with its optimizer, and this rank's seconds, `steps` and `optimizer`, a number a step."""
+    """A model with its optimizers, and this rank's seconds, `step` and `optimizer`, a number a step."""
 
     name: str
     model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    counting: Counting
+    optimizers: list[torch.optim.Optimizer]
     device: torch.device
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"step": [], "optimizer": []})
 
@@ -127,36 +175,43 @@ class _Arm:
         dist.barrier()
         self._wait()
         start = time.perf_counter()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         self.model(input_ids=tokens, labels=tokens).loss.backward()
         clip_grad_norm_(self.model.parameters(), 1.0)
         self._wait()
         clipped = time.perf_counter()
-        self.counting.log.clear()
-        self.optimizer.step()
+        self._update()
         self._wait()
         done = time.perf_counter()
         self.seconds["step"].append(done - start)
         self.seconds["optimizer"].append(done - clipped)
 
     def report(self) -> dict[str, Any]:
-        """What this rank has seen; takes one more optimizer step, with the last gradients, to watch its memory."""
-        moved = {"collectives": self.counting.collectives, "sent_bytes": self.counting.sent}
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        """What this rank has seen; steps the optimizer twice more, with the last gradients, to watch it."""
+        state = [value for optimizer in self.optimizers for held in optimizer.state.values() for value in held.values()]
+        # What watches cannot look into compiled code, and torch.compile(fullgraph=True) would refuse to run.
+        with torch.compiler.set_stance("force_eager"):
+            with Wire() as wire:
+                self._update()
+            peak = peak_bytes(self._update, device=self.device)
         return {
-            "name": self.name,
             "seconds": {key: values[_WARMUP:] for key, values in self.seconds.items()},
-            **moved,
-            "state_bytes": sum(local(tensor).nbytes for tensor in state),
-            "peak_bytes": peak_bytes(self.optimizer.step, device=self.device),
+            "collectives": wire.collectives,
+            "sent_bytes": wire.sent,
+            "state_bytes": sum(local(value).nbytes for value in state if isinstance(value, Tensor)),
+            "peak_bytes": peak,
         }
+
+    def _update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def _rank(rank: int, directory: str, run: Settings, recipes: list[str]) -> None:
+def _rank(rank: int, directory: str, run: Settings, plans: list[_Plan]) -> None:
     device = torch.device(run["device"], rank) if run["device"] == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -166,7 +221,7 @@ def _rank(rank: int, directory: str, run: Settings, recipes: list[str]) -> None:
     store = f"file://{directory}/store"
     dist.init_process_group(run["backend"], init_method=store, rank=rank, world_size=run["ranks"])
     mesh = init_device_mesh(device.type, (run["ranks"],))
-    arms = [_arm(recipe, run["model"], mesh, device) for recipe in (None, *recipes)]
+    arms = [_arm(plan, run["model"], mesh, device) for plan in plans]
     vocabulary = arms[0].model.config.vocab_size
     for step in range(_WARMUP + run["steps"]):
         tokens = torch.randint(vocabulary, (run["batch"], run["sequence"]), device=device)
@@ -177,44 +232,46 @@ def _rank(rank: int, directory: str, run: Settings, recipes: list[str]) -> None:
     (Path(directory) / f"rank-{rank}.json").write_text(json.dumps(reports))
     dist.barrier()
     dist.destroy_process_group()
+    # What would be done on the way out, such as giving back the semaphores that torch.compile's progress bar takes.
+    _run_finalizers(0)
     # Gloo's threads can abort a process whose interpreter is torn down (pytorch#190489), and all is written.
     os._exit(0)
 
 
-def _arm(recipe: str | None, name: str, mesh: DeviceMesh, device: torch.device) -> _Arm:
-    """The arm of a recipe, or of the yardstick where there is none, on the model of that name."""
+def _arm(plan: _Plan, name: str, mesh: DeviceMesh, device: torch.device) -> _Arm:
+    """The arm of a plan, on the model of that name."""
     model = shard(build(name, device="meta"), mesh)
     model.to_empty(device=device)
     # Each rank draws its shards by itself: other seeds on other ranks, the same for every arm.
     torch.manual_seed(mesh.get_rank())
     model.init_weights()
-    counting = Counting(inner=Collectives())
-    if recipe is None:
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    else:
-        optimizer = build_optimizer(model, recipe, transport=counting)
-    return _Arm(name=recipe or YARDSTICK, model=model, optimizer=optimizer, counting=counting, device=device)
+    optimizers = [build_optimizer(model, plan.name)] if plan.recipe else build_yardstick(plan.name, model)
+    return _Arm(name=plan.name, model=model, optimizers=[*optimizers], device=device)
 
 
-def _summary(by_rank: list[list[dict[str, Any]]]) -> list[Measured]:
+def _summary(plans: list[_Plan], by_rank: list[list[dict[str, Any]]]) -> list[Measured]:
     """The arms, from what every rank reported of them."""
     arms: list[Measured] = []
-    for reports in zip(*by_rank, strict=True):
+    for plan, *reports in zip(plans, *by_rank, strict=True):
         step, optimizer = (
             statistics.median(map(max, zip(*(report["seconds"][key] for report in reports), strict=True)))
             for key in ("step", "optimizer")
         )
+        first = arms[0] if arms else None
+        worst = {
+            key: max(report[key] for report in reports)
+            for key in ("collectives", "sent_bytes", "state_bytes", "peak_bytes")
+        }
         arms.append(
             Measured(
-                name=reports[0]["name"],
+                name=plan.name,
+                note=plan.note,
                 step_seconds=step,
+                step_ratio=step / (first.step_seconds if first else step),
                 optimizer_seconds=optimizer,
+                optimizer_ratio=optimizer / (first.optimizer_seconds if first else optimizer),
                 share=optimizer / step,
-                ratio=optimizer / (arms[0].optimizer_seconds if arms else optimizer),
-                collectives=max(report["collectives"] for report in reports),
-                sent_bytes=max(report["sent_bytes"] for report in reports),
-                state_bytes=max(report["state_bytes"] for report in reports),
-                peak_bytes=max(report["peak_bytes"] for report in reports),
+                **worst,
             )
         )
     return arms

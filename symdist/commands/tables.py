@@ -44,8 +44,9 @@ def totals(preview: Preview) -> str:
 def compare_table(comparison: Comparison) -> Table:
     """A row an arm."""
     run = comparison
+    ranks = "1 rank" if run.ranks == 1 else f"{run.ranks} ranks"
     table = Table(
-        title=f"{run.model}, {run.ranks} ranks ({run.backend}, {run.device}, threads a rank: {run.threads}), "
+        title=f"{run.model}, {ranks} ({run.backend}, {run.device}, threads a rank: {run.threads}), "
         f"{run.batch} × {run.sequence} tokens a rank, median of {run.steps} steps",
         title_justify="left",
         box=SIMPLE,
@@ -53,9 +54,10 @@ def compare_table(comparison: Comparison) -> Table:
     table.add_column("optimizer", overflow="fold")
     for heading in (
         "step\nms",
+        "step\n× AdamW",
         "optimizer\nms",
+        "optimizer\n× AdamW",
         "share of\nstep",
-        "× AdamW",
         "collectives\na step",
         "sent\na rank",
         "state\na rank",
@@ -66,15 +68,26 @@ def compare_table(comparison: Comparison) -> Table:
         table.add_row(
             arm.name,
             f"{arm.step_seconds * 1e3:.1f}",
+            f"{arm.step_ratio:.2f}",
             f"{arm.optimizer_seconds * 1e3:.2f}",
+            f"{arm.optimizer_ratio:.2f}",
             f"{arm.share:.1%}",
-            f"{arm.ratio:.2f}",
             str(arm.collectives),
             in_bytes(arm.sent_bytes),
             in_bytes(arm.state_bytes),
             in_bytes(arm.peak_bytes),
         )
+    for name in run.refused:
+        table.add_row(name, *["—"] * 9)
     return table
+
+
+def compare_notes(comparison: Comparison) -> list[str]:
+    """A line an arm: what it steps by what, or why it was not run."""
+    return [
+        *(f"{arm.name}: {arm.note}" for arm in comparison.arms),
+        *(f"{name}: {reason}" for name, reason in comparison.refused.items()),
+    ]
 
 
 def in_bytes(count: float) -> str:

@@ -33,12 +33,13 @@ class Wire(TorchDispatchMode):
     of everyone but the root; for a send its buffer, for a recv nothing. What is coalesced into one call is one
     collective. In a group of one they count, with nothing sent. Barriers and waits are no collectives.
 
-    Not seen: what other threads start. A backward on CPUs runs on the thread that called it; for GPUs autograd has
-    threads of its own, to which it hands the watch on, but this was not tried. What is under torch.compile may run
-    uncompiled while the context is open. On fake tensors nothing moves, and nothing is noted.
+    Not seen: what other threads start. A backward on CPUs runs on the thread that called it and is seen; for GPUs
+    autograd has threads of its own, to which it hands the watch on, but this was not tried. Nothing moves for fake
+    tensors, and nothing is noted. Under the watch torch.compile does not compile, and with fullgraph=True refuses to
+    run, unless `torch.compiler.set_stance("force_eager")` is open around it.
 
-    Entering and calling raise nothing of their own, but inside the context a collective of a kind that is not known
-    here, such as those on symmetric memory, raises RuntimeError with its name before it runs.
+    Inside the context a collective of a kind that is not known here, such as those on symmetric memory, raises
+    RuntimeError with its name before it runs.
     """
 
     def __init__(self) -> None:

@@ -179,8 +179,8 @@ def _flight_bytes(stack: Stack, placement: Placement) -> float:
 
     In place: direction, its copy in the stack, update, and as much again in between; and of every Gram the sum's
     triangle there and back, and the matrix and its root. At owners: pieces there and back, and of the owned share the
-    parts received, put together, updated and sent, and what the rule needs in between. Not from this rank's piece but from the largest: all ranks must
-    cut alike.
+    parts received, put together, updated and sent, and what the rule needs in between. Not from this rank's piece but
+    from the largest: all ranks must cut alike.
     """
     piece = math.prod(stack.layout.largest_shape)
     if placement != "owner":

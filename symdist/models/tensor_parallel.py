@@ -69,7 +69,7 @@ def split_tensors(model: PreTrainedModel, tp: DeviceMesh) -> None:
     if tied:
         head.weight = embedding.weight
     # DTensor leaves the gradient of a look-up whole on every rank, which FSDP2 mends, where there is one.
-    embedding.weight.register_post_accumulate_grad_hook(_cut_gradient)
+    cast(nn.Parameter, embedding.weight).register_post_accumulate_grad_hook(_cut_gradient)
     for block in blocks(model):
         parallelize_module(block, tp, _plan(block), src_data_rank=None)
 
