@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,6 +134,8 @@ def pretend(
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     ranks = math.prod(mesh.values())
+    # Opening a group replaces what shows uncaught errors; closing it does not put that back.
+    hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         grid = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
@@ -147,3 +150,4 @@ def pretend(
         yield Pretended(model=sharded, mesh=dict(mesh), groups=groups, members=members, plan=plan)
     finally:
         dist.destroy_process_group()
+        sys.excepthook = hook
