@@ -102,9 +102,16 @@ PLAIN_STAGE = {
     "plain": Weight((4, 6), MUON, stage=1),
     "bias": Weight((6,), ADAMW, stage=1),
 }
+# The first is summed over planes that the second is owned by, and only some ranks have the third's wave in between.
+CROSSED = {
+    "summed": Weight((17, 6), ROW | {"centered": True}, (0, 1, 2), ((2, 0), (1, 0))),
+    "owned": Weight((9, 10), HYBRID | {"placement": "owner"}, (1, 2), ((1, 1), (0, 0))),
+    "between": Weight((29, 6), RIGHT | {"placement": "reduce"}, (2,), ((0, 0),)),
+}
 MODELS = {
     "grid": ((2, 2), GRID),
     "cube": ((2, 2, 2), CUBE),
+    "crossed": ((2, 2, 2), CROSSED),
     "pipeline": ((2, 2), PIPELINE),
     "deep": ((2, 2, 2), DEEP),
     "plain stage": ((2, 2), PLAIN_STAGE),
@@ -203,6 +210,15 @@ def trained(mesh: DeviceMesh, model: str, steps: list[Step], options: Options) -
         held.give(number, step)
         held.optimizer.step()
     return held.pieces()
+
+
+def shuffled(mesh: DeviceMesh, model: str, steps: list[Step]) -> tuple[tuple[int, ...], dict[str, Tensor]]:
+    """This rank's coordinate and pieces on a mesh that numbers ranks in no order, and whose planes have no groups."""
+    numbers = torch.tensor([[[6, 3], [0, 5]], [[1, 4], [7, 2]]])
+    grid = DeviceMesh("cpu", numbers, mesh_dim_names=mesh.mesh_dim_names)
+    coordinate = grid.get_coordinate()
+    assert coordinate is not None
+    return tuple(coordinate), trained(grid, model, steps, {})
 
 
 def alone(model: str, steps: list[Step]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from tests import mixed_meshes_ranks
 from tests.mixed_meshes_ranks import MODELS, Step, coordinate_of
 from tests.ranks import Ranks
 
-LAST = {"grid": 3, "cube": 7, "pipeline": 3, "deep": 7, "plain stage": 3}
+LAST = {"grid": 3, "cube": 7, "crossed": 7, "pipeline": 3, "deep": 7, "plain stage": 3}
 """The last rank, which holds less than others, or nothing."""
 
 
@@ -52,6 +52,13 @@ def test_weights_are_those_of_one_process(many: Ranks, model: str, plan: str, wa
     expected, start = mixed_meshes_ranks.alone(model, steps), starts(model)
     assert all((expected[name] - start[name]).norm() > 0.01 for name in start)
     near(model, results, expected, start)
+
+
+@pytest.mark.parametrize("model", ["cube", "crossed", "deep"])
+def test_meshes_may_number_ranks_in_any_order(many: Ranks, model: str) -> None:
+    steps: list[Step] = [{}, {}, {}]
+    found = sorted(many.run((2, 2, 2), mixed_meshes_ranks.shuffled, model, steps), key=lambda result: result[0])
+    near(model, [pieces for _, pieces in found], mixed_meshes_ranks.alone(model, steps), starts(model))
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -74,7 +74,7 @@ def summing(events: list[str], name: str, times: int) -> Task:
         events.append(f"move {name}")
 
     assert LAYOUT.group is not None
-    return Task(asking(), along={"rows": LAYOUT.group})
+    return Task(asking(), along={"rows": LAYOUT.group}, home=LAYOUT.group)
 
 
 def test_a_wave_travels_while_another_is_computed() -> None:

@@ -83,12 +83,15 @@ class Job:
         pieces too; `moved` holds 1 where a weight may move (decay included) and 0 where it may not, or is None where
         every weight moves.
         """
+        home = self.stack.layout.group
         if self.placement == "owner":
-            return Task(_finish(self._at_owners(begin), done), home=self.stack.layout.group)
+            return Task(_finish(self._at_owners(begin), done), home=home)
         asking = _finish(self._in_place(begin), done)
         if self.placement == "local":
             return Task(asking)
-        return Task(asking, along={axis: group for axis, group in self.stack.seen.items() if axis != "batch"})
+        return Task(
+            asking, along={axis: group for axis, group in self.stack.seen.items() if axis != "batch"}, home=home
+        )
 
     def _in_place(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
         directions, gradients = begin()

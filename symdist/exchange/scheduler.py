@@ -24,7 +24,8 @@ class Task:
     """A running generator and where its requests go.
 
     `along` maps "rows" and "columns", as far as the matrices are split so, to the ranks that hold the other rows or
-    columns; a request across another axis answers itself. `home` are the ranks that what an owner asks goes to.
+    columns; a request across another axis answers itself. `home` are all ranks that hold the matrices: what an owner
+    asks goes to them.
     """
 
     def __init__(
@@ -81,9 +82,9 @@ def run(
     one is: up to three waves hold buffers, but only one is computed.
 
     The order of collectives follows from the tasks and their shapes alone. All ranks of a wave's groups must pass the
-    same wave, and all waves in an order that agrees with one order of all waves of all ranks. A rank waits for
-    a wave only when it has started all there is to start of those before: so no ring of ranks, each waiting for
-    another, can close, even where ranks take part in different waves.
+    same wave, and all waves in an order that agrees with one order of all waves of all ranks, with those of one home
+    next to each other. A rank waits for a wave only when it has started all there is to start of those before: so no
+    ring of ranks, each waiting for another, can close, even where ranks take part in different waves.
     """
     loads = {group: list(of_ranks) for group, of_ranks in (work or {}).items()}
     flights = [_Flight(wave, transport, loads) for wave in waves]
@@ -91,14 +92,33 @@ def run(
         flights[0].take_off()
     meanwhile()
     for i, flight in enumerate(flights):
-        if i + 1 < len(flights):
-            flights[i + 1].take_off()
+        following = flights[i + 1] if i + 1 < len(flights) else None
+        early = following is not None and _may_overlap(waves[i], waves[i + 1])
+        if following is not None and early:
+            following.take_off()
         flight.cruise()
+        if following is not None and not early:
+            following.take_off()
         if i:
             flights[i - 1].land()
     if flights:
         flights[-1].land()
     return loads
+
+
+def _may_overlap(wave: Sequence[Task], following: Sequence[Task]) -> bool:
+    """Whether a wave's first collectives may start before the wave before it is computed.
+
+    Waves of one home follow each other on all its ranks, so they interleave alike there. Of two others, some ranks may
+    have a third in between, and start all of the one before any of the other: where they share a process group, on
+    which collectives must start in one order, so must everyone.
+    """
+    homes = {task.home for task in (*wave, *following)}
+    return len(homes) == 1 or not _groups(wave) & _groups(following)
+
+
+def _groups(wave: Sequence[Task]) -> set[Group | None]:
+    return {group for task in wave for group in (task.home, *task.along.values())}
 
 
 class _Flight:

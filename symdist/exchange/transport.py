@@ -90,21 +90,19 @@ def _existing(group: Group) -> dist.ProcessGroup | None:
 
 
 def _made(group: Group) -> dist.ProcessGroup:
-    # Without the ranks outside, which may never hear of it. PyTorch then names the group by how many groups each
-    # rank is in, and ranks that differ in that would wait for each other for ever: so they compare first.
-    count = torch.tensor([len(_world.pg_names)])
-    most, least = count.clone(), count.clone()
-    for handle in group.through:
-        device = _device_of(handle)
-        most, least = most.to(device), least.to(device)
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=handle)
-        dist.all_reduce(least, dist.ReduceOp.MIN, group=handle)
-    if not group.through or int(most) != int(least):
+    if not group.through:
         raise RuntimeError(
-            f"ranks {group.ranks} have no process group of their own, and are in different numbers of others, so that "
-            f"PyTorch cannot make one among them alone. Call torch.distributed.new_group({list(group.ranks)}) on all "
-            "ranks before building the optimizer"
+            f"ranks {group.ranks} have no process group of their own, nor others that connect them. Call "
+            f"torch.distributed.new_group({list(group.ranks)}) on all ranks before building the optimizer"
         )
+    # Without the ranks outside, which may never hear of it. PyTorch then names the group by how many groups each rank
+    # is in, and ranks that differ in that would wait for each other for ever: so those in fewer first make some alone.
+    most = torch.tensor([len(_world.pg_names)])
+    for handle in group.through:
+        most = most.to(_device_of(handle))
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=handle)
+    while len(_world.pg_names) < int(most):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
     return dist.new_group(list(group.ranks), use_local_synchronization=True)
 
 
