@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from symdist.exchange import Plan, Stack, place
-from symdist.layouts import Group, Layout, layout_of
+from symdist.layouts import FlatLayout, Group, Layout, layout_of
 from symdist.rules import Rule, get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 from symdist.views import bind_view
@@ -33,7 +33,7 @@ class Member:
     name: str
     group: int
     rule: Rule
-    layout: Layout
+    layout: Layout | FlatLayout
     dtype: torch.dtype
     """The dtype of its state and of all arithmetic: float32, or wider where the parameter is."""
     stack: Stack | None
@@ -81,16 +81,28 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
 
 
 def describe_member(
-    parameter: Tensor, *, name: str, index: int, group: Mapping[str, Any], replicas: Group | None = None
+    parameter: Tensor,
+    *,
+    name: str,
+    index: int,
+    group: Mapping[str, Any],
+    replicas: Group | None = None,
+    flat: FlatLayout | None = None,
 ) -> Member:
     """Find a parameter's layout, view and stack; `replicas` are the ranks that hold plain tensors alike.
+
+    `flat` says that the parameter is a piece of a flat layout, and of which.
 
     Raises ValueError, naming it, where the rule, the view or the layout do not fit its shape.
     """
     rule = get_rule(group["rule"])
     if not parameter.is_floating_point():
         raise ValueError(f"{name} is {parameter.dtype}; only floating-point parameters can be optimized")
-    layout = layout_of(parameter, name=name, replicas=replicas)
+    layout = layout_of(parameter, name=name, replicas=replicas) if flat is None else flat
+    if flat is not None and tuple(parameter.shape) != flat.local_shape:
+        raise ValueError(f"{name}: this rank's piece has shape {tuple(parameter.shape)}, its layout {flat.local_shape}")
+    if flat is not None and len(flat.shape) > 2:
+        raise ValueError(f"{name} has shape {flat.shape}: of a stack of matrices in a flat layout, give each by itself")
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if rule.matrices and len(layout.shape) < 2:
         raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from symdist.accumulate import adamw_step, advance
-from symdist.exchange import Collectives, Job, Placement, Plan, Task, Transport, run
+from symdist.exchange import Collectives, FlatJob, Job, Placement, Plan, Task, Transport, run
 from symdist.finite import NonFinite, agree_finite, ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import Group, check_placements, group_from, local
@@ -23,9 +23,12 @@ class SymDist(torch.optim.Optimizer):
 
     A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`, `view`,
     `stale_rows`, `placement`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A 3-D
-    parameter is a stack of matrices. A missing gradient is a zero gradient. State lies like its parameter, is
-    complete from construction on, and is float32 or wider. `lr`, `weight_decay` and what the momentum is told may
-    change between steps; the rule's own options and the view are those of construction.
+    parameter is a stack of matrices. `layouts`, where given, has for each parameter None or the `FlatLayout` of which
+    it is this rank's piece; every rank gives all parameters, with an empty vector where it holds nothing.
+
+    A missing gradient is a zero gradient. State lies like its parameter, is complete from construction on, and is
+    float32 or wider. `lr`, `weight_decay` and what the momentum is told may change between steps; the rule's own
+    options and the view are those of construction.
 
     `nonfinite` says what all ranks do together when a gradient is inf or NaN on any: "raise" FloatingPointError before
     anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements. "All ranks" are
@@ -97,11 +100,14 @@ class SymDist(torch.optim.Optimizer):
             raise ValueError(f"a param group has {len(params)} params but {len(names)} names")
         if not params:
             raise ValueError(f"param group {group.get('role', '')!r} has no parameters")
+        layouts = list(group.pop("layouts", None) or [None] * len(params))
+        if len(layouts) != len(params):
+            raise ValueError(f"a param group has {len(params)} params but {len(layouts)} layouts")
         group |= {"params": params, "names": names}
         group = complete_group(group)
         known = {id(member.parameter): member.name for member in self._members}
         members = []
-        for name, parameter in zip(names, params, strict=True):
+        for name, parameter, flat in zip(names, params, layouts, strict=True):
             if id(parameter) in known:
                 raise ValueError(f"{name} is given twice: it is {known[id(parameter)]} of another place or group")
             if parameter.is_meta:
@@ -110,14 +116,16 @@ class SymDist(torch.optim.Optimizer):
                 )
             known[id(parameter)] = name
             index = len(self.param_groups)
-            members.append(describe_member(parameter, name=name, index=index, group=group, replicas=self._replicas))
+            members.append(
+                describe_member(parameter, name=name, index=index, group=group, replicas=self._replicas, flat=flat)
+            )
         if self._constructed:
             place_members(self._members + members, wave_bytes=self.wave_bytes)
         super().add_param_group(group)
         self._members += members
         self._planned = None
         for member in members:
-            self.state[member.parameter] = _new_state(member)
+            self.state[member.parameter] = self._new_state(member)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -227,7 +235,16 @@ class SymDist(torch.optim.Optimizer):
                     "construction; build another optimizer and load_state_dict into it"
                 )
 
-    def _task(self, job: Job, gradients: list[Tensor]) -> Task:
+    def _new_state(self, member: Member) -> dict[str, Tensor]:
+        state = {
+            key: torch.zeros_like(member.parameter, dtype=member.dtype, requires_grad=False)
+            for key in ACCUMULATOR_STATE[member.rule.accumulator]
+        }
+        if member.rule.accumulator == "adam":
+            state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
+        return state
+
+    def _task(self, job: Job | FlatJob, gradients: list[Tensor]) -> Task:
         return job.task(partial(self._begin, job, gradients), partial(self._move, job))
 
     def _by_group(self, indices: Iterable[int]) -> list[tuple[dict[str, Any], list[int]]]:
@@ -236,7 +253,7 @@ class SymDist(torch.optim.Optimizer):
             by_group.setdefault(self._members[i].group, []).append(i)
         return [(self.param_groups[group], members) for group, members in by_group.items()]
 
-    def _begin(self, job: Job, gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
+    def _begin(self, job: Job | FlatJob, gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
         directions: dict[int, Tensor] = {}
         for group, members in self._by_group(job.members):
             states = [self._local_state(i) for i in members]
@@ -266,7 +283,7 @@ class SymDist(torch.optim.Optimizer):
                 if weight is not stepped:
                     weight.copy_(stepped)
 
-    def _move(self, job: Job, updates: list[Tensor], moved: list[Tensor] | None) -> None:
+    def _move(self, job: Job | FlatJob, updates: list[Tensor], moved: list[Tensor] | None) -> None:
         """Decoupled decay first, then the update."""
         for group, members in self._by_group(job.members):
             lr, decay = float(group["lr"]), group["weight_decay"]
@@ -290,16 +307,6 @@ def _group(option: str, ranks: Any) -> Group | None:
         return None if ranks is None else group_from(ranks)
     except TypeError as error:
         raise ValueError(f"{option}: {error}") from None
-
-
-def _new_state(member: Member) -> dict[str, Tensor]:
-    state = {
-        key: torch.zeros_like(member.parameter, dtype=member.dtype, requires_grad=False)
-        for key in ACCUMULATOR_STATE[member.rule.accumulator]
-    }
-    if member.rule.accumulator == "adam":
-        state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
-    return state
 
 
 def _check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ from symdist.commands.pretend import Pretended, pretend
 from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import Counting, Stack
 from symdist.exchange.costs import ask_unit, units_of
-from symdist.layouts import Group
+from symdist.layouts import Group, Layout
 from symdist.models import active_parameters
 from symdist.optimizer import WAVE_BYTES
 from symdist.recipes import RecipeLike
@@ -255,6 +255,7 @@ def _alternatives(pretended: Pretended, ours: Costs) -> list[Alternative]:
     for member in pretended.members:
         if member.stack is None or not member.rule.matrices:
             continue
+        assert isinstance(member.layout, Layout), "DTensors alone are pretended"
         cells = member.layout.cells.size if member.layout.cells is not None else 1
         role = pretended.groups[member.group]["role"]
         matrices += cells > 1

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from symdist.exchange import Counting, Job, Plan, Task, run
+from symdist.exchange import Counting, FlatJob, Job, Plan, Task, run
 from symdist.finite import ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import Group, Layout
@@ -95,7 +95,8 @@ class Pretended:
 
         return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=self.plan.work)
 
-    def _task(self, job: Job, rank: int, only: set[int] | None) -> Task | None:
+    def _task(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Task | None:
+        assert isinstance(job, Job), "DTensors alone are pretended"
         kept = [i for i, member in enumerate(job.members) if only is None or member in only]
         if not kept:
             return None

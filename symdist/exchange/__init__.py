@@ -1,5 +1,6 @@
 """The exchange: decides where rules run and answers what they ask of other ranks."""
 
+from symdist.exchange.flat_jobs import FlatJob
 from symdist.exchange.jobs import Job, Placement, Stack
 from symdist.exchange.placement import Plan, place
 from symdist.exchange.scheduler import Task, run
@@ -8,6 +9,7 @@ from symdist.exchange.transport import Collectives, Counting, Transport
 __all__ = [
     "Collectives",
     "Counting",
+    "FlatJob",
     "Job",
     "Placement",
     "Plan",

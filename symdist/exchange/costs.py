@@ -1,6 +1,7 @@
 """What a rule asks of a rank, found by running it on meta tensors: so costs follow from the rule itself."""
 
 import functools
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -15,6 +16,10 @@ from symdist.rules import InverseRoot, Matrix, Root, Rule
 from symdist.views import View
 
 Axis: TypeAlias = Literal["rows", "columns"]
+
+# How many operations a rank does in the time it sends one byte: the order of an H100 in fp32 on 50 GB/s links, and of
+# a CPU core on a fast loopback. Only the choice among placements hangs on it, and that seldom is close.
+FLOPS_PER_BYTE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,13 @@ def ask_unit(stack: Stack) -> Asked:
     """What the rule of a stack asks for one whole unit: an expert, or a parameter that is no stack of them."""
     shape = stack.layout.shape
     return ask_piece(stack, (1, *shape[1:]) if len(shape) == 3 else shape)
+
+
+def unit_work(stack: Stack) -> float:
+    """The operations that the rule of a stack takes on one whole unit."""
+    asked = ask_unit(stack)
+    # A rule without products still costs a pass over its numbers.
+    return asked.flops + asked.root_flops + math.prod(stack.layout.shape) / units_of(stack)
 
 
 def units_of(stack: Stack) -> int:

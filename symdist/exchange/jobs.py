@@ -11,7 +11,7 @@ from torch import Tensor
 from symdist.exchange.requests import Return, Ship
 from symdist.exchange.routes import Route
 from symdist.exchange.scheduler import Task
-from symdist.layouts import Group, Layout
+from symdist.layouts import Group
 from symdist.rules import Matrix, Rule, Sum, answer_alone
 from symdist.views import Seen, View
 
@@ -31,13 +31,19 @@ class Stack:
     rule: Rule
     options: tuple[tuple[str, Any], ...]
     view: View
-    layout: Layout
+    layout: Any
+    """A `Layout`, or of a parameter not yet placed a `FlatLayout`."""
     dtype: torch.dtype
     device: torch.device
     asked: str
     """The placement the user asked for, or "auto"."""
     hold: bool = False
     padding_rows: int = 0
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the dtype and device of all arithmetic."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
 
     @property
     def rows(self) -> int:
@@ -70,6 +76,11 @@ class Job:
     owners: tuple[int, ...] = ()
     exchange_dtype: torch.dtype = torch.float32
 
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        """All members: each rank that has a job has all of it."""
+        return self.members
+
     @functools.cached_property
     def route(self) -> Route:
         """How the matrices of an owner's job travel."""
@@ -85,8 +96,8 @@ class Job:
         """
         home = self.stack.layout.group
         if self.placement == "owner":
-            return Task(_finish(self._at_owners(begin), done), home=home)
-        asking = _finish(self._in_place(begin), done)
+            return Task(finished(self._at_owners(begin), done), home=home)
+        asking = finished(self._in_place(begin), done)
         if self.placement == "local":
             return Task(asking)
         return Task(
@@ -100,7 +111,7 @@ class Job:
             touched = torch.stack(gradients).ne(0)
         stored = torch.stack(directions) if len(directions) > 1 else directions[0].unsqueeze(0)
         del directions, gradients
-        update, moved = yield from _update(self.stack, stored, touched, self.stack.layout.box[0])
+        update, moved = yield from updated(self.stack, stored, touched, self.stack.layout.box[0])
         return list(update.unbind(0)), None if moved is None else list(moved.unbind(0))
 
     def _at_owners(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
@@ -114,7 +125,7 @@ class Job:
         if route.whole_here:
             wholes = [route.own_wholes(layer) for layer in layers]
         else:
-            wholes = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype)
+            wholes = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype, like=stack.like)
         del layers
         masked = stack.hold or stack.padding_rows > 0
         made = [wholes[0]] * (1 + masked)
@@ -122,23 +133,26 @@ class Job:
             if len(stack.layout.shape) == 1:
                 wholes = [whole.squeeze(-1) for whole in wholes]
             touched = wholes[1].ne(0) if stack.hold else None
-            update, moved = answer_alone(_update(stack, wholes[0], touched, range(stack.layout.shape[0])))
+            update, moved = answer_alone(updated(stack, wholes[0], touched, range(stack.layout.shape[0])))
             made = [update] if moved is None else [update, moved]
             if len(stack.layout.shape) == 1:
                 made = [tensor.unsqueeze(-1) for tensor in made]
         del wholes
-        back = yield Return(layers=made, route=route, dtype=self.exchange_dtype, shape=stack.layout.local_shape)
+        back = yield Return(
+            layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=stack.layout.local_shape
+        )
         return back[0], back[1] if masked else None
 
 
-def _finish(
+def finished(
     asking: Generator[Any, Any, tuple[Tensors, Tensors | None]], done: Callable[[Tensors, Tensors | None], None]
 ) -> Generator[Any, Any, None]:
+    """The generator with its result handed to `done`."""
     # Handed on at once, so that no update outlives its use while others are under way.
     done(*(yield from asking))
 
 
-def _update(
+def updated(
     stack: Stack, stored: Tensor, touched: Tensor | None, rows: range
 ) -> Generator[Any, Any, tuple[Tensor, Tensor | None]]:
     """Run the rule on a stack of pieces or wholes, `rows` of the stored dimension 0; the update, and where it may move.

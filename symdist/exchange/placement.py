@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 import torch
 
 from symdist.exchange.balance import balance
-from symdist.exchange.costs import Axis, ask_piece, ask_unit, units_of
+from symdist.exchange.costs import FLOPS_PER_BYTE, Axis, ask_piece, ask_unit, unit_work, units_of
+from symdist.exchange.flat_jobs import FlatJob
+from symdist.exchange.flat_placement import place_flat
 from symdist.exchange.jobs import Job, Placement, Stack
-from symdist.layouts import Group
-
-# How many operations a rank does in the time it sends one byte: the order of an H100 in fp32 on 50 GB/s links, and of
-# a CPU core on a fast loopback. Only the choice among placements hangs on it, and that seldom is close.
-FLOPS_PER_BYTE = 1000.0
+from symdist.layouts import FlatLayout, Group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +27,25 @@ class Plan:
     sums: those go to whoever has least to do.
     """
 
-    local: list[Job]
-    waves: list[list[Job]]
+    local: list[Job | FlatJob]
+    waves: list[list[Job | FlatJob]]
     work: dict[Group, list[float]] = field(default_factory=dict)
 
     @property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[Job | FlatJob]:
         """All of them."""
         return self.local + [job for wave in self.waves for job in wave]
 
     @property
     def largest_unit(self) -> float:
         """The most operations that one rank must do by itself: those on the costliest unit."""
-        return max((_work(job.stack) for job in self.jobs if job.placement != "reduce"), default=0.0)
+        return max((unit_work(job.stack) for job in self.jobs if job.placement != "reduce"), default=0.0)
 
     def groups(self) -> set[Group]:
         """All sets of ranks that talk in a step."""
         found: set[Group] = set()
         for job in self.jobs:
-            if job.placement == "owner":
+            if job.placement == "owner" or (isinstance(job, FlatJob) and job.placement == "reduce"):
                 assert job.stack.layout.group is not None
                 found.add(job.stack.layout.group)
             elif job.placement == "reduce":
@@ -56,7 +54,7 @@ class Plan:
 
     def placements(self) -> dict[int, Placement]:
         """The placement of every parameter, by its index."""
-        return {member: job.placement for job in self.jobs for member in job.members}
+        return {member: job.placement for job in self.jobs for member in job.everyone}
 
 
 def place(
@@ -76,7 +74,10 @@ def place(
     jobs: list[Job] = []
     # While one wave is computed the next sets out and the one before comes home.
     budget = wave_bytes // 2
+    flat = {stack: members for stack, members in stacks.items() if isinstance(stack.layout, FlatLayout)}
     for stack, members in stacks.items():
+        if stack in flat:
+            continue
         dtype = exchange_dtype if exchange_dtype is not None else stack.dtype
         placement = _choose(stack, len(members), dtype, name=names[members[0]])
         step = max(1, int(budget // max(1.0, _flight_bytes(stack, placement))))
@@ -87,9 +88,12 @@ def place(
                 )
             )
     work = _work_in_place(jobs)
-    jobs = _with_owners(jobs, work)
-    local = [job for job in jobs if job.placement == "local"]
-    return Plan(local=local, waves=_waves([job for job in jobs if job.placement != "local"], budget), work=work)
+    every: list[Job | FlatJob] = [
+        *_with_owners(jobs, work),
+        *place_flat(flat, names=names, budget=budget, exchange_dtype=exchange_dtype, work=work),
+    ]
+    local = [job for job in every if job.placement == "local"]
+    return Plan(local=local, waves=_waves([job for job in every if job.placement != "local"], budget), work=work)
 
 
 def _cut(stack: Stack) -> dict[Axis, Group]:
@@ -153,18 +157,22 @@ def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
     return sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
 
 
-def _waves(jobs: list[Job], budget: int) -> list[list[Job]]:
+def _waves(jobs: list[Job | FlatJob], budget: int) -> list[list[Job | FlatJob]]:
     """Jobs of the same ranks together, as many as the budget holds; in an order that all ranks agree on."""
-    by_ranks: dict[tuple[int, ...], list[Job]] = {}
+    by_ranks: dict[tuple[int, ...], list[Job | FlatJob]] = {}
     for job in jobs:
         assert job.stack.layout.group is not None
         by_ranks.setdefault(job.stack.layout.group.ranks, []).append(job)
-    waves: list[list[Job]] = []
+    waves: list[list[Job | FlatJob]] = []
     for ranks in sorted(by_ranks):
         room = 0.0
-        wave: list[Job] = []
+        wave: list[Job | FlatJob] = []
         for job in by_ranks[ranks]:
-            size = len(job.members) * _flight_bytes(job.stack, job.placement)
+            size = (
+                job.flight_bytes
+                if isinstance(job, FlatJob)
+                else len(job.members) * _flight_bytes(job.stack, job.placement)
+            )
             if not wave or size > room:
                 wave = []
                 waves.append(wave)
@@ -224,14 +232,8 @@ def _with_owners(jobs: list[Job], work: dict[Group, list[float]]) -> list[Job]:
     owners: dict[int, tuple[int, ...]] = {}
     for group, owned in by_group.items():
         counts = [len(job.members) * units_of(job.stack) for job in owned]
-        costs = [cost for job, count in zip(owned, counts, strict=True) for cost in [_work(job.stack)] * count]
+        costs = [cost for job, count in zip(owned, counts, strict=True) for cost in [unit_work(job.stack)] * count]
         parts = iter(balance(costs, parts=group.size, loads=work[group]))
         for job, count in zip(owned, counts, strict=True):
             owners[id(job)] = tuple(itertools.islice(parts, count))
     return [dataclasses.replace(job, owners=owners.get(id(job), ())) for job in jobs]
-
-
-def _work(stack: Stack) -> float:
-    asked = ask_unit(stack)
-    # A rule without products still costs a pass over its numbers.
-    return asked.flops + asked.root_flops + math.prod(stack.layout.shape) / units_of(stack)

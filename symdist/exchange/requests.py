@@ -2,31 +2,64 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from symdist.exchange.routes import Route
+
+class Way(Protocol):
+    """How pieces travel to where matrices are put together, and updates back: by rank, in one order on both ends.
+
+    What is kept never travels; the exchange only hands it from one end of the way to the other.
+    """
+
+    def kept(self, pieces: Sequence[Tensor]) -> Any:
+        """What stays here, of this rank's pieces."""
+
+    def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
+        """What goes to each rank, of this rank's pieces."""
+
+    def received_pieces(self) -> dict[int, int]:
+        """How many numbers come from each rank."""
+
+    def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Any) -> Tensor:
+        """What this rank puts together, of the dtype of `like`."""
+
+    def kept_home(self, made: Tensor) -> Any:
+        """What stays here, of the updates made here."""
+
+    def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
+        """What goes back to each rank, of the updates made here."""
+
+    def received_home(self) -> dict[int, int]:
+        """How many numbers come back from each rank."""
+
+    def home(self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: Any) -> list[Tensor]:
+        """This rank's piece of every matrix."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ship:
-    """Send this rank's pieces along `route`, as `dtype`; answered with the `[owned, p, q]` units this rank owns.
+    """Send this rank's pieces along `route`, as `dtype`; answered with what is put together here.
 
-    A layer is one tensor of each parameter; all layers travel together and are answered one by one.
+    A layer is one tensor of each parameter; all layers travel together and are answered one by one, in the dtype and
+    on the device of `like`, an empty tensor.
     """
 
     layers: Sequence[Sequence[Tensor]]
-    route: Route
+    route: Way
     dtype: torch.dtype
+    like: Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Return:
-    """Send the `[owned, p, q]` layers made here back, as `dtype`; answered with this rank's pieces, layer by layer."""
+    """Send the layers made here back, as `dtype`; answered with this rank's pieces, layer by layer, like `like`."""
 
     layers: Sequence[Tensor]
-    route: Route
+    route: Way
     dtype: torch.dtype
+    like: Tensor
     shape: tuple[int, ...]
     """Of this rank's piece."""

@@ -86,6 +86,12 @@ class Route:
         order = [unit for owner in sorted(self.homing) for unit in self.homing[owner]]
         self._place = {unit: place for place, unit in enumerate(order)}
 
+    def kept(self, pieces: Sequence[Tensor]) -> None:
+        """Nothing: what this rank owns itself goes through the buffer like the rest."""
+
+    def kept_home(self, made: Tensor) -> None:
+        """Nothing, see `kept`."""
+
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
         """What goes to each owner, of this rank's `count` pieces."""
         if not self.outgoing:
@@ -102,7 +108,7 @@ class Route:
             for rank in block.sources
         }
 
-    def wholes(self, received: dict[int, Tensor], *, like: Tensor) -> Tensor:
+    def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: None = None) -> Tensor:
         """`[owned, p, q]`, of the dtype of `like`: the units this rank owns, from what came from each rank."""
         whole = []
         for block, found in self.blocks:
@@ -124,13 +130,13 @@ class Route:
         units, wanted = self._units(pieces), self.outgoing.get(self.group.index, [])
         return torch.stack([units[unit] for unit in wanted]) if wanted else pieces[0].new_empty((0, *self.unit_shape))
 
-    def sent_home(self, wholes: Tensor) -> dict[int, list[Tensor]]:
+    def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
         """What goes to each rank, of the `[owned, p, q]` updates made here."""
         sent = {}
         for rank, (experts, rows, columns) in enumerate(self.boxes):
             owned = self._block_of.get((experts.start, experts.stop))
             if owned is not None and owned.start < owned.stop and len(rows) and len(columns):
-                sent[rank] = [wholes[owned, rows.start : rows.stop, columns.start : columns.stop]]
+                sent[rank] = [made[owned, rows.start : rows.stop, columns.start : columns.stop]]
         return sent
 
     def received_home(self) -> dict[int, int]:
@@ -138,7 +144,9 @@ class Route:
         piece = len(self.here[1]) * len(self.here[2])
         return {owner: len(units) * piece for owner, units in sorted(self.homing.items())}
 
-    def home(self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor) -> list[Tensor]:
+    def home(
+        self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: None = None
+    ) -> list[Tensor]:
         """This rank's piece, of local `shape`, of every parameter."""
         experts, rows, columns = self.here
         k = self.count

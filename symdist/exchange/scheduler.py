@@ -179,10 +179,8 @@ def _buckets(tasks: list[Task]) -> list[list[Task]]:
 
 def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
     match request:
-        case Ship():
-            return request.dtype, request.layers[0][0].device
-        case Return():
-            return request.dtype, request.layers[0].device
+        case Ship() | Return():
+            return request.dtype, request.like.device
         case Root():
             return request.gram.dtype, request.gram.device
     return request.values.dtype, request.values.device

@@ -15,8 +15,9 @@ def answer_ships(
     requests: Sequence[Ship], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[Tensor]]]:
     """Every rank receives the pieces of what it owns and puts them together."""
-    likes = [request.layers[0][0].new_empty(0) for request in requests]
+    likes = [request.like for request in requests]
     routes = [(request.route, len(request.layers)) for request in requests]
+    kept = [[request.route.kept(layer) for layer in request.layers] for request in requests]
     moving = _all_to_all(
         [_merged([request.route.sent_pieces(layer) for layer in request.layers]) for request in requests],
         [_times(route.received_pieces(), layers) for route, layers in routes],
@@ -28,7 +29,10 @@ def answer_ships(
     del requests
     received = yield from moving
     return [
-        [route.wholes(parts, like=like) for parts in _layers(received.pop(0), layers)]
+        [
+            route.wholes(parts, like=like, kept=here)
+            for parts, here in zip(_layers(received.pop(0), layers), kept.pop(0), strict=True)
+        ]
         for (route, layers), like in zip(routes, likes, strict=True)
     ]
 
@@ -37,8 +41,9 @@ def answer_returns(
     requests: Sequence[Return], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[list[Tensor]]]]:
     """Every owner cuts what it made and sends each rank its piece."""
-    likes = [request.layers[0].new_empty(0) for request in requests]
+    likes = [request.like for request in requests]
     routes = [(request.route, len(request.layers), request.shape) for request in requests]
+    kept = [[request.route.kept_home(layer) for layer in request.layers] for request in requests]
     moving = _all_to_all(
         [_merged([request.route.sent_home(layer) for layer in request.layers]) for request in requests],
         [_times(route.received_home(), layers) for route, layers, _ in routes],
@@ -49,7 +54,10 @@ def answer_returns(
     del requests
     received = yield from moving
     return [
-        [route.home(parts, shape=shape, like=like) for parts in _layers(received.pop(0), layers)]
+        [
+            route.home(parts, shape=shape, like=like, kept=here)
+            for parts, here in zip(_layers(received.pop(0), layers), kept.pop(0), strict=True)
+        ]
         for (route, layers, shape), like in zip(routes, likes, strict=True)
     ]
 

@@ -9,12 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from symdist.layouts.dtensor import dtensor_layout, mesh_group, peers
+from symdist.layouts.flat import FlatLayout
 from symdist.layouts.grid import Grid, Group
 from symdist.layouts.layout import Box, Layout, Split, cut_along, numel
 from symdist.layouts.whole import whole_layout
 
 __all__ = [
     "Box",
+    "FlatLayout",
     "Grid",
     "Group",
     "Layout",

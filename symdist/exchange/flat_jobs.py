@@ -1,0 +1,148 @@
+"""A job over flat layouts: matrices of which ranks hold runs of elements, put together by rows or as wholes."""
+
+import functools
+import itertools
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symdist.exchange.jobs import Begin, Placement, Stack, Tensors, finished, updated
+from symdist.exchange.requests import Return, Ship
+from symdist.exchange.runs import RunRoute, owned_by
+from symdist.exchange.scheduler import Task
+from symdist.layouts import Group
+from symdist.layouts.flat import FlatLayout, runs_of_rows
+from symdist.rules import answer_alone
+from symdist.views import Seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatJob:
+    """Some parameters of one kind in flat layouts, and where their rule runs.
+
+    "local": each is whole on this rank. "owner": `owners` has who puts each together, by group index. "reduce": rows
+    that are cut are completed; then either the rule needs nothing from other rows (`alone`), and the parameters may be
+    cut each in its own way, or all are cut alike and what it asks is summed, as the layout of `stack` says.
+
+    `members` are indices into the optimizer's list of parameters: of those that this rank has a share in, for all
+    others have nothing to send or to sum here. `everyone` has them all.
+    """
+
+    stack: Stack
+    members: tuple[int, ...]
+    everyone: tuple[int, ...]
+    layouts: tuple[FlatLayout, ...]
+    """Of `members`."""
+    placement: Placement
+    owners: tuple[int, ...] = ()
+    """Of `members`."""
+    multiple: int = 1
+    """How many rows stay together."""
+    alone: bool = False
+    travels: bool = True
+    """Whether any rank sends anything to complete rows."""
+    flight_bytes: float = 0.0
+    """What the busiest rank holds while the job is under way."""
+    exchange_dtype: torch.dtype = torch.float32
+
+    @property
+    def group(self) -> Group:
+        """All ranks among which the parameters are cut."""
+        assert self.stack.layout.group is not None
+        return self.stack.layout.group
+
+    @property
+    def summed(self) -> dict[Seen, Group]:
+        """What the rule's sums run across."""
+        in_place = self.placement == "reduce" and not self.alone
+        return {axis: group for axis, group in self.stack.seen.items() if axis != "batch"} if in_place else {}
+
+    @functools.cached_property
+    def route(self) -> RunRoute:
+        """How runs become whole rows or matrices."""
+        have = [layout.runs for layout in self.layouts]
+        if self.placement == "owner":
+            want = [owned_by(owner, layout.shape) for owner, layout in zip(self.owners, self.layouts, strict=True)]
+        else:
+            want = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
+        return RunRoute(self.group, have=have, want=want)
+
+    def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None]) -> Task:
+        """The job as a task, see `Job.task`."""
+        if self.placement == "local":
+            return Task(finished(self._here(begin), done))
+        along: dict[str, Group] = dict(self.summed.items())
+        return Task(finished(self._together(begin), done), along=along, home=self.group)
+
+    def _here(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+        directions, gradients = begin()
+        shape = self.stack.layout.shape
+        stored = torch.stack(directions) if len(directions) > 1 else directions[0]
+        touched = torch.stack(gradients).ne(0).view(-1, *shape) if gradients is not None else None
+        del directions, gradients
+        update, moved = yield from updated(self.stack, stored.view(-1, *shape), touched, range(shape[0]))
+        return list(update.flatten(1)), None if moved is None else list(moved.flatten(1))
+
+    def _together(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+        stack, route = self.stack, self.route
+        pieces, gradients = begin()
+        layers = [pieces]
+        if gradients is not None:
+            # Whether a row was touched is known only where the row is whole, so that travels too.
+            layers.append([gradient.ne(0).to(stack.dtype) for gradient in gradients])
+        del pieces, gradients
+        if self.travels:
+            wanted = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype, like=stack.like)
+        else:
+            wanted = [route.wholes({}, like=stack.like, kept=route.kept(layer)) for layer in layers]
+        del layers
+        made = (yield from self._updated_in_place(wanted)) if self.summed else self._updated_alone(wanted)
+        del wanted
+        if self.travels:
+            back = yield Return(layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=())
+        else:
+            back = [route.home({}, shape=(), like=stack.like, kept=route.kept_home(layer)) for layer in made]
+        return back[0], back[1] if len(made) > 1 else None
+
+    def _updated_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
+        """All are cut alike: one stack, whose sums run over the other ranks."""
+        layout = self.stack.layout
+        stacks = [layer.view(len(self.members), *layout.local_shape) for layer in wanted]
+        touched = stacks[1].ne(0) if self.stack.hold else None
+        update, moved = yield from updated(self.stack, stacks[0], touched, layout.box[0])
+        return [tensor.reshape(-1) for tensor in ((update,) if moved is None else (update, moved))]
+
+    def _updated_alone(self, wanted: list[Tensor]) -> list[Tensor]:
+        """Each matrix, or its rows, by itself: those of as many rows in one stack."""
+        stack = self.stack
+        made = [torch.empty_like(wanted[0]) for _ in range(1 + (stack.hold or stack.padding_rows > 0))]
+        row = self.layouts[0].width if self.layouts else 1
+        alike: dict[tuple[int, int], list[slice]] = {}
+        place = 0
+        for start, stop in self.route.wanted:
+            if stop > start:
+                # Where rows start matters to padding alone.
+                key = (start if stack.padding_rows else 0, stop - start)
+                alike.setdefault(key, []).append(slice(place, place + stop - start))
+            place += stop - start
+        for (start, size), places in alike.items():
+            rows = range(start // row, (start + size) // row)
+            shape = (len(places), len(rows), *stack.layout.shape[1:])
+            stacks = [_stacked(layer, places).view(shape) for layer in wanted]
+            touched = stacks[1].ne(0) if stack.hold else None
+            found = answer_alone(updated(stack, stacks[0], touched, rows))
+            for layer, tensor in zip(made, found, strict=False):
+                assert tensor is not None
+                for at, one in zip(places, tensor.flatten(1), strict=True):
+                    layer[at] = one
+        return made
+
+
+def _stacked(layer: Tensor, places: list[slice]) -> Tensor:
+    """The parts of a vector; without a copy where they follow each other."""
+    if all(a.stop == b.start for a, b in itertools.pairwise(places)):
+        return layer[places[0].start : places[-1].stop]
+    return torch.stack([layer[place] for place in places])

@@ -1,0 +1,301 @@
+"""Where the rules of flat parameters run: where a matrix is whole, by completed rows, or at an owner.
+
+What counts is the busiest rank, as for other layouts. Parameters of one kind share their jobs however each is cut, for
+in a ZeRO partition no two are cut alike.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from symdist.exchange.balance import balance
+from symdist.exchange.costs import FLOPS_PER_BYTE, ask_piece, ask_unit, unit_work
+from symdist.exchange.flat_jobs import FlatJob
+from symdist.exchange.jobs import Placement, Stack
+from symdist.layouts import Group
+from symdist.layouts.flat import FlatLayout
+
+Cut = list[tuple[int, FlatLayout]]
+
+
+@dataclass
+class _Kind:
+    """Parameters that differ in nothing but how they are cut; `stack` has the ranks, and no cuts."""
+
+    stack: Stack
+    name: str
+    whole: Cut = field(default_factory=list)
+    cut: Cut = field(default_factory=list)
+
+    @property
+    def group(self) -> Group:
+        assert self.stack.layout.group is not None
+        return self.stack.layout.group
+
+    @property
+    def multiple(self) -> int:
+        """The rows that must stay together: those of a head."""
+        return self.stack.view.unit if self.stack.view.kind == "heads_0" else 1
+
+
+def place_flat(
+    stacks: Mapping[Stack, Sequence[int]],
+    *,
+    names: Sequence[str],
+    budget: int,
+    exchange_dtype: torch.dtype | None,
+    work: dict[Group, list[float]],
+) -> list[FlatJob]:
+    """The jobs of the stacks whose layouts are flat; `work` has what ranks do otherwise, and is added to.
+
+    Raises ValueError, naming the parameter, where a placement was asked for that its layout does not admit.
+    """
+    kinds: dict[Stack, _Kind] = {}
+    for stack, members in stacks.items():
+        assert isinstance(stack.layout, FlatLayout)
+        key = dataclasses.replace(stack, layout=stack.layout.everywhere)
+        kind = kinds.setdefault(key, _Kind(stack=key, name=names[members[0]]))
+        (kind.whole if stack.layout.sole is not None else kind.cut).extend((i, stack.layout) for i in members)
+    placed = [(kind, _choose(kind, exchange_dtype)) for kind in kinds.values()]
+    for kind, placement in placed:
+        _add_work(kind, placement, work.setdefault(kind.group, [0.0] * kind.group.size))
+    owners = _owners([kind for kind, placement in placed if placement == "owner"], work)
+    jobs: list[FlatJob] = []
+    for kind, placement in placed:
+        dtype = exchange_dtype if exchange_dtype is not None else kind.stack.dtype
+        jobs += _whole_jobs(kind, budget)
+        if placement == "owner":
+            jobs += _owner_jobs(kind, owners, budget, dtype)
+        elif kind.cut:
+            jobs += _row_jobs(kind, budget, dtype)
+    return jobs
+
+
+def _choose(kind: _Kind, exchange_dtype: torch.dtype | None) -> Placement:
+    """What to do with those that are cut."""
+    asked = kind.stack.asked
+    if not kind.cut:
+        return "local"
+    admitted = _admits_rows(kind)
+    possible: list[Placement] = ["owner", "reduce"] if admitted else ["owner"]
+    if asked != "auto":
+        if asked not in possible:
+            raise ValueError(
+                f"{kind.name}: rule {kind.stack.rule.name!r} cannot run with placement {asked!r} on this layout; "
+                f"it can with {', '.join(map(repr, possible))} or 'auto'"
+            )
+        return "owner" if asked == "owner" else "reduce"
+    if not admitted:
+        return "owner"
+    if all(_alone(_rows_stack(kind, layout)) for _, layout in kind.cut):
+        return "reduce"
+    dtype = exchange_dtype if exchange_dtype is not None else kind.stack.dtype
+    return "reduce" if _reduce_cost(kind) <= _owner_cost(kind, dtype) else "owner"
+
+
+def _rows_stack(kind: _Kind, layout: FlatLayout) -> Stack:
+    return dataclasses.replace(kind.stack, layout=layout.by_rows(multiple=kind.multiple))
+
+
+def _admits_rows(kind: _Kind) -> bool:
+    # Whatever the cut: a view that tears one cut tears them all.
+    seen = set(_rows_stack(kind, kind.cut[0][1]).seen)
+    admitted = kind.stack.rule.splits_of(dict(kind.stack.options), kind.stack.rows, kind.stack.view.columns)
+    return "torn" not in seen and seen <= {"batch", *admitted}
+
+
+def _alone(rows: Stack) -> bool:
+    """Whether whole rows are all the rule needs."""
+    axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+    if not axes:
+        return True
+    if rows.hold and "columns" in axes:
+        return False
+    summed = ask_piece(rows, rows.layout.largest_shape, axes).summed
+    return not any(summed.values())
+
+
+def _reduce_cost(kind: _Kind) -> float:
+    """Of any rank, in bytes sent: every sum runs over all ranks, whoever holds the matrix."""
+    cost = 0.0
+    ranks = kind.group.size
+    for layout, count in Counter(layout for _, layout in kind.cut).items():
+        rows = _rows_stack(kind, layout)
+        axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+        asked = ask_piece(rows, rows.layout.largest_shape, axes)
+        sent = 2 * count * sum(asked.summed.values()) * (ranks - 1) / ranks * kind.stack.dtype.itemsize
+        roots = asked.root_flops * -(-count // ranks)
+        cost += sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
+    return cost
+
+
+def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
+    """Of the busiest rank, in bytes sent: its runs to their owners, and back what it owns."""
+    size = math.prod(kind.stack.layout.shape)
+    asked = ask_unit(kind.stack)
+    work = (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
+    costs = [0.0] * kind.group.size
+    for layout, count in Counter(layout for _, layout in kind.cut).items():
+        chosen = _candidates(layout)
+        share = -(-count // len(chosen))
+        for rank, start, stop in layout.runs:
+            costs[rank] += count * (stop - start) * dtype.itemsize
+        # Where there are fewer matrices than candidates, the first few take one each.
+        for rank in chosen[:count]:
+            costs[rank] += share * ((size - 2 * _held(layout, rank)) * dtype.itemsize + work)
+    return max(costs)
+
+
+def _candidates(layout: FlatLayout) -> list[int]:
+    """The ranks that hold about as much of a matrix as any: to own it they receive least."""
+    most = max(stop - start for _, start, stop in layout.runs)
+    return [rank for rank, start, stop in layout.runs if 2 * (stop - start) >= most]
+
+
+def _held(layout: FlatLayout, rank: int) -> int:
+    return layout.bounds[rank + 1] - layout.bounds[rank]
+
+
+def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
+    """The operations of every rank on what lies there."""
+    unit = unit_work(kind.stack)
+    for _, layout in kind.whole:
+        assert layout.sole is not None
+        loads[layout.sole] += unit
+    if placement == "reduce":
+        size = math.prod(kind.stack.layout.shape)
+        flops = ask_unit(kind.stack).flops
+        for layout, count in Counter(layout for _, layout in kind.cut).items():
+            for rank, start, stop in layout.runs:
+                loads[rank] += count * flops * (stop - start) / size
+
+
+def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int]:
+    """Who owns each parameter, by its index: of those that hold most of it, who has least to do; costliest first."""
+    owners: dict[int, int] = {}
+    by_group: dict[Group, list[tuple[float, int, FlatLayout]]] = {}
+    for kind in kinds:
+        by_group.setdefault(kind.group, []).extend((unit_work(kind.stack), i, layout) for i, layout in kind.cut)
+    for group, units in by_group.items():
+        loads = work[group]
+        anywhere = []
+        for cost, i, layout in sorted(units, key=lambda unit: (-unit[0], unit[1])):
+            chosen = _candidates(layout)
+            if 2 * len(chosen) > group.size:
+                anywhere.append((cost, i))
+                continue
+            owners[i] = min(chosen, key=lambda rank: (loads[rank], rank))
+            loads[owners[i]] += cost
+        parts = balance([cost for cost, _ in anywhere], parts=group.size, loads=loads)
+        owners.update((i, part) for (_, i), part in zip(anywhere, parts, strict=True))
+    return owners
+
+
+def _whole_jobs(kind: _Kind, budget: int) -> list[FlatJob]:
+    """Of the matrices that are whole on this rank; others need not know."""
+    here = [(i, layout) for i, layout in kind.whole if layout.sole == kind.group.index]
+    each = 4.0 * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
+    step = max(1, int(budget // max(1.0, each)))
+    return [_job(kind.stack, here[i : i + step], "local") for i in range(0, len(here), step)]
+
+
+def _owner_jobs(kind: _Kind, owners: dict[int, int], budget: int, dtype: torch.dtype) -> list[FlatJob]:
+    size = math.prod(kind.stack.layout.shape)
+    jobs = []
+    for cut, flight in _cut_in_waves(kind.stack, kind.cut, budget, {i: {owners[i]: 7.0 * size} for i, _ in kind.cut}):
+        mine = [(i, layout) for i, layout in cut if _held_here(layout) or owners[i] == kind.group.index]
+        job = _job(kind.stack, mine, "owner", everyone=cut, flight=flight, dtype=dtype)
+        jobs.append(dataclasses.replace(job, owners=tuple(owners[i] for i, _ in mine)))
+    return jobs
+
+
+def _row_jobs(kind: _Kind, budget: int, dtype: torch.dtype) -> list[FlatJob]:
+    multiple = kind.multiple
+    alone: Cut = []
+    alike: dict[FlatLayout, Cut] = {}
+    for i, layout in kind.cut:
+        if _alone(_rows_stack(kind, layout)):
+            alone.append((i, layout))
+        else:
+            alike.setdefault(layout, []).append((i, layout))
+    jobs = []
+    for cut, flight in _cut_in_waves(kind.stack, alone, budget, {}):
+        mine = [(i, layout) for i, layout in cut if _held_here(layout) or _rows_here(layout, multiple)]
+        job = _job(kind.stack, mine, "reduce", everyone=cut, flight=flight, dtype=dtype, multiple=multiple)
+        jobs.append(dataclasses.replace(job, alone=True))
+    for layout, cut in alike.items():
+        stack = _rows_stack(kind, layout)
+        summed = {i: dict.fromkeys(range(kind.group.size), 6.0 * _summed(stack)) for i, _ in cut}
+        for part, flight in _cut_in_waves(stack, cut, budget, summed):
+            jobs.append(_job(stack, part, "reduce", flight=flight, dtype=dtype, multiple=multiple))
+    return jobs
+
+
+def _summed(rows: Stack) -> float:
+    axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+    return sum(ask_piece(rows, rows.layout.largest_shape, axes).summed.values())
+
+
+def _cut_in_waves(
+    stack: Stack, given: Cut, budget: int, more: Mapping[int, Mapping[int, float]]
+) -> list[tuple[Cut, float]]:
+    """Cut parameters, in order, as many at a time as the budget of the busiest rank holds, and the bytes it then holds.
+
+    A piece is held, copied, updated and copied again; `more` has numbers that ranks hold besides, for each parameter.
+    """
+    waves: list[Cut] = []
+    flights: list[float] = []
+    loads: dict[int, float] = {}
+    for i, layout in given:
+        needed = {rank: 6.0 * (stop - start) for rank, start, stop in layout.runs}
+        for rank, numbers in more.get(i, {}).items():
+            needed[rank] = needed.get(rank, 0.0) + numbers
+        needed = {rank: numbers * stack.dtype.itemsize for rank, numbers in needed.items()}
+        if not waves or any(loads.get(rank, 0.0) + size > budget for rank, size in needed.items()):
+            waves.append([])
+            flights.append(0.0)
+            loads = {}
+        waves[-1].append((i, layout))
+        for rank, size in needed.items():
+            loads[rank] = loads.get(rank, 0.0) + size
+            flights[-1] = max(flights[-1], loads[rank])
+    return list(zip(waves, flights, strict=True))
+
+
+def _held_here(layout: FlatLayout) -> bool:
+    return _held(layout, layout.group.index) > 0
+
+
+def _rows_here(layout: FlatLayout, multiple: int) -> bool:
+    return layout.by_rows(multiple=multiple).local_shape[0] > 0
+
+
+def _job(
+    stack: Stack,
+    members: Cut,
+    placement: Placement,
+    *,
+    everyone: Cut | None = None,
+    flight: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    multiple: int = 1,
+) -> FlatJob:
+    everyone = members if everyone is None else everyone
+    travels = placement == "owner" or any(
+        bound % (layout.width * multiple) for _, layout in everyone for bound in layout.bounds
+    )
+    return FlatJob(
+        stack=stack,
+        members=tuple(i for i, _ in members),
+        everyone=tuple(i for i, _ in everyone),
+        layouts=tuple(layout for _, layout in members),
+        placement=placement,
+        multiple=multiple,
+        travels=travels,
+        flight_bytes=flight,
+        exchange_dtype=dtype,
+    )

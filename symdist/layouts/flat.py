@@ -1,0 +1,103 @@
+"""Weights that an engine keeps as stretches of one long vector: ZeRO partitions, flat data-parallel buffers."""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from symdist.layouts.grid import Grid, Group
+from symdist.layouts.layout import Layout, Split
+
+Run: TypeAlias = tuple[int, int, int]
+"""A rank, by its place in the group, and the elements from start to stop that it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatLayout:
+    """A matrix or vector of global `shape` cut, in row-major order, into consecutive runs of elements: one a rank.
+
+    `bounds` are the offsets at which they meet, from 0 to the number of elements: rank i of `group` holds
+    `bounds[i]` to `bounds[i + 1]`, which may be nothing. A piece is a vector.
+    """
+
+    shape: tuple[int, ...]
+    group: Group
+    bounds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        rising = all(low <= high for low, high in itertools.pairwise(self.bounds))
+        if len(self.bounds) != self.group.size + 1 or not rising:
+            raise ValueError(f"bounds {self.bounds} are not {self.group.size + 1} rising offsets")
+        if self.bounds[0] != 0 or self.bounds[-1] != math.prod(self.shape):
+            raise ValueError(f"bounds {self.bounds} do not cover the {math.prod(self.shape)} elements of {self.shape}")
+
+    @property
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of this rank's piece."""
+        return (self.bounds[self.group.index + 1] - self.bounds[self.group.index],)
+
+    @property
+    def width(self) -> int:
+        """The elements of a row."""
+        return math.prod(self.shape[1:])
+
+    @functools.cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """What the ranks hold that hold anything."""
+        return _runs(self.bounds)
+
+    @functools.cached_property
+    def sole(self) -> int | None:
+        """The rank that holds everything, if one does."""
+        return self.runs[0][0] if len(self.runs) == 1 else None
+
+    @functools.cached_property
+    def everywhere(self) -> Layout:
+        """The same ranks, each with the whole: where an owner puts it together."""
+        return Layout(shape=self.shape, grid=_line(self.group))
+
+    def by_rows(self, *, multiple: int = 1) -> Layout:
+        """The nearest layout in blocks of `multiple` whole rows: one that is cut goes to who has its first element."""
+        block = self.width * multiple
+        starts = [-(-bound // block) * multiple for bound in self.bounds]
+        return Layout(
+            shape=self.shape,
+            grid=_line(self.group),
+            splits=(Split(dim=0, axes=(0,), ranges=tuple(itertools.pairwise(starts))),),
+        )
+
+
+def runs_of_rows(layout: Layout) -> tuple[Run, ...]:
+    """The runs of elements that a layout in whole rows means."""
+    width = math.prod(layout.shape[1:])
+    (split,) = layout.splits
+    return tuple((i, a * width, b * width) for i, (a, b) in enumerate(split.ranges) if a < b and width)
+
+
+def flat_vector(sizes: list[int], *, ranks: int, align: int = 1) -> list[tuple[int, ...]]:
+    """The bounds of tensors that lie one after another in one vector, cut into equal parts of a multiple of `align`."""
+    part = -(-sum(sizes) // (ranks * align)) * align
+    return [flat_bounds(start, size, part=part, ranks=ranks) for start, size in zip(_starts(sizes), sizes, strict=True)]
+
+
+def flat_bounds(start: int, size: int, *, part: int, ranks: int) -> tuple[int, ...]:
+    """The bounds of a tensor of `size` elements at `start` of a vector of which every rank holds `part` elements."""
+    return (*(min(max(rank * part - start, 0), size) for rank in range(ranks)), size)
+
+
+def _starts(sizes: list[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts[:-1]
+
+
+@functools.lru_cache(maxsize=65536)
+def _runs(bounds: tuple[int, ...]) -> tuple[Run, ...]:
+    return tuple((i, a, b) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b)
+
+
+def _line(group: Group) -> Grid:
+    """The ranks of a group as a grid of one axis."""
+    return Grid(sizes=(group.size,), ranks=group.ranks, position=group.index, handles=(group.handle,))

@@ -1,0 +1,89 @@
+"""What ranks run for the tests of flat layouts: every case as runs of elements, three steps."""
+
+import math
+import random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from symdist import SymDist
+from symdist.layouts import FlatLayout, group_from
+from symdist.layouts.flat import flat_bounds, flat_vector
+from tests.cases import CASES, LR, STEPS, tensors
+
+Key = tuple[str, int, str, int]
+"""Case, copy, placement, expert."""
+PLACEMENTS = ("auto", "local", "reduce", "owner")
+COPIES = 2
+
+
+def shapes(case: str) -> list[tuple[int, ...]]:
+    """A matrix, or the matrices of a stack one by one."""
+    shape = CASES[case][0]
+    return [shape[1:]] * shape[0] if len(shape) == 3 else [shape]
+
+
+def cut(keys: list[Key], way: str, ranks: int) -> dict[Key, tuple[int, ...]]:
+    """The bounds of every tensor: "each" cut by itself, all in "one" vector, or anywhere."""
+    sizes = [math.prod(shapes(case)[expert]) for case, _, _, expert in keys]
+    if way == "each":
+        bounds = [flat_bounds(0, size, part=-(-size // ranks), ranks=ranks) for size in sizes]
+    elif way == "one":
+        bounds = flat_vector(sizes, ranks=ranks, align=2)
+    else:
+        source = random.Random(f"{way} {ranks}")
+        bounds = []
+        for size in sizes:
+            inner = sorted(source.choice((0, size, source.randint(0, size))) for _ in range(ranks - 1))
+            bounds.append((0, *inner, size))
+    return dict(zip(keys, bounds, strict=True))
+
+
+def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dict, dict]:
+    """This rank's pieces after three steps, by key; and where the rules ran."""
+    group = group_from(mesh)
+    keys = [
+        (case, copy, placement, expert)
+        for case in CASES
+        for copy in range(COPIES)
+        for placement in PLACEMENTS
+        for expert in range(len(shapes(case)))
+    ]
+    bounds = cut(keys, way, group.size)
+    drawn: dict[Key, tuple[nn.Parameter, list[Tensor]]] = {}
+    groups: list[dict[str, Any]] = []
+    for case, (shape, options_of_case) in CASES.items():
+        for placement in PLACEMENTS:
+            candidate: dict[str, Any] = {
+                "lr": LR,
+                "placement": placement,
+                **options_of_case,
+                "params": [],
+                "layouts": [],
+            }
+            for key in keys:
+                if key[0] != case or key[2] != placement:
+                    continue
+                start, stop = bounds[key][group.index], bounds[key][group.index + 1]
+                weight, gradients = tensors(case, key[1])
+                whole = [(t[key[3]] if len(shape) == 3 else t).reshape(-1).to(dtype) for t in (weight, *gradients)]
+                parameter = nn.Parameter(whole[0][start:stop].clone())
+                candidate["params"].append(("/".join(map(str, key)), parameter))
+                candidate["layouts"].append(FlatLayout(shape=shapes(case)[key[3]], group=group, bounds=bounds[key]))
+                drawn[key] = parameter, [gradient[start:stop] for gradient in whole[1:]]
+            try:
+                SymDist([dict(candidate)], world=mesh, **options)
+            except ValueError as error:
+                if "cannot run with placement" not in str(error):
+                    raise
+                drawn = {key: found for key, found in drawn.items() if key[0] != case or key[2] != placement}
+            else:
+                groups.append(candidate)
+    optimizer = SymDist(groups, world=mesh, **options)
+    for step in range(STEPS):
+        for parameter, gradients in drawn.values():
+            parameter.grad = gradients[step]
+        optimizer.step()
+    return {key: parameter.detach() for key, (parameter, _) in drawn.items()}, optimizer.placements()
