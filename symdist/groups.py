@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from symdist.exchange import Plan, Stack, place
 from symdist.layouts import FlatLayout, Group, Layout, layout_of
@@ -87,22 +88,26 @@ def describe_member(
     index: int,
     group: Mapping[str, Any],
     replicas: Group | None = None,
-    flat: FlatLayout | None = None,
+    layout: Layout | FlatLayout | None = None,
 ) -> Member:
     """Find a parameter's layout, view and stack; `replicas` are the ranks that hold plain tensors alike.
 
-    `flat` says that the parameter is a piece of a flat layout, and of which.
+    `layout` says where the parameter lies, for those that do not tell by themselves.
 
     Raises ValueError, naming it, where the rule, the view or the layout do not fit its shape.
     """
     rule = get_rule(group["rule"])
     if not parameter.is_floating_point():
         raise ValueError(f"{name} is {parameter.dtype}; only floating-point parameters can be optimized")
-    layout = layout_of(parameter, name=name, replicas=replicas) if flat is None else flat
-    if flat is not None and tuple(parameter.shape) != flat.local_shape:
-        raise ValueError(f"{name}: this rank's piece has shape {tuple(parameter.shape)}, its layout {flat.local_shape}")
-    if flat is not None and len(flat.shape) > 2:
-        raise ValueError(f"{name} has shape {flat.shape}: of a stack of matrices in a flat layout, give each by itself")
+    layout = layout if layout is not None else layout_of(parameter, name=name, replicas=replicas)
+    if not isinstance(parameter, DTensor) and tuple(parameter.shape) != layout.local_shape:
+        raise ValueError(
+            f"{name}: this rank's piece has shape {tuple(parameter.shape)}, its layout {layout.local_shape}"
+        )
+    if isinstance(layout, FlatLayout) and len(layout.shape) > 2:
+        raise ValueError(
+            f"{name} has shape {layout.shape}: of a stack of matrices in a flat layout, give each by itself"
+        )
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if rule.matrices and len(layout.shape) < 2:
         raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")

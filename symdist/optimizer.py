@@ -23,8 +23,8 @@ class SymDist(torch.optim.Optimizer):
 
     A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`, `view`,
     `stale_rows`, `placement`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A 3-D
-    parameter is a stack of matrices. `layouts`, where given, has for each parameter None or the `FlatLayout` of which
-    it is this rank's piece; every rank gives all parameters, with an empty vector where it holds nothing.
+    parameter is a stack of matrices. `layouts`, where given, has for each parameter None or where it lies; of
+    a `FlatLayout` every rank gives its piece, an empty vector where it holds nothing.
 
     A missing gradient is a zero gradient. State lies like its parameter, is complete from construction on, and is
     float32 or wider. `lr`, `weight_decay` and what the momentum is told may change between steps; the rule's own
@@ -107,7 +107,7 @@ class SymDist(torch.optim.Optimizer):
         group = complete_group(group)
         known = {id(member.parameter): member.name for member in self._members}
         members = []
-        for name, parameter, flat in zip(names, params, layouts, strict=True):
+        for name, parameter, layout in zip(names, params, layouts, strict=True):
             if id(parameter) in known:
                 raise ValueError(f"{name} is given twice: it is {known[id(parameter)]} of another place or group")
             if parameter.is_meta:
@@ -117,7 +117,7 @@ class SymDist(torch.optim.Optimizer):
             known[id(parameter)] = name
             index = len(self.param_groups)
             members.append(
-                describe_member(parameter, name=name, index=index, group=group, replicas=self._replicas, flat=flat)
+                describe_member(parameter, name=name, index=index, group=group, replicas=self._replicas, layout=layout)
             )
         if self._constructed:
             place_members(self._members + members, wave_bytes=self.wave_bytes)

@@ -86,6 +86,11 @@ def flat_bounds(start: int, size: int, *, part: int, ranks: int) -> tuple[int, .
     return (*(min(max(rank * part - start, 0), size) for rank in range(ranks)), size)
 
 
+def replicated(shape: tuple[int, ...], group: Group) -> Layout:
+    """A tensor that is the same on all ranks of a group."""
+    return Layout(shape=shape, grid=_line(group)) if group.size > 1 else Layout(shape=shape)
+
+
 def _starts(sizes: list[int]) -> list[int]:
     starts = [0]
     for size in sizes:

@@ -1,0 +1,8 @@
+"""symdist for DeepSpeed: importing this registers `"type": "SymDist"` for the optimizer of a DeepSpeed config."""
+
+from symdist_deepspeed.optimizer import DeepSpeedSymDist
+from symdist_deepspeed.registration import register
+
+__all__ = ["DeepSpeedSymDist", "register"]
+
+register()

@@ -1,0 +1,343 @@
+"""The optimizer that DeepSpeed drives: its flat tensors outside, the pieces of parameters they are made of inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from symdist import SymDist
+from symdist.exchange import Transport
+from symdist.groups import Member
+from symdist.layouts import FlatLayout, Layout
+from symdist.layouts.flat import replicated
+from symdist.rules import ACCUMULATOR_STATE, get_rule
+from symdist_deepspeed.options import Options
+from symdist_deepspeed.routing import Routed
+from symdist_deepspeed.transport import transport_for
+
+if TYPE_CHECKING:
+    from symdist_deepspeed.partitions import Part, Stepped
+
+# DeepSpeed's converter of checkpoints knows Adam's names alone, so a momentum goes by that of Adam's first moment.
+_NAMES = {"momentum": "exp_avg", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+
+
+class DeepSpeedSymDist(torch.optim.Optimizer):
+    """A torch optimizer over what DeepSpeed's wrappers make of the model's parameters, stepped by `symdist.SymDist`.
+
+    DeepSpeed replaces the parameters of `param_groups` by flat fp32 partitions and calls `step` for one of them at a
+    time. The exchange is taken once, at the last of these calls, for all of them together: until then the gradients
+    are kept. State is kept flat, too, as `exp_avg` (momentum, or Adam's first moment), `exp_avg_sq` and `step`.
+
+    In a group, `lr` is the rate of the recipe's matrices, which DeepSpeed's schedulers set; every parameter has its own
+    rate in proportion to it.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, routed: dict[int, Routed], options: Options):
+        self._routed = routed
+        self._options = options
+        self._symdist: _Pieces | None = None
+        self._bound: list[_Bound] = []
+        self._waiting: set[int] = set()
+        self._relink: Callable[[], None] = lambda: None
+        self._rules = [group["rules"] for group in groups]
+        super().__init__(groups, {})
+        self._all_groups = list(self.param_groups)
+
+    @property
+    def symdist(self) -> SymDist:
+        """The optimizer of the pieces; RuntimeError before DeepSpeed has made its partitions."""
+        if self._symdist is None:
+            raise RuntimeError("SymDist is not attached to a DeepSpeed engine yet")
+        return self._symdist
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out for gradients that were not finite."""
+        return self.symdist.skipped_steps
+
+    def attach(
+        self, stepped: list[Stepped], *, relink: Callable[[], None] = lambda: None, transport: Transport | None = None
+    ) -> None:
+        """Take over what DeepSpeed made of the parameters: called once, by all ranks.
+
+        `relink` is called when state has been made or has moved. Raises ValueError for a parameter whose rule, view or layout do not
+        fit, by name.
+        """
+        self._all_groups = list(self.param_groups)
+        self._relink = relink
+        inner: dict[tuple[int, int], dict[str, Any]] = {}
+        homes: dict[int, dict[str, Tensor]] = {}
+        for each in stepped:
+            bound = _Bound(stepped=each)
+            self._bound.append(bound)
+            self._make_state(each.tensor, self._all_groups[each.group])
+            for part in each.parts:
+                routed = self._routed[id(part.parameter)]
+                group = inner.setdefault(
+                    (each.group, id(routed.options)),
+                    {**routed.options, "lr": self._rate(each.group, routed), "params": [], "layouts": []},
+                )
+                for piece in _pieces(part, each.tensor, routed):
+                    bound.pieces.append(piece)
+                    group["params"].append((piece.name, piece.parameter))
+                    group["layouts"].append(piece.layout)
+                    homes[id(piece.parameter)] = {
+                        key: piece.of(self.state[each.tensor][_NAMES[key]]) for key in _state_keys(group["rule"])
+                    }
+            bound.note(self.state[each.tensor])
+        self._symdist = _Pieces(
+            list(inner.values()),
+            homes=homes,
+            nonfinite=self._options.nonfinite,  # type: ignore[arg-type]
+            exchange_dtype=self._options.dtype,
+            wave_bytes=self._options.wave_bytes,
+            world=dist.group.WORLD,
+            transport=transport or transport_for([each.tensor for each in stepped]),
+        )
+        relink()
+        ratios = {(each.group, id(r.options)): r.lr_ratio for each in stepped for r in self._routed_in(each)}
+        self._rates = [(group, ratios[group, options]) for group, options in inner]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take the gradients of the tensors in `param_groups`; with the last of all tensors, take the step.
+
+        Raises FloatingPointError on every rank, before anything changes, where a gradient is not finite on any and
+        `nonfinite` is "raise".
+        """
+        if len(self.param_groups) == len(self._rules):
+            self._all_groups = list(self.param_groups)
+        if self._symdist is None:
+            # DeepSpeed tries the optimizer out while it makes its partitions.
+            return None
+        given = [tensor for group in self.param_groups for tensor in group["params"]]
+        now = [bound for bound in self._bound if any(bound.stepped.tensor is tensor for tensor in given)]
+        if self._waiting & {id(bound) for bound in now}:
+            # The step before was broken off.
+            self._forget()
+        for bound in now:
+            bound.take_gradient()
+            self._waiting.add(id(bound))
+        if len(self._waiting) < len(self._bound):
+            return None
+        try:
+            self._step()
+        finally:
+            self._forget()
+        for bound in self._bound:
+            if all(bound is not other for other in now):
+                bound.stepped.publish()
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. DeepSpeed's converter to universal checkpoints wants `exp_avg_sq` of everything: momentum has
+        zeros there, of one element in memory and file.
+        """
+        found = super().state_dict()
+        for index, state in found["state"].items():
+            if "exp_avg" in state and "exp_avg_sq" not in state:
+                zeros = torch.zeros(1, device=state["exp_avg"].device).expand(state["exp_avg"].shape)
+                found["state"][index] = {**state, "exp_avg_sq": zeros}
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, into the tensors that are here.
+
+        Raises ValueError, before anything changes, where groups, rules or state do not match.
+        """
+        saved = state_dict["param_groups"]
+        if len(saved) != len(self.param_groups):
+            raise ValueError(
+                f"the saved state has {len(saved)} param groups, this optimizer {len(self.param_groups)}; "
+                "use the recipe and the model_parameters of the saved run"
+            )
+        self._check_rules(saved)
+        pairs: list[tuple[Tensor, Mapping[str, Any]]] = []
+        for i, (group, theirs) in enumerate(zip(self.param_groups, saved, strict=True)):
+            if len(group["params"]) != len(theirs["params"]):
+                raise ValueError(
+                    f"param group {i} has {len(group['params'])} tensors, the saved one {len(theirs['params'])}; "
+                    "load at the ZeRO stage and sub_group_size of the saved run"
+                )
+            for tensor, index in zip(group["params"], theirs["params"], strict=True):
+                found = state_dict["state"].get(index, {})
+                for key, mine in self.state[tensor].items():
+                    if key not in found or torch.as_tensor(found[key]).numel() != mine.numel():
+                        have = tuple(torch.as_tensor(found[key]).shape) if key in found else "none"
+                        raise ValueError(
+                            f"param group {i} needs state {key!r} of shape {tuple(mine.shape)}; the saved state has "
+                            f"{have}. Another world size needs a universal checkpoint"
+                        )
+                pairs.append((tensor, found))
+        for group, theirs in zip(self.param_groups, saved, strict=True):
+            group.update({key: value for key, value in theirs.items() if key != "params"})
+        with torch.no_grad():
+            for tensor, found in pairs:
+                for key, mine in self.state[tensor].items():
+                    mine.copy_(torch.as_tensor(found[key]).view(mine.shape))
+
+    def _step(self) -> None:
+        assert self._symdist is not None
+        # Of stage 3's universal checkpoints all groups get what the first one said: its rules are its own.
+        self._check_rules(self._all_groups[:1])
+        for (group, ratio), inner in zip(self._rates, self._symdist.param_groups, strict=True):
+            inner["lr"] = float(self._all_groups[group]["lr"]) * ratio
+        moved = [bound.follow(self.state[bound.stepped.tensor], self._symdist) for bound in self._bound]
+        if any(moved):
+            self._relink()
+        skipped = self._symdist.skipped_steps
+        self._symdist.step()
+        if self._symdist.skipped_steps == skipped:
+            for bound in self._bound:
+                bound.count(self.state[bound.stepped.tensor])
+
+    def _check_rules(self, groups: list[dict[str, Any]]) -> None:
+        for i, (group, mine) in enumerate(zip(groups, self._rules, strict=False)):
+            if group.get("rules") != mine:
+                raise ValueError(
+                    f"param group {i} of the loaded checkpoint has rules {group.get('rules')}, this run {mine}; "
+                    "use the recipe of the saved run"
+                )
+
+    def _rate(self, group: int, routed: Routed) -> float:
+        return float(self._all_groups[group]["lr"]) * routed.lr_ratio
+
+    def _routed_in(self, stepped: Stepped) -> list[Routed]:
+        return [self._routed[id(part.parameter)] for part in stepped.parts]
+
+    def _make_state(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
+        state = self.state[tensor]
+        keys = {_NAMES[key] for rule in group["rules"].values() for key in _state_keys(rule)}
+        for key in sorted(keys):
+            state[key] = torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
+        state["step"] = torch.zeros((), dtype=torch.float32)
+
+    def _forget(self) -> None:
+        self._waiting.clear()
+        for bound in self._bound:
+            bound.drop_gradient()
+
+
+class _Pieces(SymDist):
+    """SymDist over pieces whose state lies in the flat state of what they are pieces of."""
+
+    def __init__(self, groups: list[dict[str, Any]], *, homes: dict[int, dict[str, Tensor]], **options: Any):
+        self._homes = homes
+        super().__init__(groups, **options)
+        del self._homes
+
+    def _new_state(self, member: Member) -> dict[str, Tensor]:
+        state = dict(self._homes[id(member.parameter)])
+        if member.rule.accumulator == "adam":
+            state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
+        return state
+
+
+@dataclass(kw_only=True)
+class _Piece:
+    """A matrix or vector in a stepped tensor: `start` to `stop` of it, or all of it where these are None."""
+
+    name: str
+    parameter: Tensor
+    layout: FlatLayout | Layout
+    start: int | None = None
+    stop: int | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece's part of a tensor like the stepped one."""
+        return tensor if self.start is None else tensor.detach()[self.start : self.stop]
+
+
+class _Bound:
+    """A stepped tensor with its pieces, and what these are bound to."""
+
+    def __init__(self, *, stepped: Stepped):
+        self.stepped = stepped
+        self.pieces: list[_Piece] = []
+        self._address = 0
+        self._state: dict[str, Any] = {}
+        self._steps = 0.0
+
+    def take_gradient(self) -> None:
+        """Let the pieces have their parts of the gradient, which is kept until the step is taken."""
+        gradient = self.stepped.tensor.grad
+        for piece in self.pieces:
+            if piece.start is not None:
+                piece.parameter.grad = None if gradient is None else piece.of(gradient)
+
+    def drop_gradient(self) -> None:
+        """Let the gradient go."""
+        for piece in self.pieces:
+            if piece.start is not None:
+                piece.parameter.grad = None
+
+    def note(self, state: Mapping[str, Any]) -> None:
+        """Remember where the tensor and its state lie."""
+        self._address = self.stepped.tensor.data_ptr()
+        self._state = dict(state)
+        self._steps = float(state["step"])
+
+    def follow(self, state: dict[str, Any], symdist: SymDist) -> bool:
+        """Go where DeepSpeed has moved the tensor or its state to, as it does when it loads or offloads; whether."""
+        tensor = self.stepped.tensor
+        known = {name for name in self._state if name in _NAMES.values()}
+        for name in [name for name in state if name in _NAMES.values() and name not in known]:
+            # Only a universal checkpoint brings it, for a momentum that has no use for it.
+            del state[name]
+        if tensor.data_ptr() != self._address:
+            for piece in self.pieces:
+                if piece.start is not None:
+                    piece.parameter.data = piece.of(tensor)
+        moved = [name for name in known if state[name] is not self._state[name]]
+        for piece in self.pieces:
+            held = symdist.state[piece.parameter]
+            for key, name in _NAMES.items():
+                if key in held and name in moved:
+                    held[key] = piece.of(state[name])
+        if float(state["step"]) != self._steps:
+            for piece in self.pieces:
+                if "step" in symdist.state[piece.parameter]:
+                    symdist.state[piece.parameter]["step"].fill_(float(state["step"]))
+        self.note(state)
+        return bool(moved)
+
+    def count(self, state: dict[str, Any]) -> None:
+        """One more step; a tensor of its own, for a universal checkpoint shares one among all."""
+        state["step"] = torch.tensor(self._steps + 1)
+        self.note(state)
+
+
+def _pieces(part: Part, tensor: Tensor, routed: Routed) -> list[_Piece]:
+    """A parameter's pieces in a tensor: one, or of a stack of matrices one each."""
+    name, shape, options = routed.name, routed.shape, routed.options
+    if part.bounds is None:
+        return [_Piece(name=name, parameter=tensor, layout=replicated(shape, part.ranks))]
+    by_rows = options.get("centered") or options["stale_rows"] == "hold" or options["padding_rows"] > 0
+    if not (get_rule(options["rule"]).matrices or by_rows):
+        shapes, names = [(part.bounds[-1],)], [name]
+    elif len(shape) > 2:
+        shapes = [shape[-2:]] * (part.bounds[-1] // (shape[-2] * shape[-1]))
+        names = [f"{name}[{i}]" for i in range(len(shapes))]
+    else:
+        shapes, names = [shape], [name]
+    found = []
+    first = part.bounds[part.ranks.index]
+    size = part.bounds[-1] // len(shapes)
+    for i, (each, its_name) in enumerate(zip(shapes, names, strict=True)):
+        bounds = tuple(min(max(bound - i * size, 0), size) for bound in part.bounds)
+        layout = FlatLayout(shape=each, group=part.ranks, bounds=bounds)
+        start = part.start + max(i * size - first, 0)
+        stop = start + layout.local_shape[0]
+        parameter = nn.Parameter(tensor.detach()[start:stop])
+        found.append(_Piece(name=its_name, parameter=parameter, layout=layout, start=start, stop=stop))
+    return found
+
+
+def _state_keys(rule: str) -> tuple[str, ...]:
+    return ACCUMULATOR_STATE[get_rule(rule).accumulator]

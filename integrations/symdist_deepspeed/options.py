@@ -1,0 +1,124 @@
+"""What the `"params"` of a DeepSpeed config may say, and which of DeepSpeed's features symdist cannot serve."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from symdist.optimizer import WAVE_BYTES
+from symdist.recipes import Recipe, load_recipe
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The params of `"type": "SymDist"`.
+
+    `recipe` is a recipe's name, a TOML file, or a mapping of the same form. `lr` is the rate of the role "matrix": all
+    rates of the recipe are scaled in that proportion; without it they are as the recipe says. `overrides` replace
+    options by role, rates among them, which then are meant as they stand. The others are those of `symdist.SymDist`.
+    """
+
+    recipe: Any
+    lr: float | None = None
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    nonfinite: str = "raise"
+    exchange_dtype: str | None = None
+    wave_bytes: int = WAVE_BYTES
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any] | None) -> "Options":
+        """From a config; ValueError for a missing recipe, an unknown option, or a value of the wrong kind."""
+        given = dict(params or {})
+        known = [option.name for option in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ValueError(
+                f"optimizer SymDist knows no option {', '.join(map(repr, unknown))}; it knows {', '.join(known)}. "
+                'Options of a rule go by role: "overrides": {"other": {"weight_decay": 0.1}}'
+            )
+        if "recipe" not in given:
+            raise ValueError('optimizer SymDist needs a recipe: "params": {"recipe": "olmoe"}')
+        options = cls(**given)
+        lr = options.lr
+        if lr is not None and (isinstance(lr, bool | str) or not (math.isfinite(lr) and lr > 0)):
+            raise ValueError(f"optimizer SymDist: lr={lr!r} must be a positive number")
+        if not isinstance(options.overrides, Mapping):
+            raise ValueError(f'optimizer SymDist: overrides={options.overrides!r} must be {{"role": {{…}}}}')
+        if options.exchange_dtype is not None and options.exchange_dtype not in _DTYPES:
+            raise ValueError(
+                f"optimizer SymDist: exchange_dtype={options.exchange_dtype!r} is not {' or '.join(map(repr, _DTYPES))}"
+            )
+        return options
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What matrices travel as."""
+        return None if self.exchange_dtype is None else _DTYPES[self.exchange_dtype]
+
+    def scaled(self) -> tuple[Recipe, float]:
+        """The recipe with its rates scaled and its overrides in place, and the rate of its matrices.
+
+        Raises ValueError as `load_recipe` and `Recipe.overridden` do.
+        """
+        recipe = load_recipe(_tuples(self.recipe) if isinstance(self.recipe, Mapping) else self.recipe)
+        own = (recipe.options("matrix") or {}).get("lr")
+        if own is None:
+            own = next((float(section["lr"]) for section in recipe.sections.values() if "lr" in section), 1.0)
+        base = own if self.lr is None else float(self.lr)
+        recipe = Recipe(
+            name=recipe.name,
+            sections={role: _scaled(section, base / own) for role, section in recipe.sections.items()},
+            patterns=tuple(_scaled(pattern, base / own) for pattern in recipe.patterns),
+            schedules=recipe.schedules,
+        )
+        return recipe.overridden(_tuples(self.overrides)), base
+
+
+def _scaled(options: Mapping[str, Any], factor: float) -> dict[str, Any]:
+    return {key: value * factor if key == "lr" else value for key, value in options.items()}
+
+
+def _tuples(options: Any) -> Any:
+    """JSON has no tuples; betas are one."""
+    if isinstance(options, Mapping):
+        return {
+            key: tuple(value) if key == "betas" and isinstance(value, list) else _tuples(value)
+            for key, value in options.items()
+        }
+    return [_tuples(value) for value in options] if isinstance(options, list) else options
+
+
+def check_features(engine: Any) -> None:
+    """ValueError, naming it and the remedy, for what this engine is configured to do and symdist cannot do."""
+    stage = int(engine.zero_optimization_stage())
+    config = engine._config
+    zero = config.zero_config
+
+    def of_nvme(section: Any) -> bool:
+        return section is not None and str(getattr(section, "device", "")).rpartition(".")[2] == "nvme"
+
+    refused = {
+        "offload_optimizer to NVMe (state must be at hand for the whole step; offload to the CPU)": of_nvme(
+            zero.offload_optimizer
+        ),
+        "offload_param to NVMe (offload to the CPU)": of_nvme(zero.offload_param),
+        "offload_optimizer with ratio below 1": getattr(zero.offload_optimizer, "ratio", 1.0) < 1.0,
+        "super_offload": bool(getattr(zero.offload_optimizer, "super_offload", False)),
+        "zenflow": getattr(zero, "zenflow", None) is not None,
+        "MiCS (mics_shard_size)": getattr(zero, "mics_shard_size", -1) > 0,
+        "fp16 master weights": bool(engine.fp16_master_weights_and_gradients()),
+        "bf16 master weights": bool(getattr(engine, "bf16_master_weights_and_gradients", bool)()),
+        "sparse_gradients": bool(getattr(config, "sparse_gradients_enabled", False)),
+        "elastic_checkpoint (convert to a universal checkpoint instead)": bool(zero.elastic_checkpoint),
+        "torch_autocast in float16, whose scaler may skip a step on some ranks only (use bfloat16)": (
+            bool(getattr(engine, "torch_autocast_enabled", bool)()) and engine.torch_autocast_dtype() == torch.float16
+        ),
+        "tensor parallelism (mp world size > 1) under ZeRO": engine.mp_world_size > 1,
+    }
+    found = [feature for feature, on in refused.items() if on]
+    if found:
+        raise ValueError(f"symdist does not support, at ZeRO stage {stage}: {'; '.join(found)}")

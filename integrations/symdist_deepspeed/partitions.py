@@ -1,0 +1,207 @@
+"""Where DeepSpeed put each parameter: the tensors its wrappers step, as runs of the parameters they are made of."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils.mixed_precision_linkage import link_hp_params
+from torch import Tensor
+
+from symdist.layouts import Group, group_from
+from symdist.layouts.flat import flat_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A parameter in a tensor that is stepped: its elements `bounds[i]` to `bounds[i + 1]` lie on rank i of `ranks`.
+
+    This rank's begin at `start` of the tensor. Without `bounds` the tensor is the parameter, the same on all `ranks`.
+    """
+
+    parameter: Tensor
+    ranks: Group
+    start: int = 0
+    bounds: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped:
+    """A tensor that DeepSpeed hands to the optimizer, in the param group of index `group`.
+
+    `publish` brings its values to what the model computes with, for tensors that DeepSpeed has already brought there
+    when the step is taken.
+    """
+
+    tensor: Tensor
+    group: int
+    parts: list[Part]
+    publish: Callable[[], None] = field(default=lambda: None)
+
+
+def read_partitions(engine: Any) -> list[Stepped]:
+    """What the optimizer of an engine is handed in a step.
+
+    Raises ValueError, naming it, for a wrapper that symdist does not know.
+    """
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer:
+        pairs = [[(p, p) for p in group["params"]] for group in wrapper.param_groups]
+        return _whole(engine, pairs)
+    if type(wrapper) is FP16_UnfusedOptimizer:
+        groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        pairs = [list(zip(of_group, masters, strict=True)) for of_group, masters in groups]
+        return _whole(engine, pairs)
+    if type(wrapper) is DeepSpeedZeroOptimizer:
+        return _stage_1_and_2(wrapper)
+    if type(wrapper) is DeepSpeedZeroOptimizer_Stage3:
+        return _stage_3(wrapper)
+    if type(wrapper) is BF16_Optimizer:
+        return _bf16(wrapper)
+    raise ValueError(f"symdist does not know the optimizer wrapper {type(wrapper).__name__} of this DeepSpeed config")
+
+
+def ranks_of(group: Any) -> Group:
+    """The ranks of a process group of DeepSpeed's; ValueError where it does not number them in ascending order."""
+    group = dist.group.WORLD if group is None else group
+    found = group_from(group)
+    if dist.get_process_group_ranks(group) != list(found.ranks):
+        raise ValueError(f"process group of ranks {dist.get_process_group_ranks(group)}: they must ascend")
+    return found
+
+
+def _whole(engine: Any, pairs: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> list[Stepped]:
+    """Stage 0: parameters, or their masters, whole on all ranks of data parallelism; experts on those of theirs."""
+    ranks: dict[Any, Group] = {}
+
+    def of(parameter: Any) -> Group:
+        name = None if getattr(parameter, "allreduce", True) else parameter.group_name
+        if name not in ranks:
+            data = deepspeed_groups._get_expert_data_parallel_group(name) if name else engine.seq_data_parallel_group
+            ranks[name] = ranks_of(data)
+        return ranks[name]
+
+    return [
+        Stepped(tensor=stepped, group=i, parts=[Part(parameter=parameter, ranks=of(parameter))])
+        for i, of_group in enumerate(pairs)
+        for parameter, stepped in of_group
+    ]
+
+
+def _stage_1_and_2(wrapper: Any) -> list[Stepped]:
+    found = []
+    for i, tensor in enumerate(wrapper.single_partition_of_fp32_groups):
+        ranks = ranks_of(wrapper.real_dp_process_group[i])
+        parameters = wrapper.round_robin_bit16_groups[i]
+        # Each is a view of the group's flat tensor: that tells where it is under every option.
+        flat = wrapper.bit16_groups_flat[i]
+        offsets = [(p.data_ptr() - flat.data_ptr()) // flat.element_size() for p in parameters]
+        parts = _parts(zip(parameters, offsets, strict=True), part=int(wrapper.partition_size[i]), ranks=ranks)
+        here = wrapper.parallel_partitioned_bit16_groups[i][ranks.index]
+        found.append(Stepped(tensor=tensor, group=i, parts=parts, publish=partial(_copy, here, tensor)))
+    return found
+
+
+def _bf16(wrapper: Any) -> list[Stepped]:
+    found = []
+    for i, tensor in enumerate(wrapper.fp32_groups_flat_partition):
+        parameters = wrapper.bf16_groups[i]
+        offsets = [0]
+        for parameter in parameters:
+            offsets.append(offsets[-1] + parameter.numel())
+        ranks = ranks_of(wrapper.real_dp_process_group[i])
+        parts = _parts(zip(parameters, offsets, strict=False), part=tensor.numel(), ranks=ranks)
+        found.append(Stepped(tensor=tensor, group=i, parts=parts))
+    return found
+
+
+def _parts(placed: Iterable[tuple[Tensor, int]], *, part: int, ranks: Group) -> list[Part]:
+    """Parameters at offsets of one vector, cut into a part a rank."""
+    parts = []
+    for parameter, offset in placed:
+        bounds = flat_bounds(offset, parameter.numel(), part=part, ranks=ranks.size)
+        start = offset + bounds[ranks.index] - part * ranks.index
+        parts.append(Part(parameter=parameter, ranks=ranks, start=start, bounds=bounds))
+    return parts
+
+
+def _stage_3(wrapper: Any) -> list[Stepped]:
+    """Every parameter is cut by itself; a sub-group's pieces lie one after another."""
+    found = []
+    for i, tensor in enumerate(wrapper.fp32_partitioned_groups_flat):
+        parts = []
+        start = 0
+        for parameter in wrapper.fp16_groups[i]:
+            ranks = ranks_of(parameter.ds_process_group)
+            part = parameter.partition_numel()
+            bounds = flat_bounds(0, parameter.ds_numel, part=part, ranks=ranks.size)
+            parts.append(Part(parameter=parameter, ranks=ranks, start=start, bounds=bounds))
+            start += part
+        publish = partial(wrapper._reassign_or_swap_out_partitioned_parameters, i)
+        found.append(Stepped(tensor=tensor, group=wrapper.sub_group_to_group_id[i], parts=parts, publish=publish))
+    return found
+
+
+@torch.no_grad()
+def _copy(there: Tensor, tensor: Tensor) -> None:
+    there.data.copy_(tensor.data)
+
+
+def keep_linked(wrapper: Any) -> Callable[[], None]:
+    """Let DeepSpeed's `safe_get_full_…` and checkpoints find parameters and state where they are, from now on.
+
+    DeepSpeed links each parameter to its fragments when it has made its partitions, and again when it has loaded them;
+    to state after the first step only, and never again. With `round_robin_gradients`, and without the padding of
+    `parameter_alignment`, it links them as if they still lay in their first order. Returned is what must be called
+    when state has been made, or has moved.
+    """
+    link = getattr(wrapper, "_link_all_hp_params", None)
+    if link is None or isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        # Stage 3 looks state up each time; stage 0 has nothing to link.
+        return lambda: None
+
+    def linked() -> None:
+        link()
+        padded = any(map(any, getattr(wrapper, "round_robin_bit16_padding", ())))
+        if getattr(wrapper, "round_robin_gradients", False) and not padded:
+            _link_in_order(wrapper)
+
+    def linked_with_states() -> None:
+        linked()
+        states()
+
+    def states() -> None:
+        wrapper._hp_optimizer_states_linked = False
+        wrapper._lazy_init_hp_params_optimizer_state()
+
+    wrapper._link_all_hp_params = linked_with_states
+    linked()
+    return states
+
+
+def _link_in_order(wrapper: Any) -> None:
+    """Link the parameters of stages 1 and 2 in the order in which they lie in their group's flat tensor."""
+    for i, tensor in enumerate(wrapper.single_partition_of_fp32_groups):
+        rank = dist.get_rank(group=wrapper.real_dp_process_group[i])
+        part = int(wrapper.partition_size[i])
+        link_hp_params(
+            lp_param_list=wrapper.round_robin_bit16_groups[i],
+            flat_hp_partition=tensor,
+            gradient_dict=wrapper.averaged_gradients,
+            offload_gradient_dict=wrapper.offload_gradient_dict,
+            use_offload=wrapper.cpu_offload,
+            param_group_index=i,
+            partition_start=rank * part,
+            partition_size=part,
+            dp_group=wrapper.real_dp_process_group[i],
+        )
+    wrapper._param_slice_mappings = wrapper._create_param_mapping()
+    if wrapper.cpu_offload:
+        wrapper._create_optimizer_mapping()

@@ -1,0 +1,140 @@
+"""The model in a DeepSpeed engine to param groups: before ZeRO flattens it, while names and modules are known."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from deepspeed.moe.sharded_moe import TopKGate
+from torch import nn
+
+import symdist
+from symdist.groups import complete_group
+from symdist.recipes import Recipe
+from symdist.rules import get_rule
+from symdist_deepspeed.options import Options
+
+_DEEPSPEEDS = ("name", "moe", "lr")
+"""Keys of a group that no rule is told of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """A parameter by its name and full shape, with the options of its rule; its rate is `lr_ratio` of its group's.
+
+    Parameters of equal `options` share one dict.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    options: Mapping[str, Any]
+    lr_ratio: float
+
+
+def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[str, Any]], dict[int, Routed]]:
+    """The param groups for DeepSpeed, and by `id` what each parameter of them is.
+
+    A group has all parameters of one kind of state, momentum or Adam's two moments, that `given`, the engine's
+    `model_parameters`, has in one group: DeepSpeed flattens groups one by one, and few large ones serve it best. Its
+    `lr` is the rate of the recipe's matrices, for that is what DeepSpeed's schedulers set. What the user's groups say
+    of `lr`, `weight_decay` or an option of the rules holds for their parameters.
+
+    Raises ValueError for whatever `symdist.route` refuses, and for parameters that are not the model's.
+    """
+    model = engine.module
+    recipe, base = options.scaled()
+    with _full_shapes(model):
+        routed = symdist.route(model, _with_gates(recipe, model))
+        shapes = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
+    place = {
+        id(parameter): (name, group)
+        for group in routed
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    groups: list[dict[str, Any]] = []
+    found: dict[int, Routed] = {}
+    for own, parameters in _user_groups(given, model):
+        told = {key: value for key, value in own.items() if key not in _DEEPSPEEDS}
+        merged: dict[str, dict[str, Any]] = {}
+        made: dict[int, dict[str, Any]] = {}
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            if id(parameter) not in place:
+                raise ValueError(
+                    f"model_parameters has a parameter of shape {shapes.get(id(parameter), '?')} that is "
+                    "none of the model's"
+                )
+            name, group = place[id(parameter)]
+            if id(group) not in made:
+                made[id(group)] = _completed(group, told)
+            rule = get_rule(group["rule"])
+            into = merged.setdefault(
+                rule.accumulator if rule.accumulator == "adam" else "momentum",
+                {**own, "params": [], "lr": float(own.get("lr", base)), "rules": {}},
+            )
+            into["params"].append(parameter)
+            into["rules"][group["role"]] = group["rule"]
+            found[id(parameter)] = Routed(
+                name=name,
+                shape=shapes[id(parameter)],
+                options=made[id(group)],
+                lr_ratio=float(group["lr"]) / base,
+            )
+        groups += merged.values()
+    if not groups:
+        raise ValueError("the model has no parameter that requires a gradient")
+    return groups, found
+
+
+def _completed(group: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of a group, checked while its parameters still have names."""
+    full = complete_group({**group, **told})
+    return {key: value for key, value in full.items() if key not in ("params", "names", "lr")}
+
+
+def _user_groups(given: Any, model: nn.Module) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
+    """What a group says, and its parameters."""
+    items = list(model.parameters()) if given is None else list(given)
+    if items and isinstance(items[0], Mapping):
+        return [
+            ({key: value for key, value in group.items() if key != "params"}, _listed(group["params"]))
+            for group in items
+        ]
+    return [({}, _listed(items))]
+
+
+def _listed(parameters: Any) -> list[nn.Parameter]:
+    if isinstance(parameters, torch.Tensor):
+        return [parameters]  # type: ignore[list-item]
+    return [item[1] if isinstance(item, tuple) else item for item in parameters]
+
+
+def _with_gates(recipe: Recipe, model: nn.Module) -> Recipe:
+    """The recipe with the gates of DeepSpeed's MoE layers named as routers, unless it speaks of them itself."""
+    names = [f"{name}.wg.weight" for name, module in model.named_modules() if isinstance(module, TopKGate)]
+    own = [pattern["match"] for pattern in recipe.patterns]
+    patterns = [
+        {"match": name, "role": "router"} for name in names if not any(fnmatchcase(name, match) for match in own)
+    ]
+    return replace(recipe, patterns=(*recipe.patterns, *patterns))
+
+
+@contextmanager
+def _full_shapes(model: nn.Module) -> Iterator[None]:
+    """Parameters that `zero.Init` has partitioned show their full shapes meanwhile, at no memory."""
+    partitioned = [p for p in _all(model.parameters()) if hasattr(p, "ds_shape") and p.shape != p.ds_shape]
+    held = [parameter.data for parameter in partitioned]
+    try:
+        for parameter in partitioned:
+            parameter.data = parameter.data.new_empty(()).expand(parameter.ds_shape)
+        yield
+    finally:
+        for parameter, data in zip(partitioned, held, strict=True):
+            parameter.data = data
+
+
+def _all(parameters: Iterable[nn.Parameter]) -> list[Any]:
+    return list(parameters)
