@@ -37,8 +37,9 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
     """The param groups for DeepSpeed, and by `id` what each parameter of them is.
 
     A group has all parameters of one kind of state, momentum or Adam's two moments, that `given`, the engine's
-    `model_parameters`, has in one group: DeepSpeed flattens groups one by one, and few large ones serve it best. Its
-    `lr` is the rate of the recipe's matrices, for that is what DeepSpeed's schedulers set. What the user's groups say
+    `model_parameters`, has in one group and the recipe gives one `schedule`: DeepSpeed flattens groups one by one, and
+    few large ones serve it best. Its `lr` is the rate of the recipe's matrices, for that is what DeepSpeed's schedulers
+    set; `rules` says by role what rules are in it. What the user's groups say
     of `lr`, `weight_decay` or an option of the rules holds for their parameters.
 
     Raises ValueError for whatever `symdist.route` refuses, and for parameters that are not the model's.
@@ -57,7 +58,7 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
     found: dict[int, Routed] = {}
     for own, parameters in _user_groups(given, model):
         told = {key: value for key, value in own.items() if key not in _DEEPSPEEDS}
-        merged: dict[str, dict[str, Any]] = {}
+        merged: dict[tuple[str, str | None], dict[str, Any]] = {}
         made: dict[int, dict[str, Any]] = {}
         for parameter in parameters:
             if not parameter.requires_grad:
@@ -71,9 +72,10 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
             if id(group) not in made:
                 made[id(group)] = _completed(group, told)
             rule = get_rule(group["rule"])
+            schedule = next((key for key in (group["role"], rule.name, "default") if key in recipe.schedules), None)
             into = merged.setdefault(
-                rule.accumulator if rule.accumulator == "adam" else "momentum",
-                {**own, "params": [], "lr": float(own.get("lr", base)), "rules": {}},
+                (rule.accumulator if rule.accumulator == "adam" else "momentum", schedule),
+                {**own, "params": [], "lr": float(own.get("lr", base)), "rules": {}, "schedule": schedule},
             )
             into["params"].append(parameter)
             into["rules"][group["role"]] = group["rule"]
