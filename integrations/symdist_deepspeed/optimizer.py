@@ -66,8 +66,8 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
     ) -> None:
         """Take over what DeepSpeed made of the parameters: called once, by all ranks.
 
-        `relink` is called when state has been made or has moved. Raises ValueError for a parameter whose rule, view or layout do not
-        fit, by name.
+        `relink` is called when state has been made or has moved. Raises ValueError, by name, for a parameter whose
+        rule, view or layout do not fit.
         """
         self._all_groups = list(self.param_groups)
         self._relink = relink

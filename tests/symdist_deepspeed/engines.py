@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -22,7 +23,6 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.utils.logger.setLevel(logging.ERROR)
 
 LR = 0.125
-STEPS = 3
 Config = dict[str, Any]
 
 
@@ -36,6 +36,19 @@ def connect() -> None:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """What a run does beside its config."""
+
+    accumulation: int = 1
+    frozen: tuple[str, ...] = ()
+    """Cases whose parameters do not move."""
+    groups: bool = False
+    """The user gives param groups of their own, the last parameters first, half of them at another rate and decay."""
+    zero_init: bool = False
+    steps: int = 3
+
+
 class Given(nn.Module):
     """Parameters of some cases; the gradient of each is what `forward` is given, whatever the weights."""
 
@@ -47,16 +60,18 @@ class Given(nn.Module):
 
     def forward(self, step: int, share: float) -> Tensor:
         """`share` is what part of the gradient this rank contributes."""
-        return sum(
-            (getattr(self, name) * (gradient(name, case, step) * share).to(getattr(self, name))).sum()
-            for name, case in self.names.items()
-        )
+        total = torch.zeros(())
+        for name, case in self.names.items():
+            parameter = getattr(self, name)
+            total = total + (parameter * (gradient(name, case, step) * share).to(parameter)).sum().float()
+        return total
 
 
 def draw(key: str, shape: tuple[int, ...]) -> Tensor:
     """Numbers that bfloat16 has, and three times as well."""
-    generator = torch.Generator().manual_seed(sum(map(ord, key)))
-    return torch.randint(-15, 16, shape, generator=generator).float() / 8
+    source = random.Random(key)
+    size = torch.Size(shape).numel()
+    return torch.tensor([source.randint(-15, 15) / 8 for _ in range(size)]).view(shape)
 
 
 def weight(name: str, case: str) -> Tensor:
@@ -70,25 +85,24 @@ def gradient(name: str, case: str, step: int) -> Tensor:
     return given
 
 
-def recipe(cases: list[str]) -> dict[str, Any]:
+def recipe(cases: list[str], frozen: tuple[str, ...] = ()) -> dict[str, Any]:
     """Each parameter by its name to the rule of its case."""
-    patterns = [{"match": f"p{i}", "role": "matrix", "lr": LR, **CASES[case][1]} for i, case in enumerate(cases)]
+    patterns = [
+        {"match": f"p{i}", "role": "matrix", "lr": LR, **CASES[case][1]}
+        for i, case in enumerate(cases)
+        if case not in frozen
+    ]
     return {"patterns": patterns, "matrix": {"rule": "muon", "lr": LR}}
 
 
-def config(cases: list[str], **more: Any) -> Config:
+def config(cases: list[str], frozen: tuple[str, ...] = (), **more: Any) -> Config:
     base = {
         "train_micro_batch_size_per_gpu": 1,
-        "optimizer": {"type": "SymDist", "params": {"recipe": recipe(cases)}},
+        "optimizer": {"type": "SymDist", "params": {"recipe": recipe(cases, frozen)}},
         "gradient_clipping": 0.0,
         "steps_per_print": 1000000,
     }
     return {**base, **more}
-
-
-def shuffled(seed: int, count: int) -> list[str]:
-    source = random.Random(seed)
-    return source.sample(list(CASES), count)
 
 
 def engine_of(model: nn.Module, settings: Config, **more: Any) -> Any:
@@ -96,37 +110,85 @@ def engine_of(model: nn.Module, settings: Config, **more: Any) -> Any:
     return deepspeed.initialize(model=model, config=settings, **more)[0]
 
 
-def stepped(mesh: DeviceMesh, cases: list[str], settings: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The full weights, in fp32, and first moments after some steps."""
-    engine = engine_of(Given(cases), settings)
-    for step in range(STEPS):
-        # All of the gradient from one rank, so that the mean over ranks is exact.
+def user_groups(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """The parameters of `How.groups`, and what their groups say."""
+    backwards = [parameter for _, parameter in reversed(named)]
+    half = len(backwards) // 2
+    return [
+        {"params": backwards[:half], "lr": 2 * LR, "weight_decay": 0.25},
+        {"params": backwards[half:]},
+    ]
+
+
+def made(cases: list[str], settings: Config, how: How) -> Any:
+    """An engine on a model of the cases."""
+    connect()
+    settings = {**settings, "gradient_accumulation_steps": how.accumulation}
+    with deepspeed.zero.Init(config_dict_or_path=settings, enabled=how.zero_init):
+        model = Given(cases)
+    named = [(name, parameter) for name, parameter in model.named_parameters()]
+    for name, parameter in named:
+        parameter.requires_grad_(model.names[name] not in how.frozen)
+    given = user_groups([(n, p) for n, p in named if p.requires_grad]) if how.groups else None
+    return engine_of(model, settings, model_parameters=given)
+
+
+def train(engine: Any, how: How, steps: range) -> None:
+    """All of a gradient comes from one rank, so that the mean over ranks is exact."""
+    for step in steps:
         share = dist.get_world_size() if dist.get_rank() == step % dist.get_world_size() else 0.0
-        engine.backward(engine(step, share))
-        engine.step()
+        for _ in range(how.accumulation):
+            engine.backward(engine(step, share))
+            engine.step()
+
+
+def read(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The full weights, in fp32, and first moments of what moves."""
     weights, moments = {}, {}
+    masters = {}
+    if hasattr(engine.optimizer, "fp32_groups"):
+        for of_group, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            masters.update({id(p): copy for p, copy in zip(of_group, copies, strict=True)})
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if engine.zero_optimization_stage() else parameter.detach()
-        weights[name] = full.clone().view(weight(name, engine.module.names[name]).shape)
+        if not parameter.requires_grad:
+            continue
+        shape = CASES[engine.module.names[name]][0]
         if engine.zero_optimization_stage():
-            moment = safe_get_full_optimizer_state(parameter, "exp_avg")
-            moments[name] = moment.clone().view(weights[name].shape)
-    engine.destroy()
+            weights[name] = safe_get_full_fp32_param(parameter).view(shape).clone()
+            moments[name] = safe_get_full_optimizer_state(parameter, "exp_avg").view(shape).clone()
+        else:
+            tensor = masters.get(id(parameter), parameter)
+            weights[name] = tensor.detach().clone()
+            moments[name] = engine.basic_optimizer.state[tensor]["exp_avg"].clone()
     return weights, moments
 
 
-def alone(cases: list[str], steps: int = STEPS) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def stepped(mesh: DeviceMesh, cases: list[str], settings: Config, how: How) -> tuple[dict, dict]:
+    """The full weights and first moments after some steps."""
+    engine = made(cases, settings, how)
+    train(engine, how, range(how.steps))
+    found = read(engine)
+    engine.destroy()
+    return found
+
+
+def alone(cases: list[str], how: How) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same in one process, in float64, without DeepSpeed."""
-    parameters = {f"p{i}": nn.Parameter(weight(f"p{i}", case).double()) for i, case in enumerate(cases)}
+    named = [(f"p{i}", nn.Parameter(weight(f"p{i}", case).double())) for i, case in enumerate(cases)]
+    moving = [(name, p) for (name, p), case in zip(named, cases, strict=True) if case not in how.frozen]
+    own: dict[int, dict[str, Any]] = {}
+    if how.groups:
+        for group in user_groups(moving):
+            told = {key: value for key, value in group.items() if key != "params"}
+            own.update({id(parameter): told for parameter in group["params"]})
+    case_of = {name: case for (name, _), case in zip(named, cases, strict=True)}
     optimizer = SymDist(
-        [{"params": [(f"p{i}", parameters[f"p{i}"])], "lr": LR, **CASES[case][1]} for i, case in enumerate(cases)]
+        [{"params": [(n, p)], "lr": LR, **CASES[case_of[n]][1], **own.get(id(p), {})} for n, p in moving]
     )
-    for step in range(steps):
-        for (name, parameter), case in zip(parameters.items(), cases, strict=True):
-            parameter.grad = gradient(name, case, step).double()
+    for step in range(how.steps):
+        for name, parameter in moving:
+            parameter.grad = gradient(name, case_of[name], step).double()
         optimizer.step()
-    first = {
-        name: optimizer.state[parameter].get("momentum", optimizer.state[parameter].get("exp_avg"))
-        for name, parameter in parameters.items()
-    }
-    return {name: parameter.detach() for name, parameter in parameters.items()}, first
+    state = optimizer.state
+    first = {name: state[p]["momentum"] if "momentum" in state[p] else state[p]["exp_avg"] for name, p in moving}
+    return {name: parameter.detach() for name, parameter in moving}, first
