@@ -70,6 +70,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         rule, view or layout do not fit.
         """
         self._all_groups = list(self.param_groups)
+        self._empty_at_rest = not any(group["params"] for group in self.param_groups)
         self._relink = relink
         inner: dict[tuple[int, int], dict[str, Any]] = {}
         homes: dict[int, dict[str, Tensor]] = {}
@@ -128,6 +129,13 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
             return None
         try:
             self._step()
+        except Exception:
+            # DeepSpeed would have put back what it cut down for this call.
+            self.param_groups = list(self._all_groups)
+            if self._empty_at_rest:
+                for group in self.param_groups:
+                    group["params"] = []
+            raise
         finally:
             self._forget()
         for bound in self._bound:

@@ -65,8 +65,7 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
                 continue
             if id(parameter) not in place:
                 raise ValueError(
-                    f"model_parameters has a parameter of shape {shapes.get(id(parameter), '?')} that is "
-                    "none of the model's"
+                    f"model_parameters has a parameter of shape {tuple(parameter.shape)} that is none of the model's"
                 )
             name, group = place[id(parameter)]
             if id(group) not in made:

@@ -172,7 +172,7 @@ def stepped(mesh: DeviceMesh, cases: list[str], settings: Config, how: How) -> t
     return found
 
 
-def alone(cases: list[str], how: How) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def alone(cases: list[str], how: How, clip: float = 0.0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same in one process, in float64, without DeepSpeed."""
     named = [(f"p{i}", nn.Parameter(weight(f"p{i}", case).double())) for i, case in enumerate(cases)]
     moving = [(name, p) for (name, p), case in zip(named, cases, strict=True) if case not in how.frozen]
@@ -188,7 +188,133 @@ def alone(cases: list[str], how: How) -> tuple[dict[str, Tensor], dict[str, Tens
     for step in range(how.steps):
         for name, parameter in moving:
             parameter.grad = gradient(name, case_of[name], step).double()
+        if clip:
+            nn.utils.clip_grad_norm_([parameter for _, parameter in moving], clip)
         optimizer.step()
     state = optimizer.state
     first = {name: state[p]["momentum"] if "momentum" in state[p] else state[p]["exp_avg"] for name, p in moving}
     return {name: parameter.detach() for name, parameter in moving}, first
+
+
+def refused(mesh: DeviceMesh, cases: list[str], settings: dict[str, Config]) -> dict[str, str]:
+    """What `deepspeed.initialize` raises with each config."""
+    found = {}
+    for name, each in settings.items():
+        try:
+            made(cases, each, How())
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        else:
+            found[name] = "nothing"
+    return found
+
+
+def strange_parameter(mesh: DeviceMesh, cases: list[str]) -> str:
+    """What is said of a parameter that is not the model's."""
+    try:
+        engine_of(Given(cases), config(cases), model_parameters=[nn.Parameter(torch.zeros(2, 3))])
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def another_deepspeed(mesh: DeviceMesh) -> tuple[str, str]:
+    """What registering says where something is missing, and whether the type is still there after."""
+    from symdist_deepspeed import registration
+
+    there = getattr(torch.optim, registration.TYPE)
+    needed = dict(registration._NEEDED)
+    stage_3 = next(owner for owner in needed if owner.__name__ == "DeepSpeedZeroOptimizer_Stage3")
+    message = "nothing"
+    try:
+        delattr(torch.optim, registration.TYPE)
+        registration._NEEDED[stage_3] = (*needed[stage_3], "no_such_attribute")
+        registration.register()
+    except ImportError as error:
+        message = f"ImportError: {error}"
+    finally:
+        registration._NEEDED.update(needed)
+        setattr(torch.optim, registration.TYPE, there)
+    registration.register()
+    return message, "registered" if getattr(torch.optim, registration.TYPE) is there else "gone"
+
+
+def other_type(mesh: DeviceMesh) -> str:
+    """The optimizer of a config with another type."""
+    settings = config([]) | {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    engine = engine_of(Given(["row"]), settings)
+    return type(engine.basic_optimizer).__name__
+
+
+def overflowing(mesh: DeviceMesh, cases: list[str], settings: Config) -> tuple[list[float], list[bool], list[float]]:
+    """Steps whose loss is too large for float16 on one rank only: scales, whether a weight moved, and first moments."""
+    engine = made(cases, settings, How())
+    scales, moved, steps = [], [], []
+    for step in range(4):
+        before, _ = read(engine)
+        large = 6e4 if step == 1 and dist.get_rank() == dist.get_world_size() - 1 else 1.0
+        engine.backward(engine(step, large))
+        engine.step()
+        after, _ = read(engine)
+        scales.append(float(engine.optimizer.loss_scale))
+        moved.append(any(not torch.equal(before[name], after[name]) for name in before))
+        state = next(iter(engine.basic_optimizer.state.values()))
+        steps.append(float(state["step"]))
+    engine.destroy()
+    return scales, moved, steps
+
+
+def nonfinite(mesh: DeviceMesh, cases: list[str], settings: Config) -> tuple[str, bool, bool, int]:
+    """A gradient that is NaN on one rank, which this configuration lets through.
+
+    What is raised, whether weights stay, whether the next step moves them, and how many steps were skipped.
+    """
+    engine = made(cases, settings, How())
+    before, _ = read(engine)
+    message = ""
+    try:
+        engine.backward(engine(0, float("nan") if dist.get_rank() == 0 else 1.0))
+        engine.step()
+    except FloatingPointError as error:
+        message = str(error)
+        engine.optimizer.zero_grad()
+    between, _ = read(engine)
+    engine.backward(engine(0, 1.0))
+    engine.step()
+    after, _ = read(engine)
+    skipped = engine.basic_optimizer.skipped_steps
+    engine.destroy()
+    still = all(torch.equal(before[name], between[name]) for name in before)
+    return message, still, any(not torch.equal(between[name], after[name]) for name in before), skipped
+
+
+def scheduled(mesh: DeviceMesh, cases: list[str], settings: Config) -> tuple[list[list[float]], dict[str, Tensor]]:
+    """The rates of each step, and the weights."""
+    engine = made(cases, settings, How())
+    rates = []
+    for step in range(4):
+        train(engine, How(), range(step, step + 1))
+        rates.append([float(group["lr"]) for group in engine.basic_optimizer.symdist.param_groups])
+    found = read(engine)[0]
+    engine.destroy()
+    return rates, found
+
+
+def broken_off(
+    mesh: DeviceMesh, cases: list[str], settings: Config
+) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """A step that fails before anything moves, the same on all ranks; then the steps as if it had not been."""
+    engine = made(cases, settings, How())
+    optimizer = engine.basic_optimizer
+    rules, optimizer._rules = optimizer._rules, [{"matrix": "another"} for _ in optimizer._rules]
+    message = ""
+    try:
+        train(engine, How(), range(1))
+    except ValueError as error:
+        message = str(error)
+    engine.optimizer.zero_grad()
+    optimizer._rules = rules
+    train(engine, How(), range(3))
+    weights, moments = read(engine)
+    engine.destroy()
+    return message, weights, moments

@@ -1,0 +1,86 @@
+"""What cannot run as asked is an error before the first step, on all ranks, that names it and the remedy."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.ranks import Ranks
+from tests.symdist_deepspeed import engines
+
+Worlds = Callable[[int], Ranks]
+CASES = ["row", "muon_tall", "adamw_vector"]
+RECIPE = engines.recipe(CASES)
+
+
+def params(**options: Any) -> dict[str, Any]:
+    return {"optimizer": {"type": "SymDist", "params": {"recipe": RECIPE, **options}}}
+
+
+def zero(stage: int, **options: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, **options}}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no recipe": ({"optimizer": {"type": "SymDist"}}, "needs a recipe"),
+    "unknown recipe": (params(recipe="olmo"), "there is no recipe 'olmo'; there are adamw,"),
+    "unknown rule": (params(overrides={"matrix": {"rule": "shampoo"}}), "there is no rule 'shampoo'; the rules are"),
+    "unknown role": (params(overrides={"conv": {"lr": 0.1}}), "names 'conv', which is no role; the roles are"),
+    "unknown option of a rule": (
+        params(recipe={**RECIPE, "patterns": [{**RECIPE["patterns"][0], "betas2": 1}, *RECIPE["patterns"][1:]]}),
+        "rule 'row_norm' knows no option 'betas2'; it knows",
+    ),
+    "unknown option": (params(betas=[0.9, 0.95]), "optimizer SymDist knows no option 'betas'; it knows recipe, lr,"),
+    "rate that is none": (params(lr="fast"), "lr='fast' must be a positive number"),
+    "dtype that is none": (params(exchange_dtype="float16"), "exchange_dtype='float16' is not 'bfloat16' or 'float32'"),
+    "nonfinite that is none": (params(nonfinite="ignore"), "nonfinite='ignore' is not 'raise', 'skip' or 'zero'"),
+    "no role": (
+        params(recipe={"patterns": RECIPE["patterns"][1:], "matrix": RECIPE["matrix"]}),
+        "p0 (17, 6) has no role: it is a matrix of a kind symdist does not know. Name its role in the recipe",
+    ),
+    "rule that does not fit": (
+        params(recipe={**RECIPE, "patterns": [*RECIPE["patterns"][:2], {**RECIPE["patterns"][2], "rule": "muon"}]}),
+        "p2 has shape (3,): rule 'muon' needs a matrix",
+    ),
+    "elastic": (zero(1, elastic_checkpoint=True), "elastic_checkpoint (convert to a universal checkpoint instead)"),
+    "nvme": (
+        zero(3, offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}),
+        "does not support, at ZeRO stage 3: offload_optimizer to NVMe",
+    ),
+    "partial offload": (zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}), "offload_optimizer with ratio"),
+    "autocast in float16": (
+        {**zero(1), "torch_autocast": {"enabled": True, "dtype": "float16"}},
+        "torch_autocast in float16",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def messages(worlds: Worlds) -> dict[str, list[str]]:
+    """What each rank was told, all in one go."""
+    settings = {name: engines.config(CASES) | zero(2) | changed for name, (changed, _) in WRONG.items()}
+    results = worlds(2).run(2, engines.refused, CASES, settings)
+    return {name: [result[name] for result in results] for name in WRONG}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_refused(messages: dict[str, list[str]], name: str) -> None:
+    for message in messages[name]:
+        assert message.startswith("ValueError: ")
+        assert WRONG[name][1] in message
+
+
+def test_strange_parameters_are_refused(worlds: Worlds) -> None:
+    for message in worlds(2).run(2, engines.strange_parameter, CASES):
+        assert "model_parameters has a parameter of shape (2, 3) that is none of the model's" in message
+
+
+def test_another_deepspeed_is_refused(worlds: Worlds) -> None:
+    for message, after in worlds(2).run(2, engines.another_deepspeed):
+        assert message.startswith("ImportError: DeepSpeed ")
+        assert "lacks DeepSpeedZeroOptimizer_Stage3.no_such_attribute, which symdist relies on; releases" in message
+        assert after == "registered"
+
+
+def test_other_optimizers_are_left_alone(worlds: Worlds) -> None:
+    assert worlds(2).run(2, engines.other_type) == ["SGD", "SGD"]
