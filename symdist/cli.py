@@ -52,6 +52,8 @@ class Plan:
     """A preset, or a TOML file of the same form."""
     mesh: str
     """Sizes of dp_replicate, dp_shard (or dp), ep and tp, as in dp=64,tp=8."""
+    zero: Literal[1, 2, 3] | None = None
+    """Weights in the partitions of a ZeRO stage, over dp alone, instead of in shards."""
     recipe: str = "small-moe"
     """A recipe, or a TOML file of the same form."""
     set: tuple[str, ...] = ()
@@ -98,6 +100,7 @@ class Plan:
                 self.model,
                 recipe,
                 mesh=mesh,
+                zero=self.zero,
                 machine=machine,
                 wave_bytes=int(self.wave_mb * 1e6),
                 exchange_dtype=getattr(torch, self.exchange_dtype),

@@ -140,6 +140,32 @@ def describe_member(
     return Member(parameter=parameter, name=name, group=index, rule=rule, layout=layout, dtype=dtype, stack=stack)
 
 
+def flat_parts(
+    name: str, shape: tuple[int, ...], options: Mapping[str, Any], *, bounds: tuple[int, ...], ranks: Group
+) -> list[tuple[str, FlatLayout, int]]:
+    """A parameter that is cut in runs of elements, as what the optimizer takes of it: names, layouts, starts.
+
+    `options` are those of `complete_group`, `bounds` the offsets at which the runs of `ranks` meet. A stack of matrices
+    is taken one by one, and what a rule does to each element by itself as one vector. A start is where this rank's
+    piece begins in its run.
+    """
+    rows = options.get("centered") or options["stale_rows"] == "hold" or options["padding_rows"] > 0
+    count = math.prod(shape[:-2]) if len(shape) > 2 else 1
+    shapes: list[tuple[int, ...]] = [shape]
+    names = [name]
+    if not (get_rule(options["rule"]).matrices or rows):
+        shapes = [(bounds[-1],)]
+    elif len(shape) > 2:
+        shapes, names = [shape[-2:]] * count, [f"{name}[{i}]" for i in range(count)]
+    size = bounds[-1] // len(shapes)
+    first = bounds[ranks.index]
+    found = []
+    for i, (each, its_name) in enumerate(zip(shapes, names, strict=True)):
+        within = tuple(min(max(bound - i * size, 0), size) for bound in bounds)
+        found.append((its_name, FlatLayout(shape=each, group=ranks, bounds=within), max(i * size - first, 0)))
+    return found
+
+
 def place_members(members: Sequence[Member], *, wave_bytes: int, exchange_dtype: torch.dtype | None = None) -> Plan:
     """The plan of a step: the members that share a stack put together, and each stack placed.
 

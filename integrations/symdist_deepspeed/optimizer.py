@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from symdist import SymDist
 from symdist.exchange import Transport
-from symdist.groups import Member
+from symdist.groups import Member, flat_parts
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
 from symdist.rules import ACCUMULATOR_STATE, get_rule
@@ -326,21 +326,9 @@ def _pieces(part: Part, tensor: Tensor, routed: Routed) -> list[_Piece]:
     name, shape, options = routed.name, routed.shape, routed.options
     if part.bounds is None:
         return [_Piece(name=name, parameter=tensor, layout=replicated(shape, part.ranks))]
-    by_rows = options.get("centered") or options["stale_rows"] == "hold" or options["padding_rows"] > 0
-    if not (get_rule(options["rule"]).matrices or by_rows):
-        shapes, names = [(part.bounds[-1],)], [name]
-    elif len(shape) > 2:
-        shapes = [shape[-2:]] * (part.bounds[-1] // (shape[-2] * shape[-1]))
-        names = [f"{name}[{i}]" for i in range(len(shapes))]
-    else:
-        shapes, names = [shape], [name]
     found = []
-    first = part.bounds[part.ranks.index]
-    size = part.bounds[-1] // len(shapes)
-    for i, (each, its_name) in enumerate(zip(shapes, names, strict=True)):
-        bounds = tuple(min(max(bound - i * size, 0), size) for bound in part.bounds)
-        layout = FlatLayout(shape=each, group=part.ranks, bounds=bounds)
-        start = part.start + max(i * size - first, 0)
+    for its_name, layout, offset in flat_parts(name, shape, options, bounds=part.bounds, ranks=part.ranks):
+        start = part.start + offset
         stop = start + layout.local_shape[0]
         parameter = nn.Parameter(tensor.detach()[start:stop])
         found.append(_Piece(name=its_name, parameter=parameter, layout=layout, start=start, stop=stop))

@@ -13,7 +13,6 @@ from torch import nn
 import symdist
 from symdist.groups import complete_group
 from symdist.recipes import Recipe
-from symdist.rules import get_rule
 from symdist_deepspeed.options import Options
 
 _DEEPSPEEDS = ("name", "moe", "lr")
@@ -70,11 +69,9 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
             name, group = place[id(parameter)]
             if id(group) not in made:
                 made[id(group)] = _completed(group, told)
-            rule = get_rule(group["rule"])
-            schedule = next((key for key in (group["role"], rule.name, "default") if key in recipe.schedules), None)
+            kind = recipe.kind_of(group["role"], group["rule"])
             into = merged.setdefault(
-                (rule.accumulator if rule.accumulator == "adam" else "momentum", schedule),
-                {**own, "params": [], "lr": float(own.get("lr", base)), "rules": {}, "schedule": schedule},
+                kind, {**own, "params": [], "lr": float(own.get("lr", base)), "rules": {}, "schedule": kind[1]}
             )
             into["params"].append(parameter)
             into["rules"][group["role"]] = group["rule"]

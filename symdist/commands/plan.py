@@ -6,18 +6,20 @@ import json
 import math
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from symdist.commands.pretend import Pretended, pretend
+from symdist.commands.pretend_flat import pretend_flat
 from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import Counting, Stack
 from symdist.exchange.costs import ask_unit, units_of
-from symdist.layouts import Group, Layout
+from symdist.layouts import FlatLayout, Group, Layout
 from symdist.models import active_parameters
 from symdist.optimizer import WAVE_BYTES
 from symdist.recipes import RecipeLike
@@ -146,6 +148,7 @@ def plan_step(
     recipe: RecipeLike,
     *,
     mesh: Mapping[str, int],
+    zero: int | None = None,
     machine: Machine | None = None,
     wave_bytes: int = WAVE_BYTES,
     exchange_dtype: torch.dtype | None = None,
@@ -154,10 +157,11 @@ def plan_step(
     """Run a step on meta tensors, as four to sixteen ranks of the mesh would, that with most work among them.
 
     Every rule, request and collective of `SymDist.step` runs, with the same arithmetic on the same shapes; only nothing
-    is stored or sent. Raises ValueError for whatever `symdist.models.build`, `shard`, `route` and `SymDist` refuse.
+    is stored or sent. With `zero`, weights lie in the partitions of that ZeRO stage, over a mesh of `dp_shard` alone.
+    Raises ValueError for whatever `symdist.models.build`, `shard`, `route` and `SymDist` refuse.
     """
     machine = machine or Machine()
-    with pretend(model, recipe, mesh=mesh, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype) as pretended:
+    with _pretended(model, recipe, mesh, zero, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype) as pretended:
         work = _by_rank(pretended, pretended.step(Counting()))
         looked_at = _sample(work, most=_ranks_to_look_at(pretended))
         found = {rank: _costs(pretended, rank) for rank in looked_at}
@@ -168,7 +172,7 @@ def plan_step(
         return StepPlan(
             model=str(model),
             recipe=str(recipe) if isinstance(recipe, str | Path) else getattr(recipe, "name", "given"),
-            mesh=dict(mesh),
+            mesh=dict(mesh) if zero is None else {f"ZeRO-{zero}": pretended.ranks},
             ranks=pretended.ranks,
             looked_at=len(found),
             roles=_roles(pretended, sender),
@@ -186,6 +190,16 @@ def plan_step(
             machine=machine,
             alternatives=_alternatives(pretended, busiest) if alternatives else [],
         )
+
+
+def _pretended(
+    model: str | Path, recipe: RecipeLike, mesh: Mapping[str, int], zero: int | None, **options: Any
+) -> AbstractContextManager[Pretended]:
+    if zero is None:
+        return pretend(model, recipe, mesh=mesh, **options)
+    if set(mesh) != {"dp_shard"}:
+        raise ValueError(f"ZeRO partitions over data parallelism alone: mesh is {dict(mesh)}, give dp=… only")
+    return pretend_flat(model, recipe, stage=zero, ranks=mesh["dp_shard"], **options)
 
 
 def _costs(pretended: Pretended, rank: int, only: set[int] | None = None) -> Costs:
@@ -255,8 +269,7 @@ def _alternatives(pretended: Pretended, ours: Costs) -> list[Alternative]:
     for member in pretended.members:
         if member.stack is None or not member.rule.matrices:
             continue
-        assert isinstance(member.layout, Layout), "DTensors alone are pretended"
-        cells = member.layout.cells.size if member.layout.cells is not None else 1
+        cells = _cells(member.layout)
         role = pretended.groups[member.group]["role"]
         matrices += cells > 1
         all_work += _unit_flops(member.stack) * units_of(member.stack)
@@ -279,6 +292,12 @@ def _alternatives(pretended: Pretended, ours: Costs) -> list[Alternative]:
         ),
         Alternative(name="AdamW", sent=0.0, collectives=0, flops=0.0),
     ]
+
+
+def _cells(layout: Layout | FlatLayout) -> int:
+    """Among how many ranks a weight is cut."""
+    group = layout.group if isinstance(layout, FlatLayout) else layout.cells
+    return group.size if group is not None else 1
 
 
 def _unit_flops(stack: Stack) -> float:

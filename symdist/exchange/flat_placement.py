@@ -21,6 +21,9 @@ from symdist.layouts.flat import FlatLayout
 
 Cut = list[tuple[int, FlatLayout]]
 
+_EVEN = 1.02
+"""The load of the busiest rank over the mean at which nothing more is moved."""
+
 
 @dataclass
 class _Kind:
@@ -30,6 +33,10 @@ class _Kind:
     name: str
     whole: Cut = field(default_factory=list)
     cut: Cut = field(default_factory=list)
+    sent: Cut = field(default_factory=list)
+    """Whole on a rank that has too much to do."""
+    owners: dict[int, int] = field(default_factory=dict)
+    """Of those that are sent, by their index."""
 
     @property
     def group(self) -> Group:
@@ -60,6 +67,11 @@ def place_flat(
         key = dataclasses.replace(stack, layout=stack.layout.everywhere)
         kind = kinds.setdefault(key, _Kind(stack=key, name=names[members[0]]))
         (kind.whole if stack.layout.sole is not None else kind.cut).extend((i, stack.layout) for i in members)
+    for kind in kinds.values():
+        # In the order of the model, so that what flies together is cut on many ranks, not on the same few.
+        kind.whole.sort(key=lambda item: item[0])
+        kind.cut.sort(key=lambda item: item[0])
+    _lighten(list(kinds.values()), work)
     placed = [(kind, _choose(kind, exchange_dtype)) for kind in kinds.values()]
     for kind, placement in placed:
         _add_work(kind, placement, work.setdefault(kind.group, [0.0] * kind.group.size))
@@ -68,11 +80,49 @@ def place_flat(
     for kind, placement in placed:
         dtype = exchange_dtype if exchange_dtype is not None else kind.stack.dtype
         jobs += _whole_jobs(kind, budget)
-        if placement == "owner":
-            jobs += _owner_jobs(kind, owners, budget, dtype)
-        elif kind.cut:
+        owned = [*kind.sent, *(kind.cut if placement == "owner" else [])]
+        jobs += _owner_jobs(kind.stack, owned, owners | kind.owners, budget, dtype)
+        if placement == "reduce":
             jobs += _row_jobs(kind, budget, dtype)
     return jobs
+
+
+def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
+    """Let matrices that are whole on the busiest ranks be owned by the idlest, where sending them takes less time.
+
+    Partitions hold equal numbers of elements, not equal work: a rank with an embedding alone has next to none.
+    """
+    by_group: dict[Group, list[tuple[float, int, _Kind, FlatLayout]]] = {}
+    for kind in kinds:
+        sent = 2 * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize * FLOPS_PER_BYTE
+        cost = unit_work(kind.stack)
+        movable = kind.stack.asked == "auto" and cost > 4 * sent
+        by_group.setdefault(kind.group, []).extend((cost * movable, i, kind, layout) for i, layout in kind.whole)
+    for group, units in by_group.items():
+        loads = list(work.get(group, [0.0] * group.size))
+        here: dict[int, list[tuple[float, int, _Kind, FlatLayout]]] = {}
+        for unit in units:
+            _, _, kind, layout = unit
+            assert layout.sole is not None
+            loads[layout.sole] += unit_work(kind.stack)
+            here.setdefault(layout.sole, []).append(unit)
+        mean = sum(loads) / len(loads)
+        # At most one move a matrix.
+        for _ in units:
+            busiest, idlest = loads.index(max(loads)), loads.index(min(loads))
+            room = loads[busiest] - loads[idlest]
+            fitting = [unit for unit in here.get(busiest, []) if 0 < unit[0] < room]
+            if loads[busiest] <= _EVEN * mean or not fitting:
+                break
+            # The one that leaves both most alike.
+            moved = min(fitting, key=lambda unit: (abs(room - 2 * unit[0]), unit[1]))
+            here[busiest].remove(moved)
+            cost, i, kind, layout = moved
+            loads[busiest] -= cost
+            loads[idlest] += cost
+            kind.whole.remove((i, layout))
+            kind.sent.append((i, layout))
+            kind.owners[i] = idlest
 
 
 def _choose(kind: _Kind, exchange_dtype: torch.dtype | None) -> Placement:
@@ -166,6 +216,8 @@ def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
     for _, layout in kind.whole:
         assert layout.sole is not None
         loads[layout.sole] += unit
+    for rank in kind.owners.values():
+        loads[rank] += unit
     if placement == "reduce":
         size = math.prod(kind.stack.layout.shape)
         flops = ask_unit(kind.stack).flops
@@ -203,12 +255,13 @@ def _whole_jobs(kind: _Kind, budget: int) -> list[FlatJob]:
     return [_job(kind.stack, here[i : i + step], "local") for i in range(0, len(here), step)]
 
 
-def _owner_jobs(kind: _Kind, owners: dict[int, int], budget: int, dtype: torch.dtype) -> list[FlatJob]:
-    size = math.prod(kind.stack.layout.shape)
+def _owner_jobs(stack: Stack, given: Cut, owners: Mapping[int, int], budget: int, dtype: torch.dtype) -> list[FlatJob]:
+    size = math.prod(stack.layout.shape)
+    me = stack.layout.group.index
     jobs = []
-    for cut, flight in _cut_in_waves(kind.stack, kind.cut, budget, {i: {owners[i]: 7.0 * size} for i, _ in kind.cut}):
-        mine = [(i, layout) for i, layout in cut if _held_here(layout) or owners[i] == kind.group.index]
-        job = _job(kind.stack, mine, "owner", everyone=cut, flight=flight, dtype=dtype)
+    for cut, flight in _cut_in_waves(stack, given, budget, {i: {owners[i]: 7.0 * size} for i, _ in given}):
+        mine = [(i, layout) for i, layout in cut if _held_here(layout) or owners[i] == me]
+        job = _job(stack, mine, "owner", everyone=cut, flight=flight, dtype=dtype)
         jobs.append(dataclasses.replace(job, owners=tuple(owners[i] for i, _ in mine)))
     return jobs
 

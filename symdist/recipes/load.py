@@ -67,6 +67,11 @@ class Recipe:
             at = FALLBACK.get(at)
         return None
 
+    def kind_of(self, role: str, rule: str) -> tuple[str, str | None]:
+        """What parameters must share to lie in one vector of an engine: the form of their state, and the schedule."""
+        schedule = next((key for key in (role, rule, "default") if key in self.schedules), None)
+        return "adam" if get_rule(rule).accumulator == "adam" else "momentum", schedule
+
     def overridden(self, overrides: Mapping[str, Mapping[str, Any]]) -> "Recipe":
         """The recipe with options of some roles replaced.
 
