@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
+from symdist.exchange import Collectives, Counting, flat_placement
 from symdist.layouts import FlatLayout, group_from
 from symdist.layouts.flat import flat_bounds, flat_vector
 from tests.cases import CASES, LR, STEPS, tensors
@@ -39,6 +40,16 @@ def cut(keys: list[Key], way: str, ranks: int) -> dict[Key, tuple[int, ...]]:
             inner = sorted(source.choice((0, size, source.randint(0, size))) for _ in range(ranks - 1))
             bounds.append((0, *inner, size))
     return dict(zip(keys, bounds, strict=True))
+
+
+def train_sending(mesh: DeviceMesh, way: str, dtype: torch.dtype) -> tuple[dict, dict]:
+    """The same where sending costs nothing, so that whole matrices go to whoever has least to do."""
+    dear = flat_placement.FLOPS_PER_BYTE
+    flat_placement.FLOPS_PER_BYTE = 0.0
+    try:
+        return train(mesh, way, dtype, {})
+    finally:
+        flat_placement.FLOPS_PER_BYTE = dear
 
 
 def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dict, dict]:
@@ -87,3 +98,25 @@ def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any
             parameter.grad = gradients[step]
         optimizer.step()
     return {key: parameter.detach() for key, (parameter, _) in drawn.items()}, optimizer.placements()
+
+
+def counted(
+    mesh: DeviceMesh, shape: tuple[int, ...], group: dict[str, Any], way: str, copies: int
+) -> tuple[float, list[str], list[tuple[int, int]]]:
+    """Bytes this rank sends in a step over float32 copies of a matrix, the collectives, and its runs."""
+    ranks = group_from(mesh)
+    sizes = [math.prod(shape)] * copies
+    if way == "each":
+        bounds = [flat_bounds(0, size, part=-(-size // ranks.size), ranks=ranks.size) for size in sizes]
+    else:
+        bounds = flat_vector(sizes, ranks=ranks.size)
+    runs = [(bound[ranks.index], bound[ranks.index + 1]) for bound in bounds]
+    counting = Counting(inner=Collectives())
+    given = {
+        "params": [nn.Parameter(torch.ones(stop - start)) for start, stop in runs],
+        "layouts": [FlatLayout(shape=shape, group=ranks, bounds=bound) for bound in bounds],
+        "lr": 0.1,
+        **group,
+    }
+    SymDist([given], transport=counting, nonfinite="zero", world=mesh).step()
+    return counting.sent, [moved.kind for moved in counting.log], runs

@@ -4,14 +4,17 @@ from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from symdist import SymDist
+from symdist.layouts import FlatLayout, Group
 from tests import flat_ranks, parity
 from tests.cases import CASES, is_row_rule, tensors
 from tests.ranks import Ranks
 
 WAYS = [("each", 2), ("each", 3), ("each", 4), ("one", 2), ("one", 3), ("one", 8), ("anywhere", 3), ("anyhow", 4)]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
+COPIES = 5
 SMALL_WAVES = {"wave_bytes": 3000}
 Whole = dict[tuple[str, int, str], Tensor]
 
@@ -23,7 +26,16 @@ def oracle() -> dict[tuple[str, int, str], Tensor]:
 
 @cache
 def on_ranks(many: Ranks, way: str, world: int, dtype: str, small_waves: bool = False) -> tuple[Whole, dict[str, str]]:
-    results = many.run(world, flat_ranks.train, way, DTYPES[dtype], SMALL_WAVES if small_waves else {})
+    return joined(many.run(world, flat_ranks.train, way, DTYPES[dtype], SMALL_WAVES if small_waves else {}))
+
+
+@cache
+def sending(many: Ranks, way: str, world: int) -> tuple[Whole, dict[str, str]]:
+    return joined(many.run(world, flat_ranks.train_sending, way, torch.float64))
+
+
+def joined(results: list[tuple[dict, dict[str, str]]]) -> tuple[Whole, dict[str, str]]:
+    """Whole tensors from the pieces of all ranks, and where the rules ran."""
     assert all(placements == results[0][1] for _, placements in results)
     matrices = {key: torch.cat([pieces[key] for pieces, _ in results]) for key in results[0][0]}
     wholes: dict[tuple[str, int, str], list[Tensor]] = {}
@@ -58,3 +70,59 @@ def test_float32_is_near(many: Ranks, case: str, way: str, world: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_small_waves_change_nothing(many: Ranks, case: str, way: str, world: int) -> None:
     assert worst(case, on_ranks(many, way, world, "float64", True)[0]) < 1e-9
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_matrices_may_go_elsewhere(many: Ranks, case: str) -> None:
+    found, placements = sending(many, "one", 3)
+    assert worst(case, found) < 1e-9
+    elsewhere = on_ranks(many, "one", 3, "float64")[1]
+    assert sum(where == "owner" for where in placements.values()) > 20 + sum(
+        where == "owner" for where in elsewhere.values()
+    )
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("way", ["each", "one"])
+@pytest.mark.parametrize("rule", ["row_norm", "adamw"])
+def test_only_cut_rows_travel(many: Ranks, rule: str, way: str, world: int) -> None:
+    """A rank sends at most what lies here of the row that it shares with the rank before, and gets it back."""
+    width = 11
+    group = {"rule": rule, "stale_rows": "hold"} if rule == "adamw" else {"rule": rule}
+    layers = 2 if rule == "adamw" else 1
+    results = many.run(world, flat_ranks.counted, (29, width), group, way, COPIES)
+    for sent, kinds, _ in results:
+        assert kinds == ["all_to_all", "all_to_all"]
+        # To the one before, and home to the one after.
+        assert sent <= COPIES * 2 * (width - 1) * 4 * layers
+    cut = {start for _, _, runs in results for start, stop in runs if start < stop and start % width}
+    assert cut
+    assert sum(sent for sent, _, _ in results) > 0
+
+
+def test_whole_rows_need_nobody(many: Ranks) -> None:
+    for sent, kinds, _ in many.run(4, flat_ranks.counted, (32, 8), {"rule": "row_norm"}, "each", 2):
+        assert (sent, kinds) == (0, [])
+    for sent, kinds, _ in many.run(4, flat_ranks.counted, (32, 8), {"rule": "row_norm"}, "one", 4):
+        assert (sent, kinds) == (0, [])
+
+
+def test_a_large_gram_is_summed_where_it_lies(many: Ranks) -> None:
+    """Of a tall matrix cut over all ranks the Gram travels, not the matrix."""
+    for sent, kinds, _ in many.run(4, flat_ranks.counted, (4000, 8), {"rule": "right_spectral"}, "each", 1):
+        assert kinds == ["reduce_scatter", "all_gather"] or "reduce_scatter" in kinds
+        assert 0 < sent < 4000
+
+
+def test_bounds_that_cover_nothing_are_refused() -> None:
+    ranks = Group(ranks=(0, 1), index=0)
+    with pytest.raises(ValueError, match=r"bounds \(0, 5, 7\) do not cover the 8 elements of \(2, 4\)"):
+        FlatLayout(shape=(2, 4), group=ranks, bounds=(0, 5, 7))
+    with pytest.raises(ValueError, match="are not 3 rising offsets"):
+        FlatLayout(shape=(2, 4), group=ranks, bounds=(0, 9, 8))
+    layout = FlatLayout(shape=(2, 4), group=ranks, bounds=(0, 5, 8))
+    with pytest.raises(ValueError, match=r"w: this rank's piece has shape \(4,\), its layout \(5,\)"):
+        SymDist([{"params": [("w", nn.Parameter(torch.ones(4)))], "layouts": [layout], "rule": "row_norm", "lr": 0.1}])
+    stack = FlatLayout(shape=(2, 2, 2), group=ranks, bounds=(0, 5, 8))
+    with pytest.raises(ValueError, match="of a stack of matrices in a flat layout, give each by itself"):
+        SymDist([{"params": [("w", nn.Parameter(torch.ones(5)))], "layouts": [stack], "rule": "row_norm", "lr": 0.1}])

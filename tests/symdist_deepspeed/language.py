@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from symdist.exchange import Counting
 from symdist.models import build
 from tests.symdist_deepspeed.engines import Config, engine_of
 
@@ -32,6 +33,10 @@ class Run:
 
 def model() -> nn.Module:
     return build("olmoe-tiny", vocabulary=VOCABULARY, overrides=OVERRIDES, seed=7)
+
+
+def meta_model() -> nn.Module:
+    return build("olmoe-tiny", vocabulary=VOCABULARY, overrides=OVERRIDES, device="meta")
 
 
 def config(stage: int, recipe: Any = "small-moe", **more: Any) -> Config:
@@ -83,3 +88,15 @@ def run(mesh: DeviceMesh, settings: Config, how: Run) -> list[float]:
         engine.save_checkpoint(how.save, client_state={"step": how.last, **UNIVERSAL})
     engine.destroy()
     return losses
+
+
+def counted(mesh: DeviceMesh, settings: Config) -> list[tuple[str, int, float]]:
+    """The collectives of the second step: kind, ranks, and bytes that this rank sends."""
+    engine = engine_of(model(), settings)
+    train(engine, range(1))
+    optimizer = engine.basic_optimizer.symdist
+    counting = Counting(inner=optimizer.transport)
+    optimizer.transport = counting
+    train(engine, range(1, 2))
+    engine.destroy()
+    return [(moved.kind, moved.size, moved.sent) for moved in counting.log]

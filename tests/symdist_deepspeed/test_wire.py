@@ -1,0 +1,34 @@
+"""What a step sends under ZeRO is what `symdist plan --zero` says, collective by collective."""
+
+from collections.abc import Callable
+
+import pytest
+
+from symdist.commands.pretend_flat import pretend_flat
+from symdist.exchange import Counting
+from tests.ranks import Ranks
+from tests.symdist_deepspeed import language
+
+Worlds = Callable[[int], Ranks]
+
+
+@pytest.mark.parametrize("recipe", ["small-moe", "olmoe", "muon"])
+@pytest.mark.parametrize(("stage", "world"), [(1, 3), (2, 4), (3, 2), (3, 3)])
+def test_the_plan_is_what_is_sent(worlds: Worlds, stage: int, world: int, recipe: str) -> None:
+    results = worlds(world).run(world, language.counted, language.config(stage, recipe))
+    with pretend_flat(language.meta_model(), recipe, stage=stage, ranks=world) as pretended:
+        for rank, log in enumerate(results):
+            planned = Counting()
+            pretended.step(planned, rank=rank)
+            assert [(moved.kind, moved.size, moved.sent) for moved in planned.log] == log
+    assert all(log for log in results)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_one_exchange_a_step(worlds: Worlds, stage: int) -> None:
+    """However many groups and sub-groups DeepSpeed steps one by one."""
+    whole = worlds(4).run(4, language.counted, language.config(stage))
+    settings = language.config(stage)
+    settings["zero_optimization"]["sub_group_size"] = 3000
+    parts = worlds(4).run(4, language.counted, settings)
+    assert [[kind for kind, _, _ in log] for log in whole] == [[kind for kind, _, _ in log] for log in parts]
