@@ -100,3 +100,19 @@ def counted(mesh: DeviceMesh, settings: Config) -> list[tuple[str, int, float]]:
     train(engine, range(1, 2))
     engine.destroy()
     return [(moved.kind, moved.size, moved.sent) for moved in counting.log]
+
+
+def labelled(mesh: DeviceMesh, settings: Config, steps: int) -> list[float]:
+    """The losses as transformers computes them from labels."""
+    engine = engine_of(model(), settings)
+    losses = []
+    for step in range(steps):
+        batch = tokens(step, dist.get_rank(), dist.get_world_size())
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        dist.all_reduce(mean)
+        losses.append(float(mean) / dist.get_world_size())
+    engine.destroy()
+    return losses
