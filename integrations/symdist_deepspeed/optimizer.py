@@ -95,7 +95,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._symdist = _Pieces(
             list(inner.values()),
             homes=homes,
-            nonfinite=self._options.nonfinite,  # type: ignore[arg-type]
+            nonfinite=self._options.nonfinite,
             exchange_dtype=self._options.dtype,
             wave_bytes=self._options.wave_bytes,
             world=dist.group.WORLD,

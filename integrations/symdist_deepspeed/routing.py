@@ -95,7 +95,7 @@ def _completed(group: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, A
 
 def _user_groups(given: Any, model: nn.Module) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
     """What a group says, and its parameters."""
-    items = list(model.parameters()) if given is None else list(given)
+    items: list[Any] = list(model.parameters()) if given is None else list(given)
     if items and isinstance(items[0], Mapping):
         return [
             ({key: value for key, value in group.items() if key != "params"}, _listed(group["params"]))
