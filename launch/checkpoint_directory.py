@@ -63,7 +63,7 @@ def publish(writing: Path, final: Path, *, world: int, identity: dict[str, Any],
     write_json(writing / _MANIFEST, manifest | {"sha256": _digest(manifest)})
     _sync_directory(writing)
     if final.exists():
-        _remove(final)
+        remove(final)
     writing.rename(final)
     _sync_directory(final.parent)
 
@@ -72,7 +72,7 @@ def prune(final: Path, *, keep: int, identity: dict[str, Any]) -> None:
     """Remove the oldest checkpoints before ``final`` so that ``keep`` are left, itself included."""
     older = [path for path in _finished(final.parent, identity=identity) if _step(path) < _step(final)]
     for path in older[: max(0, len(older) - (keep - 1))]:
-        _remove(path)
+        remove(path)
 
 
 def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> int:
@@ -85,7 +85,7 @@ def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> in
         CheckpointError: where anything is missing, damaged, or another run's.
     """
     manifest = _read_manifest(path)
-    _check_identity(path, manifest, identity)
+    check_identity(path, manifest["identity"], identity)
     for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
         file = path / name
         if not file.exists():
@@ -117,7 +117,7 @@ def _finished(directory: Path, *, identity: dict[str, Any]) -> list[Path]:
         except CheckpointError:
             continue  # not ours to count or to remove
         if _NAME.fullmatch(path.name):
-            _check_identity(path, manifest, identity)
+            check_identity(path, manifest["identity"], identity)
             found.append(path)
     return sorted(found, key=_step)
 
@@ -145,8 +145,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_identity(path: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
-    theirs, identity = manifest["identity"], json.loads(json.dumps(identity))  # tuples to lists, as stored
+def check_identity(path: Path, theirs: dict[str, Any], identity: dict[str, Any]) -> None:
+    """CheckpointError, naming every difference, where the checkpoint at `path` says it is another run's."""
+    identity = json.loads(json.dumps(identity))  # tuples to lists, as stored
     differing = [
         f"{key} is {theirs.get(key)!r} there, {identity.get(key)!r} here"
         for key in sorted(theirs.keys() | identity.keys())
@@ -165,8 +166,9 @@ def _step(path: Path) -> int:
     return int(matched[1])
 
 
-def _remove(path: Path) -> None:
-    # Under another name first: half removed, it must not pass for a checkpoint.
+def remove(path: Path) -> None:
+    """Remove a checkpoint, so that at no moment a part of it passes for one."""
+    # Under another name first.
     leaving = path.with_name(f"{path.name}.removing")
     path.rename(leaving)
     shutil.rmtree(leaving)

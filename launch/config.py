@@ -5,7 +5,7 @@ import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import UseAppendAction
@@ -86,8 +86,16 @@ class Config:
         load_recipe(self.recipe).overridden(self.overrides())
 
 
+C = TypeVar("C", bound=Config)
+
+
 def parse_command_line(arguments: list[str]) -> Config:
-    """The configuration from `--config FILE.toml` and options over it.
+    """`parse_as` for a run without options of its own."""
+    return parse_as(Config, arguments)
+
+
+def parse_as(kind: type[C], arguments: list[str]) -> C:
+    """The configuration, of a kind that may add options, from `--config FILE.toml` and options over it.
 
     Raises ValueError for a file that is missing or no TOML; for an unknown option or a value of the wrong kind, in the
     file or on the command line, tyro says so and ends the process with code 2.
@@ -103,8 +111,8 @@ def parse_command_line(arguments: list[str]) -> Config:
         if not path:
             raise ValueError("--config needs a file")
         words = [*read_toml(Path(path)), *words]
-    description = f"{Config.__doc__}\n\n--config FILE.toml reads values from a file; the command line wins."
-    return tyro.cli(Config, args=words, prog=Path(sys.argv[0]).name, description=description)
+    description = f"{kind.__doc__}\n\n--config FILE.toml reads values from a file; the command line wins."
+    return tyro.cli(kind, args=words, prog=Path(sys.argv[0]).name, description=description)
 
 
 def read_toml(path: Path) -> list[str]:

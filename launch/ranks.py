@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -39,21 +41,41 @@ class Ranks:
 
 
 def launched() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as torchrun tells them; ValueError where it was not torchrun."""
+    """This process's rank and the number of ranks, as the launcher tells them; ValueError where there was none."""
     if "RANK" not in os.environ:
-        raise ValueError("start this with torchrun, as in: torchrun --nproc_per_node=2 launch/pretrain.py")
+        script = f"launch/{Path(sys.argv[0]).name}"
+        raise ValueError(f"start this with torchrun, as in: torchrun --nproc_per_node=2 {script}")
+    missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
+    if missing:
+        raise ValueError(f"the launcher set RANK but not {' and '.join(missing)}; start this with torchrun")
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def local_device() -> torch.device:
+    """This process's GPU where every process of its machine has one, else the CPU.
+
+    Raises ValueError where it cannot be told what the others have, and there is none for this one.
+    """
+    local = int(os.environ["LOCAL_RANK"])
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    # The first is torchrun's, the second is DeepSpeed's launcher's; some launchers of clusters set neither.
+    processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
+    if processes is None and 0 < gpus <= local:
+        raise ValueError(
+            f"there are {gpus} GPUs and none for local rank {local}; start as many processes as there are GPUs, "
+            "or set LOCAL_WORLD_SIZE to their number to train on the CPU"
+        )
+    cuda = gpus > 0 and (processes is None or gpus >= int(processes))
+    return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
 @contextmanager
 def connect() -> Iterator[Ranks]:
-    """Join the process group that torchrun describes; NCCL where every local rank has a GPU, else gloo."""
-    local = int(os.environ["LOCAL_RANK"])
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
-    if cuda:
+    """Join the process group that the launcher describes; NCCL where every local rank has a GPU, else gloo."""
+    device = local_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
     ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), device=device, mesh=mesh)
 

@@ -76,8 +76,9 @@ def build_scheduler(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return a scheduler that runs each parameter group along its own schedule.
 
-    A group takes the schedule filed under its ``group["role"]``, else the one under its ``group["rule"]``,
-    else the one under ``"default"``. The scheduler's ``state_dict()`` survives a round trip through JSON.
+    A group takes the schedule filed under its ``group["schedule"]``, else the one under its ``group["role"]``,
+    else the one under its ``group["rule"]``, else the one under ``"default"``. The scheduler's ``state_dict()``
+    survives a round trip through JSON.
 
     Args:
         optimizer: its groups' present learning rates become the base rates.
@@ -96,10 +97,17 @@ def build_scheduler(
 
 def _schedule_of(group: dict[str, Any], index: int, *, schedules: Mapping[str, Schedule]) -> Schedule:
     role, rule = group.get("role"), group.get("rule")
-    for name in (role, rule, "default"):
+    # Groups that hold many roles have none themselves, and say which schedule they follow.
+    for name in (group.get("schedule"), role, rule, "default"):
         if name is not None and name in schedules:
             return schedules[name]
     raise ValueError(
-        f"parameter group {index} (role {role!r}, rule {rule!r}) has no schedule among {sorted(schedules)}; "
+        f"parameter group {index} ({_described(group)}) has no schedule among {sorted(schedules)}; "
         "add one under its role or its rule, or a 'default'"
     )
+
+
+def _described(group: dict[str, Any]) -> str:
+    if "rules" in group:
+        return "rules by role: " + ", ".join(f"{role} {rule}" for role, rule in group["rules"].items())
+    return f"role {group.get('role')!r}, rule {group.get('rule')!r}"

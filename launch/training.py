@@ -1,42 +1,49 @@
-"""The training loop: data in, forward, backward, clip, step; validation, logs and checkpoints at their intervals."""
+"""The training loop: data in, forward, backward, step; validation, logs and checkpoints at their intervals."""
 
 import dataclasses
 import statistics
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional
 
-import symdist
-from launch import checkpoint
 from launch.config import Config
 from launch.data import Corpus, TokenLoader, validation_batches
 from launch.ranks import Ranks
 from launch.runlog import RunLog
-from launch.schedules import Schedule, build_scheduler
+from launch.schedules import Schedule
 from symdist.diagnostics import RouterMonitor
-from symdist.models import active_parameters, build, shard
-from symdist.recipes import load_recipe, parse_value
+from symdist.models import active_parameters, build
+from symdist.recipes import Recipe, load_recipe, parse_value
 
 # Above this many weights no rank draws the whole model to keep its shard of it.
 _DRAWN_WHOLE = 200_000_000
 
 
-class Training:
-    """A run on all ranks: model, optimizer, schedule, data, and what a checkpoint needs of them."""
+class Training(ABC):
+    """A run on all ranks: model, data, loop and measures. What shards the model says how to step and to save."""
 
     def __init__(self, config: Config, corpus: Corpus, ranks: Ranks):
         self.config, self.corpus, self.ranks = config, corpus, ranks
-        self.recipe = load_recipe(config.recipe).overridden(config.overrides())
-        self.model = self._build_model()
+        self.recipe = self._load_recipe()
+        self._make_model = partial(
+            build,
+            config.model,
+            vocabulary=corpus.vocabulary,
+            overrides={key: parse_value(text) for key, text in config.model_overrides.items()},
+        )
+        outline = self._make_model(device="meta")
+        self.parameters = sum(parameter.numel() for parameter in outline.parameters())
+        self.active_parameters = active_parameters(outline)
+        self.model = self._build(outline)
+        # After the build: what shards a model may put hooks of its own on the routers, and these see what those return.
         self.monitor = RouterMonitor(self.model)
-        self.optimizer = symdist.build_optimizer(self.model, self.recipe, nonfinite=config.nonfinite)
-        self.scheduler = build_scheduler(self.optimizer, self._schedules(), config.steps)
         self.loader = TokenLoader(
             corpus.train,
             sequence=config.sequence,
@@ -56,6 +63,34 @@ class Training:
         self._step_times: list[float] = []
         self._optimizer_times: list[float] = []
 
+    @abstractmethod
+    def _build(self, outline: nn.Module) -> Any:
+        """Make the sharded model, which is returned, and what steps it; `outline` is the model on meta tensors."""
+
+    @abstractmethod
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Gradients of a micro-batch of `accumulation`; `last` of the step."""
+
+    @abstractmethod
+    def _update(self) -> tuple[Tensor | float | None, float]:
+        """Clip and step; the norm of the gradient before, where it is known, and the seconds the optimizer took."""
+
+    @property
+    @abstractmethod
+    def skipped_steps(self) -> int:
+        """Steps left out for gradients that were not finite."""
+
+    @abstractmethod
+    def resume(self, log_to: Callable[[str], None]) -> int | None:
+        """Load the checkpoint the configuration asks for; the step it was saved at, or None where there is none.
+
+        Raises ValueError or CheckpointError, the same on all ranks, for a checkpoint that this run cannot go on from.
+        """
+
+    @abstractmethod
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+
     @property
     def identity(self) -> dict[str, Any]:
         """What must be the same for a checkpoint to belong to this run."""
@@ -71,51 +106,10 @@ class Training:
             "seed": config.seed,
         }
 
-    def resume(self, log_to: Any) -> int | None:
-        """Load the checkpoint the configuration asks for; the step it was saved at, or None where there is none."""
-        wanted = self.config.resume
-        if wanted is None:
-            return None
-        newest = checkpoint.latest(self.checkpoints)
-        path = newest if wanted == "auto" else Path(wanted)
-        if path is None:
-            log_to(f"no checkpoint in {self.checkpoints}: starting from the beginning")
-            return None
-        if newest is not None and newest != path and newest.parent.resolve() == path.parent.resolve():
-            raise ValueError(
-                f"{self.checkpoints} goes on to {newest.name}, which a run from {path.name} would mix with; "
-                "give another --output"
-            )
-        state = checkpoint.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.loader.load_state_dict(state["data"])
-        self.optimizer.skipped_steps = state["skipped_steps"]
-        return self.step
-
     @property
     def checkpoints(self) -> Path:
         """The folder of this run's checkpoints."""
         return self.config.output / "checkpoints"
-
-    def save(self) -> Path:
-        """Write a checkpoint of the present step."""
-        trainer = {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "scheduler": self.scheduler.state_dict(),
-            "data": self.loader.state_dict(),
-            "skipped_steps": self.optimizer.skipped_steps,
-        }
-        return checkpoint.save(
-            self.checkpoints,
-            self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            trainer=trainer,
-            identity=self.identity,
-            keep=self.config.keep,
-        )
 
     def run(self, log: RunLog) -> dict[str, Any] | None:
         """Train to the end, or until a signal; the summary, or None where it was stopped early."""
@@ -138,14 +132,12 @@ class Training:
                 return None
         raise ValueError(f"the checkpoint is of step {self.step}, the run has {config.steps}; give more --steps")
 
-    def _train_step(self) -> tuple[Tensor, Tensor]:
+    def _train_step(self) -> tuple[Tensor, Tensor | float | None]:
         started = self._clock()
         self.model.train()
         config = self.config
         total = torch.zeros((), device=self.ranks.device)
         for micro in range(config.accumulation):
-            # Gradients meet once a step, however many micro-batches it has.
-            self.model.set_requires_gradient_sync(micro + 1 == config.accumulation)
             tokens = next(self.loader).to(self.ranks.device)
             loss = _next_token_losses(self.model, tokens).mean()
             total += loss.detach() / config.accumulation
@@ -154,31 +146,25 @@ class Training:
                 if config.aux_loss or config.z_loss:
                     balance, z = self.monitor.losses()
                     loss = loss + config.aux_loss * balance + config.z_loss * z
-            (loss / config.accumulation).backward()
-        norm = symdist.clip_grad_norm_(self.model.parameters(), config.clip or float("inf"))
-        stepping = self._clock()
-        self.optimizer.step()
-        done = self._clock()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
+            self._backward(loss, last=micro + 1 == config.accumulation)
+        norm, seconds = self._update()
         self.step += 1
-        self._optimizer_times.append(done - stepping)
+        self._optimizer_times.append(seconds)
         self._step_times.append(self._clock() - started)
         self.elapsed += self._step_times[-1]
         return total, norm
 
-    def _measures(self, loss: Tensor, norm: Tensor) -> dict[str, float]:
+    def _measures(self, loss: Tensor, norm: Tensor | float | None) -> dict[str, float]:
         config = self.config
-        values = {
-            "loss": float(self.ranks.sum(loss.clone()) / self.ranks.world),
-            "gradient_norm": float(norm),
-            "tokens_per_second": config.batch
-            * config.sequence
-            / statistics.median(self._step_times[-config.log_every :]),
-            "optimizer_share": self._optimizer_share(config.log_every),
-        }
-        if self.optimizer.skipped_steps:
-            values["skipped_steps"] = self.optimizer.skipped_steps
+        values = {"loss": float(self.ranks.sum(loss.clone()) / self.ranks.world)}
+        if norm is not None:
+            values["gradient_norm"] = float(norm)
+        values["tokens_per_second"] = (
+            config.batch * config.sequence / statistics.median(self._step_times[-config.log_every :])
+        )
+        values["optimizer_share"] = self._optimizer_share(config.log_every)
+        if self.skipped_steps:
+            values["skipped_steps"] = self.skipped_steps
         return values | self._router_measures()
 
     def _router_measures(self) -> dict[str, float]:
@@ -223,19 +209,22 @@ class Training:
             "steps": config.steps,
             "ranks": self.ranks.world,
             "tokens": config.steps * config.batch * config.sequence,
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "active_parameters": active_parameters(self.model),
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
             "tokens_per_second": config.batch * config.sequence / statistics.median(self._step_times),
             "optimizer_share": self._optimizer_share(len(self._step_times)),
             "optimizer_ms": 1000 * statistics.median(self._optimizer_times),
             "training_seconds": self.elapsed,
-            "skipped_steps": self.optimizer.skipped_steps,
+            "skipped_steps": self.skipped_steps,
             **{f"validation_{name}": value for name, value in measures.items()},
         }
 
     def _clock(self) -> float:
         self.ranks.synchronize()
         return time.perf_counter()
+
+    def _load_recipe(self) -> Recipe:
+        return load_recipe(self.config.recipe).overridden(self.config.overrides())
 
     def _schedules(self) -> dict[str, Schedule]:
         given = self.recipe.schedules or {"default": {"shape": "linear"}}
@@ -250,30 +239,10 @@ class Training:
             for key, schedule in schedules.items()
         }
 
-    def _build_model(self) -> Any:
-        config = self.config
-        low = config.precision == "bfloat16" or (
-            config.precision == "auto" and self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
-        )
-        make = partial(
-            build,
-            config.model,
-            vocabulary=self.corpus.vocabulary,
-            overrides={key: parse_value(text) for key, text in config.model_overrides.items()},
-        )
-        model: Any = make(device="meta")
-        size = sum(parameter.numel() for parameter in model.parameters())
-        if config.initialize == "whole" or (config.initialize == "auto" and size <= _DRAWN_WHOLE):
-            # On every rank the same weights, drawn whole: a run starts alike at any world size.
-            return shard(make(seed=config.seed), self.ranks.mesh, policy=policy)
-        shard(model, self.ranks.mesh, policy=policy).to_empty(device=self.ranks.device)
-        # On the CPU each rank draws its own shards; on GPUs DTensor keeps the ranks' draws apart by itself.
-        torch.manual_seed(config.seed + (self.ranks.rank if self.ranks.device.type == "cpu" else 0))
-        model.init_weights()
-        return model
+    def _drawn_whole(self) -> bool:
+        """Whether every rank draws all weights."""
+        asked = self.config.initialize
+        return asked == "whole" or (asked == "auto" and self.parameters <= _DRAWN_WHOLE)
 
 
 def _next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """The pretraining entry on two real ranks: learning, exact resumption, clean stops, and refusals."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,47 +12,28 @@ import pytest
 from launch.config import Config, parse_command_line
 from launch.report import read_run, report
 from launch.runlog import check_folder
+from tests.launch.runs import ROOT, environment, options, trained, write_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS = 30
-WORDS = ("rows", "columns", "shards", "ranks", "grams", "heads", "experts", "routers", "layouts", "views", "rules")
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of small text files with something to learn."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for i in range(60):
-        lines = [" ".join(WORDS[(i * j + k * k) % len(WORDS)] for k in range(12)) for j in range(40)]
-        (folder / f"{i:02}.txt").write_text(f"file {i}\n" + "\n".join(lines))
-    return folder
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def command(corpus: Path, output: Path, *options: str, ranks: int = 2) -> list[str]:
+def command(corpus: Path, output: Path, *more: str, ranks: int = 2) -> list[str]:
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
-        *("launch/pretrain.py", "--output", str(output), "--data.source", str(corpus), "--data.vocabulary", "300"),
-        *("--data.cache", str(corpus.parent / "cache"), "--steps", str(STEPS), "--batch", "4", "--sequence", "32"),
-        *("--log-every", "1", "--validate-every", "15", "--validation-sequences", "8", "--accumulation", "2"),
-        *("--model-overrides", "num_hidden_layers", "2", "hidden_size", "32", "intermediate_size", "32"),
-        *options,
+        *("launch/pretrain.py", *options(corpus, output, steps=STEPS), *more),
     ]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
-
-
-def pretrain(corpus: Path, output: Path, *options: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+def pretrain(corpus: Path, output: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(corpus, output, *options, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
+        command(corpus, output, *more, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
     )
-
-
-def trained(output: Path) -> dict[int, tuple[float, float]]:
-    """Loss and gradient norm of every training step."""
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines if line["kind"] == "train"}
 
 
 @pytest.fixture(scope="module")

@@ -99,6 +99,18 @@ def test_group_without_schedule_is_named() -> None:
         build_scheduler(_optimizer(), {"head": _SCHEDULES["head"], "sign": _SCHEDULES["sign"]}, 4)
 
 
+def test_groups_of_many_roles_say_their_schedule() -> None:
+    optimizer = _optimizer()
+    optimizer.param_groups[1]["schedule"] = "head"
+    optimizer.param_groups[2]["schedule"] = None
+    build_scheduler(optimizer, _SCHEDULES, 4)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1.0, 1.0]
+    group = {"params": [torch.nn.Parameter(torch.ones(2))], "rules": {"norm": "adamw", "bias": "adamw"}}
+    many = torch.optim.SGD([{**group, "schedule": None}], lr=1.0)
+    with pytest.raises(ValueError, match=r"group 0 \(rules by role: norm adamw, bias adamw\) has no schedule"):
+        build_scheduler(many, {"head": _SCHEDULES["head"]}, 4)
+
+
 def test_warmup_longer_than_the_run_is_refused_when_built() -> None:
     with pytest.raises(ValueError, match="4 steps but the run has only 3"):
         build_scheduler(_optimizer(), _SCHEDULES, 3)

@@ -153,7 +153,8 @@ def read(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         if not parameter.requires_grad:
             continue
         shape = CASES[engine.module.names[name]][0]
-        if engine.zero_optimization_stage():
+        # Older releases partition the masters of bfloat16 at stage 0 too.
+        if engine.zero_optimization_stage() or hasattr(parameter, "_hp_mapping"):
             weights[name] = safe_get_full_fp32_param(parameter).view(shape).clone()
             moments[name] = safe_get_full_optimizer_state(parameter, "exp_avg").view(shape).clone()
         else:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from deepspeed.runtime.engine import DeepSpeedEngine
 
 from tests.ranks import Ranks
 from tests.symdist_deepspeed import engines
@@ -65,6 +66,8 @@ def messages(worlds: Worlds) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_refused(messages: dict[str, list[str]], name: str) -> None:
+    if "torch_autocast" in WRONG[name][0] and not hasattr(DeepSpeedEngine, "torch_autocast_enabled"):
+        pytest.skip("this DeepSpeed has no autocast")
     for message in messages[name]:
         assert message.startswith("ValueError: ")
         assert WRONG[name][1] in message

@@ -1,0 +1,44 @@
+"""What tests of whole pretraining runs share: a corpus, an environment, and reading logs."""
+
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("rows", "columns", "shards", "ranks", "grams", "heads", "experts", "routers", "layouts", "views", "rules")
+
+
+def write_corpus(folder: Path) -> Path:
+    """Small text files with something to learn."""
+    for i in range(60):
+        lines = [" ".join(WORDS[(i * j + k * k) % len(WORDS)] for k in range(12)) for j in range(40)]
+        (folder / f"{i:02}.txt").write_text(f"file {i}\n" + "\n".join(lines))
+    return folder
+
+
+def options(corpus: Path, output: Path, *, steps: int) -> list[str]:
+    """Of a run of a model that takes seconds."""
+    return [
+        *("--output", str(output), "--data.source", str(corpus), "--data.vocabulary", "300"),
+        *("--data.cache", str(corpus.parent / "cache"), "--steps", str(steps), "--batch", "4", "--sequence", "32"),
+        *("--log-every", "1", "--validate-every", "15", "--validation-sequences", "8", "--accumulation", "2"),
+        *("--model-overrides", "num_hidden_layers", "2", "hidden_size", "32", "intermediate_size", "32"),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+
+def trained(output: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm of every training step."""
+    return {line["step"]: (line["loss"], line["gradient_norm"]) for line in lines(output) if line["kind"] == "train"}
+
+
+def validated(output: Path) -> dict[int, float]:
+    """Loss of every validation."""
+    return {line["step"]: line["loss"] for line in lines(output) if line["kind"] == "validation"}
+
+
+def lines(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
