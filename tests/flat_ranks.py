@@ -26,8 +26,21 @@ def shapes(case: str) -> list[tuple[int, ...]]:
     return [shape[1:]] * shape[0] if len(shape) == 3 else [shape]
 
 
-def cut(keys: list[Key], way: str, ranks: int) -> dict[Key, tuple[int, ...]]:
-    """The bounds of every tensor: "each" cut by itself, all in "one" vector, or anywhere."""
+def all_keys() -> list[Key]:
+    return [
+        (case, copy, placement, expert)
+        for case in CASES
+        for copy in range(COPIES)
+        for placement in PLACEMENTS
+        for expert in range(len(shapes(case)))
+    ]
+
+
+def cut(keys: list[Key], way: str, ranks: int) -> dict[Key, dict[str, Any]]:
+    """The bounds of every tensor: "each" cut by itself, all in "one" vector, or anywhere.
+
+    "shuffled" ranks hold the runs in an order of their own; of "columns" matrices are cut in blocks of these first.
+    """
     sizes = [math.prod(shapes(case)[expert]) for case, _, _, expert in keys]
     if way == "each":
         bounds = [flat_bounds(0, size, part=-(-size // ranks), ranks=ranks) for size in sizes]
@@ -39,7 +52,34 @@ def cut(keys: list[Key], way: str, ranks: int) -> dict[Key, tuple[int, ...]]:
         for size in sizes:
             inner = sorted(source.choice((0, size, source.randint(0, size))) for _ in range(ranks - 1))
             bounds.append((0, *inner, size))
-    return dict(zip(keys, bounds, strict=True))
+    source = random.Random(way)
+    found: dict[Key, dict[str, Any]] = {}
+    for key, of_key in zip(keys, bounds, strict=True):
+        found[key] = {"shape": shapes(key[0])[key[3]], "bounds": of_key}
+        if way in ("shuffled", "columns"):
+            found[key]["order"] = tuple(source.sample(range(ranks), ranks))
+        if way == "columns" and len(found[key]["shape"]) == 2:
+            width = found[key]["shape"][1]
+            found[key]["across"] = (width - width // 3, width // 3)
+    return found
+
+
+def piece(whole: Tensor, layout: FlatLayout) -> Tensor:
+    """What this rank holds: written down apart from the library."""
+    blocks = whole.split(layout.across, dim=1) if layout.across else [whole]
+    elements = torch.cat([block.reshape(-1) for block in blocks])
+    place = layout.order.index(layout.group.index) if layout.order else layout.group.index
+    return elements[layout.bounds[place] : layout.bounds[place + 1]]
+
+
+def put_together(pieces: list[Tensor], given: dict[str, Any]) -> Tensor:
+    """The whole tensor, from what all ranks hold."""
+    order = given.get("order") or range(len(pieces))
+    elements = torch.cat([pieces[rank] for rank in order])
+    rows = given["shape"][0]
+    widths = given.get("across") or (elements.numel() // rows,)
+    blocks = elements.split([rows * width for width in widths])
+    return torch.cat([block.view(rows, -1) for block in blocks], dim=1).view(given["shape"])
 
 
 def train_sending(mesh: DeviceMesh, way: str, dtype: torch.dtype) -> tuple[dict, dict]:
@@ -55,14 +95,8 @@ def train_sending(mesh: DeviceMesh, way: str, dtype: torch.dtype) -> tuple[dict,
 def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dict, dict]:
     """This rank's pieces after three steps, by key; and where the rules ran."""
     group = group_from(mesh)
-    keys = [
-        (case, copy, placement, expert)
-        for case in CASES
-        for copy in range(COPIES)
-        for placement in PLACEMENTS
-        for expert in range(len(shapes(case)))
-    ]
-    bounds = cut(keys, way, group.size)
+    keys = all_keys()
+    layouts = {key: FlatLayout(group=group, **given) for key, given in cut(keys, way, group.size).items()}
     drawn: dict[Key, tuple[nn.Parameter, list[Tensor]]] = {}
     groups: list[dict[str, Any]] = []
     for case, (shape, options_of_case) in CASES.items():
@@ -77,13 +111,14 @@ def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any
             for key in keys:
                 if key[0] != case or key[2] != placement:
                     continue
-                start, stop = bounds[key][group.index], bounds[key][group.index + 1]
                 weight, gradients = tensors(case, key[1])
-                whole = [(t[key[3]] if len(shape) == 3 else t).reshape(-1).to(dtype) for t in (weight, *gradients)]
-                parameter = nn.Parameter(whole[0][start:stop].clone())
+                pieces = [
+                    piece((t[key[3]] if len(shape) == 3 else t).to(dtype), layouts[key]) for t in (weight, *gradients)
+                ]
+                parameter = nn.Parameter(pieces[0].clone())
                 candidate["params"].append(("/".join(map(str, key)), parameter))
-                candidate["layouts"].append(FlatLayout(shape=shapes(case)[key[3]], group=group, bounds=bounds[key]))
-                drawn[key] = parameter, [gradient[start:stop] for gradient in whole[1:]]
+                candidate["layouts"].append(layouts[key])
+                drawn[key] = parameter, pieces[1:]
             try:
                 SymDist([dict(candidate)], world=mesh, **options)
             except ValueError as error:

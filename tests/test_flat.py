@@ -12,7 +12,18 @@ from tests import flat_ranks, parity
 from tests.cases import CASES, is_row_rule, tensors
 from tests.ranks import Ranks
 
-WAYS = [("each", 2), ("each", 3), ("each", 4), ("one", 2), ("one", 3), ("one", 8), ("anywhere", 3), ("anyhow", 4)]
+WAYS = [
+    ("each", 2),
+    ("each", 3),
+    ("each", 4),
+    ("one", 2),
+    ("one", 3),
+    ("one", 8),
+    ("anywhere", 3),
+    ("anyhow", 4),
+    ("shuffled", 4),
+    ("columns", 3),
+]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 COPIES = 5
 SMALL_WAVES = {"wave_bytes": 3000}
@@ -26,22 +37,23 @@ def oracle() -> dict[tuple[str, int, str], Tensor]:
 
 @cache
 def on_ranks(many: Ranks, way: str, world: int, dtype: str, small_waves: bool = False) -> tuple[Whole, dict[str, str]]:
-    return joined(many.run(world, flat_ranks.train, way, DTYPES[dtype], SMALL_WAVES if small_waves else {}))
+    return joined(many.run(world, flat_ranks.train, way, DTYPES[dtype], SMALL_WAVES if small_waves else {}), way)
 
 
 @cache
 def sending(many: Ranks, way: str, world: int) -> tuple[Whole, dict[str, str]]:
-    return joined(many.run(world, flat_ranks.train_sending, way, torch.float64))
+    return joined(many.run(world, flat_ranks.train_sending, way, torch.float64), way)
 
 
-def joined(results: list[tuple[dict, dict[str, str]]]) -> tuple[Whole, dict[str, str]]:
+def joined(results: list[tuple[dict, dict[str, str]]], way: str) -> tuple[Whole, dict[str, str]]:
     """Whole tensors from the pieces of all ranks, and where the rules ran."""
     assert all(placements == results[0][1] for _, placements in results)
-    matrices = {key: torch.cat([pieces[key] for pieces, _ in results]) for key in results[0][0]}
+    cut = flat_ranks.cut(flat_ranks.all_keys(), way, len(results))
+    matrices = {key: flat_ranks.put_together([pieces[key] for pieces, _ in results], cut[key]) for key in results[0][0]}
     wholes: dict[tuple[str, int, str], list[Tensor]] = {}
     for (case, copy, placement, _), matrix in matrices.items():
         wholes.setdefault((case, copy, placement), []).append(matrix)
-    return {key: torch.cat(found).view(CASES[key[0]][0]) for key, found in wholes.items()}, results[0][1]
+    return {key: torch.stack(found).view(CASES[key[0]][0]) for key, found in wholes.items()}, results[0][1]
 
 
 def worst(case: str, weights: Whole) -> float:

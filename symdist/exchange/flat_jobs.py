@@ -131,12 +131,17 @@ class FlatJob:
         for (start, size), places in alike.items():
             rows = range(start // row, (start + size) // row)
             shape = (len(places), len(rows), *stack.layout.shape[1:])
-            stacks = [_stacked(layer, places).view(shape) for layer in wanted]
+            flat = [_stacked(layer, places).view(len(places), -1) for layer in wanted]
+            # Blocks of columns are put side by side where the matrix is whole, and only there.
+            stacks = [
+                self.layouts[0].matrix(layer) if self.placement == "owner" else layer.view(shape) for layer in flat
+            ]
             touched = stacks[1].ne(0) if stack.hold else None
             found = answer_alone(updated(stack, stacks[0], touched, rows))
             for layer, tensor in zip(made, found, strict=False):
                 assert tensor is not None
-                for at, one in zip(places, tensor.flatten(1), strict=True):
+                back = self.layouts[0].elements(tensor) if self.placement == "owner" else tensor.flatten(1)
+                for at, one in zip(places, back, strict=True):
                     layer[at] = one
         return made
 

@@ -31,6 +31,8 @@ class _Kind:
 
     stack: Stack
     name: str
+    across: tuple[int, ...]
+    """Blocks of columns that the matrices are cut in first."""
     whole: Cut = field(default_factory=list)
     cut: Cut = field(default_factory=list)
     sent: Cut = field(default_factory=list)
@@ -61,12 +63,14 @@ def place_flat(
 
     Raises ValueError, naming the parameter, where a placement was asked for that its layout does not admit.
     """
-    kinds: dict[Stack, _Kind] = {}
+    kinds: dict[tuple[Stack, tuple[int, ...]], _Kind] = {}
     for stack, members in stacks.items():
         assert isinstance(stack.layout, FlatLayout)
-        key = dataclasses.replace(stack, layout=stack.layout.everywhere)
-        kind = kinds.setdefault(key, _Kind(stack=key, name=names[members[0]]))
-        (kind.whole if stack.layout.sole is not None else kind.cut).extend((i, stack.layout) for i in members)
+        everywhere, across = dataclasses.replace(stack, layout=stack.layout.everywhere), stack.layout.across
+        kind = kinds.setdefault((everywhere, across), _Kind(stack=everywhere, name=names[members[0]], across=across))
+        (kind.whole if stack.layout.sole is not None and not across else kind.cut).extend(
+            (i, stack.layout) for i in members
+        )
     for kind in kinds.values():
         # In the order of the model, so that what flies together is cut on many ranks, not on the same few.
         kind.whole.sort(key=lambda item: item[0])
@@ -152,6 +156,8 @@ def _rows_stack(kind: _Kind, layout: FlatLayout) -> Stack:
 
 
 def _admits_rows(kind: _Kind) -> bool:
+    if kind.across:
+        return False
     # Whatever the cut: a view that tears one cut tears them all.
     seen = set(_rows_stack(kind, kind.cut[0][1]).seen)
     admitted = kind.stack.rule.splits_of(dict(kind.stack.options), kind.stack.rows, kind.stack.view.columns)
@@ -196,7 +202,7 @@ def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
             costs[rank] += count * (stop - start) * dtype.itemsize
         # Where there are fewer matrices than candidates, the first few take one each.
         for rank in chosen[:count]:
-            costs[rank] += share * ((size - 2 * _held(layout, rank)) * dtype.itemsize + work)
+            costs[rank] += share * ((size - 2 * layout.size_at(rank)) * dtype.itemsize + work)
     return max(costs)
 
 
@@ -204,10 +210,6 @@ def _candidates(layout: FlatLayout) -> list[int]:
     """The ranks that hold about as much of a matrix as any: to own it they receive least."""
     most = max(stop - start for _, start, stop in layout.runs)
     return [rank for rank, start, stop in layout.runs if 2 * (stop - start) >= most]
-
-
-def _held(layout: FlatLayout, rank: int) -> int:
-    return layout.bounds[rank + 1] - layout.bounds[rank]
 
 
 def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
@@ -320,7 +322,7 @@ def _cut_in_waves(
 
 
 def _held_here(layout: FlatLayout) -> bool:
-    return _held(layout, layout.group.index) > 0
+    return layout.size_at(layout.group.index) > 0
 
 
 def _rows_here(layout: FlatLayout, multiple: int) -> bool:

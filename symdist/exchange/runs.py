@@ -103,8 +103,7 @@ def _length(part: slice) -> int:
 
 def _of(runs: tuple[Run, ...], rank: int) -> tuple[int, int]:
     """The run of a rank; nothing where it has none."""
-    place = bisect.bisect_left(runs, (rank, -1, -1))
-    return runs[place][1:] if place < len(runs) and runs[place][0] == rank else (0, 0)
+    return next(((start, stop) for holder, start, stop in runs if holder == rank), (0, 0))
 
 
 def _within(runs: tuple[Run, ...], span: tuple[int, int]) -> list[Run]:

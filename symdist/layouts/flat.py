@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
+from torch import Tensor
+
 from symdist.layouts.grid import Grid, Group
 from symdist.layouts.layout import Layout, Split
 
@@ -18,12 +21,16 @@ class FlatLayout:
     """A matrix or vector of global `shape` cut, in row-major order, into consecutive runs of elements: one a rank.
 
     `bounds` are the offsets at which they meet, from 0 to the number of elements: rank i of `group` holds
-    `bounds[i]` to `bounds[i + 1]`, which may be nothing. A piece is a vector.
+    `bounds[i]` to `bounds[i + 1]`, which may be nothing. A piece is a vector. `order` has, where ranks do not hold the
+    runs in their own order, whose each is. `across` has, where a matrix is cut into blocks of columns first, as by
+    tensor parallelism, their widths: its elements then are those of one block after another.
     """
 
     shape: tuple[int, ...]
     group: Group
     bounds: tuple[int, ...]
+    order: tuple[int, ...] = ()
+    across: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         rising = all(low <= high for low, high in itertools.pairwise(self.bounds))
@@ -31,11 +38,20 @@ class FlatLayout:
             raise ValueError(f"bounds {self.bounds} are not {self.group.size + 1} rising offsets")
         if self.bounds[0] != 0 or self.bounds[-1] != math.prod(self.shape):
             raise ValueError(f"bounds {self.bounds} do not cover the {math.prod(self.shape)} elements of {self.shape}")
+        if self.order and sorted(self.order) != list(range(self.group.size)):
+            raise ValueError(f"order {self.order} is not one of {self.group.size} ranks")
+        if self.across and (len(self.shape) != 2 or sum(self.across) != self.shape[1]):
+            raise ValueError(f"blocks of {self.across} columns do not make up a matrix of {self.shape}")
+
+    def size_at(self, rank: int) -> int:
+        """How many elements a rank holds."""
+        place = self.order.index(rank) if self.order else rank
+        return self.bounds[place + 1] - self.bounds[place]
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's piece."""
-        return (self.bounds[self.group.index + 1] - self.bounds[self.group.index],)
+        return (self.size_at(self.group.index),)
 
     @property
     def width(self) -> int:
@@ -44,8 +60,8 @@ class FlatLayout:
 
     @functools.cached_property
     def runs(self) -> tuple[Run, ...]:
-        """What the ranks hold that hold anything."""
-        return _runs(self.bounds)
+        """What the ranks hold that hold anything, one run after another."""
+        return _runs(self.bounds, self.order)
 
     @functools.cached_property
     def sole(self) -> int | None:
@@ -60,19 +76,32 @@ class FlatLayout:
     def by_rows(self, *, multiple: int = 1) -> Layout:
         """The nearest layout in blocks of `multiple` whole rows: one that is cut goes to who has its first element."""
         block = self.width * multiple
-        starts = [-(-bound // block) * multiple for bound in self.bounds]
-        return Layout(
-            shape=self.shape,
-            grid=_line(self.group),
-            splits=(Split(dim=0, axes=(0,), ranges=tuple(itertools.pairwise(starts))),),
-        )
+        ranges = list(itertools.pairwise(-(-bound // block) * multiple for bound in self.bounds))
+        if self.order:
+            ranges = [ranges[self.order.index(rank)] for rank in range(self.group.size)]
+        return Layout(shape=self.shape, grid=_line(self.group), splits=(Split(dim=0, axes=(0,), ranges=tuple(ranges)),))
+
+    def matrix(self, elements: Tensor) -> Tensor:
+        """`[k, n]`, all elements of k matrices, as `[k, p, q]`."""
+        if not self.across:
+            return elements.view(-1, *self.shape)
+        rows = self.shape[0]
+        blocks = elements.split([rows * width for width in self.across], dim=1)
+        return torch.cat([block.view(-1, rows, block.shape[1] // rows) for block in blocks], dim=2)
+
+    def elements(self, matrices: Tensor) -> Tensor:
+        """The inverse of `matrix`."""
+        if not self.across:
+            return matrices.flatten(1)
+        return torch.cat([block.flatten(1) for block in matrices.split(self.across, dim=2)], dim=1)
 
 
 def runs_of_rows(layout: Layout) -> tuple[Run, ...]:
     """The runs of elements that a layout in whole rows means."""
     width = math.prod(layout.shape[1:])
     (split,) = layout.splits
-    return tuple((i, a * width, b * width) for i, (a, b) in enumerate(split.ranges) if a < b and width)
+    runs = [(i, a * width, b * width) for i, (a, b) in enumerate(split.ranges) if a < b and width]
+    return tuple(sorted(runs, key=lambda run: run[1]))
 
 
 def flat_vector(sizes: list[int], *, ranks: int, align: int = 1) -> list[tuple[int, ...]]:
@@ -99,8 +128,8 @@ def _starts(sizes: list[int]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _runs(bounds: tuple[int, ...]) -> tuple[Run, ...]:
-    return tuple((i, a, b) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b)
+def _runs(bounds: tuple[int, ...], order: tuple[int, ...]) -> tuple[Run, ...]:
+    return tuple((order[i] if order else i, a, b) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b)
 
 
 def _line(group: Group) -> Grid:
