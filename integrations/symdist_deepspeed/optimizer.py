@@ -57,6 +57,11 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         return self._symdist
 
     @property
+    def names(self) -> dict[int, str]:
+        """Of the model's parameters, by `id`."""
+        return {key: routed.name for key, routed in self._routed.items()}
+
+    @property
     def skipped_steps(self) -> int:
         """Steps left out for gradients that were not finite."""
         return self.symdist.skipped_steps
@@ -325,7 +330,15 @@ def _pieces(part: Part, tensor: Tensor, routed: Routed) -> list[_Piece]:
     """A parameter's pieces in a tensor: one, or of a stack of matrices one each."""
     name, shape, options = routed.name, routed.shape, routed.options
     if part.bounds is None:
-        return [_Piece(name=name, parameter=tensor, layout=replicated(shape, part.ranks))]
+        whole = part.block.layout if part.block is not None else replicated(shape, part.ranks)
+        return [_Piece(name=name, parameter=tensor, layout=whole)]
+    if part.block is not None:
+        assert part.block.flat is not None
+        if len(shape) > 2:
+            raise ValueError(f"{name} has shape {shape}: stacks of matrices under tensor parallelism are not supported")
+        stop = part.start + part.block.flat.local_shape[0]
+        parameter = nn.Parameter(tensor.detach()[part.start : stop])
+        return [_Piece(name=name, parameter=parameter, layout=part.block.flat, start=part.start, stop=stop)]
     found = []
     for its_name, layout, offset in flat_parts(name, shape, options, bounds=part.bounds, ranks=part.ranks):
         start = part.start + offset

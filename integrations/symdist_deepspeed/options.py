@@ -117,7 +117,6 @@ def check_features(engine: Any) -> None:
         "torch_autocast in float16, whose scaler may skip a step on some ranks only (use bfloat16)": (
             bool(getattr(engine, "torch_autocast_enabled", bool)()) and engine.torch_autocast_dtype() == torch.float16
         ),
-        "tensor parallelism (mp world size > 1) under ZeRO": engine.mp_world_size > 1,
     }
     found = [feature for feature, on in refused.items() if on]
     if found:

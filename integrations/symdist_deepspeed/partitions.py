@@ -15,8 +15,18 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils.mixed_precision_linkage import link_hp_params
 from torch import Tensor
 
-from symdist.layouts import Group, group_from
+from symdist.layouts import FlatLayout, Group, Layout, group_from
 from symdist.layouts.flat import flat_bounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A parameter's block of tensor parallelism, among all ranks that hold some of the parameter."""
+
+    layout: Layout
+    """As far as ZeRO does not cut it."""
+    flat: FlatLayout | None
+    """Where it does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +34,14 @@ class Part:
     """A parameter in a tensor that is stepped: its elements `bounds[i]` to `bounds[i + 1]` lie on rank i of `ranks`.
 
     This rank's begin at `start` of the tensor. Without `bounds` the tensor is the parameter, the same on all `ranks`.
+    Of a parameter that tensor parallelism cuts, all this is said of this rank's block.
     """
 
     parameter: Tensor
     ranks: Group
     start: int = 0
     bounds: tuple[int, ...] | None = None
+    block: Block | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from symdist_deepspeed.optimizer import DeepSpeedSymDist
 from symdist_deepspeed.options import Options, check_features
 from symdist_deepspeed.partitions import keep_linked, read_partitions
 from symdist_deepspeed.routing import route_engine
+from symdist_deepspeed.tensor_parallel import with_blocks
 
 TYPE = "SymDist"
 SUPPORTED = "0.16.0 to 0.19.8"
@@ -91,7 +92,9 @@ def _attaching(configure: Any) -> Any:
     @functools.wraps(configure)
     def configured(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
         configure(engine, client_optimizer, model_parameters)
-        if isinstance(engine.basic_optimizer, DeepSpeedSymDist):
-            engine.basic_optimizer.attach(read_partitions(engine), relink=keep_linked(engine.optimizer))
+        optimizer = engine.basic_optimizer
+        if isinstance(optimizer, DeepSpeedSymDist):
+            stepped = with_blocks(engine, read_partitions(engine), optimizer.names)
+            optimizer.attach(stepped, relink=keep_linked(engine.optimizer))
 
     return configured

@@ -1,12 +1,13 @@
 """The model in a DeepSpeed engine to param groups: before ZeRO flattens it, while names and modules are known."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
 
@@ -14,6 +15,7 @@ import symdist
 from symdist.groups import complete_group
 from symdist.recipes import Recipe
 from symdist_deepspeed.options import Options
+from symdist_deepspeed.tensor_parallel import cut_of, tensor_parallel_group
 
 _DEEPSPEEDS = ("name", "moe", "lr")
 """Keys of a group that no rule is told of."""
@@ -45,7 +47,8 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
     """
     model = engine.module
     recipe, base = options.scaled()
-    with _full_shapes(model):
+    handle = tensor_parallel_group(engine)
+    with _full_shapes(model, 1 if handle is None else dist.get_world_size(handle)):
         routed = symdist.route(model, _with_gates(recipe, model))
         shapes = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
     place = {
@@ -121,18 +124,18 @@ def _with_gates(recipe: Recipe, model: nn.Module) -> Recipe:
 
 
 @contextmanager
-def _full_shapes(model: nn.Module) -> Iterator[None]:
-    """Parameters that `zero.Init` has partitioned show their full shapes meanwhile, at no memory."""
-    partitioned = [p for p in _all(model.parameters()) if hasattr(p, "ds_shape") and p.shape != p.ds_shape]
-    held = [parameter.data for parameter in partitioned]
+def _full_shapes(model: nn.Module, tensor_parallel: int) -> Iterator[None]:
+    """Parameters that `zero.Init` or tensor parallelism have cut show their full shapes meanwhile, at no memory."""
+    held: list[tuple[Any, torch.Tensor]] = []
     try:
-        for parameter in partitioned:
-            parameter.data = parameter.data.new_empty(()).expand(parameter.ds_shape)
+        for name, parameter in model.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            cut = cut_of(parameter, ranks=tensor_parallel, name=name) if tensor_parallel > 1 else None
+            shape = shape if cut is None else cut.shape
+            if tuple(parameter.shape) != tuple(shape):
+                held.append((parameter, parameter.data))
+                parameter.data = parameter.data.new_empty(()).expand(shape)
         yield
     finally:
-        for parameter, data in zip(partitioned, held, strict=True):
+        for parameter, data in held:
             parameter.data = data
-
-
-def _all(parameters: Iterable[nn.Parameter]) -> list[Any]:
-    return list(parameters)

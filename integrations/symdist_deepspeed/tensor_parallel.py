@@ -1,0 +1,130 @@
+"""How DeepSpeed's tensor parallelism cuts parameters, before ZeRO cuts what is left of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
+
+from symdist.layouts import FlatLayout, Grid, Layout, Split
+from symdist_deepspeed.partitions import Block, Stepped, ranks_of
+
+_META = "ds_autotp_universal_checkpoint_meta"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """A parameter of full `shape`, cut along `dim` into blocks of `sizes`, one a tensor-parallel rank."""
+
+    shape: tuple[int, ...]
+    dim: int
+    sizes: tuple[int, ...]
+
+
+def tensor_parallel_group(engine: Any) -> Any:
+    """The process group along which an engine's parameters are cut, or None."""
+    if engine.mp_world_size == 1:
+        return None
+    for holder in (engine.mpu, deepspeed_groups):
+        for name in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
+            found = getattr(holder, name, lambda: None)()
+            if found is not None:
+                return found
+    raise ValueError(
+        f"symdist: tensor parallelism of {engine.mp_world_size}, but neither mpu nor DeepSpeed has a group"
+    )
+
+
+def cut_of(parameter: Any, *, ranks: int, name: str) -> Cut | None:
+    """How a parameter is cut; None where every tensor-parallel rank has all of it.
+
+    As AutoTP notes it, or as Megatron does (`tensor_model_parallel`, `partition_dim`). Raises ValueError, naming the
+    parameter, for cuts that are not into one block a rank.
+    """
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    meta: Mapping[str, Any] | None = getattr(parameter, _META, None)
+    if meta is not None and not meta["replicated"]:
+        sizes = meta["partition_sizes"] or (meta["sub_param_shard_widths"] or [None])[0]
+        full, dim = tuple(meta["original_shape"]), meta["partition_dim"]
+        several = len(meta["sub_param_shard_widths"] or ()) > 1
+        strange = (meta.get("conversion") or {}).get("unsupported_reason") or len(meta["logical_shape"]) != len(full)
+        if strange or several or sizes is None:
+            raise ValueError(
+                f"{name}: AutoTP cuts it into several blocks a rank, which symdist does not support; "
+                "leave it out of tensor_parallel's partition_config, or split the layer in the model"
+            )
+        return Cut(shape=full, dim=dim, sizes=tuple(sizes))
+    if meta is None and getattr(parameter, "tensor_model_parallel", False):
+        dim = getattr(parameter, "partition_dim", None)
+        if dim is None or getattr(parameter, "partition_stride", 1) != 1:
+            raise ValueError(
+                f"{name} is tensor_model_parallel, but does not say how it is cut: symdist needs its partition_dim, "
+                "and a partition_stride of 1"
+            )
+        full = tuple(size * (ranks if i == dim else 1) for i, size in enumerate(shape))
+        return Cut(shape=full, dim=dim, sizes=(shape[dim],) * ranks)
+    return None
+
+
+def with_blocks(engine: Any, stepped: list[Stepped], names: Mapping[int, str]) -> list[Stepped]:
+    """The same, with the block that each part of a cut parameter belongs to. All ranks must call it.
+
+    Raises ValueError where the ranks are not data parallelism times tensor parallelism, or a cut is not supported.
+    """
+    handle = tensor_parallel_group(engine)
+    if handle is None:
+        return stepped
+    across = ranks_of(handle)
+    data = ranks_of(engine.seq_data_parallel_group)
+    world = ranks_of(None)
+    # Rank by rank: which ranks of data parallelism go with each of tensor parallelism.
+    columns: list[Any] = [None] * across.size
+    dist.all_gather_object(columns, list(data.ranks), group=handle)
+    if sorted(rank for column in columns for rank in column) != list(world.ranks):
+        raise ValueError(f"symdist: {world.size} ranks are not {data.size} data- × {across.size} tensor-parallel ones")
+    mine = [part.bounds for each in stepped for part in each.parts]
+    bounds: list[Any] = [None] * across.size
+    dist.all_gather_object(bounds, mine, group=handle)
+    grid = Grid(
+        sizes=(data.size, across.size),
+        ranks=tuple(columns[t][d] for d in range(data.size) for t in range(across.size)),
+        position=data.index * across.size + across.index,
+        handles=(data.handle, handle),
+    )
+    order = tuple(rank for column in columns for rank in column)
+    found = []
+    place = 0
+    for each in stepped:
+        parts = []
+        for part in each.parts:
+            cut = cut_of(part.parameter, ranks=across.size, name=names[id(part.parameter)])
+            block = None
+            if cut is not None:
+                there = [bounds[t][place] for t in range(across.size)]
+                block = _block(cut, grid, there if part.bounds is not None else None, order)
+            parts.append(replace(part, block=block))
+            place += 1
+        found.append(replace(each, parts=parts))
+    return found
+
+
+def _block(cut: Cut, grid: Grid, bounds: list[tuple[int, ...]] | None, order: tuple[int, ...]) -> Block:
+    ends = [sum(cut.sizes[: i + 1]) for i in range(len(cut.sizes))]
+    ranges = tuple((end - size, end) for end, size in zip(ends, cut.sizes, strict=True))
+    layout = Layout(shape=cut.shape, grid=grid, splits=(Split(dim=cut.dim, axes=(1,), ranges=ranges),))
+    flat = None
+    if bounds is not None:
+        joined = [0]
+        for of_block in bounds:
+            joined += [joined[-1] - of_block[0] + bound for bound in of_block[1:]]
+        world = layout.group
+        assert world is not None
+        flat = FlatLayout(
+            shape=cut.shape,
+            group=world,
+            bounds=tuple(joined),
+            order=tuple(world.ranks.index(rank) for rank in order),
+            across=cut.sizes if cut.dim == 1 and len(cut.shape) == 2 else (),
+        )
+    return Block(layout=layout, flat=flat)
