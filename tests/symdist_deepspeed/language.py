@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from symdist.exchange import Counting
 from symdist.models import build
-from tests.symdist_deepspeed.engines import Config, engine_of
+from tests.symdist_deepspeed.engines import Config, connect, engine_of
 
 VOCABULARY = 96
 BATCH = 12
@@ -116,3 +117,16 @@ def labelled(mesh: DeviceMesh, settings: Config, steps: int) -> list[float]:
         losses.append(float(mean) / dist.get_world_size())
     engine.destroy()
     return losses
+
+
+def printed(mesh: DeviceMesh, code: str, settings: Config) -> tuple[list[float], dict[str, str]]:
+    """Code that makes an engine of `model` and `config`: losses of three steps, and the rule of every parameter."""
+    connect()
+    names: dict[str, Any] = {"deepspeed": deepspeed, "model": model(), "config": settings}
+    exec(code, names)
+    engine = names["engine"]
+    losses = train(engine, range(3))
+    inner = engine.basic_optimizer.symdist
+    rules = {name: group["rule"] for group in inner.param_groups for name in group["names"]}
+    engine.destroy()
+    return losses, rules
