@@ -59,7 +59,7 @@ class Wire(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         fake = any(issubclass(kind, FakeTensor) for kind in types)
-        if not fake and any(kind is not Tensor for kind in types):
+        if not fake and any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
             # Let DTensor and its like break down into operations on their pieces, which come back here one by one.
             return NotImplemented
         if fake or func.namespace not in _NAMESPACES:

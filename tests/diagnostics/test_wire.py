@@ -239,3 +239,12 @@ def opened_twice(mesh: DeviceMesh) -> tuple[int, int, int]:
             dist.all_reduce(torch.ones(2), group=mesh.get_group())
         counts.append(seen.collectives)
     return counts[0], counts[1], counts[2]
+
+
+def test_parameters_are_tensors_like_any_other() -> None:
+    weight, other = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(3))
+    with Wire() as wire:
+        weight.data = other.data
+        weight.detach().add_(1)
+    assert weight.tolist() == [2.0, 2.0, 2.0]
+    assert wire.log == []
