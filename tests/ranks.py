@@ -11,7 +11,8 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -110,3 +111,20 @@ def start(size: int, grids: tuple[Shape, ...] = ()) -> Ranks:
     os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     os.environ["OMP_NUM_THREADS"] = "1"
     return Ranks(size, grids)
+
+
+@contextmanager
+def sets_of_ranks() -> Iterator[Callable[[int], Ranks]]:
+    """Ranks by how many there are, each set started when first asked for, all ended with the context."""
+    started: dict[int, Ranks] = {}
+
+    def world(size: int) -> Ranks:
+        if size not in started:
+            started[size] = start(size)
+        return started[size]
+
+    try:
+        yield world
+    finally:
+        for ranks in started.values():
+            ranks.close()

@@ -122,14 +122,14 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         if self._symdist is None:
             # DeepSpeed tries the optimizer out while it makes its partitions.
             return None
-        given = [tensor for group in self.param_groups for tensor in group["params"]]
-        now = [bound for bound in self._bound if any(bound.stepped.tensor is tensor for tensor in given)]
-        if self._waiting & {id(bound) for bound in now}:
+        given = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+        if self._waiting & given:
             # The step before was broken off.
             self._forget()
-        for bound in now:
-            bound.take_gradient()
-            self._waiting.add(id(bound))
+        for bound in self._bound:
+            if id(bound.stepped.tensor) in given:
+                bound.take_gradient()
+        self._waiting |= given
         if len(self._waiting) < len(self._bound):
             return None
         try:
@@ -144,7 +144,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         finally:
             self._forget()
         for bound in self._bound:
-            if all(bound is not other for other in now):
+            if id(bound.stepped.tensor) not in given:
                 bound.stepped.publish()
         return None
 

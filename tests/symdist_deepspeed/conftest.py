@@ -4,21 +4,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.ranks import Ranks, start
+from tests.ranks import Ranks, sets_of_ranks
 
 pytest.importorskip("deepspeed")
 
 
 @pytest.fixture(scope="package")
 def worlds() -> Iterator[Callable[[int], Ranks]]:
-    """The ranks of a world of some size, started when first asked for."""
-    started: dict[int, Ranks] = {}
-
-    def world(size: int) -> Ranks:
-        if size not in started:
-            started[size] = start(size)
-        return started[size]
-
-    yield world
-    for ranks in started.values():
-        ranks.close()
+    """The ranks of a world of some size, shared by all tests of DeepSpeed."""
+    with sets_of_ranks() as found:
+        yield found

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import symdist_deepspeed  # noqa: F401  It registers the type.
 from symdist import SymDist
+from symdist_deepspeed.transport import Staged
 from tests.cases import CASES
 
 # It would compile C++ for a minute, and speeds up nothing here.
@@ -36,6 +37,13 @@ def connect() -> None:
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
 
+def over_ranks(loss: Tensor) -> float:
+    """The mean over all ranks."""
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    return float(total) / dist.get_world_size()
+
+
 @dataclass(frozen=True, kw_only=True)
 class How:
     """What a run does beside its config."""
@@ -46,6 +54,8 @@ class How:
     groups: bool = False
     """The user gives param groups of their own, the last parameters first, half of them at another rate and decay."""
     zero_init: bool = False
+    staged: bool = False
+    """Collectives run on copies, as where state is on the CPU and groups only know GPUs."""
     steps: int = 3
 
 
@@ -167,6 +177,8 @@ def read(engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def stepped(mesh: DeviceMesh, cases: list[str], settings: Config, how: How) -> tuple[dict, dict]:
     """The full weights and first moments after some steps."""
     engine = made(cases, settings, how)
+    if how.staged:
+        engine.basic_optimizer.symdist.transport = Staged(torch.device("cpu"))
     train(engine, how, range(how.steps))
     found = read(engine)
     engine.destroy()

@@ -6,7 +6,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from tests.symdist_deepspeed.engines import Config, connect, engine_of
+from tests.symdist_deepspeed.engines import Config, connect, engine_of, over_ranks
 
 VOCABULARY, WIDTH, EXPERTS, TOKENS = 40, 12, 4, 24
 
@@ -63,9 +63,7 @@ def losses(mesh: DeviceMesh, settings: Config, ep_size: int, steps: int) -> tupl
         loss = nn.functional.cross_entropy(engine(tokens), (7 * tokens + 3) % VOCABULARY)
         engine.backward(loss)
         engine.step()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        found.append(float(mean) / world)
+        found.append(over_ranks(loss))
     inner = engine.basic_optimizer.symdist
     rules = {name: group["rule"] for group in inner.param_groups for name in group["names"]}
     engine.destroy()

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from symdist.exchange import Counting
 from symdist.models import build
-from tests.symdist_deepspeed.engines import Config, connect, engine_of
+from tests.symdist_deepspeed.engines import Config, connect, engine_of, over_ranks
 
 VOCABULARY = 96
 BATCH = 12
@@ -70,9 +70,7 @@ def train(engine: Any, steps: range) -> list[float]:
         loss = loss_of(engine, step)
         engine.backward(loss)
         engine.step()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        losses.append(float(mean) / dist.get_world_size())
+        losses.append(over_ranks(loss))
     return losses
 
 
@@ -112,9 +110,7 @@ def labelled(mesh: DeviceMesh, settings: Config, steps: int) -> list[float]:
         loss = engine(input_ids=batch, labels=batch).loss
         engine.backward(loss)
         engine.step()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        losses.append(float(mean) / dist.get_world_size())
+        losses.append(over_ranks(loss))
     engine.destroy()
     return losses
 

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from symdist.models import build
 from symdist_deepspeed.tensor_parallel import cut_of
-from tests.symdist_deepspeed.engines import Config, engine_of
+from tests.symdist_deepspeed.engines import Config, engine_of, over_ranks
 
 VOCABULARY, BATCH = 64, 4
 OVERRIDES = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}
@@ -37,9 +37,7 @@ def losses(
         loss = engine(input_ids=batch, labels=batch).loss
         engine.backward(loss)
         engine.step()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        found.append(float(mean) / dist.get_world_size())
+        found.append(over_ranks(loss))
     placements = engine.basic_optimizer.symdist.placements()
     engine.destroy()
     return found, placements

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
+from packaging import version
 
 from tests.ranks import Ranks
 from tests.symdist_deepspeed import language
@@ -58,6 +60,8 @@ def test_resumed_runs_go_on_as_if_nothing_was(worlds: Worlds, tmp_path: Path, wa
     # Into an engine that has trained on something else meanwhile.
     resume = Run(first=TURN, last=END, load=str(folder), again=2)
     assert four.run(4, language.run, settings, resume)[0] == pytest.approx(straight[TURN:], abs=1e-5)
+    if way == "stage 3" and version.parse(deepspeed.__version__) < version.parse("0.19"):
+        pytest.skip("this DeepSpeed's converter fails on several sub-groups, with any optimizer")
     if way == "stage 0":
         # Nothing is partitioned, so nothing needs converting.
         at_two = worlds(2).run(2, language.run, settings, resume)[0]

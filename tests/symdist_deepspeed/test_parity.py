@@ -53,6 +53,7 @@ WAYS: dict[str, tuple[int, dict[str, Any], dict[str, Any], How]] = {
     "not contiguous": (3, {"stage": 2, "contiguous_gradients": False, "reduce_scatter": False}, {}, How()),
     "overlapping": (2, {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 100}, {}, How(accumulation=3)),
     "offloaded": (3, {"stage": 2, "offload_optimizer": CPU}, {}, How()),
+    "offloaded, through another device": (3, {"stage": 1, "offload_optimizer": CPU}, {}, How(staged=True)),
     "offloaded, stage 1": (2, {"stage": 1, "offload_optimizer": CPU}, BF16, How(groups=True)),
     "offloaded, stage 3": (4, {"stage": 3, "offload_optimizer": CPU, "sub_group_size": 60}, BF16, How()),
     "sub-groups": (3, {"stage": 3, "sub_group_size": 40}, {}, How(groups=True)),

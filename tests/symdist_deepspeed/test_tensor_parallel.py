@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from deepspeed.runtime import engine
 
-from tests.ranks import Ranks, start
+from tests.ranks import Ranks, sets_of_ranks
 from tests.symdist_deepspeed import engines, parallel
 
 if not hasattr(engine, "UNIVERSAL_CHECKPOINT_INFO") and not hasattr(engine.DeepSpeedEngine, "autotp_size"):
@@ -33,16 +33,8 @@ def config(stage: int, clip: float = 0.0) -> engines.Config:
 @pytest.fixture(scope="module")
 def parallel_worlds() -> Iterator[Worlds]:
     """Ranks of this module alone: DeepSpeed keeps its mesh for the life of a process."""
-    started: dict[int, Ranks] = {}
-
-    def world(size: int) -> Ranks:
-        if size not in started:
-            started[size] = start(size)
-        return started[size]
-
-    yield world
-    for ranks in started.values():
-        ranks.close()
+    with sets_of_ranks() as found:
+        yield found
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.symdist_deepspeed import language
-from tests.symdist_deepspeed.engines import Config, connect
+from tests.symdist_deepspeed.engines import Config, connect, over_ranks
 
 STEPS = 6
 
@@ -87,9 +87,7 @@ def accelerated(mesh: DeviceMesh, settings: Config) -> tuple[list[float], str]:
     for batch in loader:
         loss = engine(**batch).loss
         accelerator.backward(loss)
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        losses.append(float(mean) / dist.get_world_size())
+        losses.append(over_ranks(loss))
     found = losses, type(engine.basic_optimizer).__name__
     engine.destroy()
     forget()
