@@ -45,6 +45,8 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._bound: list[_Bound] = []
         self._waiting: set[int] = set()
         self._relink: Callable[[], None] = lambda: None
+        self._rates: list[tuple[int, float]] = []
+        """Of the groups inside: their group outside, and their share of its rate."""
         self._rules = [group["rules"] for group in groups]
         super().__init__(groups, {})
         self._all_groups = list(self.param_groups)
@@ -78,6 +80,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._empty_at_rest = not any(group["params"] for group in self.param_groups)
         self._relink = relink
         inner: dict[tuple[int, int], dict[str, Any]] = {}
+        rates: dict[tuple[int, int], tuple[int, float]] = {}
         homes: dict[int, dict[str, Tensor]] = {}
         for each in stepped:
             bound = _Bound(stepped=each)
@@ -85,16 +88,15 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
             self._make_state(each.tensor, self._all_groups[each.group])
             for part in each.parts:
                 routed = self._routed[id(part.parameter)]
-                group = inner.setdefault(
-                    (each.group, id(routed.options)),
-                    {**routed.options, "lr": self._rate(each.group, routed), "params": [], "layouts": []},
-                )
+                key = each.group, id(routed.options)
+                rates[key] = each.group, routed.lr_ratio
+                group = inner.setdefault(key, {**routed.options, "lr": 0.0, "params": [], "layouts": []})
                 for piece in _pieces(part, each.tensor, routed):
                     bound.pieces.append(piece)
                     group["params"].append((piece.name, piece.parameter))
                     group["layouts"].append(piece.layout)
                     homes[id(piece.parameter)] = {
-                        key: piece.of(self.state[each.tensor][_NAMES[key]]) for key in _state_keys(group["rule"])
+                        name: piece.of(self.state[each.tensor][_NAMES[name]]) for name in _state_keys(group["rule"])
                     }
             bound.note(self.state[each.tensor])
         self._symdist = _Pieces(
@@ -106,9 +108,9 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
             world=dist.group.WORLD,
             transport=transport or transport_for([each.tensor for each in stepped]),
         )
+        self._rates = list(rates.values())
+        self._set_rates()
         relink()
-        ratios = {(each.group, id(r.options)): r.lr_ratio for each in stepped for r in self._routed_in(each)}
-        self._rates = [(group, ratios[group, options]) for group, options in inner]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -199,8 +201,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         assert self._symdist is not None
         # Of stage 3's universal checkpoints all groups get what the first one said: its rules are its own.
         self._check_rules(self._all_groups[:1])
-        for (group, ratio), inner in zip(self._rates, self._symdist.param_groups, strict=True):
-            inner["lr"] = float(self._all_groups[group]["lr"]) * ratio
+        self._set_rates()
         moved = [bound.follow(self.state[bound.stepped.tensor], self._symdist) for bound in self._bound]
         if any(moved):
             self._relink()
@@ -218,11 +219,10 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                     "use the recipe of the saved run"
                 )
 
-    def _rate(self, group: int, routed: Routed) -> float:
-        return float(self._all_groups[group]["lr"]) * routed.lr_ratio
-
-    def _routed_in(self, stepped: Stepped) -> list[Routed]:
-        return [self._routed[id(part.parameter)] for part in stepped.parts]
+    def _set_rates(self) -> None:
+        """Let every group inside follow the rate of its group outside."""
+        for (group, ratio), inner in zip(self._rates, self.symdist.param_groups, strict=True):
+            inner["lr"] = float(self._all_groups[group]["lr"]) * ratio
 
     def _make_state(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[tensor]

@@ -109,6 +109,7 @@ def check_features(engine: Any) -> None:
         "offload_optimizer with ratio below 1": getattr(zero.offload_optimizer, "ratio", 1.0) < 1.0,
         "super_offload": bool(getattr(zero.offload_optimizer, "super_offload", False)),
         "zenflow": getattr(zero, "zenflow", None) is not None,
+        "pipeline parallelism (PipelineModule)": bool(getattr(engine, "pipeline_parallelism", False)),
         "MiCS (mics_shard_size)": getattr(zero, "mics_shard_size", -1) > 0,
         "fp16 master weights": bool(engine.fp16_master_weights_and_gradients()),
         "bf16 master weights": bool(getattr(engine, "bf16_master_weights_and_gradients", bool)()),

@@ -1,11 +1,13 @@
 """What cannot run as asked is an error before the first step, on all ranks, that names it and the remedy."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from deepspeed.runtime.engine import DeepSpeedEngine
 
+from symdist_deepspeed.options import check_features
 from tests.ranks import Ranks, start
 from tests.symdist_deepspeed import engines
 
@@ -77,6 +79,51 @@ def test_autocast_in_float16_is_refused() -> None:
     finally:
         alone.close()
     assert "torch_autocast in float16, whose scaler may skip a step on some ranks only" in message
+
+
+OFFLOAD = {"device": "cpu", "ratio": 1.0, "super_offload": False}
+FEATURES: dict[str, tuple[dict[str, Any], str]] = {
+    "parameters on NVMe": ({"offload_param": SimpleNamespace(device="nvme")}, "offload_param to NVMe"),
+    "super offload": (
+        {"offload_optimizer": SimpleNamespace(**OFFLOAD | {"super_offload": True})},
+        "at ZeRO stage 3: super_offload",
+    ),
+    "zenflow": ({"zenflow": object()}, "zenflow"),
+    "mics": ({"mics_shard_size": 2}, "MiCS (mics_shard_size)"),
+}
+
+
+def stand_in(**zero: Any) -> Any:
+    """As much of an engine as is looked at."""
+    given = {"offload_optimizer": None, "offload_param": None, "elastic_checkpoint": False, **zero}
+    return SimpleNamespace(
+        zero_optimization_stage=lambda: 3,
+        _config=SimpleNamespace(zero_config=SimpleNamespace(**given)),
+        fp16_master_weights_and_gradients=lambda: False,
+    )
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_what_needs_hardware_to_start_is_refused_too(feature: str) -> None:
+    check_features(stand_in(offload_optimizer=SimpleNamespace(**OFFLOAD)))
+    with pytest.raises(ValueError, match="symdist does not support") as caught:
+        check_features(stand_in(**FEATURES[feature][0]))
+    assert FEATURES[feature][1] in str(caught.value)
+
+
+def test_pipelines_are_refused() -> None:
+    engine = stand_in()
+    engine.pipeline_parallelism = True
+    with pytest.raises(ValueError, match="pipeline parallelism"):
+        check_features(engine)
+
+
+@pytest.mark.parametrize("which", ["fp16", "bf16"])
+def test_masters_of_low_precision_are_refused(which: str) -> None:
+    engine = stand_in()
+    setattr(engine, f"{which}_master_weights_and_gradients", lambda: True)
+    with pytest.raises(ValueError, match=f"{which} master weights"):
+        check_features(engine)
 
 
 def test_strange_parameters_are_refused(worlds: Worlds) -> None:
