@@ -113,12 +113,7 @@ def _may_overlap(wave: Sequence[Task], following: Sequence[Task]) -> bool:
     have a third in between, and start all of the one before any of the other: where they share a process group, on
     which collectives must start in one order, so must everyone.
     """
-    homes = {task.home for task in (*wave, *following)}
-    return len(homes) == 1 or not _groups(wave) & _groups(following)
-
-
-def _groups(wave: Sequence[Task]) -> set[Group | None]:
-    return {group for task in wave for group in (task.home, *task.along.values())}
+    return len({task.home for task in (*wave, *following)}) == 1
 
 
 class _Flight:
