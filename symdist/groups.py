@@ -149,6 +149,8 @@ def flat_parts(
     is taken one by one, and what a rule does to each element by itself as one vector. A start is where this rank's
     piece begins in its run.
     """
+    if 0 in shape:
+        raise ValueError(f"{name} has shape {shape} and so nothing in it; leave it out of the optimizer")
     rows = options.get("centered") or options["stale_rows"] == "hold" or options["padding_rows"] > 0
     count = math.prod(shape[:-2]) if len(shape) > 2 else 1
     shapes: list[tuple[int, ...]] = [shape]

@@ -285,9 +285,10 @@ class SymDist(torch.optim.Optimizer):
 
     def _move(self, job: Job | FlatJob, updates: list[Tensor], moved: list[Tensor] | None) -> None:
         """Decoupled decay first, then the update."""
+        place_of = {member: place for place, member in enumerate(job.members)}
         for group, members in self._by_group(job.members):
             lr, decay = float(group["lr"]), group["weight_decay"]
-            places = [job.members.index(i) for i in members]
+            places = [place_of[i] for i in members]
             weights = [local(self._members[i].parameter) for i in members]
             chosen = [updates[place] for place in places]
             if moved is not None:

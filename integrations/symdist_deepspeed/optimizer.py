@@ -48,6 +48,10 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._rates: list[tuple[int, float]] = []
         """Of the groups inside: their group outside, and their share of its rate."""
         self._rules = [group["rules"] for group in groups]
+        # What a group keeps whatever it is loaded with, and its rate beside the first group's.
+        self._own = [{"rules": group["rules"], "schedule": group["schedule"]} for group in groups]
+        first = float(groups[0]["lr"])
+        self._beside_first = [float(group["lr"]) / first if first else 1.0 for group in groups]
         super().__init__(groups, {})
         self._all_groups = list(self.param_groups)
 
@@ -113,6 +117,13 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         relink()
 
     @torch.no_grad()
+    def follow(self) -> None:
+        """Let the pieces lie where DeepSpeed has moved tensors and state to; what it left is held no longer."""
+        moved = [bound.follow(self.state[bound.stepped.tensor], self.symdist) for bound in self._bound]
+        if any(moved):
+            self._relink()
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take the gradients of the tensors in `param_groups`; with the last of all tensors, take the step.
 
@@ -155,6 +166,9 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         zeros there, of one element in memory and file.
         """
         found = super().state_dict()
+        if len(found["param_groups"]) == len(self._own):
+            for group, own in zip(found["param_groups"], self._own, strict=True):
+                group.update(own)
         for index, state in found["state"].items():
             if "exp_avg" in state and "exp_avg_sq" not in state:
                 zeros = torch.zeros(1, device=state["exp_avg"].device).expand(state["exp_avg"].shape)
@@ -199,17 +213,26 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
     def _step(self) -> None:
         assert self._symdist is not None
-        # Of stage 3's universal checkpoints all groups get what the first one said: its rules are its own.
-        self._check_rules(self._all_groups[:1])
+        self._check_loaded()
         self._set_rates()
-        moved = [bound.follow(self.state[bound.stepped.tensor], self._symdist) for bound in self._bound]
-        if any(moved):
-            self._relink()
+        self.follow()
         skipped = self._symdist.skipped_steps
         self._symdist.step()
         if self._symdist.skipped_steps == skipped:
             for bound in self._bound:
                 bound.count(self.state[bound.stepped.tensor])
+
+    def _check_loaded(self) -> None:
+        """What a universal checkpoint said of the groups; at stage 3 it says of all what it knows of the first."""
+        said = [group.get("rules") for group in self._all_groups]
+        if said == self._rules:
+            return
+        if not self._empty_at_rest or any(rules != said[0] for rules in said):
+            self._check_rules(self._all_groups)
+        self._check_rules(self._all_groups[:1])
+        first = float(self._all_groups[0]["lr"])
+        for group, own, ratio in zip(self._all_groups, self._own, self._beside_first, strict=True):
+            group.update(own, lr=first * ratio)
 
     def _check_rules(self, groups: list[dict[str, Any]]) -> None:
         for i, (group, mine) in enumerate(zip(groups, self._rules, strict=False)):

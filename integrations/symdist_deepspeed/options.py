@@ -68,6 +68,10 @@ class Options:
         own = (recipe.options("matrix") or {}).get("lr")
         if own is None:
             own = next((float(section["lr"]) for section in recipe.sections.values() if "lr" in section), 1.0)
+        if not own > 0:
+            raise ValueError(
+                f"recipe {recipe.name!r}: lr={own!r} of its matrices must be positive: all rates are told by it"
+            )
         base = own if self.lr is None else float(self.lr)
         recipe = Recipe(
             name=recipe.name,

@@ -1,5 +1,6 @@
 """Where DeepSpeed put each parameter: the tensors its wrappers step, as runs of the parameters they are made of."""
 
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -116,8 +117,7 @@ def _stage_1_and_2(wrapper: Any) -> list[Stepped]:
         flat = wrapper.bit16_groups_flat[i]
         offsets = [(p.data_ptr() - flat.data_ptr()) // flat.element_size() for p in parameters]
         parts = _parts(zip(parameters, offsets, strict=True), part=int(wrapper.partition_size[i]), ranks=ranks)
-        here = wrapper.parallel_partitioned_bit16_groups[i][ranks.index]
-        found.append(Stepped(tensor=tensor, group=i, parts=parts, publish=partial(_copy, here, tensor)))
+        found.append(Stepped(tensor=tensor, group=i, parts=parts, publish=partial(_publish, wrapper, i, ranks.index)))
     return found
 
 
@@ -162,8 +162,10 @@ def _stage_3(wrapper: Any) -> list[Stepped]:
 
 
 @torch.no_grad()
-def _copy(there: Tensor, tensor: Tensor) -> None:
-    there.data.copy_(tensor.data)
+def _publish(wrapper: Any, group: int, rank: int) -> None:
+    # Looked up each time: DeepSpeed makes them anew when it has offloaded them.
+    masters = wrapper.single_partition_of_fp32_groups[group]
+    wrapper.parallel_partitioned_bit16_groups[group][rank].data.copy_(masters.data)
 
 
 def keep_linked(wrapper: Any) -> Callable[[], None]:
@@ -196,6 +198,26 @@ def keep_linked(wrapper: Any) -> Callable[[], None]:
     wrapper._link_all_hp_params = linked_with_states
     linked()
     return states
+
+
+def follow_offloads(wrapper: Any, follow: Callable[[], None]) -> None:
+    """Call `follow` whenever DeepSpeed has moved masters and state away or back, so that nothing holds the old ones."""
+    if not isinstance(wrapper, DeepSpeedZeroOptimizer):
+        return
+    for name in ("offload_states", "reload_states"):
+        move = getattr(wrapper, name, None)
+        if move is not None:
+            setattr(wrapper, name, _followed(move, follow))
+
+
+def _followed(move: Callable[..., Any], follow: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(move)
+    def moved(*args: Any, **options: Any) -> Any:
+        result = move(*args, **options)
+        follow()
+        return result
+
+    return moved
 
 
 def _link_in_order(wrapper: Any) -> None:

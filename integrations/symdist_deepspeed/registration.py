@@ -13,7 +13,7 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2, utils
 
 from symdist_deepspeed.optimizer import DeepSpeedSymDist
 from symdist_deepspeed.options import Options, check_features
-from symdist_deepspeed.partitions import keep_linked, read_partitions
+from symdist_deepspeed.partitions import follow_offloads, keep_linked, read_partitions
 from symdist_deepspeed.routing import route_engine
 from symdist_deepspeed.tensor_parallel import with_blocks
 
@@ -96,5 +96,6 @@ def _attaching(configure: Any) -> Any:
         if isinstance(optimizer, DeepSpeedSymDist):
             stepped = with_blocks(engine, read_partitions(engine), optimizer.names)
             optimizer.attach(stepped, relink=keep_linked(engine.optimizer))
+            follow_offloads(engine.optimizer, optimizer.follow)
 
     return configured

@@ -1,5 +1,7 @@
 """Sums and Gram roots over a group: every matrix that asks at once travels in one buffer."""
 
+import functools
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,12 +103,17 @@ class _Slots:
 
     def overlap(self, *, holder: int, owner: int) -> list[tuple[int, int, int]]:
         """`(unit, start, stop)`, in buffer coordinates, of what `holder`'s chunk has of the units of `owner`."""
-        low, high = holder * self.chunk, (holder + 1) * self.chunk
-        return [
-            (unit, max(start, low), min(start + size, high))
-            for unit, (start, size) in enumerate(zip(self.starts, self.sizes, strict=True))
-            if self.owners[unit] == owner and start < high and start + size > low
-        ]
+        return self._parts.get((holder, owner), [])
+
+    @functools.cached_property
+    def _parts(self) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+        # Once for all ranks: asked for one by one, many units over many ranks take long.
+        parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for unit, (start, size, owner) in enumerate(zip(self.starts, self.sizes, self.owners, strict=True)):
+            for holder in range(start // self.chunk, -(-(start + size) // self.chunk)):
+                low, high = holder * self.chunk, (holder + 1) * self.chunk
+                parts.setdefault((holder, owner), []).append((unit, max(start, low), min(start + size, high)))
+        return parts
 
 
 def _loads(sizes: list[int], owners: list[int], ranks: int) -> list[int]:
@@ -124,7 +131,7 @@ def _spread_evenly(sizes: list[int], owners: list[int], ranks: int) -> bool:
 def _slots(sizes: list[int], owners: list[int], ranks: int, *, aligned: bool) -> _Slots:
     loads = _loads(sizes, owners, ranks)
     chunk = max(loads) if aligned else -(-sum(sizes) // ranks)
-    free = [rank * chunk if aligned else sum(loads[:rank]) for rank in range(ranks)]
+    free = [rank * chunk for rank in range(ranks)] if aligned else [0, *itertools.accumulate(loads[:-1])]
     starts = []
     for size, owner in zip(sizes, owners, strict=True):
         starts.append(free[owner])

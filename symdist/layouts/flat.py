@@ -110,6 +110,7 @@ def flat_vector(sizes: list[int], *, ranks: int, align: int = 1) -> list[tuple[i
     return [flat_bounds(start, size, part=part, ranks=ranks) for start, size in zip(_starts(sizes), sizes, strict=True)]
 
 
+@functools.lru_cache(maxsize=65536)
 def flat_bounds(start: int, size: int, *, part: int, ranks: int) -> tuple[int, ...]:
     """The bounds of a tensor of `size` elements at `start` of a vector of which every rank holds `part` elements."""
     return (*(min(max(rank * part - start, 0), size) for rank in range(ranks)), size)

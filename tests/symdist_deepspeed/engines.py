@@ -331,3 +331,25 @@ def broken_off(
     weights, moments = read(engine)
     engine.destroy()
     return message, weights, moments
+
+
+def moved_away(mesh: DeviceMesh, cases: list[str], settings: Config) -> tuple[list[bool], dict, dict]:
+    """Steps with masters and state offloaded and reloaded between them.
+
+    Whether the model computes with its masters after each, and the weights and first moments.
+    """
+    engine = made(cases, settings, How(groups=True))
+    alike = []
+    for step in range(3):
+        train(engine, How(), range(step, step + 1))
+        alike.append(
+            all(
+                torch.equal(parameter.detach().float(), safe_get_full_fp32_param(parameter).to(parameter).float())
+                for parameter in engine.module.parameters()
+            )
+        )
+        engine.offload_states(pin_memory=False)
+        engine.reload_states()
+    weights, moments = read(engine)
+    engine.destroy()
+    return alike, weights, moments

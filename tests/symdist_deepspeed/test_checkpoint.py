@@ -25,7 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
     "stage 3": language.config(3) | {"zero_optimization": {"stage": 3, "sub_group_size": 9000}},
 }
-TURN, END = 5, 25
+TURN, END, AFTER = 5, 25, 28
 
 
 def convert(folder: Path) -> Path:
@@ -53,20 +53,24 @@ def test_resumed_runs_go_on_as_if_nothing_was(worlds: Worlds, tmp_path: Path, wa
     settings = WAYS[way]
     folder = tmp_path / "run"
     four = worlds(4)
-    straight = four.run(4, language.run, settings, Run(last=END))[0]
+    straight = four.run(4, language.run, settings, Run(last=AFTER))[0]
     assert straight[0] - straight[-1] > 0.3
     before = four.run(4, language.run, settings, Run(last=TURN, save=str(folder)))[0]
     assert before == pytest.approx(straight[:TURN], abs=1e-6)
     # Into an engine that has trained on something else meanwhile.
     resume = Run(first=TURN, last=END, load=str(folder), again=2)
-    assert four.run(4, language.run, settings, resume)[0] == pytest.approx(straight[TURN:], abs=1e-5)
+    assert four.run(4, language.run, settings, resume)[0] == pytest.approx(straight[TURN:END], abs=1e-5)
     if way == "stage 3" and version.parse(deepspeed.__version__) < version.parse("0.19"):
         pytest.skip("this DeepSpeed's converter fails on several sub-groups, with any optimizer")
+    folders = str(folder), str(tmp_path / "again")
     if way == "stage 0":
         # Nothing is partitioned, so nothing needs converting.
-        at_two = worlds(2).run(2, language.run, settings, resume)[0]
+        first = settings
     else:
-        universal = settings | {"checkpoint": {"load_universal": True}}
-        resume = Run(first=TURN, last=END, load=str(convert(folder)))
-        at_two = worlds(2).run(2, language.run, universal, resume)[0]
+        first = settings | {"checkpoint": {"load_universal": True}}
+        folders = str(convert(folder)), folders[1]
+    two = worlds(2)
+    at_two = two.run(2, language.run, first, Run(first=TURN, last=END, load=folders[0], save=folders[1]))[0]
+    # What was saved after that is an ordinary checkpoint again.
+    at_two += two.run(2, language.run, settings, Run(first=END, last=AFTER, load=folders[1]))[0]
     assert at_two == pytest.approx(straight[TURN:], abs=1e-2 if "bf16" in settings else 1e-4)

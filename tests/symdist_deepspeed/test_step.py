@@ -57,6 +57,16 @@ def test_what_deepspeed_lets_through_is_found(worlds: Worlds, stage: int) -> Non
         assert (message, still, goes_on, skipped) == ("", True, True, 1)
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_states_may_be_moved_away_and_back(worlds: Worlds, stage: int) -> None:
+    settings = engines.config(CASES, zero_optimization={"stage": stage}, **BF16)
+    expected = engines.alone(CASES, How(groups=True))[0]
+    for alike, weights, _ in worlds(2).run(2, engines.moved_away, CASES, settings):
+        assert alike == [True, True, True]
+        for name, weight in weights.items():
+            assert (weight.double() - expected[name]).norm() < 1e-3 * expected[name].norm()
+
+
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_step_broken_off_leaves_nothing(worlds: Worlds, stage: int) -> None:
     settings = engines.config(CASES, zero_optimization={"stage": stage, "sub_group_size": 100})
