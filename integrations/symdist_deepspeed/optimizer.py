@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from symdist import SymDist
-from symdist.exchange import Transport
 from symdist.groups import Member, flat_parts
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
@@ -72,9 +71,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         """Steps left out for gradients that were not finite."""
         return self.symdist.skipped_steps
 
-    def attach(
-        self, stepped: list[Stepped], *, relink: Callable[[], None] = lambda: None, transport: Transport | None = None
-    ) -> None:
+    def attach(self, stepped: list[Stepped], *, relink: Callable[[], None]) -> None:
         """Take over what DeepSpeed made of the parameters: called once, by all ranks.
 
         `relink` is called when state has been made or has moved. Raises ValueError, by name, for a parameter whose
@@ -110,7 +107,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
             exchange_dtype=self._options.dtype,
             wave_bytes=self._options.wave_bytes,
             world=dist.group.WORLD,
-            transport=transport or transport_for([each.tensor for each in stepped]),
+            transport=transport_for([each.tensor for each in stepped]),
         )
         self._rates = list(rates.values())
         self._set_rates()
@@ -331,7 +328,7 @@ class _Bound:
                 if piece.start is not None:
                     piece.parameter.data = piece.of(tensor)
         moved = [name for name in known if state[name] is not self._state[name]]
-        for piece in self.pieces:
+        for piece in self.pieces if moved else ():
             held = symdist.state[piece.parameter]
             for key, name in _NAMES.items():
                 if key in held and name in moved:
@@ -359,11 +356,11 @@ def _pieces(part: Part, tensor: Tensor, routed: Routed) -> list[_Piece]:
         assert part.block.flat is not None
         if len(shape) > 2:
             raise ValueError(f"{name} has shape {shape}: stacks of matrices under tensor parallelism are not supported")
-        stop = part.start + part.block.flat.local_shape[0]
-        parameter = nn.Parameter(tensor.detach()[part.start : stop])
-        return [_Piece(name=name, parameter=parameter, layout=part.block.flat, start=part.start, stop=stop)]
+        placed = [(name, part.block.flat, 0)]
+    else:
+        placed = flat_parts(name, shape, options, bounds=part.bounds, ranks=part.ranks)
     found = []
-    for its_name, layout, offset in flat_parts(name, shape, options, bounds=part.bounds, ranks=part.ranks):
+    for its_name, layout, offset in placed:
         start = part.start + offset
         stop = start + layout.local_shape[0]
         parameter = nn.Parameter(tensor.detach()[start:stop])
