@@ -126,3 +126,14 @@ def printed(mesh: DeviceMesh, code: str, settings: Config) -> tuple[list[float],
     rules = {name: group["rule"] for group in inner.param_groups for name in group["names"]}
     engine.destroy()
     return losses, rules
+
+
+def tied(mesh: DeviceMesh, settings: Config) -> tuple[list[float], dict[str, str]]:
+    """A model whose head is its embedding: losses, and the role of every parameter."""
+    whole = build("olmoe-tiny", vocabulary=VOCABULARY, overrides=OVERRIDES | {"tie_word_embeddings": True}, seed=7)
+    engine = engine_of(whole, settings)
+    losses = train(engine, range(8))
+    inner = engine.basic_optimizer.symdist
+    roles = {name: group["role"] for group in inner.param_groups for name in group["names"]}
+    engine.destroy()
+    return losses, roles

@@ -9,7 +9,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from tests.cases import is_row_rule
 from tests.ranks import Ranks
-from tests.symdist_deepspeed import engines
+from tests.symdist_deepspeed import engines, language
 from tests.symdist_deepspeed.engines import How
 
 Worlds = Callable[[int], Ranks]
@@ -105,3 +105,13 @@ def test_own_scale_of_a_recipe(worlds: Worlds) -> None:
             kept = 1 - 0.1 * engines.LR if case in ("muon_tall", "right") else 1.0
             twice = start * decay + 2 * (expected[f"p{i}"].float() - start * kept)
             assert torch.allclose(found[f"p{i}"], twice, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_tied_weights_are_one(worlds: Worlds, stage: int) -> None:
+    ((alone, _),) = worlds(1).run(1, language.tied, language.config(0))
+    for losses, roles in worlds(2).run(2, language.tied, language.config(stage)):
+        assert losses == pytest.approx(alone, abs=1e-4)
+        assert losses[0] - losses[-1] > 0.1
+        assert roles["model.embed_tokens.weight"] == "tied_embedding"
+        assert "lm_head.weight" not in roles
