@@ -34,15 +34,18 @@ class Site:
     """Where a parameter stands.
 
     `role` is None where nothing is known of a matrix. `heads` and `head_dim_index` (0 rows, 1 columns of the stored
-    matrix) are set where heads lie one after another. `transposed` marks storage as `[in, out]`. `fused` says how a
-    gate and an up projection share one tensor.
+    matrix) are set where heads lie one after another, `groups` where a fused q, k and v is made of so many query groups
+    one after another. `transposed` marks storage as `[in, out]`. `fused` says how a gate and an up projection share one
+    tensor: "stacked" in `blocks`, each with neurons' gates before the same neurons' ups.
     """
 
     role: str | None
     heads: int | None = None
     head_dim_index: int = 0
+    groups: int | None = None
     transposed: bool = False
     fused: Literal["stacked", "interleaved"] | None = None
+    blocks: int = 1
 
 
 def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:

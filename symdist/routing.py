@@ -1,6 +1,6 @@
 """From a model and a recipe to param groups: every parameter gets a role, and by its role a rule."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,29 +24,45 @@ def route(model: nn.Module, recipe: RecipeLike, **overrides: Mapping[str, Any]) 
 
     `recipe` is a name, a TOML file or a mapping; `overrides` replace options by role, as in
     `router={"rule": "left_spectral"}`. Frozen parameters are left out. Beside the views a group knows, a recipe may
-    say "heads" (head by head), "neurons" (rows are the hidden neurons of an MLP) or nothing (`[out, in]`), and each
-    parameter gets the view that means.
+    say "heads" (head by head), "neurons" (rows are the hidden neurons of an MLP), "apart" (what shares one tensor, as
+    gate and up do, each by itself) or nothing (`[out, in]`), and each parameter gets the view that means.
 
     Raises ValueError for a matrix without a role, a role without a section, a pattern that nothing takes, and a view
     that does not fit; always with the parameter's name and what to do.
     """
-    loaded = load_recipe(recipe).overridden(overrides)
-    used: set[int] = set()
+    return route_sites(find_sites(model), load_recipe(recipe).overridden(overrides))
+
+
+def route_sites(
+    sites: Mapping[str, tuple[Any, Site]], recipe: Recipe, *, taken: set[int] | None = None
+) -> list[dict[str, Any]]:
+    """As `route`, of whatever is at known sites: anything that has a `shape`, by its name.
+
+    Where the sites are one part of a model, such as the stage of a pipeline, `taken` collects which patterns take
+    something, for `check_patterns` when all parts are known.
+    """
+    used: set[int] = set() if taken is None else taken
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for name, (parameter, site) in find_sites(model).items():
-        role, options = _options(name, tuple(parameter.shape), site, loaded, used)
+    for name, (parameter, site) in sites.items():
+        role, options = _options(name, tuple(parameter.shape), site, recipe, used)
         options["view"] = _view(name, options, role, site)
         key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
         group = groups.setdefault(key, {"params": [], "names": [], "role": role, **options})
         group["params"].append(parameter)
         group["names"].append(name)
-    unused = [pattern["match"] for i, pattern in enumerate(loaded.patterns) if i not in used]
+    if taken is None:
+        check_patterns(recipe, used, list(sites))
+    return list(groups.values())
+
+
+def check_patterns(recipe: Recipe, taken: set[int], names: Sequence[str]) -> None:
+    """ValueError where a pattern of the recipe is not among those taken; `names` of parameters are shown to compare."""
+    unused = [pattern["match"] for i, pattern in enumerate(recipe.patterns) if i not in taken]
     if unused:
         raise ValueError(
-            f"recipe {loaded.name!r}: pattern {unused[0]!r} takes no parameter (none matches, or an earlier pattern "
-            "took them); names look like " + ", ".join(list(find_sites(model))[:3])
+            f"recipe {recipe.name!r}: pattern {unused[0]!r} takes no parameter (none matches, or an earlier pattern "
+            "took them); names look like " + ", ".join(names[:3])
         )
-    return list(groups.values())
 
 
 def build_optimizer(
@@ -113,8 +129,16 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
         # Coordinate-wise rules see no matrix, so a section shared with them may name any view.
         return COMMON["view"]
     match view:
-        case None:
+        case "apart" if site.fused is not None:
+            if site.fused != "stacked" or site.transposed:
+                raise ValueError(f"{name}: view 'apart' needs gate and up one after the other in rows, as [2r, d]")
+            return {"heads": 2, "dim": 0}
+        case None | "apart":
             return "columns" if site.transposed else "rows"
+        case "groups":
+            if site.groups is None:
+                raise ValueError(f"{name} has no query groups in one tensor: view 'groups' is for a fused q, k and v")
+            return {"heads": site.groups, "dim": 0}
         case "heads":
             if site.heads is None:
                 raise ValueError(
@@ -126,6 +150,8 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
             kind = role.partition("_")[2]
             if role.partition("_")[0] not in ("mlp", "expert") or not kind:
                 raise ValueError(f"{name} has role {role!r}: view 'neurons' is for MLP and expert matrices")
+            if site.blocks > 1 or (site.fused == "stacked" and site.transposed):
+                return {"gate_up": site.blocks, "dim": 1 if site.transposed else 0}
             if site.fused is not None:
                 return f"gate_up_{site.fused}"
             return "columns" if (kind == "down") != site.transposed else "rows"

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from symdist.layouts import Split
 
-Kind: TypeAlias = Literal["rows", "columns", "gate_up_stacked", "gate_up_interleaved", "heads_0", "heads_1"]
+Kind: TypeAlias = Literal[
+    "rows", "columns", "gate_up_stacked", "gate_up_stacked_1", "gate_up_interleaved", "heads_0", "heads_1"
+]
 Seen: TypeAlias = Literal["batch", "rows", "columns", "torn"]
 
 _NAMED = ("rows", "columns", "gate_up_stacked", "gate_up_interleaved")
@@ -23,7 +25,7 @@ _NAMED = ("rows", "columns", "gate_up_stacked", "gate_up_interleaved")
 class View:
     """A view bound to a stored shape: every matrix is `[rows, columns]` and the whole tensor holds `count` of them.
 
-    `unit` is the head size for views by heads, else 1.
+    `unit` is the head size for views by heads, for gate and up stacked in blocks the size of a block, else 1.
     """
 
     kind: Kind
@@ -32,6 +34,11 @@ class View:
     rows: int
     columns: int
     unit: int = 1
+
+    @property
+    def single(self) -> bool:
+        """Whether all gates and ups are one block, which any cut between neurons tears."""
+        return self.unit == self.stored[-2 if self.kind == "gate_up_stacked" else -1]
 
     def matrices(self, tensor: Tensor) -> Tensor:
         """`[…, p, q]`, a stack of whole tensors or of pieces, as `[b, m, n]`."""
@@ -45,7 +52,11 @@ class View:
             case "columns":
                 return tensor.reshape(b, p, q).mT
             case "gate_up_stacked":
-                return tensor.reshape(b, 2, p // 2, q).transpose(1, 2).reshape(b, p // 2, 2 * q)
+                pairs = tensor.reshape(b, p // self.unit, 2, self.unit // 2, q)
+                return pairs.transpose(2, 3).reshape(b, p // 2, 2 * q)
+            case "gate_up_stacked_1":
+                pairs = tensor.reshape(b, p, q // self.unit, 2, self.unit // 2)
+                return pairs.permute(0, 2, 4, 3, 1).reshape(b, q // 2, 2 * p)
             case "gate_up_interleaved":
                 return tensor.mT.reshape(b, q // 2, 2 * p)
             case "heads_0":
@@ -66,7 +77,11 @@ class View:
             case "columns":
                 return matrices.mT.reshape(shape)
             case "gate_up_stacked":
-                return matrices.reshape(b, p // 2, 2, q).transpose(1, 2).reshape(shape)
+                pairs = matrices.reshape(b, p // self.unit, self.unit // 2, 2, q)
+                return pairs.transpose(2, 3).reshape(shape)
+            case "gate_up_stacked_1":
+                pairs = matrices.reshape(b, q // self.unit, self.unit // 2, 2, p)
+                return pairs.permute(0, 4, 1, 3, 2).reshape(shape)
             case "gate_up_interleaved":
                 return matrices.reshape(b, q, p).mT.reshape(shape)
             case "heads_1":
@@ -93,7 +108,9 @@ class View:
             case "columns":
                 return along
             case "gate_up_stacked":
-                return "torn" if dim == -2 else "columns"
+                return "columns" if dim == -1 else ("rows" if whole_units and not self.single else "torn")
+            case "gate_up_stacked_1":
+                return "columns" if dim == -2 else ("rows" if whole_units and not self.single else "torn")
             case "gate_up_interleaved":
                 return "columns" if dim == -2 else ("rows" if whole_units else "torn")
             case "heads_0":
@@ -105,7 +122,8 @@ class View:
 def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
     """The view an option names, bound to a stored shape.
 
-    `view` is "rows", "columns", "gate_up_stacked" (`[…, 2r, d]`), "gate_up_interleaved" (`[…, d, 2r]`) or
+    `view` is "rows", "columns", "gate_up_stacked" (`[…, 2r, d]`), "gate_up_interleaved" (`[…, d, 2r]`),
+    `{"gate_up": b, "dim": 0 | 1}` (b blocks along that dimension, each with gates before ups) or
     `{"heads": h, "dim": 0 | 1}`. Raises ValueError, naming the parameter, where the shape does not fit.
     """
     if not 1 <= len(shape) <= 3:
@@ -114,6 +132,8 @@ def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
         )
     batch = shape[0] if len(shape) == 3 else 1
     p, q = (shape[0], 1) if len(shape) == 1 else shape[-2:]
+    if isinstance(view, Mapping) and "gate_up" in view:
+        return _bind_gate_up(view, shape, batch, p, q, name)
     if isinstance(view, Mapping):
         return _bind_heads(view, shape, batch, p, q, name)
     match view:
@@ -127,13 +147,26 @@ def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
             rows, columns = q // 2, 2 * p
         case _:
             raise ValueError(
-                f"{name}: view {view!r} is not one of {', '.join(map(repr, _NAMED))} or {{'heads': h, 'dim': 0 or 1}}"
+                f"{name}: view {view!r} is not one of {', '.join(map(repr, _NAMED))}, {{'heads': h, 'dim': 0 or 1}} "
+                "or {'gate_up': blocks, 'dim': 0 or 1}"
             )
     if len(shape) == 1 and view != "rows":
         raise ValueError(f"{name}: a vector has no view {view!r}")
     if (view == "gate_up_stacked" and p % 2) or (view == "gate_up_interleaved" and q % 2):
         raise ValueError(f"{name}: {view} needs an even number of gate and up neurons, the shape is {shape}")
-    return View(kind=view, stored=shape, count=batch, rows=rows, columns=columns)
+    unit = p if view == "gate_up_stacked" else 1
+    return View(kind=view, stored=shape, count=batch, rows=rows, columns=columns, unit=unit)
+
+
+def _bind_gate_up(view: Mapping[str, Any], shape: tuple[int, ...], batch: int, p: int, q: int, name: str) -> View:
+    blocks, dim = view["gate_up"], view.get("dim")
+    if set(view) != {"gate_up", "dim"} or dim not in (0, 1) or not isinstance(blocks, int):
+        raise ValueError(f"{name}: view {dict(view)!r} should be {{'gate_up': blocks, 'dim': 0 or 1}}")
+    size, other = (p, q) if dim == 0 else (q, p)
+    if blocks < 1 or size % (2 * blocks) or len(shape) == 1:
+        raise ValueError(f"{name}: dimension {dim} of {shape} does not split into {blocks} blocks of gate and up")
+    kind: Kind = "gate_up_stacked" if dim == 0 else "gate_up_stacked_1"
+    return View(kind=kind, stored=shape, count=batch, rows=size // 2, columns=2 * other, unit=size // blocks)
 
 
 def _bind_heads(view: Mapping[str, Any], shape: tuple[int, ...], batch: int, p: int, q: int, name: str) -> View:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from symdist import SymDist
-from symdist.groups import Member, flat_parts
+from symdist.borrowed import BorrowedState
+from symdist.groups import flat_parts
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
 from symdist.rules import ACCUMULATOR_STATE, get_rule
@@ -40,7 +41,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, routed: dict[int, Routed], options: Options):
         self._routed = routed
         self._options = options
-        self._symdist: _Pieces | None = None
+        self._symdist: BorrowedState | None = None
         self._bound: list[_Bound] = []
         self._waiting: set[int] = set()
         self._relink: Callable[[], None] = lambda: None
@@ -100,7 +101,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                         name: piece.of(self.state[each.tensor][_NAMES[name]]) for name in _state_keys(group["rule"])
                     }
             bound.note(self.state[each.tensor])
-        self._symdist = _Pieces(
+        self._symdist = BorrowedState(
             list(inner.values()),
             homes=homes,
             nonfinite=self._options.nonfinite,
@@ -255,21 +256,6 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._waiting.clear()
         for bound in self._bound:
             bound.drop_gradient()
-
-
-class _Pieces(SymDist):
-    """SymDist over pieces whose state lies in the flat state of what they are pieces of."""
-
-    def __init__(self, groups: list[dict[str, Any]], *, homes: dict[int, dict[str, Tensor]], **options: Any):
-        self._homes = homes
-        super().__init__(groups, **options)
-        del self._homes
-
-    def _new_state(self, member: Member) -> dict[str, Tensor]:
-        state = dict(self._homes[id(member.parameter)])
-        if member.rule.accumulator == "adam":
-            state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
-        return state
 
 
 @dataclass(kw_only=True)

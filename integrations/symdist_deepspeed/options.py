@@ -65,25 +65,8 @@ class Options:
         Raises ValueError as `load_recipe` and `Recipe.overridden` do.
         """
         recipe = load_recipe(_tuples(self.recipe) if isinstance(self.recipe, Mapping) else self.recipe)
-        own = (recipe.options("matrix") or {}).get("lr")
-        if own is None:
-            own = next((float(section["lr"]) for section in recipe.sections.values() if "lr" in section), 1.0)
-        if not own > 0:
-            raise ValueError(
-                f"recipe {recipe.name!r}: lr={own!r} of its matrices must be positive: all rates are told by it"
-            )
-        base = own if self.lr is None else float(self.lr)
-        recipe = Recipe(
-            name=recipe.name,
-            sections={role: _scaled(section, base / own) for role, section in recipe.sections.items()},
-            patterns=tuple(_scaled(pattern, base / own) for pattern in recipe.patterns),
-            schedules=recipe.schedules,
-        )
+        recipe, base = recipe.at_rate(self.lr)
         return recipe.overridden(_tuples(self.overrides)), base
-
-
-def _scaled(options: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    return {key: value * factor if key == "lr" else value for key, value in options.items()}
 
 
 def _tuples(options: Any) -> Any:

@@ -16,7 +16,7 @@ from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils.mixed_precision_linkage import link_hp_params
 from torch import Tensor
 
-from symdist.layouts import FlatLayout, Group, Layout, group_from
+from symdist.layouts import FlatLayout, Group, Layout, ascending
 from symdist.layouts.flat import flat_bounds
 
 
@@ -83,11 +83,7 @@ def read_partitions(engine: Any) -> list[Stepped]:
 
 def ranks_of(group: Any) -> Group:
     """The ranks of a process group of DeepSpeed's; ValueError where it does not number them in ascending order."""
-    group = dist.group.WORLD if group is None else group
-    found = group_from(group)
-    if dist.get_process_group_ranks(group) != list(found.ranks):
-        raise ValueError(f"process group of ranks {dist.get_process_group_ranks(group)}: they must ascend")
-    return found
+    return ascending(dist.group.WORLD if group is None else group)
 
 
 def _whole(engine: Any, pairs: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> list[Stepped]:

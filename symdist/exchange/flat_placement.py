@@ -47,8 +47,9 @@ class _Kind:
 
     @property
     def multiple(self) -> int:
-        """The rows that must stay together: those of a head."""
-        return self.stack.view.unit if self.stack.view.kind == "heads_0" else 1
+        """The rows that must stay together: those of a head, or of a block of gates and ups."""
+        view = self.stack.view
+        return view.unit if view.kind == "heads_0" or (view.kind == "gate_up_stacked" and not view.single) else 1
 
 
 def place_flat(

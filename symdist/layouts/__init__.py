@@ -21,6 +21,7 @@ __all__ = [
     "Group",
     "Layout",
     "Split",
+    "ascending",
     "check_placements",
     "cut_along",
     "group_from",
@@ -52,6 +53,14 @@ def group_from(ranks: Any) -> Group:
         raise TypeError(f"{ranks!r} is neither a ProcessGroup nor a DeviceMesh")
     members = tuple(sorted(dist.get_process_group_ranks(ranks)))
     return Group(ranks=members, index=members.index(dist.get_rank()), handle=ranks, through=(ranks,))
+
+
+def ascending(group: dist.ProcessGroup) -> Group:
+    """The group of a `ProcessGroup`; ValueError where it does not number its ranks in ascending order."""
+    found = group_from(group)
+    if dist.get_process_group_ranks(group) != list(found.ranks):
+        raise ValueError(f"process group of ranks {dist.get_process_group_ranks(group)}: they must ascend")
+    return found
 
 
 def local(tensor: Tensor) -> Tensor:

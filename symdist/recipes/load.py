@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -72,6 +72,33 @@ class Recipe:
         schedule = next((key for key in (role, rule, "default") if key in self.schedules), None)
         return "adam" if get_rule(rule).accumulator == "adam" else "momentum", schedule
 
+    def at_rate(self, lr: float | None) -> tuple["Recipe", float]:
+        """The recipe with all rates in the proportion that gives its matrices `lr`, and that rate.
+
+        Without `lr` the rates are as they are. Raises ValueError where the matrices have none to tell others by.
+        """
+        own = (self.options("matrix") or {}).get("lr")
+        if own is None:
+            own = next((float(section["lr"]) for section in self.sections.values() if "lr" in section), 1.0)
+        if not own > 0:
+            raise ValueError(
+                f"recipe {self.name!r}: lr={own!r} of its matrices must be positive: all rates are told by it"
+            )
+        base = own if lr is None else float(lr)
+        return self.multiplied("lr", base / own), base
+
+    def multiplied(self, option: str, factor: float) -> "Recipe":
+        """The recipe with a number multiplied wherever it is given."""
+
+        def changed(options: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: value * factor if key == option else value for key, value in options.items()}
+
+        return replace(
+            self,
+            sections={role: changed(section) for role, section in self.sections.items()},
+            patterns=tuple(changed(pattern) for pattern in self.patterns),
+        )
+
     def overridden(self, overrides: Mapping[str, Mapping[str, Any]]) -> "Recipe":
         """The recipe with options of some roles replaced.
 
@@ -90,7 +117,7 @@ class Recipe:
                 known = {*rule.defaults, *ACCUMULATOR_OPTIONS[rule.accumulator], *COMMON, "lr"}
                 base = {key: value for key, value in base.items() if key in known}
             sections[role] = {**base, **changes}
-        return Recipe(name=self.name, sections=sections, patterns=self.patterns, schedules=self.schedules)
+        return replace(self, sections=sections)
 
 
 def recipe_names() -> list[str]:

@@ -1,0 +1,164 @@
+"""The optimizer for a Megatron model: groups, wrappers and process groups as Megatron's factory makes them."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core import parallel_state
+from megatron.core.optimizer.grad_scaler import ConstantGradScaler
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from symdist.finite import NonFinite
+from symdist.optimizer import WAVE_BYTES
+from symdist.recipes import RecipeLike
+from symdist_megatron.homes import Homes, find_home
+from symdist_megatron.optimizer import MegatronSymDist
+from symdist_megatron.options import Options, check_features
+from symdist_megatron.routing import Routing, route_model
+from symdist_megatron.whole_step import WholeStep
+from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, stepped_by
+
+
+_WRAPS = "_get_megatron_optimizer_based_on_param_groups"
+
+
+def get_symdist_optimizer(
+    config: Any,
+    model_chunks: Sequence[Any],
+    *,
+    recipe: RecipeLike,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    vocabulary: int | None = None,
+    nonfinite: NonFinite = "raise",
+    exchange_dtype: torch.dtype | None = None,
+    wave_bytes: int = WAVE_BYTES,
+    config_overrides: Any = None,
+    use_gloo_process_groups: bool = True,
+    pg_collection: Any = None,
+) -> SymDistChain:
+    """What `megatron.core.optimizer.get_megatron_optimizer` returns, with symdist's rules instead of Adam's.
+
+    `config` is Megatron's `OptimizerConfig`; its `lr` and `weight_decay` are those of the recipe's matrices, and all
+    others follow in proportion; without `lr` the recipe's rates stand. `overrides` replace options by role, and are
+    meant as they stand. `vocabulary` is the number of real tokens: further rows of embedding and head only fill it up
+    to what tensor parallelism divides, take no part and never move. The others are those of `symdist.SymDist`, and of
+    Megatron's function. All ranks must call it.
+
+    Raises ValueError, naming it and the remedy, for an unknown recipe, rule, option or role, a parameter without a
+    role, a rule that does not fit, and for what of Megatron symdist cannot serve.
+    """
+    options = Options(
+        recipe=recipe,
+        overrides=overrides or {},
+        vocabulary=vocabulary,
+        nonfinite=nonfinite,
+        exchange_dtype=exchange_dtype,
+        wave_bytes=wave_bytes,
+    )
+    chunks = list(model_chunks)
+    check_features(config, chunks)
+    groups = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, chunks, use_gloo_process_groups)
+    homes = _homes(groups, pg_collection)
+    routing = route_model(chunks, options, config, homes=homes)
+    # To Megatron's factory it is an Adam; and one config is all wrappers'.
+    own = copy.copy(config)
+    own.optimizer, own.lr = "adam", routing.scaled.lr
+    with _wrapping(routing):
+        made = megatron_optimizer.get_megatron_optimizer(
+            own,
+            chunks,
+            config_overrides=config_overrides,
+            use_gloo_process_groups=use_gloo_process_groups,
+            pg_collection=pg_collection,
+        )
+    own.optimizer = config.optimizer
+    chain = SymDistChain(made.chained_optimizers)
+    given = [
+        (wrapper.optimizer, stepped_by(wrapper)) for wrapper in made.chained_optimizers if wrapper.optimizer is not None
+    ]
+    shared = _group(pg_collection, "embd", partial(parallel_state.get_embedding_group, check_initialized=False))
+    chain.attach(WholeStep(given, routing=routing, homes=homes, options=options, shared=shared))
+    return chain
+
+
+@contextmanager
+def _wrapping(routing: Routing) -> Iterator[None]:
+    """Let Megatron's factory, which knows the process groups, put its wrappers around symdist."""
+    original = getattr(megatron_optimizer, _WRAPS)
+    setattr(megatron_optimizer, _WRAPS, partial(_wrapper, routing))
+    try:
+        yield
+    finally:
+        setattr(megatron_optimizer, _WRAPS, original)
+
+
+def _wrapper(
+    routing: Routing,
+    *,
+    config: Any,
+    model_chunks: list[Any],
+    param_groups: list[dict[str, Any]],
+    per_model_buffers: Any = None,
+    model_parallel_group: Any = None,
+    intra_dist_opt_group: Any = None,
+    data_parallel_group: Any = None,
+    data_parallel_group_gloo: Any = None,
+    data_parallel_group_idx: Any = None,
+    distributed_optimizer_instance_id: int = 0,
+    pg_collection: Any = None,
+) -> MegatronOptimizer:
+    """One of Megatron's wrappers around the groups it is given."""
+    base = MegatronSymDist(param_groups, routing=routing) if param_groups else None
+    scaler = ConstantGradScaler(config.loss_scale) if config.loss_scale else None
+    wrapper: Any
+    if config.use_distributed_optimizer:
+        wrapper = SymDistDistributedOptimizer(
+            base,
+            config,
+            scaler,
+            _nothing,
+            model_chunks=model_chunks,
+            per_model_buffers=per_model_buffers,
+            data_parallel_group=data_parallel_group,
+            data_parallel_group_gloo=data_parallel_group_gloo,
+            data_parallel_group_idx=data_parallel_group_idx,
+            distributed_optimizer_instance_id=distributed_optimizer_instance_id,
+        )
+        wrapper.grad_stats_parallel_group = intra_dist_opt_group
+    else:
+        if config.bf16:
+            wrapper = Float16OptimizerWithFloat16Params(base, config, scaler, _nothing)
+        else:
+            wrapper = FP32Optimizer(base, config, _nothing)
+        wrapper.grad_stats_parallel_group = model_parallel_group
+    # Norms and clipping tell by them which gradients are counted on several ranks.
+    wrapper.tp_group = _group(pg_collection, "tp", parallel_state.get_tensor_model_parallel_group)
+    wrapper.expert_tp_group = _group(pg_collection, "expt_tp", parallel_state.get_expert_tensor_parallel_group)
+    return wrapper
+
+
+def _nothing(optimizer: Any, config: Any = None) -> None:
+    """State is complete from construction on."""
+
+
+def _group(pg_collection: Any, name: str, default: Callable[[], Any]) -> Any:
+    """A process group of the collection, or of Megatron's global ones."""
+    found = None if pg_collection is None else vars(pg_collection).get(name)
+    return found if found is not None else default()
+
+
+def _homes(groups: Mapping[str, Any], pg_collection: Any) -> Homes:
+    dense, expert = groups["intra_dp_cp_group"], groups["intra_expt_dp_group"]
+    tensor = _group(pg_collection, "tp", parallel_state.get_tensor_model_parallel_group)
+    expert_tensor = _group(pg_collection, "expt_tp", parallel_state.get_expert_tensor_parallel_group)
+    return Homes(
+        dense=find_home(dense, tensor),
+        expert=find_home(expert, expert_tensor),
+        undivided=find_home(dense, expert_tensor),
+        expert_rank=_group(pg_collection, "ep", parallel_state.get_expert_model_parallel_group).rank(),
+    )

@@ -1,0 +1,88 @@
+"""What a user may say of the optimizer in Megatron, and which of Megatron's features symdist cannot serve."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from symdist.finite import NonFinite
+from symdist.optimizer import WAVE_BYTES
+from symdist.recipes import Recipe, RecipeLike, load_recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `get_symdist_optimizer`, see there."""
+
+    recipe: RecipeLike
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    vocabulary: int | None = None
+    nonfinite: NonFinite = "raise"
+    exchange_dtype: torch.dtype | None = None
+    wave_bytes: int = WAVE_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled:
+    """A recipe in the proportion that Megatron's `lr` and `weight_decay` give it: those of the role "matrix"."""
+
+    recipe: Recipe
+    lr: float
+    weight_decay: float
+
+
+def scaled(options: Options, config: Any) -> Scaled:
+    """The recipe of the options under Megatron's config; overrides are meant as they stand.
+
+    Raises ValueError for a recipe that decays no matrices under a config that decays some.
+    """
+    if config.lr is not None and not (math.isfinite(config.lr) and config.lr > 0):
+        raise ValueError(f"symdist: lr={config.lr!r} of the optimizer config must be a positive number")
+    recipe, lr = load_recipe(options.recipe).at_rate(config.lr)
+    own = float((recipe.options("matrix") or {}).get("weight_decay", 0.0))
+    wanted = float(config.weight_decay)
+    if own:
+        recipe = recipe.multiplied("weight_decay", wanted / own)
+    elif wanted and "weight_decay" not in options.overrides.get("matrix", {}):
+        raise ValueError(
+            f"recipe {recipe.name!r} decays no weights, and Megatron's weight_decay is {wanted}: set that to 0 "
+            "(--weight-decay 0), or say which role decays by how much (--symdist-override matrix.weight_decay=0.1)"
+        )
+    return Scaled(recipe=recipe.overridden(options.overrides), lr=lr, weight_decay=wanted)
+
+
+def check_features(config: Any, chunks: Sequence[Any]) -> None:
+    """ValueError, naming it and the remedy, for what Megatron is configured to do and symdist cannot do."""
+    ddp = getattr(chunks[0], "ddp_config", None)
+    kind = type(chunks[0]).__name__
+    refused = {
+        f"a model that is no DistributedDataParallel of megatron-core but a {kind} (torch FSDP2: use "
+        "symdist.build_optimizer on the model itself)": ddp is None or "FullyShardedDataParallel" in kind,
+        "Megatron-FSDP (use_megatron_fsdp; use the distributed optimizer)": getattr(ddp, "use_megatron_fsdp", False),
+        "fp16, whose loss scale may skip the steps of some ranks only (use bf16)": config.fp16,
+        "weights kept in fp8 or fp4 (fp8_param_gather, fp4_param_gather; computing in fp8 is fine)": (
+            getattr(ddp, "fp8_param_gather", False) or getattr(ddp, "fp4_param_gather", False)
+        ),
+        "use_precision_aware_optimizer (its state is Transformer Engine's)": config.use_precision_aware_optimizer,
+        "optimizer_cpu_offload (its state is kept elsewhere)": config.optimizer_cpu_offload,
+        "decoupled_lr (say embedding.lr=… and head.lr=… as overrides)": config.decoupled_lr is not None,
+        "optimizer_cuda_graph (a step talks to other ranks)": getattr(config, "optimizer_cuda_graph", False),
+        "weight sharding by GTP or EGTP": _shards_weights_further(chunks[0]),
+    }
+    found = [feature for feature, on in refused.items() if on]
+    if found:
+        raise ValueError(f"symdist does not support {'; '.join(found)}")
+    distributed = [bool(chunk.ddp_config.use_distributed_optimizer) for chunk in chunks]
+    if any(each != bool(config.use_distributed_optimizer) for each in distributed):
+        raise ValueError(
+            f"symdist: use_distributed_optimizer is {bool(config.use_distributed_optimizer)} in the optimizer's config "
+            f"and {distributed[0]} in DistributedDataParallel's; they must agree"
+        )
+
+
+def _shards_weights_further(chunk: Any) -> bool:
+    config = getattr(chunk, "config", None)
+    sizes = ("gtp_weight_remat_size", "expert_gtp_weight_remat_size")
+    return any((getattr(config, name, 1) or 1) > 1 for name in sizes)

@@ -1,0 +1,311 @@
+"""What a Megatron model's parameters are: by their modules and configuration, the matrices that each is made of."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron.core.transformer import attention, mlp
+from megatron.core.transformer.moe import experts, router
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from torch import nn
+
+from symdist.recipes import Recipe
+from symdist.roles import Site
+from symdist_megatron.homes import Homes
+from symdist_megatron.windows import Window
+
+# megatron-core 0.17 dropped the first.
+_EXPERTS = tuple(
+    getattr(experts, name) for name in ("GroupedMLP", "TEGroupedMLP", "SequentialMLP") if hasattr(experts, name)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A matrix, or vector, that a parameter consists of, alone or beside others.
+
+    `shape` is that of the whole of it, on all tensor-parallel ranks, `cut` the dimension along which these share it and
+    `widths` what each has. In memory it lies among the `size` elements from `base` of every rank's part of the
+    parameter: put one after another, rank by rank, these are what `window` looks at.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    site: Site
+    base: int
+    size: int
+    window: Window
+    cut: int | None = None
+    widths: tuple[int, ...] = ()
+    vocabulary: bool = False
+    """Whether its rows are those of the vocabulary, filled up to what tensor parallelism divides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """A parameter by a name that does not depend on the layout, and its matrices.
+
+    `expert` says whose ranks it is cut over: those of the experts' tensor parallelism.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    expert: bool
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """A section of a fused dimension: `size` of its `period`."""
+
+    name: str
+    size: int
+    site: Site
+
+
+def describe(chunks: Sequence[nn.Module], *, homes: Homes, recipe: Recipe) -> list[Described]:
+    """Every trainable parameter of a rank's model chunks, once.
+
+    The recipe decides whether a fused q, k and v is taken apart: it is unless the recipe speaks of `attention_qkv`, or
+    all three are seen head by head in the same way. Raises ValueError, naming it, for a parameter whose module says one
+    thing and its shape another.
+    """
+    found: list[Described] = []
+    seen: set[int] = set()
+    for chunk in chunks:
+        for name, parameter, chain in _walk(chunk, homes):
+            if id(parameter) not in seen and parameter.requires_grad:
+                seen.add(id(parameter))
+                found.append(_describe(name, parameter, chain, homes=homes, recipe=recipe))
+    return found
+
+
+def _walk(
+    chunk: nn.Module, homes: Homes
+) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
+    """Name, parameter, and the chain of (attribute, module) from the model to the module that holds it.
+
+    Layers and experts go by their numbers in the whole model.
+    """
+
+    def descend(module: nn.Module, prefix: str, chain: list[tuple[str, nn.Module]]) -> Any:
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield prefix + leaf, parameter, chain
+        for attribute, child in module.named_children():
+            place = attribute
+            if chain[-1][0] == "layers" and isinstance(getattr(child, "layer_number", None), int):
+                place = str(child.layer_number - 1)  # type: ignore[operator]
+            elif chain[-1][0] == "local_experts":
+                place = str(homes.expert_rank * len(module._modules) + int(attribute))
+            # What wraps the model, DDP and half-precision modules, calls it so.
+            inner = prefix if attribute == "module" and len(chain) <= 3 else f"{prefix}{place}."
+            yield from descend(child, inner, [*chain, (attribute, child)])
+
+    yield from descend(chunk, "", [("", chunk)])
+
+
+def _describe(
+    name: str, parameter: nn.Parameter, chain: list[tuple[str, nn.Module]], *, homes: Homes, recipe: Recipe
+) -> Described:
+    expert = any(isinstance(module, _EXPERTS) for _, module in chain)
+    ranks = homes.tensor_ranks(expert=expert)
+    holder = chain[-1][1]
+    if type(holder).__name__ == "GroupedMLP" and isinstance(holder, _EXPERTS):
+        units = _grouped(name, parameter, holder, ranks=ranks, homes=homes, recipe=recipe)
+        return Described(name=name, parameter=parameter, expert=True, units=units)
+    site, parts, count = _site(name.rsplit(".", 1)[-1], parameter, chain, recipe=recipe)
+    cut = _cut(name, parameter, site, expert=expert) if ranks > 1 and parameter.dim() == 2 else None
+    if site.fused is not None and ranks > 1 and cut is None:
+        raise ValueError(f"{name}: gate and up are fused, but the weight does not say how tensor parallelism cuts it")
+    shape = tuple(size * (ranks if i == cut else 1) for i, size in enumerate(parameter.shape))
+    if site.fused is not None:
+        site = replace(site, blocks=ranks)
+    if site.fused is not None and _apart(recipe, site.role):
+        kind = str(site.role).partition("_")[0]
+        rows = parameter.shape[0] // 2
+        parts = [_Part(name=part, size=rows, site=Site(role=f"{kind}_{part}")) for part in ("gate", "up")]
+        count = ranks
+    if not parts:
+        whole = Unit(
+            name=name,
+            shape=shape,
+            site=site,
+            base=0,
+            size=parameter.numel(),
+            window=Window.whole(parameter.numel() * (ranks if cut is not None else 1)),
+            cut=cut,
+            widths=() if cut is None else (parameter.shape[cut],) * ranks,
+            vocabulary=isinstance(holder, VocabParallelEmbedding) or chain[-1][0] == "output_layer",
+        )
+        return Described(name=name, parameter=parameter, expert=expert, units=(whole,))
+    period = sum(part.size for part in parts)
+    if shape[0] != count * period:
+        raise ValueError(
+            f"{name} has {shape[0]} rows; its module says {count} times {' + '.join(str(part.size) for part in parts)}"
+        )
+    return Described(
+        name=name,
+        parameter=parameter,
+        expert=expert,
+        units=tuple(_sections(name, parameter, parts, count=count, cut=cut, ranks=ranks)),
+    )
+
+
+def _sections(
+    name: str, parameter: nn.Parameter, parts: Sequence[_Part], *, count: int, cut: int | None, ranks: int
+) -> Iterator[Unit]:
+    """Rows of a fused weight, every part by itself."""
+    width, size = parameter.shape[1], parameter.numel()
+    period = sum(part.size for part in parts) * width
+    start = 0
+    for part in parts:
+        window = Window(count=count, period=period, start=start, stop=start + part.size * width)
+        start = window.stop
+        yield Unit(
+            name=f"{name}[{part.name}]",
+            shape=(count * part.size, width),
+            site=part.site,
+            base=0,
+            size=size,
+            window=window,
+            cut=cut,
+            widths=()
+            if cut is None
+            else tuple(window.between(rank * size, (rank + 1) * size) // width for rank in range(ranks)),
+        )
+
+
+def _grouped(
+    name: str, parameter: nn.Parameter, module: Any, *, ranks: int, homes: Homes, recipe: Recipe
+) -> tuple[Unit, ...]:
+    """The experts of a grouped MLP: `[expert, in, out]` in memory, whatever the parameter's shape says."""
+    count, hidden = module.num_local_experts, module.config.hidden_size
+    first = homes.expert_rank * count
+    size = parameter.numel() // count
+    inner = size // hidden
+    up = name.endswith("weight1")
+    gated = up and module.config.gated_linear_unit
+    role = f"expert_{'gate_up' if gated else 'up' if up else 'down'}"
+    site = Site(role=role, transposed=True, fused="stacked" if gated else None, blocks=ranks)
+    windows = [("", site, Window.whole(size * ranks), inner)]
+    if gated and _apart(recipe, role):
+        half = inner // 2
+        windows = [
+            (
+                f"[{part}]",
+                Site(role=f"expert_{part}", transposed=True),
+                Window(count=ranks * hidden, period=inner, start=i * half, stop=(i + 1) * half),
+                half,
+            )
+            for i, part in enumerate(("gate", "up"))
+        ]
+    return tuple(
+        Unit(
+            name=f"{name}[{first + i}]{suffix}",
+            shape=(hidden, ranks * width) if up else (ranks * width, hidden),
+            site=its_site,
+            base=i * size,
+            size=size,
+            window=window,
+            cut=None if ranks == 1 else (1 if up else 0),
+            widths=() if ranks == 1 else (width,) * ranks,
+        )
+        for i in range(count)
+        for suffix, its_site, window, width in windows
+    )
+
+
+def _apart(recipe: Recipe, role: str | None) -> bool:
+    return (recipe.options(str(role)) or {}).get("view") == "apart"
+
+
+def _cut(name: str, parameter: Any, site: Site, *, expert: bool) -> int | None:
+    """The dimension along which tensor parallelism cuts a matrix."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        # Transformer Engine's grouped linears keep their experts' cut to themselves.
+        declared = {"expert_gate_up": 0, "expert_up": 0, "expert_down": 1}.get(str(site.role))
+        return declared if expert else None
+    if getattr(parameter, "partition_stride", 1) != 1 and site.fused is None:
+        raise ValueError(
+            f"{name} is cut in {parameter.partition_stride} pieces a rank, and its module does not say what these are; "
+            "name a coordinate-wise rule for it in the recipe, or run it without tensor parallelism"
+        )
+    return int(parameter.partition_dim)
+
+
+def _site(
+    leaf: str, parameter: nn.Parameter, chain: list[tuple[str, nn.Module]], *, recipe: Recipe
+) -> tuple[Site, list[_Part], int]:
+    """What a parameter is; the parts that it is fused of, if they are to be apart, and how often these repeat."""
+    attribute, module = chain[-1]
+    parent: Any = chain[-2][1] if len(chain) > 1 else module
+    if isinstance(module, router.Router):
+        return Site(role="router" if parameter.dim() == 2 else "router_bias"), [], 1
+    if leaf == "bias" or leaf.startswith("bias"):
+        return Site(role="bias"), [], 1
+    if parameter.dim() < 2:
+        norm = "norm" in type(module).__name__.lower() or "norm" in leaf
+        return Site(role="norm" if norm else "other"), [], 1
+    if isinstance(module, VocabParallelEmbedding) or type(module) is nn.Embedding or attribute == "output_layer":
+        return Site(role=_vocabulary_role(attribute, chain)), [], 1
+    if isinstance(parent, attention.Attention):
+        return _attention_site(attribute, parent, recipe=recipe)
+    if attribute in ("linear_fc1", "linear_fc2") and isinstance(parent, (mlp.MLP, *_EXPERTS)):
+        kind = "expert" if any(isinstance(each, _EXPERTS) for _, each in chain) else "mlp"
+        if attribute == "linear_fc2":
+            return Site(role=f"{kind}_down"), [], 1
+        if parent.config.gated_linear_unit:
+            return Site(role=f"{kind}_gate_up", fused="stacked"), [], 1
+        return Site(role=f"{kind}_up"), [], 1
+    if leaf == "gate_weight":
+        # The one row that gates a shared expert.
+        return Site(role="other"), [], 1
+    return Site(role=None), [], 1
+
+
+def _vocabulary_role(attribute: str, chain: list[tuple[str, nn.Module]]) -> str:
+    shared = any(getattr(module, "share_embeddings_and_output_weights", False) for _, module in chain)
+    if attribute == "word_embeddings" and shared:
+        return "tied_embedding"
+    return ("tied_embedding" if shared else "head") if attribute == "output_layer" else "embedding"
+
+
+def _attention_site(attribute: str, module: Any, *, recipe: Recipe) -> tuple[Site, list[_Part], int]:
+    config = module.config
+    heads = config.num_attention_heads
+    if attribute == "linear_proj":
+        return Site(role="attention_o", heads=heads, head_dim_index=1), [], 1
+    if isinstance(module, MultiLatentAttention):
+        # Latent projections have rows of several kinds, not head after head: matrices like any other.
+        queries = attribute in ("linear_q_proj", "linear_q_up_proj")
+        return Site(role="attention_q", heads=heads) if queries else Site(role="matrix"), [], 1
+    dim = config.kv_channels
+    if attribute == "linear_q":
+        return Site(role="attention_q", heads=heads), [], 1
+    groups = config.num_query_groups or heads
+    if attribute == "linear_kv":
+        return _fused(["k", "v"], [1, 1], groups=heads, dim=dim, recipe=recipe)
+    if attribute == "linear_qkv":
+        queries = heads // groups
+        if getattr(config, "attention_output_gate", False):
+            return _fused(["q", "gate", "k", "v"], [queries, queries, 1, 1], groups=groups, dim=dim, recipe=recipe)
+        return _fused(["q", "k", "v"], [queries, 1, 1], groups=groups, dim=dim, recipe=recipe)
+    return Site(role=None), [], 1
+
+
+def _fused(
+    names: list[str], counts: list[int], *, groups: int, dim: int, recipe: Recipe
+) -> tuple[Site, list[_Part], int]:
+    """Heads of several kinds in every query group, `counts` of each."""
+    whole = Site(role="attention_qkv", heads=groups * sum(counts), groups=groups)
+    roles = [f"attention_{'q' if name == 'gate' else name}" for name in names]
+    options = [recipe.options(role) for role in roles]
+    alike = all(each == options[0] for each in options) and (options[0] or {}).get("view") == "heads"
+    if alike or "attention_qkv" in recipe.sections:
+        return whole, [], 1
+    parts = [
+        _Part(name=name, size=count * dim, site=Site(role=role, heads=groups * count))
+        for name, role, count in zip(names, roles, counts, strict=True)
+    ]
+    return whole, parts, groups

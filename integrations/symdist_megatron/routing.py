@@ -1,0 +1,112 @@
+"""The matrices of a Megatron model to rules: roles from modules, options from the recipe, the same on all ranks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from symdist.groups import complete_group
+from symdist.routing import check_patterns, route_sites
+from symdist_megatron.homes import Homes
+from symdist_megatron.options import Options, Scaled, scaled
+from symdist_megatron.parameters import Described, Unit, describe
+
+_VOCABULARIES = ("embedding", "tied_embedding", "head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """A unit with the options of its rule, and its rate and decay beside those of Megatron's group.
+
+    Units of equal `options` share one dict. `decay_ratio` is None where Megatron decays nothing: `decay` then stands.
+    """
+
+    unit: Unit
+    options: Mapping[str, Any]
+    lr_ratio: float
+    decay_ratio: float | None
+    decay: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """By `id` of a model's parameter, what it is and what becomes of its units; `rules` has the rule of every role."""
+
+    described: Mapping[int, Described]
+    routed: Mapping[int, tuple[Routed, ...]]
+    rules: Mapping[str, str]
+    scaled: Scaled
+
+
+def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, homes: Homes) -> Routing:
+    """Route the parameters of this rank's chunks. All ranks must call it.
+
+    Raises ValueError, on every rank and naming the parameter, for whatever `symdist.route` refuses on any.
+    """
+    said: str | None = None
+    taken: set[int] = set()
+    rules: dict[str, str] = {}
+    described: list[Described] = []
+    routed: dict[int, tuple[Routed, ...]] = {}
+    proportion = scaled(options, config)
+    try:
+        described = describe(chunks, homes=homes, recipe=proportion.recipe)
+        routed, rules = _route(described, options, proportion, taken)
+    except ValueError as error:
+        said = str(error)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (said, taken, [each.name for each in described][:3], rules))
+    for error, _, _, _ in found:
+        if error is not None:
+            raise ValueError(error)
+    every = {role: rule for _, _, _, theirs in found for role, rule in theirs.items()}
+    check_patterns(
+        proportion.recipe, set().union(*(theirs for _, theirs, _, _ in found)), [name for _, _, n, _ in found for name in n]
+    )
+    return Routing(
+        described={id(each.parameter): each for each in described},
+        routed=routed,
+        rules=dict(sorted(every.items())),
+        scaled=proportion,
+    )
+
+
+def _route(
+    described: Sequence[Described], options: Options, proportion: Scaled, taken: set[int]
+) -> tuple[dict[int, tuple[Routed, ...]], dict[str, str]]:
+    sites = {unit.name: (unit, unit.site) for each in described for unit in each.units}
+    by_name: dict[str, Routed] = {}
+    rules: dict[str, str] = {}
+    for group in route_sites(sites, proportion.recipe, taken=taken):
+        for padding, units in _by_padding(group, options.vocabulary).items():
+            own = {**group, "params": units, "names": [unit.name for unit in units]}
+            if padding:
+                own["padding_rows"] = padding
+            full = complete_group(own)
+            rules[group["role"]] = full["rule"]
+            decay = float(full["weight_decay"])
+            told = {key: value for key, value in full.items() if key not in ("params", "names", "lr", "weight_decay")}
+            for unit in units:
+                by_name[unit.name] = Routed(
+                    unit=unit,
+                    options=told,
+                    lr_ratio=float(full["lr"]) / proportion.lr,
+                    decay_ratio=decay / proportion.weight_decay if proportion.weight_decay else None,
+                    decay=decay,
+                )
+    return {id(each.parameter): tuple(by_name[unit.name] for unit in each.units) for each in described}, rules
+
+
+def _by_padding(group: Mapping[str, Any], vocabulary: int | None) -> dict[int, list[Unit]]:
+    """The units of a group by how many of their rows only fill the vocabulary up."""
+    found: dict[int, list[Unit]] = {}
+    for unit in group["params"]:
+        over = 0
+        if vocabulary is not None and group["role"] in _VOCABULARIES and unit.vocabulary:
+            over = unit.shape[0] - vocabulary
+            if over < 0:
+                raise ValueError(f"{unit.name} has {unit.shape[0]} rows, fewer than the vocabulary of {vocabulary}")
+        found.setdefault(over, []).append(unit)
+    return found

@@ -1,0 +1,155 @@
+"""Megatron's own wrappers around symdist: what of them must know of state that is not Adam's, and of steps together."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
+from torch import Tensor
+
+from symdist.layouts.flat import flat_bounds
+from symdist_megatron.optimizer import MegatronSymDist
+from symdist_megatron.pieces import Held
+from symdist_megatron.whole_step import Stepped, WholeStep
+
+
+class SymDistDistributedOptimizer(DistributedOptimizer):
+    """Megatron's distributed optimizer over a `MegatronSymDist`: state that a rule does not have is zero in checkpoints.
+
+    So these have the form that Megatron knows, and load at any number of ranks of any kind.
+    """
+
+    optimizer: MegatronSymDist
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the groups alone, as Megatron's: what belongs to parameters is saved apart."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.state_dict()["param_groups"]
+        ]
+        state: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, and the parameters' state where it comes along.
+
+        Raises ValueError, before anything changes, where the rules are others than this run's.
+        """
+        super().load_state_dict(state_dict)
+        # Megatron takes the count from tensors of its own making, and only with the optimizers it knows.
+        self.optimizer.count(int(state_dict["optimizer"]["param_groups"][0]["step"]))
+
+    def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
+        main = self._main_of(model_param)
+        state = self.optimizer.state[main]
+        zeros = torch.zeros(1, dtype=main.dtype, device=main.device).expand(main.shape)
+        return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state.get("exp_avg_sq", zeros)}
+
+    def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Tensor]) -> None:
+        main = self._main_of(model_param)
+        mine = {"param": main.detach(), **self.optimizer.state[main]}
+        for key in ("param", "exp_avg", "exp_avg_sq"):
+            if key in mine:
+                mine[key].copy_(tensors[key])
+
+    def _main_of(self, model_param: Any) -> Tensor:
+        group, order = self.model_param_group_index_map[model_param]
+        return self.optimizer.param_groups[group]["params"][order]
+
+
+class SymDistChain(ChainedOptimizer):
+    """Megatron's chain of optimizers, all of which are stepped at once before each publishes what it holds."""
+
+    whole: WholeStep
+
+    def attach(self, whole: WholeStep) -> None:
+        """Take the steps with `whole`."""
+        self.whole = whole
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out for gradients that were not finite, beside those that Megatron leaves out itself."""
+        return self.whole.symdist.skipped_steps
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """As Megatron's, and what one rank finds all ranks know: a step is everybody's or nobody's."""
+        found = super().prepare_grads()
+        if any(getattr(each, "grad_scaler", None) is not None for each in self.chained_optimizers):
+            flag = torch.tensor([float(found)], device=torch.cuda.current_device())
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            found = bool(flag.item())
+        return found
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Step all, then bring to the model what was stepped; False where gradients were not finite and are skipped."""
+        timers = self.config.timers
+        if timers is not None:
+            timers("symdist-step", log_level=1).start(barrier=self.config.barrier_with_L1_time)
+        stepped = self.whole.step()
+        if timers is not None:
+            timers("symdist-step").stop()
+        return super().step_with_ready_grads() if stepped else False
+
+
+def stepped_by(wrapper: MegatronOptimizer) -> list[Stepped]:
+    """What a wrapper has stepped: for every parameter of the model it serves, in the order of its groups."""
+    base: MegatronSymDist = wrapper.optimizer
+    if isinstance(wrapper, DistributedOptimizer):
+        return list(_of_distributed(wrapper, base))
+    masters: dict[int, Tensor] = {}
+    if not isinstance(wrapper, FP32Optimizer):
+        for of_group, mains in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
+            masters.update((id(parameter), main) for parameter, main in zip(of_group, mains, strict=True))
+    return [
+        Stepped(
+            parameter=parameter,
+            group=i,
+            tensor=masters.get(id(parameter), parameter),
+            held=Held(low=0, high=parameter.numel(), bounds=None),
+        )
+        for i, parameters in enumerate(base.model_parameters)
+        for parameter in parameters
+    ]
+
+
+def _of_distributed(wrapper: DistributedOptimizer, base: MegatronSymDist) -> Iterator[Stepped]:
+    """Of the distributed optimizer: runs of each parameter, as the gradient buffers' buckets are cut."""
+    places: dict[int, tuple[int, Any]] = {}
+    for buffer in wrapper.buffers:
+        ranks = buffer.data_parallel_group.size()
+        for parameter, (start, _, bucket_index) in buffer.param_index_map.items():
+            bucket = buffer.buckets[bucket_index]
+            part = bucket.grad_data.numel() // ranks
+            places[id(parameter)] = (
+                buffer.data_parallel_group.rank(),
+                flat_bounds(start - bucket.offset, parameter.numel(), part=part, ranks=ranks),
+            )
+    mains: dict[int, Tensor] = {}
+    for models, shards in (
+        (wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups),
+        (wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
+    ):
+        for of_group, of_shards in zip(models, shards, strict=True):
+            mains.update((id(parameter), shard) for parameter, shard in zip(of_group, of_shards, strict=True))
+    for i, parameters in enumerate(base.model_parameters):
+        for parameter in parameters:
+            rank, bounds = places[id(parameter)]
+            low, high = bounds[rank], bounds[rank + 1]
+            main = mains.get(id(parameter))
+            if (main.numel() if main is not None else 0) != high - low:
+                raise ValueError(
+                    f"symdist: a parameter of shape {tuple(parameter.shape)} lies otherwise in Megatron's buffers than "
+                    f"symdist reads them: {high - low} elements here, not {0 if main is None else main.numel()}"
+                )
+            yield Stepped(
+                parameter=parameter,
+                group=i,
+                tensor=main,
+                held=Held(low=low, high=high, bounds=bounds if len(bounds) > 2 else None),
+            )
