@@ -150,7 +150,7 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
             kind = role.partition("_")[2]
             if role.partition("_")[0] not in ("mlp", "expert") or not kind:
                 raise ValueError(f"{name} has role {role!r}: view 'neurons' is for MLP and expert matrices")
-            if site.blocks > 1 or (site.fused == "stacked" and site.transposed):
+            if site.fused == "stacked" and (site.blocks > 1 or site.transposed):
                 return {"gate_up": site.blocks, "dim": 1 if site.transposed else 0}
             if site.fused is not None:
                 return f"gate_up_{site.fused}"

@@ -45,11 +45,18 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, world: int | Shape, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Run on the first ranks, as many as `world` says or as the mesh of that shape has."""
+    def run(self, world: int | Shape, function: Callable[..., Any] | str, *args: Any) -> list[Any]:
+        """Run on the first ranks, as many as `world` says or as the mesh of that shape has.
+
+        `function` may be "module:name", where this process had better not import the module.
+        """
         shape = (world,) if isinstance(world, int) else world
         pipes = self._pipes[: math.prod(shape)]
-        where = (function.__module__, function.__qualname__)
+        if isinstance(function, str):
+            module, _, name = function.partition(":")
+            where = (module, name)
+        else:
+            where = (function.__module__, function.__qualname__)
         for pipe in pipes:
             pipe.send((shape, where, args))
         results: dict[int, Any] = {}

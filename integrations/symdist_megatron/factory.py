@@ -23,7 +23,6 @@ from symdist_megatron.routing import Routing, route_model
 from symdist_megatron.whole_step import WholeStep
 from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, stepped_by
 
-
 _WRAPS = "_get_megatron_optimizer_based_on_param_groups"
 
 

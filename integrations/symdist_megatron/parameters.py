@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron.core.tensor_parallel import VocabParallelEmbedding
 from megatron.core.transformer import attention, mlp
 from megatron.core.transformer.moe import experts, router
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
-from megatron.core.tensor_parallel import VocabParallelEmbedding
 from torch import nn
 
 from symdist.recipes import Recipe

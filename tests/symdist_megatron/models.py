@@ -3,10 +3,10 @@
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from tests.symdist_megatron import on_cpu
+from tests.symdist_megatron.how import How
 
 on_cpu.install()
 
@@ -24,36 +24,9 @@ SEQUENCE = 16
 Full = dict[str, Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class How:
-    """A model and how its ranks share it."""
-
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    etp: int = 1
-    distributed: bool = False
-    dtype: torch.dtype = torch.float64
-    layers: int = 2
-    hidden: int = 16
-    heads: int = 8
-    groups: int = 4
-    kv_channels: int = 4
-    ffn: int = 24
-    experts: int = 4
-    moe: tuple[int, ...] | None = None
-    """Which layers are of experts: every other one, unless told."""
-    grouped: bool = False
-    shared: bool = False
-    vocabulary: int = 40
-    tied: bool = False
-    bucket: int = 500
-    overlap: bool = False
-    """Of gradient reduction and parameter gathering with computation."""
-
-
 def build(how: How) -> tuple[TransformerConfig, list[Any]]:
     """The configuration and this rank's model chunks, in DistributedDataParallel, with the weights of `full`."""
+    dtype = getattr(torch, how.dtype)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=how.tp,
@@ -82,9 +55,9 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
         expert_model_parallel_size=how.ep,
         expert_tensor_parallel_size=how.etp,
         sequence_parallel=how.tp > 1,
-        params_dtype=how.dtype,
-        pipeline_dtype=how.dtype,
-        bf16=how.dtype == torch.bfloat16 or how.grouped,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         gradient_accumulation_fusion=False,
         num_moe_experts=how.experts if any(moe) else None,
         moe_layer_freq=list(moe),
@@ -93,8 +66,9 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
         moe_grouped_gemm=how.grouped,
         moe_aux_loss_coeff=0.0,
         moe_router_load_balancing_type="none",
-        moe_ffn_hidden_size=how.ffn // 2,
+        moe_ffn_hidden_size=how.ffn // 2 if any(moe) else None,
         moe_shared_expert_intermediate_size=how.ffn if how.shared else None,
+        **({"moe_use_legacy_grouped_gemm": True} if how.grouped else {}),
     )
     model: Any = GPTModel(
         config,
@@ -106,16 +80,17 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
         share_embeddings_and_output_weights=how.tied,
         position_embedding_type="rope",
     )
-    if how.dtype == torch.float64:
+    if dtype == torch.float64:
         model.double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             full_name = name_of(name, model)
-            parameter.copy_(part_of(full_name, weight(full_name, full_shape(full_name, parameter, config)), config).view_as(parameter))
-    if how.dtype == torch.bfloat16:
+            full = weight(full_name, full_shape(full_name, parameter, config))
+            parameter.copy_(part_of(full_name, full, config).reshape(parameter.shape))
+    if dtype == torch.bfloat16:
         model = Float16Module(config, model)
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=how.dtype == torch.bfloat16,
+        grad_reduce_in_fp32=dtype == torch.bfloat16,
         use_distributed_optimizer=how.distributed,
         overlap_grad_reduce=how.overlap,
         overlap_param_gather=how.overlap and how.distributed,
@@ -131,8 +106,8 @@ def optimizer_config(how: How, **more: Any) -> OptimizerConfig:
             "lr": None,
             "weight_decay": 0.0,
             "clip_grad": 0.0,
-            "bf16": how.dtype == torch.bfloat16,
-            "params_dtype": how.dtype,
+            "bf16": how.dtype == "bfloat16",
+            "params_dtype": getattr(torch, how.dtype),
             "use_distributed_optimizer": how.distributed,
             "overlap_param_gather": how.overlap and how.distributed,
             **more,
@@ -154,6 +129,10 @@ def name_of(name: str, model: nn.Module) -> str:
     """A parameter's name in the whole model: layers and experts by their numbers there."""
     while name.startswith("module."):
         name = name.removeprefix("module.")
+    if name == "output_layer.weight" and any(
+        getattr(each, "share_embeddings_and_output_weights", False) for each in model.modules()
+    ):
+        return "embedding.word_embeddings.weight"
     for module_name, module in model.named_modules():
         if re.fullmatch(r"(module\.)*decoder\.layers\.\d+", module_name):
             here = re.sub(r"^(module\.)*", "", module_name)

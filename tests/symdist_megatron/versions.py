@@ -1,0 +1,9 @@
+"""What the installed megatron-core has, found without importing it."""
+
+from importlib.metadata import version
+
+from packaging.version import Version
+
+VERSION = Version(version("megatron-core"))
+GROUPED = Version("0.17") > VERSION
+"""Experts in two weights, by the grouped_gemm package."""
