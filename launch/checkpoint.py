@@ -103,14 +103,14 @@ def save(
         publish(writing, final, world=world, identity=identity, files=files)
 
     try:
-        _on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy)
-        _with_dcp(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing)), failed, remedy)
-        shares = _gather(_together(write_own, failed, remedy))
-        _on_rank_0(publish_all, failed, remedy)
+        on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy)
+        with_dcp(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing)), failed, remedy)
+        shares = gather(together(write_own, failed, remedy))
+        on_rank_0(publish_all, failed, remedy)
     except CheckpointError:
-        _on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
+        on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
         raise
-    _on_rank_0(
+    on_rank_0(
         lambda: prune(final, keep=keep, identity=identity),
         f"{final} is written, but an older checkpoint cannot be removed",
         "check the permissions of the directory",
@@ -137,7 +137,7 @@ def load(
     """
     rank, world = _rank_and_world()
     failed = f"cannot read {path}"
-    saved_world = _together(lambda: verify(path, identity=identity, rank=rank, world=world), failed, CHOOSE)
+    saved_world = together(lambda: verify(path, identity=identity, rank=rank, world=world), failed, CHOOSE)
     tensors, plain = _collect(model, optimizer)
     reader = _Reader(path)
     names = [group["params"] for group in plain["groups"]]
@@ -153,8 +153,8 @@ def load(
             )
         return state
 
-    state = _together(fitting, failed, CHOOSE)
-    _with_dcp(lambda: dcp.load(tensors, storage_reader=reader), failed, CHOOSE)
+    state = together(fitting, failed, CHOOSE)
+    with_dcp(lambda: dcp.load(tensors, storage_reader=reader), failed, CHOOSE)
     _restore(model, optimizer, tensors=tensors, plain=state["optimizer"])
     if saved_world == world:
         set_rng_state(json.loads((path / f"rng-{rank:05d}.json").read_text()))
@@ -165,7 +165,7 @@ def _rank_and_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _gather(value: T) -> list[T]:
+def gather(value: T) -> list[T]:
     """Return every rank's value, in rank order."""
     if not dist.is_initialized():
         return [value]
@@ -174,7 +174,7 @@ def _gather(value: T) -> list[T]:
     return values
 
 
-def _together(function: Callable[[], T], failed: str, remedy: str) -> T:
+def together(function: Callable[[], T], failed: str, remedy: str) -> T:
     """Call ``function``, which must not communicate; raise on all ranks what went wrong on any of them."""
     result: T | None = None
     failure: str | None = None
@@ -186,17 +186,18 @@ def _together(function: Callable[[], T], failed: str, remedy: str) -> T:
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
         failure, cause = f"{failed}: {_told(error, _rank_and_world()[0])}; {remedy}", error
     # Ranks that met the same trouble say so once; a dict keeps their order.
-    failures = list(dict.fromkeys(told for told in _gather(failure) if told is not None))
+    failures = list(dict.fromkeys(told for told in gather(failure) if told is not None))
     if failures:
         raise CheckpointError("\n".join(failures)) from cause
     return cast(T, result)
 
 
-def _on_rank_0(function: Callable[[], None], failed: str, remedy: str) -> None:
-    _together(function if _rank_and_world()[0] == 0 else lambda: None, failed, remedy)
+def on_rank_0(function: Callable[[], None], failed: str, remedy: str) -> None:
+    """Have the first rank call ``function``; raise on all ranks where it failed."""
+    together(function if _rank_and_world()[0] == 0 else lambda: None, failed, remedy)
 
 
-def _with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:
+def with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:
     """Run a collective of DCP, which gathers failures itself, but in a BaseException full of tracebacks."""
     try:
         function()

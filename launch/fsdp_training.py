@@ -45,7 +45,7 @@ class FsdpTraining(Training):
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         # Gradients meet once a step, however many micro-batches it has.
         self.model.set_requires_gradient_sync(last)
-        (loss / self.config.accumulation).backward()
+        super()._backward(loss, last=last)
 
     def _update(self) -> tuple[Tensor | float | None, float]:
         norm = symdist.clip_grad_norm_(self.model.parameters(), self.config.clip or float("inf"))

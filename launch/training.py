@@ -43,13 +43,14 @@ class Training(ABC):
         self.active_parameters = active_parameters(outline)
         self.model = self._build(outline)
         # After the build: what shards a model may put hooks of its own on the routers, and these see what those return.
-        self.monitor = RouterMonitor(self.model)
+        self.monitor = self._watch()
+        self.data_rank, self.data_ranks = self._data_share()
         self.loader = TokenLoader(
             corpus.train,
             sequence=config.sequence,
-            batch=config.batch // (ranks.world * config.accumulation),
-            rank=ranks.rank,
-            world=ranks.world,
+            batch=config.batch // (self.data_ranks * config.accumulation),
+            rank=self.data_rank,
+            world=self.data_ranks,
             seed=config.seed,
             vocabulary=corpus.vocabulary,
         )
@@ -67,9 +68,17 @@ class Training(ABC):
     def _build(self, outline: nn.Module) -> Any:
         """Make the sharded model, which is returned, and what steps it; `outline` is the model on meta tensors."""
 
-    @abstractmethod
+    def _watch(self) -> RouterMonitor:
+        """The measures of the model's routers."""
+        return RouterMonitor(self.model)
+
+    def _data_share(self) -> tuple[int, int]:
+        """Which share of the data this rank takes, and how many there are: every rank its own."""
+        return self.ranks.rank, self.ranks.world
+
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         """Gradients of a micro-batch of `accumulation`; `last` of the step."""
+        (loss / self.config.accumulation).backward()
 
     @abstractmethod
     def _update(self) -> tuple[Tensor | float | None, float]:
@@ -135,6 +144,16 @@ class Training(ABC):
     def _train_step(self) -> tuple[Tensor, Tensor | float | None]:
         started = self._clock()
         self.model.train()
+        total = self._gradients()
+        norm, seconds = self._update()
+        self.step += 1
+        self._optimizer_times.append(seconds)
+        self._step_times.append(self._clock() - started)
+        self.elapsed += self._step_times[-1]
+        return total, norm
+
+    def _gradients(self) -> Tensor:
+        """Gradients of a step; the loss of this rank's part of the batch, whose mean over the ranks is the batch's."""
         config = self.config
         total = torch.zeros((), device=self.ranks.device)
         for micro in range(config.accumulation):
@@ -147,12 +166,11 @@ class Training(ABC):
                     balance, z = self.monitor.losses()
                     loss = loss + config.aux_loss * balance + config.z_loss * z
             self._backward(loss, last=micro + 1 == config.accumulation)
-        norm, seconds = self._update()
-        self.step += 1
-        self._optimizer_times.append(seconds)
-        self._step_times.append(self._clock() - started)
-        self.elapsed += self._step_times[-1]
-        return total, norm
+        return total
+
+    def _losses(self, tokens: Tensor) -> Tensor:
+        """The loss of each next token of a validation batch, `[batch, sequence]`."""
+        return _next_token_losses(self.model, tokens)
 
     def _measures(self, loss: Tensor, norm: Tensor | float | None) -> dict[str, float]:
         config = self.config
@@ -187,13 +205,13 @@ class Training(ABC):
         batches = validation_batches(
             self.corpus.validation,
             sequence=config.sequence,
-            batch=config.batch // (self.ranks.world * config.accumulation),
-            rank=self.ranks.rank,
-            world=self.ranks.world,
+            batch=config.batch // (self.data_ranks * config.accumulation),
+            rank=self.data_rank,
+            world=self.data_ranks,
             limit=config.validation_sequences,
         )
         for tokens, weight in batches:
-            losses = _next_token_losses(self.model, tokens.to(self.ranks.device))
+            losses = self._losses(tokens.to(self.ranks.device))
             weight = weight.to(losses)[:, None]
             totals += torch.stack([(losses * weight).sum().double(), weight.sum().double() * losses.shape[1]])
             if self.monitor.layers:

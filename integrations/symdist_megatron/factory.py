@@ -23,7 +23,8 @@ from symdist_megatron.routing import Routing, route_model
 from symdist_megatron.whole_step import WholeStep
 from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, stepped_by
 
-_WRAPS = "_get_megatron_optimizer_based_on_param_groups"
+WRAPS = "_get_megatron_optimizer_based_on_param_groups"
+"""Megatron's function that puts its wrappers around a torch optimizer."""
 
 
 def get_symdist_optimizer(
@@ -39,6 +40,7 @@ def get_symdist_optimizer(
     config_overrides: Any = None,
     use_gloo_process_groups: bool = True,
     pg_collection: Any = None,
+    dump_param_to_param_group_map: str | None = None,
 ) -> SymDistChain:
     """What `megatron.core.optimizer.get_megatron_optimizer` returns, with symdist's rules instead of Adam's.
 
@@ -74,6 +76,7 @@ def get_symdist_optimizer(
             config_overrides=config_overrides,
             use_gloo_process_groups=use_gloo_process_groups,
             pg_collection=pg_collection,
+            dump_param_to_param_group_map=dump_param_to_param_group_map,
         )
     own.optimizer = config.optimizer
     chain = SymDistChain(made.chained_optimizers)
@@ -88,12 +91,12 @@ def get_symdist_optimizer(
 @contextmanager
 def _wrapping(routing: Routing) -> Iterator[None]:
     """Let Megatron's factory, which knows the process groups, put its wrappers around symdist."""
-    original = getattr(megatron_optimizer, _WRAPS)
-    setattr(megatron_optimizer, _WRAPS, partial(_wrapper, routing))
+    original = getattr(megatron_optimizer, WRAPS)
+    setattr(megatron_optimizer, WRAPS, partial(_wrapper, routing))
     try:
         yield
     finally:
-        setattr(megatron_optimizer, _WRAPS, original)
+        setattr(megatron_optimizer, WRAPS, original)
 
 
 def _wrapper(

@@ -73,14 +73,8 @@ class MegatronSymDist(torch.optim.AdamW):
         if len(saved) != len(self.param_groups):
             raise ValueError(f"the saved state has {len(saved)} param groups, this optimizer {len(self.param_groups)}")
         steps = self.steps
-        for group, theirs in zip(self.param_groups, saved, strict=True):
-            rules = theirs.get("rules")
-            changed = {role for role, rule in group["rules"].items() if (rules or {}).get(role, rule) != rule}
-            if rules is None or changed:
-                raise ValueError(
-                    f"the checkpoint was saved with rules {rules}, this run has {group['rules']}; "
-                    "use the recipe and the overrides of the saved run"
-                )
+        for theirs in saved:
+            self.check_rules(theirs)
             steps = int(theirs.get("step", steps))
         pairs: list[tuple[Tensor, Tensor]] = []
         for group, theirs in zip(self.param_groups, saved, strict=True):
@@ -94,6 +88,16 @@ class MegatronSymDist(torch.optim.AdamW):
                 if mine is not value:
                     mine.copy_(value)
         self.count(steps)
+
+    def check_rules(self, saved: Mapping[str, Any]) -> None:
+        """ValueError where a saved group is of a run with other rules."""
+        rules = saved.get("rules")
+        mine = self._routing.rules
+        if rules is None or any(rules.get(role, rule) != rule for role, rule in mine.items()):
+            raise ValueError(
+                f"the checkpoint was saved with rules {rules}, this run has {dict(mine)}; "
+                "use the recipe and the overrides of the saved run"
+            )
 
     def _matched(self, tensor: Tensor, found: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
         pairs = []

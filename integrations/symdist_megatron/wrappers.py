@@ -10,6 +10,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, M
 from torch import Tensor
 
 from symdist.layouts.flat import flat_bounds
+from symdist_megatron.checkpoints import COMMON, common_state, reshardable, with_groups, without_groups
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.pieces import Held
 from symdist_megatron.whole_step import Stepped, WholeStep
@@ -74,6 +75,32 @@ class SymDistChain(ChainedOptimizer):
     def skipped_steps(self) -> int:
         """Steps left out for gradients that were not finite, beside those that Megatron leaves out itself."""
         return self.whole.symdist.skipped_steps
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
+    ) -> dict[Any, Any]:
+        """As Megatron's; in the formats of parameters' shapes it loads at any layout, with experts apart or not."""
+        if not reshardable(kwargs.get("metadata"), self.chained_optimizers):
+            return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
+        parts: dict[Any, Any] = {
+            i: without_groups(each.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs))
+            for i, each in enumerate(self.chained_optimizers)
+        }
+        return {COMMON: common_state(self.chained_optimizers), **parts}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Load what `state_dict` gave, or `sharded_state_dict` once it is filled.
+
+        Raises ValueError, before anything changes, where groups, rules or state do not match.
+        """
+        if not (isinstance(state_dict, dict) and COMMON in state_dict):
+            super().load_state_dict(state_dict)
+            return
+        common = state_dict[COMMON]
+        for each in self.chained_optimizers:
+            each.optimizer.check_rules(next(iter(common["groups"].values())))
+        for i, each in enumerate(self.chained_optimizers):
+            each.load_state_dict(with_groups(state_dict[i], common))
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:

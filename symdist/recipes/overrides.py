@@ -13,13 +13,13 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`role.option=value` words by role and option; ValueError for a word of another form."""
+def parse_overrides(words: Sequence[str], *, option: str = "--set") -> dict[str, dict[str, Any]]:
+    """`role.option=value` words by role and option; ValueError, naming the command's `option`, for another form."""
     overrides: dict[str, dict[str, Any]] = {}
     for word in words:
         target, equals, text = word.partition("=")
-        role, dot, option = target.partition(".")
-        if not (equals and dot and role and option):
-            raise ValueError(f"--set {word}: should be role.option=value, as in router.rule=left_spectral")
-        overrides.setdefault(role, {})[option] = parse_value(text)
+        role, dot, key = target.partition(".")
+        if not (equals and dot and role and key):
+            raise ValueError(f"{option} {word}: should be role.option=value, as in router.rule=left_spectral")
+        overrides.setdefault(role, {})[key] = parse_value(text)
     return overrides

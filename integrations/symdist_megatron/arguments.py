@@ -1,0 +1,69 @@
+"""symdist on the command line of Megatron's training scripts."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from symdist.recipes import parse_overrides
+
+NAME = "symdist"
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--symdist-…` to a parser of Megatron's, and `symdist` to what `--optimizer` takes.
+
+    For Megatron's `extra_args_provider`, where `register` was called too late to do it by itself.
+    """
+    for action in parser._actions:
+        if "--optimizer" in action.option_strings and action.choices is not None and NAME not in action.choices:
+            action.choices = [*action.choices, NAME]
+    if any("--symdist-recipe" in action.option_strings for action in parser._actions):
+        return parser
+    group = parser.add_argument_group(NAME, "options of --optimizer symdist")
+    group.add_argument("--symdist-recipe", default=None, help="a recipe's name, or a TOML file of the same form")
+    group.add_argument(
+        "--symdist-override",
+        action="append",
+        default=[],
+        metavar="ROLE.OPTION=VALUE",
+        help="an option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again",
+    )
+    group.add_argument(
+        "--symdist-vocabulary",
+        type=int,
+        default=None,
+        help="the number of real tokens, without those that only fill the vocabulary up; the tokenizer's by default",
+    )
+    group.add_argument(
+        "--symdist-nonfinite",
+        choices=("raise", "skip", "zero"),
+        default="raise",
+        help="what all ranks do together where a gradient is inf or NaN on any",
+    )
+    group.add_argument(
+        "--symdist-exchange-dtype",
+        choices=tuple(_DTYPES),
+        default=None,
+        help="what matrices travel as to the ranks that own them; by default as they are computed",
+    )
+    return parser
+
+
+def options_of(args: Any, *, vocabulary: int | None) -> Mapping[str, Any]:
+    """What the arguments say, as `get_symdist_optimizer` takes it; `vocabulary` is the tokenizer's.
+
+    Raises ValueError where no recipe is named, or an override is of another form.
+    """
+    if args.symdist_recipe is None:
+        raise ValueError("--optimizer symdist needs a recipe: --symdist-recipe olmoe")
+    dtype = args.symdist_exchange_dtype
+    return {
+        "recipe": args.symdist_recipe,
+        "overrides": parse_overrides(args.symdist_override, option="--symdist-override"),
+        "vocabulary": args.symdist_vocabulary if args.symdist_vocabulary is not None else vocabulary,
+        "nonfinite": args.symdist_nonfinite,
+        "exchange_dtype": None if dtype is None else _DTYPES[dtype],
+    }

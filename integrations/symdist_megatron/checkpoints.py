@@ -1,0 +1,65 @@
+"""Checkpoints of the chain of optimizers in a form that does not tell how many they were, or how ranks shared them."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+COMMON = "symdist"
+"""The key of what all optimizers of the chain have in common."""
+
+# What tells groups apart that another layout has as well; experts are in groups of their own on some layouts only.
+_KIND = ("wd_mult", "lr_mult", "is_decoupled_lr")
+_OWN = ("params", "is_expert_parallel")
+
+
+def reshardable(metadata: Mapping[str, Any] | None, optimizers: Iterable[Any]) -> bool:
+    """Whether what is saved has the shapes of parameters, rather than those of one layout's buffers."""
+    distributed = any(isinstance(each, DistributedOptimizer) for each in optimizers)
+    kind = (metadata or {}).get("distrib_optim_sharding_type", "fully_sharded_model_space")
+    return not distributed or kind in DistributedOptimizer.checkpoint_fully_reshardable_formats
+
+
+def common_state(optimizers: Iterable[Any]) -> dict[str, Any]:
+    """What their groups say, by kind of group, and the rules of the run: the same on all ranks."""
+    groups: dict[str, dict[str, Any]] = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            groups.setdefault(_kind(group), {key: value for key, value in group.items() if key not in _OWN})
+    return {"groups": groups}
+
+
+def without_groups(part: dict[str, Any]) -> dict[str, Any]:
+    """The sharded state of one optimizer; what is common to all, or this layout's alone, stays in memory."""
+    holder = part["optimizer"] if "optimizer" in part else part
+    groups = [dict(group) for group in holder["param_groups"]]
+    for group in groups:
+        if isinstance(group.get("params"), LocalNonpersistentObject):
+            group["params"] = group["params"].unwrap()
+    holder["param_groups"] = LocalNonpersistentObject(groups)
+    holder.get("state", {}).pop("common_step", None)
+    if "param_state_sharding_type" in part:
+        part["param_state_sharding_type"] = LocalNonpersistentObject(part["param_state_sharding_type"])
+    return part
+
+
+def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """The loaded state of one optimizer, its groups as the checkpoint has them.
+
+    Raises ValueError for a group of a kind that the checkpoint does not know.
+    """
+    holder = part["optimizer"] if "optimizer" in part else part
+    saved = common["groups"]
+    for group in holder["param_groups"]:
+        if _kind(group) not in saved:
+            raise ValueError(
+                f"the checkpoint has no param group with {_kind(group)}, but {'; '.join(saved)}; "
+                "use the config_overrides of the saved run"
+            )
+        group.update(saved[_kind(group)])
+    return part
+
+
+def _kind(group: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={group.get(key)}" for key in _KIND)

@@ -1,0 +1,164 @@
+"""Making Megatron know the name, and saying so where this Megatron is another than what we rely on."""
+
+import copy
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import megatron.core
+import megatron.core.optimizer as megatron_optimizer
+from megatron.core.optimizer import distrib_optimizer, optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from symdist_megatron.arguments import NAME, add_arguments, options_of
+from symdist_megatron.factory import WRAPS, get_symdist_optimizer
+from symdist_megatron.optimizer import MegatronSymDist
+
+SUPPORTED = "0.16.1 and 0.19.2"
+"""The releases that the tests have passed on."""
+
+# What is called or read, by owner: looked for in the source, for some of it is set in constructors.
+_NEEDED: dict[Any, tuple[str, ...]] = {
+    megatron_optimizer: ("get_megatron_optimizer", WRAPS, "get_standard_config_overrides"),
+    distrib_optimizer.DistributedOptimizer: (
+        "model_param_group_index_map",
+        "shard_fp32_from_float16_groups",
+        "shard_fp32_groups",
+        "_get_main_param_and_optimizer_states",
+        "_set_main_param_and_optimizer_states",
+        "step_with_ready_grads",
+    ),
+    optimizer.Float16OptimizerWithFloat16Params: ("float16_groups", "fp32_from_float16_groups"),
+    optimizer.ChainedOptimizer: ("chained_optimizers", "prepare_grads", "step_with_ready_grads"),
+    ProcessGroupCollection: ("setup_process_groups_for_optimizer", "intra_dp_cp_group", "intra_expt_dp_group"),
+}
+
+
+def check_version() -> None:
+    """ImportError, naming what is missing and the releases that have it, where this Megatron lacks what is needed."""
+    missing = [
+        f"{owner.__name__.rpartition('.')[2]}.{name}"
+        for owner, names in _NEEDED.items()
+        for name in names
+        if name not in inspect.getsource(owner)
+    ]
+    if missing:
+        raise ImportError(
+            f"megatron-core {megatron.core.__version__} lacks {', '.join(missing)}, which symdist relies on; "
+            f"releases {SUPPORTED} have it"
+        )
+
+
+def register() -> None:
+    """Let `optimizer="symdist"` of Megatron's config, and `--optimizer symdist` of its scripts, make symdist's.
+
+    Call it before Megatron parses its arguments. Again it does nothing. Raises ImportError as `check_version` does.
+    """
+    if getattr(megatron_optimizer.get_megatron_optimizer, "knows_symdist", False):
+        return
+    check_version()
+    _replace(megatron_optimizer, "get_megatron_optimizer", _building)
+    if hasattr(megatron_optimizer, "_get_megatron_emerging_optimizer"):
+        # Reached through functions that were imported before, too.
+        _replace(megatron_optimizer, "_get_megatron_emerging_optimizer", _building)
+    registry = getattr(megatron_optimizer, "_EMERGING_OPTIMIZERS", None)
+    if registry is not None:
+        entries = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
+        registry[NAME] = entries.EmergingOptimizerEntry(optimizer_cls=MegatronSymDist, default_param_overrides={})
+    if _has("megatron.training.arguments"):
+        arguments = importlib.import_module("megatron.training.arguments")
+        _replace(arguments, "add_megatron_arguments", _with_arguments)
+        _replace(arguments, "validate_args", _as_adam)
+    if _has("megatron.training.training"):
+        training = importlib.import_module("megatron.training.training")
+        _replace(training, "get_megatron_optimizer_config", _configuring)
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
+    """Put a wrapper around a function, wherever it has been imported to by its name."""
+    original = getattr(owner, name, None)
+    if original is None:
+        return
+    wrapper = wrap(original)
+    wrapper.knows_symdist = True
+    setattr(owner, name, wrapper)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(name) is original:
+            setattr(module, name, wrapper)
+
+
+def _building(build: Any) -> Any:
+    @functools.wraps(build)
+    def built(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        if config.optimizer != NAME:
+            return build(config, model_chunks, *args, **kwargs)
+        given = getattr(config, NAME, None)
+        if given is None:
+            raise ValueError(
+                'the optimizer config says "symdist" and no recipe: give --symdist-recipe, set config.symdist = '
+                '{"recipe": "olmoe"}, or call symdist_megatron.get_symdist_optimizer'
+            )
+        named = inspect.signature(build).bind(config, model_chunks, *args, **kwargs).arguments
+        return get_symdist_optimizer(**{**named, **given})
+
+    return built
+
+
+def _with_arguments(add: Any) -> Any:
+    @functools.wraps(add)
+    def added(parser: Any) -> Any:
+        return add_arguments(add(parser))
+
+    return added
+
+
+def _as_adam(validate: Any) -> Any:
+    """Megatron takes optimizers of other names for such as cannot share their state out by bytes."""
+
+    @functools.wraps(validate)
+    def validated(args: Any, *more: Any, **kwargs: Any) -> Any:
+        if args.optimizer != NAME:
+            return validate(args, *more, **kwargs)
+        args.optimizer = "adam"
+        try:
+            return validate(args, *more, **kwargs)
+        finally:
+            args.optimizer = NAME
+
+    return validated
+
+
+def _configuring(configure: Any) -> Any:
+    @functools.wraps(configure)
+    def configured(args: Any, *more: Any, **kwargs: Any) -> Any:
+        if args.optimizer != NAME:
+            return configure(args, *more, **kwargs)
+        adam = copy.copy(args)
+        adam.optimizer = "adam"
+        found = configure(adam, *more, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        config.optimizer = NAME
+        config.symdist = options_of(args, vocabulary=_tokens())
+        return found
+
+    return configured
+
+
+def _tokens() -> int | None:
+    """The size of the vocabulary of Megatron's tokenizer, where there is one."""
+    if not _has("megatron.training.global_vars"):
+        return None
+    global_vars = importlib.import_module("megatron.training.global_vars")
+    tokenizer = getattr(global_vars, "_GLOBAL_TOKENIZER", None)
+    return None if tokenizer is None else int(tokenizer.vocab_size)

@@ -1,0 +1,120 @@
+"""Checkpoints of a Megatron run: megatron-core's own format, written whole or not at all, read at any layout.
+
+A checkpoint is a directory ``step-00000100`` of ``megatron.core.dist_checkpointing``'s files and a ``job.json`` of what
+the loop must know, with the manifest of `launch.checkpoint_directory`, written last. A run draws no random numbers
+after its first weights, so the state of no generator is kept.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from launch.checkpoint import gather, on_rank_0, together, with_dcp
+from launch.checkpoint_directory import (
+    CHOOSE,
+    CheckpointError,
+    describe_files,
+    prepare,
+    prune,
+    publish,
+    verify,
+    write_json,
+)
+
+# In this form the state of a distributed optimizer can be read at another number of data-parallel ranks.
+_FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
+_JOB = "job.json"
+
+
+def save(
+    directory: Path,
+    step: int,
+    *,
+    model: Any,
+    optimizer: Any,
+    job: dict[str, Any],
+    identity: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Write ``directory/step-XXXXXXXX``, then remove the oldest earlier ones; called by all ranks.
+
+    `model` is the bare GPTModel, `job` JSON-able values that are the same on all ranks. Raises CheckpointError on all
+    ranks, where the directory belongs to another run or cannot be written; earlier checkpoints are then as they were.
+    """
+    final = directory / f"step-{step:08d}"
+    writing = directory / f"{final.name}.writing"
+    failed, remedy = f"cannot write {final}", "free space or pick another directory; earlier checkpoints stand"
+    rank = dist.get_rank()
+
+    def describe_own() -> dict[str, Any]:
+        own = list(writing.glob(f"__{rank}_*"))
+        if rank == 0:
+            write_json(writing / _JOB, job)
+            own += [path for path in writing.iterdir() if not path.name.startswith("__")]
+        return describe_files(own)
+
+    def publish_all() -> None:
+        files = {name: entry for share in shares for name, entry in share.items()}
+        publish(writing, final, world=dist.get_world_size(), identity=identity, files=files)
+
+    try:
+        on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy)
+        state = _state(model, optimizer, loading=False)
+        _with_megatron(lambda: dist_checkpointing.save(state, str(writing)), failed, remedy)
+        shares = gather(together(describe_own, failed, remedy))
+        on_rank_0(publish_all, failed, remedy)
+    except CheckpointError:
+        on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
+        raise
+    on_rank_0(
+        lambda: prune(final, keep=keep, identity=identity),
+        f"{final} is written, but an older checkpoint cannot be removed",
+        "check the permissions of the directory",
+    )
+    return final
+
+
+def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any]) -> dict[str, Any]:
+    """Restore a checkpoint, written at any layout, into the bare GPTModel and its optimizer; the `job` given to `save`.
+
+    Called by all ranks. Raises CheckpointError on all of them where the checkpoint is missing, damaged, another run's,
+    or of other tensors.
+    """
+    failed = f"cannot read {path}"
+
+    def read_job() -> dict[str, Any]:
+        verify(path, identity=identity, rank=dist.get_rank(), world=dist.get_world_size())
+        return json.loads((path / _JOB).read_text())
+
+    job = together(read_job, failed, CHOOSE)
+    loaded: dict[str, Any] = {}
+
+    def read() -> None:
+        loaded.update(dist_checkpointing.load(_state(model, optimizer, loading=True), str(path)))
+
+    _with_megatron(read, failed, CHOOSE)
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    return job
+
+
+def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    weights = model.sharded_state_dict(metadata=_FORM)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_FORM),
+    }
+
+
+def _with_megatron(function: Callable[[], object], failed: str, remedy: str) -> None:
+    """Run a collective of Megatron's, whose complaints about a checkpoint come up on all ranks alike."""
+    try:
+        with_dcp(function, failed, remedy)
+    except CheckpointingException as error:
+        raise CheckpointError(f"{failed}: {error}; {remedy}") from error

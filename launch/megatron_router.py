@@ -1,0 +1,50 @@
+"""How a Megatron model's experts are loaded, in the measures that the other jobs log."""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from symdist.diagnostics import RouterMonitor
+
+
+class MegatronRouterMonitor(RouterMonitor):
+    """Watches Megatron's routers; what `RouterMonitor` measures, with rows for all layers of the whole model.
+
+    A rank adds the tokens that its own routers see: its share of a sequence under tensor parallelism, and zeros for
+    the layers of other stages. So the sum over all ranks counts every token once.
+    """
+
+    def __init__(self, model: nn.Module, *, moe_layers: tuple[bool, ...], experts: int):
+        self._experts = experts
+        self._rows = {layer: row for row, layer in enumerate(i for i, moe in enumerate(moe_layers) if moe)}
+        super().__init__(nn.Identity())
+        self.layers = len(self._rows)
+        for module in model.modules():
+            if isinstance(module, TopKRouter):
+                self._watch(module)
+
+    def accumulate(self) -> None:
+        """Nothing: a schedule runs many forwards, and each was added as it ran."""
+
+    def _watch(self, router: Any) -> None:
+        row, routing = self._rows[router.layer_number - 1], router.routing
+
+        def watched(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+            probabilities, chosen = routing(logits, *args, **kwargs)
+            self._add(row, logits.detach().reshape(-1, self._experts), chosen)
+            return probabilities, chosen
+
+        # Around the method: logits do not leave the router.
+        router.routing = watched
+
+    @torch.no_grad()
+    def _add(self, row: int, logits: Tensor, chosen: Tensor) -> None:
+        logits = logits.float()
+        z = logits.logsumexp(-1).square().sum(0, keepdim=True)
+        counts = chosen.reshape(-1, self._experts).float().sum(0)
+        seen = torch.cat([counts, logits.softmax(-1).sum(0), z, z.new_tensor([logits.shape[0]])])
+        if self._totals is None:
+            self._totals = torch.zeros(self.layers, seen.numel(), dtype=torch.float64, device=seen.device)
+        self._totals[row] += seen
