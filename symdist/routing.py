@@ -115,6 +115,10 @@ def _options(
     options = {**(options or {}), **own}
     if "rule" not in options:
         raise ValueError(f"recipe {recipe.name!r} names no rule for role {role!r} ({name})")
+    try:
+        get_rule(options["rule"])
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe.name!r}, role {role!r} ({name}): {error}") from None
     if role in _LOOKED_UP and options.get("centered"):
         raise ValueError(
             f"{name}: an {role.replace('_', ' ')} must not be centred, for a look-up changes when all rows shift; "

@@ -4,7 +4,7 @@
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-. launch/environment.sh launch,deepspeed,dev
+. launch/environment.sh launch,deepspeed,megatron,dev
 ruff check .
 ruff format --check .
 mypy

@@ -32,7 +32,7 @@ def common_state(optimizers: Iterable[Any]) -> dict[str, Any]:
 
 def without_groups(part: dict[str, Any]) -> dict[str, Any]:
     """The sharded state of one optimizer; what is common to all, or this layout's alone, stays in memory."""
-    holder = part["optimizer"] if "optimizer" in part else part
+    holder = part.get("optimizer", part)
     groups = [dict(group) for group in holder["param_groups"]]
     for group in groups:
         if isinstance(group.get("params"), LocalNonpersistentObject):
@@ -49,7 +49,7 @@ def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, An
 
     Raises ValueError for a group of a kind that the checkpoint does not know.
     """
-    holder = part["optimizer"] if "optimizer" in part else part
+    holder = part.get("optimizer", part)
     saved = common["groups"]
     for group in holder["param_groups"]:
         if _kind(group) not in saved:

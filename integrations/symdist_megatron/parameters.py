@@ -81,9 +81,7 @@ def describe(chunks: Sequence[nn.Module], *, homes: Homes, recipe: Recipe) -> li
     return found
 
 
-def _walk(
-    chunk: nn.Module, homes: Homes
-) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
+def _walk(chunk: nn.Module, homes: Homes) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
     """Name, parameter, and the chain of (attribute, module) from the model to the module that holds it.
 
     Layers and experts go by their numbers in the whole model.
@@ -255,7 +253,8 @@ def _site(
         kind = "expert" if any(isinstance(each, _EXPERTS) for _, each in chain) else "mlp"
         if attribute == "linear_fc2":
             return Site(role=f"{kind}_down"), [], 1
-        if parent.config.gated_linear_unit:
+        gated: bool = chain[-2][1].config.gated_linear_unit  # type: ignore[union-attr, assignment]
+        if gated:
             return Site(role=f"{kind}_gate_up", fused="stacked"), [], 1
         return Site(role=f"{kind}_up"), [], 1
     if leaf == "gate_weight":

@@ -58,13 +58,12 @@ def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, h
         said = str(error)
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, (said, taken, [each.name for each in described][:3], rules))
-    for error, _, _, _ in found:
-        if error is not None:
-            raise ValueError(error)
-    every = {role: rule for _, _, _, theirs in found for role, rule in theirs.items()}
-    check_patterns(
-        proportion.recipe, set().union(*(theirs for _, theirs, _, _ in found)), [name for _, _, n, _ in found for name in n]
-    )
+    for theirs, _, _, _ in found:
+        if theirs is not None:
+            raise ValueError(theirs)
+    every = {role: rule for _, _, _, of_rank in found for role, rule in of_rank.items()}
+    used = set().union(*(of_rank for _, of_rank, _, _ in found))
+    check_patterns(proportion.recipe, used, [name for _, _, names, _ in found for name in names])
     return Routing(
         described={id(each.parameter): each for each in described},
         routed=routed,

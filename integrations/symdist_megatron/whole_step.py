@@ -148,7 +148,7 @@ class WholeStep:
         return bound
 
     def _follow(self) -> None:
-        """Go where Megatron has moved tensors and state to, as it does when it offloads them, and count as it counts."""
+        """Go where Megatron has moved tensors and state to, as it does to offload them, and count as it counts."""
         for bound in self._bound:
             now = bound.base.state.get(bound.tensor, bound.state)
             moved = any(now[key] is not bound.state[key] for key in bound.state)

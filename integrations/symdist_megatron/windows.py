@@ -33,7 +33,9 @@ class Window:
         # The stretches that are cut by the ends of the vector, and those in between that are whole.
         first, last = -(-low // self.period), min(high // self.period, self.count)
         if first >= last:
-            return _nonempty([self._of_stretch(i, tensor, at) for i in range(low // self.period, -(-high // self.period))])
+            return _nonempty(
+                [self._of_stretch(i, tensor, at) for i in range(low // self.period, -(-high // self.period))]
+            )
         body = tensor[first * self.period - low : last * self.period - low].view(-1, self.period)
         return _nonempty(
             [

@@ -17,9 +17,9 @@ from symdist_megatron.whole_step import Stepped, WholeStep
 
 
 class SymDistDistributedOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer over a `MegatronSymDist`: state that a rule does not have is zero in checkpoints.
+    """Megatron's distributed optimizer over a `MegatronSymDist`: state that a rule does not have is saved as zeros.
 
-    So these have the form that Megatron knows, and load at any number of ranks of any kind.
+    So checkpoints have the form that Megatron knows, and load at any number of ranks of any kind.
     """
 
     optimizer: MegatronSymDist

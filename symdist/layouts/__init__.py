@@ -55,7 +55,7 @@ def group_from(ranks: Any) -> Group:
     return Group(ranks=members, index=members.index(dist.get_rank()), handle=ranks, through=(ranks,))
 
 
-def ascending(group: dist.ProcessGroup) -> Group:
+def ascending(group: Any) -> Group:
     """The group of a `ProcessGroup`; ValueError where it does not number its ranks in ascending order."""
     found = group_from(group)
     if dist.get_process_group_ranks(group) != list(found.ranks):

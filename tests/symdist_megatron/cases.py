@@ -24,12 +24,15 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (ROW | {"view": "columns", "centered": True}, ROW | {"view": "columns"}, POLAR | {"method": "exact"}),
     (HYBRID | {"alpha": 1.0}, HYBRID | {"order": "polar_then_row", "centered": True}, MUON),
     (ADAMW | {"weight_decay": 0.1}, ADAMW, HYBRID | {"order": "polar_then_row"}),
-    (MUON | {"view": "groups", "nesterov": False}, MUON | {"view": "apart", "scale": "match_rms"}, LEFT | {"alpha": 1.0}),
+    (
+        MUON | {"view": "groups", "nesterov": False},
+        MUON | {"view": "apart", "scale": "match_rms"},
+        LEFT | {"alpha": 1.0},
+    ),
     (RIGHT | {"view": "heads", "centered": True}, POLAR | {"method": "newton_schulz", "steps": 20}, POLAR),
     (ROW | {"stale_rows": "hold"}, ROW | {"view": "neurons", "stale_rows": "hold"}, ROW | {"view": "columns"}),
 ]
 VOCABULARIES: list[dict[str, Any]] = [ROW, RIGHT | {"centered": True}, HYBRID, ADAMW, MUON, ROW | {"centered": True}]
-
 
 
 def recipe(case: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ranks by how many there are: Megatron keeps its groups of ranks for the whole process, and the stand-ins change it."""
+"""Ranks by how many there are: Megatron has its groups for a whole process, which the stand-ins change, too."""
 
 from collections.abc import Callable, Iterator
 

@@ -157,9 +157,8 @@ def _patch_megatron() -> None:
         # The legacy GroupedMLP needs the package grouped_gemm, a CUDA extension.
         gg = core(".transformer.moe.grouped_gemm_util")
         gg.ops = gg.grouped_gemm = SimpleNamespace(gmm=_grouped_gemm)
-    # The Adam of torch has a step per parameter: checkpoints leave it out, and loading looks for it and shares one.
-    optimizer = core(".optimizer.distrib_optimizer").DistributedOptimizer
-    optimizer._set_main_param_and_optimizer_states = _set(optimizer._set_main_param_and_optimizer_states)
+    # It goes by way of double precision, out of which `float` does not come here.
+    core(".optimizer.grad_scaler").MegatronGradScaler.inv_scale = property(lambda self: self.scale.reciprocal())
 
 
 def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) -> nn.Module:
@@ -171,19 +170,6 @@ def _norm(_: type, config: Any, hidden_size: int, eps: float = 1e-5, **__: Any) 
 
 def _to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else tensor
-
-
-def _set(function: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(function)
-    def wrapped(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state:
-            state["step"] = state["step"].clone()
-            tensors = {"step": state["step"], **tensors}
-        function(self, model_param, tensors)
-
-    return wrapped
 
 
 def _grouped_gemm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:

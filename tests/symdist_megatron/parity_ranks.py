@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from symdist import SymDist
 from symdist_megatron import get_symdist_optimizer
 
+
 def gradient(name: str, shape: tuple[int, ...], step: int, *, hold: bool) -> Tensor:
     """Of a full weight; where rows may hold, some have none."""
     given = draw(f"gradient {name} {step}", shape)
@@ -101,7 +102,11 @@ def alone(shapes: dict[str, tuple[int, ...]], how: How, case: int, *, vocabulary
 
 
 def stepped(
-    mesh: DeviceMesh, how: How, cases: list[int], vocabulary: int | None = VOCABULARY, more: dict[str, Any] | None = None
+    mesh: DeviceMesh,
+    how: How,
+    cases: list[int],
+    vocabulary: int | None = VOCABULARY,
+    more: dict[str, Any] | None = None,
 ) -> dict[int, dict[str, tuple[float, str]]]:
     """For each of some `CASES`, how far each weight here is from what it is alone, beside how far it moved; its rule.
 

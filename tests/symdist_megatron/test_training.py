@@ -10,7 +10,6 @@ from torch import Tensor
 
 from tests.ranks import Ranks
 from tests.symdist_megatron.how import How
-from tests.symdist_megatron.versions import GROUPED
 
 Worlds = Callable[[int], Ranks]
 RANKS = "tests.symdist_megatron.training_ranks:"
@@ -48,9 +47,7 @@ def check(worlds: Worlds, world: int, how: How, base: How, *, tolerance: float) 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 @pytest.mark.parametrize("tp", [2, 4])
 @pytest.mark.parametrize("base", [DENSE, EXPERTS], ids=["dense", "experts"])
-def test_tensor_parallelism_does_not_change_the_answer(
-    worlds: Worlds, base: How, tp: int, distributed: bool
-) -> None:
+def test_tensor_parallelism_does_not_change_the_answer(worlds: Worlds, base: How, tp: int, distributed: bool) -> None:
     """Fused q, k and v and gated weights included; norms, which clip, are those of one process."""
     check(worlds, tp, replace(base, tp=tp, etp=tp, distributed=distributed), base, tolerance=1e-4)
 
@@ -85,7 +82,10 @@ FIRST = How(dtype="float32")
 WAYS: dict[str, list[tuple[int, How]]] = {
     "plain": [(4, replace(PLAIN, tp=2)), (4, PLAIN), (4, replace(PLAIN, tp=4))],
     "distributed": [(4, replace(DISTRIBUTED, tp=2)), (4, DISTRIBUTED), (4, replace(DISTRIBUTED, tp=4))],
-    "bfloat16": [(4, replace(MIXED, dtype="bfloat16", tp=2, distributed=False)), (4, replace(MIXED, distributed=False))],
+    "bfloat16": [
+        (4, replace(MIXED, dtype="bfloat16", tp=2, distributed=False)),
+        (4, replace(MIXED, distributed=False)),
+    ],
     "bfloat16, distributed": [(4, replace(MIXED, tp=2)), (4, MIXED), (2, MIXED)],
     "experts": [(2, replace(FIRST, ep=2)), (1, FIRST)],
     "experts, distributed": [(4, replace(FIRST, ep=2, distributed=True)), (2, replace(FIRST, distributed=True))],

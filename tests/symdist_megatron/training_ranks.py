@@ -69,7 +69,9 @@ class Training:
         return losses
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        tokens = torch.randint(VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(self.steps % 4))
+        tokens = torch.randint(
+            VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(self.steps % 4)
+        )
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         for row in tokens[rank::ranks]:
             yield row[None, :-1], row[None, 1:]
@@ -116,7 +118,9 @@ def _forward(batches: Iterator[tuple[Tensor, Tensor]], model: Any) -> Any:
     return output, loss
 
 
-def trained(mesh: DeviceMesh, how: How, recipe: Recipe, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
+def trained(
+    mesh: DeviceMesh, how: How, recipe: Recipe, steps: int
+) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses, norms and the weights after so many steps."""
     training = Training(how, recipe)
     return training.train(steps), training.norms, training.weights()
