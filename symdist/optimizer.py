@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from symdist.accumulate import adamw_step, advance
-from symdist.exchange import Collectives, FlatJob, Job, Placement, Plan, Task, Transport, run
+from symdist.exchange import Collectives, Counting, FlatJob, Job, Placement, Plan, Task, Transport, rehearse, run
 from symdist.finite import NonFinite, agree_finite, ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import Group, check_placements, group_from, local
@@ -220,6 +220,17 @@ class SymDist(torch.optim.Optimizer):
             self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
             self._planned = moving, plan
         return self._planned[1]
+
+    def rehearse(self) -> Counting:
+        """Every collective of a step on this rank, in order: the step runs on meta tensors, and nothing moves.
+
+        That is for gradients which are nowhere left in parts; summing such takes further collectives.
+        """
+        plan, counting = self.plan(), Counting()
+        if self._peers is not None and self._peers.size > 1:
+            counting.all_reduce(torch.empty(1, device="meta"), group=self._peers)
+        rehearse(plan, counting)
+        return counting
 
     def _check_options(self) -> None:
         """ValueError for a rule's option that was changed after construction: it would be ignored."""

@@ -9,6 +9,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
 from torch import Tensor
 
+from symdist.exchange import Counting
 from symdist.layouts.flat import flat_bounds
 from symdist_megatron.checkpoints import COMMON, common_state, reshardable, with_groups, without_groups
 from symdist_megatron.optimizer import MegatronSymDist
@@ -101,6 +102,13 @@ class SymDistChain(ChainedOptimizer):
             each.optimizer.check_rules(next(iter(common["groups"].values())))
         for i, each in enumerate(self.chained_optimizers):
             each.load_state_dict(with_groups(state_dict[i], common))
+
+    def rehearse(self) -> Counting:
+        """Every collective of symdist's in a step on this rank, in order, with the bytes it sends; nothing moves.
+
+        Megatron's own, of norms and of gathering weights, come beside them.
+        """
+        return self.whole.symdist.rehearse()
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:

@@ -9,16 +9,15 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from symdist.exchange import Counting, FlatJob, Job, Plan, Task, run
+from symdist.exchange import Counting, FlatJob, Job, Plan, rehearse
 from symdist.finite import ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import Group, Layout
@@ -86,34 +85,21 @@ class Pretended:
                 counting.all_reduce(torch.empty(len(whole), device="meta"), group=group)
         if only is None and world is not None and world.size > 1:
             counting.all_reduce(torch.empty(1, device="meta"), group=world)
-        waves = [[task for job in wave if (task := self._task(job, rank, only))] for wave in self.plan.waves]
+        return rehearse(self.plan, counting, change=lambda job: self._of(job, rank, only))
 
-        def meanwhile() -> None:
-            for job in self.plan.local:
-                if task := self._task(job, rank, only):
-                    task.advance()
-
-        return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=self.plan.work)
-
-    def _task(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Task | None:
+    def _of(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Job | None:
+        """What of a job is of the parameters `only`, as a rank sees it."""
         assert isinstance(job, Job), "DTensors alone are pretended"
         kept = [i for i, member in enumerate(job.members) if only is None or member in only]
         if not kept:
             return None
         units = len(job.owners) // len(job.members)
-        there = dataclasses.replace(
+        return dataclasses.replace(
             job,
             stack=dataclasses.replace(job.stack, layout=self.layout(job.stack.layout, rank)),
             members=tuple(job.members[i] for i in kept),
             owners=tuple(owner for i in kept for owner in job.owners[i * units : (i + 1) * units]),
         )
-        return there.task(partial(_pieces, there), lambda updates, moved: None)
-
-
-def _pieces(job: Job) -> tuple[list[Tensor], list[Tensor] | None]:
-    shape = job.stack.layout.local_shape
-    pieces = [torch.empty(shape, dtype=job.stack.dtype, device="meta") for _ in job.members]
-    return pieces, pieces if job.stack.hold else None
 
 
 @contextmanager

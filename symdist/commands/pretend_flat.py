@@ -6,15 +6,14 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from symdist.commands.pretend import Pretended
-from symdist.exchange import Counting, FlatJob, Job, Plan, Task, run
+from symdist.exchange import Counting, FlatJob, Job, Plan, rehearse
 from symdist.groups import Member, complete_group, describe_member, flat_parts, place_members
 from symdist.layouts import Group
 from symdist.layouts.flat import flat_bounds, flat_vector
@@ -59,36 +58,24 @@ class PretendedFlat(Pretended):
         if only is None and self.ranks > 1:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
             counting.all_reduce(torch.empty(1, device="meta"), group=everyone)
-        waves = [[task for job in wave if (task := _task(job, only))] for wave in plan.waves]
-
-        def meanwhile() -> None:
-            for job in plan.local:
-                if task := _task(job, only):
-                    task.advance()
-
-        return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=plan.work)
+        return rehearse(plan, counting, change=lambda job: _of(job, only))
 
 
-def _task(job: Job | FlatJob, only: set[int] | None) -> Task | None:
+def _of(job: Job | FlatJob, only: set[int] | None) -> FlatJob | None:
+    """What of a job is of the parameters `only`."""
     assert isinstance(job, FlatJob)
-    if only is not None:
-        if not only & set(job.everyone):
-            return None
-        kept = [i for i, member in enumerate(job.members) if member in only]
-        job = dataclasses.replace(
-            job,
-            members=tuple(job.members[i] for i in kept),
-            layouts=tuple(job.layouts[i] for i in kept),
-            owners=tuple(job.owners[i] for i in kept) if job.owners else (),
-        )
-        if not kept and (job.placement == "local" or job.summed):
-            return None
-    return job.task(partial(_pieces, job), lambda updates, moved: None)
-
-
-def _pieces(job: FlatJob) -> tuple[list[Tensor], list[Tensor] | None]:
-    pieces = [torch.empty(layout.local_shape, dtype=job.stack.dtype, device="meta") for layout in job.layouts]
-    return pieces, pieces if job.stack.hold else None
+    if only is None:
+        return job
+    if not only & set(job.everyone):
+        return None
+    kept = [i for i, member in enumerate(job.members) if member in only]
+    found = dataclasses.replace(
+        job,
+        members=tuple(job.members[i] for i in kept),
+        layouts=tuple(job.layouts[i] for i in kept),
+        owners=tuple(job.owners[i] for i in kept) if job.owners else (),
+    )
+    return None if not kept and (found.placement == "local" or found.summed) else found
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from symdist.exchange.flat_jobs import FlatJob
 from symdist.exchange.jobs import Job, Placement, Stack
 from symdist.exchange.placement import Plan, place
+from symdist.exchange.rehearsal import rehearse
 from symdist.exchange.scheduler import Task, run
 from symdist.exchange.transport import Collectives, Counting, Transport
 
@@ -17,5 +18,6 @@ __all__ = [
     "Task",
     "Transport",
     "place",
+    "rehearse",
     "run",
 ]

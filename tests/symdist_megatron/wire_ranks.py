@@ -1,0 +1,29 @@
+"""In test ranks: what a step of a Megatron model sends, by a watch on torch.distributed, and what its rehearsal says."""
+
+from typing import Any
+
+from tests.symdist_megatron.how import How
+from tests.symdist_megatron.models import build, optimizer_config, parameters
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from symdist.diagnostics.wire import Wire
+from symdist_megatron import get_symdist_optimizer
+
+Log = list[tuple[str, int, float]]
+
+
+def counted(mesh: DeviceMesh, how: How, recipe: Any, options: dict[str, Any]) -> tuple[Log, Log]:
+    """The collectives of symdist's part of a step, as planned and as started."""
+    config, chunks = build(how)
+    optimizer = get_symdist_optimizer(optimizer_config(how), chunks, recipe=recipe, **options)
+    for _, parameter, _ in parameters(chunks, config):
+        parameter.main_grad.normal_()
+    planned = optimizer.rehearse()
+    optimizer.prepare_grads()
+    with Wire() as wire:
+        optimizer.whole.step()
+    return (
+        [(moved.kind, moved.size, moved.sent) for moved in planned.log],
+        [(moved.kind, moved.size, moved.sent) for moved in wire.log],
+    )
