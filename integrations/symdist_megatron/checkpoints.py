@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -39,9 +40,21 @@ def without_groups(part: dict[str, Any]) -> dict[str, Any]:
             group["params"] = group["params"].unwrap()
     holder["param_groups"] = LocalNonpersistentObject(groups)
     holder.get("state", {}).pop("common_step", None)
+    if "fp32_from_fp16_params" in part:
+        # By number: a list would lose those that have nothing here.
+        masters = part["fp32_from_fp16_params"]
+        part["fp32_from_fp16_params"] = {i: dict(enumerate(group)) for i, group in enumerate(masters)}
     if "param_state_sharding_type" in part:
         part["param_state_sharding_type"] = LocalNonpersistentObject(part["param_state_sharding_type"])
     return part
+
+
+def own_copies(parts: Mapping[Any, Any]) -> None:
+    """Let this rank save all it has, whatever its place among data-parallel ranks: no other has it."""
+    for sharded in nested_values(parts):
+        replica = getattr(sharded, "replica_id", None)
+        if replica is not None:
+            sharded.replica_id = 0 if isinstance(replica, int) else (*replica[:2], 0)
 
 
 def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,6 +63,12 @@ def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, An
     Raises ValueError for a group of a kind that the checkpoint does not know.
     """
     holder = part.get("optimizer", part)
+    holder.setdefault("state", {})
+    if "fp32_from_fp16_params" in part:
+        masters = part["fp32_from_fp16_params"]
+        part["fp32_from_fp16_params"] = [
+            [masters[i][j] for j in sorted(masters.get(i, {}))] for i in range(len(holder["param_groups"]))
+        ]
     saved = common["groups"]
     for group in holder["param_groups"]:
         if _kind(group) not in saved:

@@ -1,6 +1,7 @@
 """The optimizer for a Megatron model: groups, wrappers and process groups as Megatron's factory makes them."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -21,7 +23,7 @@ from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options, check_features
 from symdist_megatron.routing import Routing, route_model
 from symdist_megatron.whole_step import WholeStep
-from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, stepped_by
+from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, SymDistLayerWise, stepped_by
 
 WRAPS = "_get_megatron_optimizer_based_on_param_groups"
 """Megatron's function that puts its wrappers around a torch optimizer."""
@@ -37,6 +39,7 @@ def get_symdist_optimizer(
     nonfinite: NonFinite = "raise",
     exchange_dtype: torch.dtype | None = None,
     wave_bytes: int = WAVE_BYTES,
+    layer_wise: bool = False,
     config_overrides: Any = None,
     use_gloo_process_groups: bool = True,
     pg_collection: Any = None,
@@ -47,8 +50,9 @@ def get_symdist_optimizer(
     `config` is Megatron's `OptimizerConfig`; its `lr` and `weight_decay` are those of the recipe's matrices, and all
     others follow in proportion; without `lr` the recipe's rates stand. `overrides` replace options by role, and are
     meant as they stand. `vocabulary` is the number of real tokens: further rows of embedding and head only fill it up
-    to what tensor parallelism divides, take no part and never move. The others are those of `symdist.SymDist`, and of
-    Megatron's function. All ranks must call it.
+    to what tensor parallelism divides, take no part and never move. `layer_wise` gives each data-parallel rank whole
+    parameters to step, and their state, as Megatron's layer-wise optimizer does over plain data parallelism. The
+    others are those of `symdist.SymDist`, and of Megatron's function. All ranks must call it.
 
     Raises ValueError, naming it and the remedy, for an unknown recipe, rule, option or role, a parameter without a
     role, a rule that does not fit, and for what of Megatron symdist cannot serve.
@@ -62,14 +66,15 @@ def get_symdist_optimizer(
         wave_bytes=wave_bytes,
     )
     chunks = list(model_chunks)
-    check_features(config, chunks)
+    by_layers = layer_wise or bool(getattr(config, "use_layer_wise_distributed_optimizer", False))
+    check_features(config, chunks, layer_wise=by_layers)
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, chunks, use_gloo_process_groups)
     homes = _homes(groups, pg_collection)
     routing = route_model(chunks, options, config, homes=homes)
     # To Megatron's factory it is an Adam; and one config is all wrappers'.
     own = copy.copy(config)
     own.optimizer, own.lr = "adam", routing.scaled.lr
-    with _wrapping(routing):
+    with _wrapping(routing, by_layers=by_layers):
         made = megatron_optimizer.get_megatron_optimizer(
             own,
             chunks,
@@ -79,9 +84,13 @@ def get_symdist_optimizer(
             dump_param_to_param_group_map=dump_param_to_param_group_map,
         )
     own.optimizer = config.optimizer
-    chain = SymDistChain(made.chained_optimizers)
+    chain = (
+        _layer_wise(made.chained_optimizers, own, pg_collection) if by_layers else SymDistChain(made.chained_optimizers)
+    )
     given = [
-        (wrapper.optimizer, stepped_by(wrapper)) for wrapper in made.chained_optimizers if wrapper.optimizer is not None
+        (wrapper.optimizer, stepped_by(wrapper, owned=chain.owned))
+        for wrapper in chain.chained_optimizers
+        if wrapper.optimizer is not None
     ]
     shared = _group(pg_collection, "embd", partial(parallel_state.get_embedding_group, check_initialized=False))
     chain.attach(WholeStep(given, routing=routing, homes=homes, options=options, shared=shared))
@@ -89,18 +98,33 @@ def get_symdist_optimizer(
 
 
 @contextmanager
-def _wrapping(routing: Routing) -> Iterator[None]:
+def _wrapping(routing: Routing, *, by_layers: bool) -> Iterator[None]:
     """Let Megatron's factory, which knows the process groups, put its wrappers around symdist."""
     original = getattr(megatron_optimizer, WRAPS)
-    setattr(megatron_optimizer, WRAPS, partial(_wrapper, routing))
+    setattr(megatron_optimizer, WRAPS, partial(_wrapper, routing, by_layers))
     try:
         yield
     finally:
         setattr(megatron_optimizer, WRAPS, original)
 
 
+def _layer_wise(wrappers: list[Any], config: Any, pg_collection: Any) -> SymDistLayerWise:
+    """Megatron's layer-wise optimizer over plain wrappers, whose parameters it shares out."""
+    given = list(wrappers)
+    if config.bf16 and "model_chunks" in inspect.signature(LayerWiseDistributedOptimizer.__init__).parameters:
+        # Since 0.18 it wants to wrap torch's optimizers itself.
+        given = [wrapper.optimizer for wrapper in wrappers]
+    groups = pg_collection if pg_collection is not None else ProcessGroupCollection.use_mpu_process_groups()
+    chain = SymDistLayerWise(given, config, groups, init_state_fn_list=[_nothing] * len(given))
+    for wrapper, plain in zip(chain.chained_optimizers, wrappers, strict=True):
+        for name in ("grad_stats_parallel_group", "tp_group", "expert_tp_group"):
+            setattr(wrapper, name, getattr(plain, name))
+    return chain
+
+
 def _wrapper(
     routing: Routing,
+    by_layers: bool,
     *,
     config: Any,
     model_chunks: list[Any],
@@ -133,7 +157,7 @@ def _wrapper(
         )
         wrapper.grad_stats_parallel_group = intra_dist_opt_group
     else:
-        if config.bf16:
+        if config.bf16 and not by_layers:
             wrapper = Float16OptimizerWithFloat16Params(base, config, scaler, _nothing)
         else:
             wrapper = FP32Optimizer(base, config, _nothing)

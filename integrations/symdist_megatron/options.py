@@ -53,7 +53,7 @@ def scaled(options: Options, config: Any) -> Scaled:
     return Scaled(recipe=recipe.overridden(options.overrides), lr=lr, weight_decay=wanted)
 
 
-def check_features(config: Any, chunks: Sequence[Any]) -> None:
+def check_features(config: Any, chunks: Sequence[Any], *, layer_wise: bool) -> None:
     """ValueError, naming it and the remedy, for what Megatron is configured to do and symdist cannot do."""
     ddp = getattr(chunks[0], "ddp_config", None)
     kind = type(chunks[0]).__name__
@@ -69,6 +69,9 @@ def check_features(config: Any, chunks: Sequence[Any]) -> None:
         "optimizer_cpu_offload (its state is kept elsewhere)": config.optimizer_cpu_offload,
         "decoupled_lr (say embedding.lr=… and head.lr=… as overrides)": config.decoupled_lr is not None,
         "optimizer_cuda_graph (a step talks to other ranks)": getattr(config, "optimizer_cuda_graph", False),
+        "the layer-wise and the distributed optimizer at once (choose one)": (
+            layer_wise and bool(config.use_distributed_optimizer)
+        ),
         "weight sharding by GTP or EGTP": _shards_weights_further(chunks[0]),
     }
     found = [feature for feature, on in refused.items() if on]

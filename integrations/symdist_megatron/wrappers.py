@@ -6,12 +6,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
 from torch import Tensor
 
 from symdist.exchange import Counting
 from symdist.layouts.flat import flat_bounds
-from symdist_megatron.checkpoints import COMMON, common_state, reshardable, with_groups, without_groups
+from symdist_megatron.checkpoints import (
+    COMMON,
+    common_state,
+    own_copies,
+    reshardable,
+    with_groups,
+    without_groups,
+)
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.pieces import Held
 from symdist_megatron.whole_step import Stepped, WholeStep
@@ -67,6 +75,8 @@ class SymDistChain(ChainedOptimizer):
     """Megatron's chain of optimizers, all of which are stepped at once before each publishes what it holds."""
 
     whole: WholeStep
+    owned = False
+    """Whether each data-parallel rank has parameters of its own."""
 
     def attach(self, whole: WholeStep) -> None:
         """Take the steps with `whole`."""
@@ -87,6 +97,8 @@ class SymDistChain(ChainedOptimizer):
             i: without_groups(each.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs))
             for i, each in enumerate(self.chained_optimizers)
         }
+        if self.owned:
+            own_copies(parts)
         return {COMMON: common_state(self.chained_optimizers), **parts}
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -99,7 +111,8 @@ class SymDistChain(ChainedOptimizer):
             return
         common = state_dict[COMMON]
         for each in self.chained_optimizers:
-            each.optimizer.check_rules(next(iter(common["groups"].values())))
+            if each.optimizer is not None:
+                each.optimizer.check_rules(next(iter(common["groups"].values())))
         for i, each in enumerate(self.chained_optimizers):
             each.load_state_dict(with_groups(state_dict[i], common))
 
@@ -132,24 +145,36 @@ class SymDistChain(ChainedOptimizer):
         return super().step_with_ready_grads() if stepped else False
 
 
-def stepped_by(wrapper: MegatronOptimizer) -> list[Stepped]:
-    """What a wrapper has stepped: for every parameter of the model it serves, in the order of its groups."""
+class SymDistLayerWise(SymDistChain, LayerWiseDistributedOptimizer):
+    """Megatron's layer-wise optimizer: each data-parallel rank steps whole parameters of its own, and has their state.
+
+    Its checkpoints load at any number of ranks, too.
+    """
+
+    owned = True
+
+
+def stepped_by(wrapper: MegatronOptimizer, *, owned: bool = False) -> list[Stepped]:
+    """What a wrapper has stepped: for every parameter of the model it serves, in the order of its groups.
+
+    `owned` says that no other data-parallel rank has these parameters.
+    """
     base: MegatronSymDist = wrapper.optimizer
     if isinstance(wrapper, DistributedOptimizer):
         return list(_of_distributed(wrapper, base))
-    masters: dict[int, Tensor] = {}
+    of_masters: dict[int, Any] = {}
     if not isinstance(wrapper, FP32Optimizer):
         for of_group, mains in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
-            masters.update((id(parameter), main) for parameter, main in zip(of_group, mains, strict=True))
+            of_masters.update((id(main), parameter) for parameter, main in zip(of_group, mains, strict=True))
     return [
         Stepped(
-            parameter=parameter,
+            parameter=of_masters.get(id(tensor), tensor),
             group=i,
-            tensor=masters.get(id(parameter), parameter),
-            held=Held(low=0, high=parameter.numel(), bounds=None),
+            tensor=tensor,
+            held=Held(low=0, high=tensor.numel(), bounds=None, copies=not owned),
         )
-        for i, parameters in enumerate(base.model_parameters)
-        for parameter in parameters
+        for i, group in enumerate(base.param_groups)
+        for tensor in group["params"]
     ]
 
 

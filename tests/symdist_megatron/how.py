@@ -27,5 +27,6 @@ class How:
     vocabulary: int = 40
     tied: bool = False
     bucket: int = 500
+    layer_wise: bool = False
     overlap: bool = False
     """Of gradient reduction and parameter gathering with computation."""

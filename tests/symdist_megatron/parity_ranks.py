@@ -123,7 +123,12 @@ def stepped(
             for name, parameter, shape in known:
                 parameter.copy_(part_of(name, weight(name, shape), config).reshape(parameter.shape))
             optimizer = get_symdist_optimizer(
-                optimizer_config(how), chunks, recipe=recipe(case), vocabulary=vocabulary, **(more or {})
+                optimizer_config(how),
+                chunks,
+                recipe=recipe(case),
+                vocabulary=vocabulary,
+                layer_wise=how.layer_wise,
+                **(more or {}),
             )
             for step in range(STEPS):
                 for name, parameter, shape in known:
@@ -152,7 +157,7 @@ def _error(name: str, parameter: Any, expected: Tensor, config: Any, optimizer: 
     assert moved > 0.05, name
     mine = part_of(name, expected, config).reshape(parameter.shape)
     if parameter.dtype == torch.bfloat16:
-        main, low = parameter.main_param, _low(parameter, optimizer)
+        main, low = getattr(parameter, "main_param", None), _low(parameter, optimizer)
         if main is None:
             return 0.0
         parameter, mine = main.flatten(), mine.flatten()[low : low + main.numel()]

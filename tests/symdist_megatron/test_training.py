@@ -60,6 +60,7 @@ OTHERS: dict[str, tuple[int, How]] = {
     "tp2 ep2, distributed": (4, How(tp=2, ep=2, distributed=True)),
     "pp2": (2, How(pp=2)),
     "pp2 dp2, distributed": (4, How(pp=2, distributed=True)),
+    "dp2 tp2, layer by layer": (4, How(tp=2, etp=2, layer_wise=True)),
     "tied, pp2": (2, How(pp=2, tied=True)),
     "tied, pp2 tp2, distributed": (4, How(pp=2, tp=2, etp=2, tied=True, distributed=True)),
     "tied, pp2 dp2, distributed": (4, How(pp=2, tied=True, distributed=True)),
@@ -71,7 +72,7 @@ OTHERS: dict[str, tuple[int, How]] = {
 def test_nor_does_any_other(worlds: Worlds, layout: str) -> None:
     """In double precision, so that no top-k choice flips."""
     world, how = OTHERS[layout]
-    base = replace(how, tp=1, pp=1, ep=1, etp=1, distributed=False, overlap=False)
+    base = replace(how, tp=1, pp=1, ep=1, etp=1, distributed=False, overlap=False, layer_wise=False)
     check(worlds, world, how, base, tolerance=1e-6)
 
 
@@ -90,6 +91,10 @@ WAYS: dict[str, list[tuple[int, How]]] = {
     "experts": [(2, replace(FIRST, ep=2)), (1, FIRST)],
     "experts, distributed": [(4, replace(FIRST, ep=2, distributed=True)), (2, replace(FIRST, distributed=True))],
     "experts, cut": [(4, replace(FIRST, ep=2, tp=2, etp=2)), (2, replace(FIRST, tp=2, etp=2))],
+    "bfloat16, layer by layer": [
+        (4, replace(MIXED, tp=2, distributed=False, layer_wise=True)),
+        (2, replace(MIXED, distributed=False)),
+    ],
     "stages": [(4, replace(FIRST, pp=2, distributed=True)), (2, replace(FIRST, ep=2, distributed=True))],
     "tied stages": [(2, replace(PLAIN, pp=2, tied=True)), (2, replace(PLAIN, tied=True))],
 }

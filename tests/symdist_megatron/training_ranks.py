@@ -34,7 +34,12 @@ class Training:
         if how.overlap:
             self.config.no_sync_func = self.chunks[0].no_sync
         self.optimizer = get_symdist_optimizer(
-            optimizer_config(how, clip_grad=clip), self.chunks, recipe=recipe, vocabulary=VOCABULARY, **options
+            optimizer_config(how, clip_grad=clip),
+            self.chunks,
+            recipe=recipe,
+            vocabulary=VOCABULARY,
+            layer_wise=how.layer_wise,
+            **options,
         )
         self.steps = 0
         self.norms: list[float] = []
