@@ -136,6 +136,8 @@ def _words(content: dict[str, Any], *, prefix: str) -> list[str]:
             words += _words(value, prefix=f"{option}.")
         elif name == "set" and isinstance(value, list):
             words += [word for item in value for word in (option, _text(item))]
+        elif isinstance(value, bool):
+            words.append(option if value else f"{prefix}no-{name.replace('_', '-')}")
         else:
             words += [option, _text(value)]
     return words

@@ -24,8 +24,8 @@ class MegatronRun(Config):
     """Stages of layers, each on ranks of its own."""
     expert_parallel: int = 1
     """Ranks that the experts of a layer are spread over."""
-    expert_tensor_parallel: int = 1
-    """Ranks that share each expert's weights."""
+    expert_tensor_parallel: int | None = None
+    """Ranks that share each expert's weights; left out, as many as share the others."""
     distributed_optimizer: bool = True
     """Whether masters and state of the optimizer are sharded over the data-parallel ranks."""
     overlap: bool = False
@@ -39,13 +39,14 @@ class MegatronRun(Config):
             "tensor_parallel",
             "pipeline_parallel",
             "expert_parallel",
-            "expert_tensor_parallel",
             "make_vocab_size_divisible_by",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        self._check_ranks(ranks)
+        if self.expert_tensor < 1:
+            raise ValueError(f"--expert-tensor-parallel is {self.expert_tensor}; it must be at least 1")
         shape = self.shape()
+        self._check_ranks(shape, ranks)
         self._check_model(shape)
         data = self.data_parallel(ranks=ranks)
         if self.accumulation > 0 and self.batch % (data * self.accumulation):
@@ -56,6 +57,11 @@ class MegatronRun(Config):
         super().check(ranks=data)
         if self.overlap and not self.distributed_optimizer:
             raise ValueError("--overlap gathers the weights that a distributed optimizer shards; leave one of them out")
+
+    @property
+    def expert_tensor(self) -> int:
+        """How many ranks share each expert's weights."""
+        return self.tensor_parallel if self.expert_tensor_parallel is None else self.expert_tensor_parallel
 
     def shape(self) -> Shape:
         """The model's sizes; ValueError for a model that has no counterpart in Megatron."""
@@ -70,13 +76,11 @@ class MegatronRun(Config):
         """The rows of embedding and head for a vocabulary."""
         return math.ceil(vocabulary / self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
 
-    def _check_ranks(self, ranks: int) -> None:
+    def _check_ranks(self, shape: Shape, ranks: int) -> None:
+        experts = f"--expert-tensor-parallel {self.expert_tensor} × --expert-parallel {self.expert_parallel}"
         for what, size in (
             (f"--tensor-parallel {self.tensor_parallel}", self.tensor_parallel),
-            (
-                f"--expert-tensor-parallel {self.expert_tensor_parallel} × --expert-parallel {self.expert_parallel}",
-                self.expert_tensor_parallel * self.expert_parallel,
-            ),
+            (experts, self.expert_tensor * self.expert_parallel),
         ):
             if ranks % (size * self.pipeline_parallel):
                 needed = size * self.pipeline_parallel
@@ -84,9 +88,15 @@ class MegatronRun(Config):
                     f"{what} × --pipeline-parallel {self.pipeline_parallel} needs a multiple of {needed} ranks, "
                     f"there are {ranks}; start as many, or take smaller ones"
                 )
+        if shape.experts and self.expert_parallel == 1 and self.expert_tensor != self.tensor_parallel:
+            # Megatron then reduces the experts' gradients as it does all others, over the wrong ranks.
+            raise ValueError(
+                f"--expert-tensor-parallel {self.expert_tensor} beside --tensor-parallel {self.tensor_parallel} needs "
+                "--expert-parallel above 1; leave it out, or spread the experts"
+            )
 
     def _check_model(self, shape: Shape) -> None:
-        if not shape.experts and self.expert_parallel * self.expert_tensor_parallel > 1:
+        if not shape.experts and (self.expert_parallel > 1 or self.expert_tensor != self.tensor_parallel):
             raise ValueError(
                 f"{self.model} has no experts to share; leave out --expert-parallel and --expert-tensor-parallel"
             )
@@ -101,7 +111,7 @@ class MegatronRun(Config):
             (tensor, "rows that --make-vocab-size-divisible-by gives", self.make_vocab_size_divisible_by),
             (("--pipeline-parallel", self.pipeline_parallel), "layers", shape.layers),
             (("--expert-parallel", self.expert_parallel), "experts", shape.experts),
-            (("--expert-tensor-parallel", self.expert_tensor_parallel), "columns of an expert", shape.expert_ffn),
+            (("--expert-tensor-parallel", self.expert_tensor), "columns of an expert", shape.expert_ffn),
         ):
             if size % parts:
                 raise ValueError(f"{option} {parts} does not divide the {size} {what}; take a divisor of {size}")

@@ -24,8 +24,8 @@ TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
 """Whether layers are Transformer Engine's, which has kernels for experts' grouped matrix products; else torch's."""
 
 
-def transformer_config(shape: Shape, run: MegatronRun, dtype: torch.dtype, *, draw: bool) -> TransformerConfig:
-    """Megatron's configuration of a model of that shape; with `draw` its modules draw their own first weights.
+def transformer_config(shape: Shape, run: MegatronRun, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of a model of that shape.
 
     Auxiliary losses are weighted as in the other jobs, where they are means over layers; Megatron sums over them.
     """
@@ -47,12 +47,11 @@ def transformer_config(shape: Shape, run: MegatronRun, dtype: torch.dtype, *, dr
         attention_dropout=0.0,
         init_method=normal,
         output_layer_init_method=normal,
-        perform_initialization=draw,
         use_cpu_initialization=not torch.cuda.is_available(),
         tensor_model_parallel_size=run.tensor_parallel,
         pipeline_model_parallel_size=run.pipeline_parallel,
         expert_model_parallel_size=run.expert_parallel,
-        expert_tensor_parallel_size=run.expert_tensor_parallel,
+        expert_tensor_parallel_size=run.expert_tensor,
         sequence_parallel=run.tensor_parallel > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -67,12 +66,18 @@ def build_chunk(
     """This rank's part of the model in DistributedDataParallel, on its device.
 
     `whole` makes the model of transformers that first weights are taken from; without it every rank draws its own.
+    Raises ValueError for tensor parallelism on GPUs without Transformer Engine.
     """
-    if whole is None:
-        # Stages draw apart; the ranks of a stage draw what they share alike, and Megatron keeps the rest apart.
-        torch.manual_seed(run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    if run.tensor_parallel > 1 and torch.cuda.is_available() and not TRANSFORMER_ENGINE:
+        raise ValueError(
+            "--tensor-parallel needs the norms of Transformer Engine, since those of torch cannot share a sequence: "
+            "pip install 'transformer-engine[pytorch]', or leave it out"
+        )
+    # Stages draw apart; the ranks of a stage draw alike what each has a copy of, and Megatron keeps the rest apart.
+    torch.manual_seed(run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    if torch.cuda.is_available():
         tensor_parallel.model_parallel_cuda_manual_seed(run.seed)
-    config = transformer_config(shape, run, dtype, draw=whole is None)
+    config = transformer_config(shape, run, dtype)
     model: Any = GPTModel(
         config,
         get_gpt_decoder_block_spec(config, use_transformer_engine=TRANSFORMER_ENGINE),
@@ -85,6 +90,7 @@ def build_chunk(
         rotary_base=shape.theta,
     )
     if whole is not None:
+        # In place of those it has drawn: only where it draws does Megatron mark how a weight is cut.
         take_weights(model, whole(), shape)
     _leave_out_padding(model, vocabulary)
     model.cuda()

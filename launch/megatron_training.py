@@ -11,7 +11,6 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from symdist_megatron import get_symdist_optimizer
 from torch import Tensor, nn
 
 from launch import checkpoint_directory, megatron_checkpoint
@@ -23,6 +22,7 @@ from launch.ranks import Ranks
 from launch.runlog import RunLog
 from launch.schedules import Schedule
 from launch.training import Training
+from symdist_megatron import get_symdist_optimizer
 
 
 class MegatronTraining(Training):
@@ -41,7 +41,7 @@ class MegatronTraining(Training):
             tensor_model_parallel_size=config.tensor_parallel,
             pipeline_model_parallel_size=config.pipeline_parallel,
             expert_model_parallel_size=config.expert_parallel,
-            expert_tensor_parallel_size=config.expert_tensor_parallel,
+            expert_tensor_parallel_size=config.expert_tensor,
         )
         low = config.precision == "bfloat16" or (
             config.precision == "auto" and self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -228,7 +228,7 @@ class MegatronTraining(Training):
             "tensor_parallel": config.tensor_parallel,
             "pipeline_parallel": config.pipeline_parallel,
             "expert_parallel": config.expert_parallel,
-            "expert_tensor_parallel": config.expert_tensor_parallel,
+            "expert_tensor_parallel": config.expert_tensor,
             "distributed_optimizer": config.distributed_optimizer,
         }
 

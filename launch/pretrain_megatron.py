@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import multiprocessing
 import os
 import sys
 import warnings
@@ -32,7 +33,12 @@ def main() -> int:
         _import_megatron()
         return config
 
-    return run(configure, _start)
+    try:
+        return run(configure, _start)
+    finally:
+        # The one that Megatron's writer of checkpoints keeps would live on after `leave`, and hold the output open.
+        for helper in multiprocessing.active_children():
+            helper.terminate()
 
 
 def _start(config: MegatronRun, corpus: Corpus, ranks: Ranks) -> Training:

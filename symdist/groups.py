@@ -140,6 +140,12 @@ def describe_member(
     return Member(parameter=parameter, name=name, group=index, rule=rule, layout=layout, dtype=dtype, stack=stack)
 
 
+def coordinate_wise(options: Mapping[str, Any]) -> bool:
+    """Whether a rule, by the options of `complete_group`, treats every number by itself, whatever the others are."""
+    rows = options.get("centered") or options["stale_rows"] == "hold" or options["padding_rows"] > 0
+    return not (get_rule(options["rule"]).matrices or rows)
+
+
 def flat_parts(
     name: str, shape: tuple[int, ...], options: Mapping[str, Any], *, bounds: tuple[int, ...], ranks: Group
 ) -> list[tuple[str, FlatLayout, int]]:
@@ -151,11 +157,10 @@ def flat_parts(
     """
     if 0 in shape:
         raise ValueError(f"{name} has shape {shape} and so nothing in it; leave it out of the optimizer")
-    rows = options.get("centered") or options["stale_rows"] == "hold" or options["padding_rows"] > 0
     count = math.prod(shape[:-2]) if len(shape) > 2 else 1
     shapes: list[tuple[int, ...]] = [shape]
     names = [name]
-    if not (get_rule(options["rule"]).matrices or rows):
+    if coordinate_wise(options):
         shapes = [(bounds[-1],)]
     elif len(shape) > 2:
         shapes, names = [shape[-2:]] * count, [f"{name}[{i}]" for i in range(count)]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer import attention, mlp
 from megatron.core.transformer.moe import experts, router
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
@@ -40,6 +40,8 @@ class Unit:
     widths: tuple[int, ...] = ()
     vocabulary: bool = False
     """Whether its rows are those of the vocabulary, filled up to what tensor parallelism divides."""
+    opaque: bool = False
+    """Whether it is in several pieces a rank, and nothing says what these are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,9 @@ class _Part:
 def describe(chunks: Sequence[nn.Module], *, homes: Homes, recipe: Recipe) -> list[Described]:
     """Every trainable parameter of a rank's model chunks, once.
 
-    The recipe decides whether a fused q, k and v is taken apart: it is unless the recipe speaks of `attention_qkv`, or
-    all three are seen head by head in the same way. Raises ValueError, naming it, for a parameter whose module says one
-    thing and its shape another.
+    A fused q, k and v is taken apart unless the recipe speaks of `attention_qkv`, or all three are seen head by head in
+    the same way; gate and up of a dense MLP unless it speaks of `mlp_gate_up`, or sees them in pairs. Raises
+    ValueError, naming it, for a parameter whose module says one thing and its shape another.
     """
     found: list[Described] = []
     seen: set[int] = set()
@@ -113,14 +115,15 @@ def _describe(
         units = _grouped(name, parameter, holder, ranks=ranks, homes=homes, recipe=recipe)
         return Described(name=name, parameter=parameter, expert=True, units=units)
     site, parts, count = _site(name.rsplit(".", 1)[-1], parameter, chain, recipe=recipe)
-    cut = _cut(name, parameter, site, expert=expert) if ranks > 1 and parameter.dim() == 2 else None
-    if site.fused is not None and ranks > 1 and cut is None:
-        raise ValueError(f"{name}: gate and up are fused, but the weight does not say how tensor parallelism cuts it")
+    cut = _cut(name, parameter, site, holder, expert=expert) if ranks > 1 and parameter.dim() == 2 else None
+    strange = cut is not None and site.fused is None and getattr(parameter, "partition_stride", 1) != 1
+    if strange:
+        cut = None
     shape = tuple(size * (ranks if i == cut else 1) for i, size in enumerate(parameter.shape))
     if site.fused is not None:
         site = replace(site, blocks=ranks)
-    if site.fused is not None and _apart(recipe, site.role):
-        kind = str(site.role).partition("_")[0]
+    kind = str(site.role).partition("_")[0]
+    if site.fused is not None and _gates_apart(recipe, kind):
         rows = parameter.shape[0] // 2
         parts = [_Part(name=part, size=rows, site=Site(role=f"{kind}_{part}")) for part in ("gate", "up")]
         count = ranks
@@ -135,6 +138,7 @@ def _describe(
             cut=cut,
             widths=() if cut is None else (parameter.shape[cut],) * ranks,
             vocabulary=isinstance(holder, VocabParallelEmbedding) or chain[-1][0] == "output_layer",
+            opaque=strange,
         )
         return Described(name=name, parameter=parameter, expert=expert, units=(whole,))
     period = sum(part.size for part in parts)
@@ -187,7 +191,7 @@ def _grouped(
     role = f"expert_{'gate_up' if gated else 'up' if up else 'down'}"
     site = Site(role=role, transposed=True, fused="stacked" if gated else None, blocks=ranks)
     windows = [("", site, Window.whole(size * ranks), inner)]
-    if gated and _apart(recipe, role):
+    if gated and _gates_apart(recipe, "expert"):
         half = inner // 2
         windows = [
             (
@@ -214,22 +218,29 @@ def _grouped(
     )
 
 
-def _apart(recipe: Recipe, role: str | None) -> bool:
-    return (recipe.options(str(role)) or {}).get("view") == "apart"
+def _gates_apart(recipe: Recipe, kind: str) -> bool:
+    """Whether a fused gate and up are two matrices: those of a dense MLP unless the recipe says otherwise, as in models
+    that keep them apart, and those of experts if it says so, for elsewhere too these are stored as one.
+    """
+    role = f"{kind}_gate_up"
+    view = (recipe.options(role) or {}).get("view")
+    if view == "apart" or any(f"{kind}_{part}" in recipe.sections for part in ("gate", "up")):
+        return True
+    return kind == "mlp" and role not in recipe.sections and view != "neurons"
 
 
-def _cut(name: str, parameter: Any, site: Site, *, expert: bool) -> int | None:
+def _cut(name: str, parameter: Any, site: Site, holder: nn.Module, *, expert: bool) -> int | None:
     """The dimension along which tensor parallelism cuts a matrix."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        # Transformer Engine's grouped linears keep their experts' cut to themselves.
-        declared = {"expert_gate_up": 0, "expert_up": 0, "expert_down": 1}.get(str(site.role))
-        return declared if expert else None
-    if getattr(parameter, "partition_stride", 1) != 1 and site.fused is None:
+    if getattr(parameter, "tensor_model_parallel", False):
+        return int(parameter.partition_dim)
+    if isinstance(holder, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
         raise ValueError(
-            f"{name} is cut in {parameter.partition_stride} pieces a rank, and its module does not say what these are; "
-            "name a coordinate-wise rule for it in the recipe, or run it without tensor parallelism"
+            f"{name} does not say how tensor parallelism cuts it, as with perform_initialization=False: Megatron's own "
+            "norms need to know as well; leave that out, or call set_tensor_model_parallel_attributes on the weight"
         )
-    return int(parameter.partition_dim)
+    # Transformer Engine's grouped linears keep their experts' cut to themselves.
+    declared = {"expert_gate_up": 0, "expert_up": 0, "expert_down": 1}.get(str(site.role))
+    return declared if expert else None
 
 
 def _site(

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from symdist.groups import coordinate_wise
 from symdist.layouts import FlatLayout, Layout, Split
-from symdist.rules import get_rule
 from symdist_megatron.homes import Home
 from symdist_megatron.parameters import Unit
 from symdist_megatron.windows import joined, put_back
@@ -79,10 +79,8 @@ def piece_of(unit: Unit, home: Home, held: Held, options: Mapping[str, Any]) -> 
     low = min(max(held.low - unit.base, 0), unit.size)
     high = min(max(held.high - unit.base, 0), unit.size)
     mine = unit.window.between(at + low, at + high)
-    matrices = get_rule(options["rule"]).matrices
-    rows = options.get("centered") or options["stale_rows"] == "hold" or options["padding_rows"] > 0
     layout: Layout | FlatLayout
-    if not (matrices or rows):
+    if coordinate_wise(options):
         layout = Layout(shape=(mine,))
     elif held.bounds is None:
         layout = _whole(unit, home, copies=held.copies)

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from symdist.groups import complete_group
+from symdist.groups import complete_group, coordinate_wise
 from symdist.routing import check_patterns, route_sites
 from symdist_megatron.homes import Homes
 from symdist_megatron.options import Options, Scaled, scaled
@@ -87,6 +87,12 @@ def _route(
             rules[group["role"]] = full["rule"]
             decay = float(full["weight_decay"])
             told = {key: value for key, value in full.items() if key not in ("params", "names", "lr", "weight_decay")}
+            torn = [unit.name for unit in units if unit.opaque and not coordinate_wise(full)]
+            if torn:
+                raise ValueError(
+                    f"{torn[0]} is in several pieces on each tensor-parallel rank, and its module does not say what "
+                    "they are; name a coordinate-wise rule for it, such as adamw, or run it without tensor parallelism"
+                )
             for unit in units:
                 by_name[unit.name] = Routed(
                     unit=unit,

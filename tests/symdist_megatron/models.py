@@ -1,5 +1,6 @@
 """Megatron models whose full weights and gradients are given by name, cut here by what Megatron documents."""
 
+import functools
 import random
 import re
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ Full = dict[str, Tensor]
 def build(how: How) -> tuple[TransformerConfig, list[Any]]:
     """The configuration and this rank's model chunks, in DistributedDataParallel, with the weights of `full`."""
     dtype = getattr(torch, how.dtype)
-    parallel_state.destroy_model_parallel()
+    _forget_groups()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=how.tp,
         pipeline_model_parallel_size=how.pp,
@@ -99,6 +100,19 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
     return config, [DistributedDataParallel(config, ddp, model)]
 
 
+_first: set[Any] = set()
+
+
+def _forget_groups() -> None:
+    """End the process groups that were made for models before: each has threads of its own."""
+    made = torch.distributed.distributed_c10d._world.pg_map
+    if not _first:
+        _first.update(made)
+    parallel_state.destroy_model_parallel()
+    for group in [group for group in made if group not in _first]:
+        torch.distributed.destroy_process_group(group)
+
+
 def optimizer_config(how: How, **more: Any) -> OptimizerConfig:
     return OptimizerConfig(
         **{
@@ -117,6 +131,11 @@ def optimizer_config(how: How, **more: Any) -> OptimizerConfig:
 
 def draw(key: str, shape: tuple[int, ...]) -> Tensor:
     """Numbers that bfloat16 has."""
+    return _drawn(key, shape).clone()
+
+
+@functools.cache
+def _drawn(key: str, shape: tuple[int, ...]) -> Tensor:
     source = random.Random(key)
     return torch.tensor([source.randint(-15, 15) / 64 for _ in range(torch.Size(shape).numel())]).view(shape).double()
 

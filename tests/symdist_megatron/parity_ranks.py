@@ -62,7 +62,15 @@ def matrices(name: str, full: Tensor, options: dict[str, Any], how: How) -> list
     if "experts.weight" in name:
         # They are stored [in, out]: whose columns are asked for are the rows here.
         return [pair for each in full for pair in _of_mlp(name, each.mT, "rows" if view == "columns" else view)]
-    return _of_mlp(name, full, view) if "linear_fc" in name else [(full, view)]
+    if "linear_fc" not in name:
+        return [(full, view)]
+    # Gate and up of a dense MLP are two matrices, as where they are not fused.
+    apart = ".experts." not in name and "linear_fc1" in name and view != "neurons"
+    return (
+        [pair for half in full.chunk(2) for pair in [(half, "rows" if view == "apart" else view)]]
+        if apart
+        else _of_mlp(name, full, view)
+    )
 
 
 def _of_mlp(name: str, full: Tensor, view: str) -> list[tuple[Tensor, Any]]:
