@@ -67,18 +67,17 @@ def test_every_rule_on_every_layout(worlds: Worlds, layout: str, distributed: bo
 
 @pytest.mark.parametrize("layout", MORE)
 def test_and_where_layouts_meet(worlds: Worlds, layout: str) -> None:
-    """Half of the cases with the distributed optimizer, the others without, where it can be chosen."""
+    """Some of the cases with the distributed optimizer, others without, where it can be chosen."""
     world, how = MORE[layout]
-    for distributed, cases in ((False, ALL[::2]), (True, ALL[1::2])):
+    for distributed, cases in ((False, ALL[::3]), (True, ALL[1::3])):
         here = How(**how, distributed=distributed and not how.get("layer_wise"))
         check(worlds(world).run(world, STEPPED, here, cases), 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", ["tp2 ep2", "dp4"])
-def test_in_less_precision(worlds: Worlds, layout: str, dtype: str, distributed: bool) -> None:
+def test_in_less_precision(worlds: Worlds, dtype: str, distributed: bool) -> None:
     """In bfloat16 the masters are compared: what the model computes with is rounded."""
-    world, how = LAYOUTS[layout]
+    world, how = LAYOUTS["tp2 ep2"]
     made = How(**how, distributed=distributed, dtype=dtype)
     check(worlds(world).run(world, STEPPED, made, ALL), 1e-3, 1e-5)

@@ -30,15 +30,15 @@ Run = tuple[list[float], list[float], dict[str, Tensor]]
 
 
 @cache
-def alone(worlds: Worlds, how: How) -> Run:
-    return worlds(1).run(1, RANKS + "trained", how, RECIPE, STEPS)[0]
+def alone(worlds: Worlds, how: How, steps: int) -> Run:
+    return worlds(1).run(1, RANKS + "trained", how, RECIPE, steps)[0]
 
 
-def check(worlds: Worlds, world: int, how: How, base: How, *, tolerance: float) -> None:
-    losses, norms, weights = alone(worlds, base)
-    assert losses[-1] < losses[0] - 0.2
+def check(worlds: Worlds, world: int, how: How, base: How, *, tolerance: float, steps: int = STEPS) -> None:
+    losses, norms, weights = alone(worlds, base, steps)
+    assert losses[-1] < losses[0] - 0.005 * steps
     assert max(norms) > 0.2, "clipping at 0.1 had something to do"
-    for on_rank, norms_on_rank, furthest in worlds(world).run(world, RANKS + "beside", how, RECIPE, STEPS, weights):
+    for on_rank, norms_on_rank, furthest in worlds(world).run(world, RANKS + "beside", how, RECIPE, steps, weights):
         assert on_rank == pytest.approx(losses, abs=tolerance)
         assert norms_on_rank == pytest.approx(norms, rel=max(tolerance, 1e-6))
         assert furthest < tolerance
@@ -73,7 +73,7 @@ def test_nor_does_any_other(worlds: Worlds, layout: str) -> None:
     """In double precision, so that no top-k choice flips."""
     world, how = OTHERS[layout]
     base = replace(how, tp=1, pp=1, ep=1, etp=1, distributed=False, overlap=False, layer_wise=False)
-    check(worlds, world, how, base, tolerance=1e-6)
+    check(worlds, world, how, base, tolerance=1e-6, steps=8)
 
 
 PLAIN = How(dtype="float32", moe=(0, 0))
@@ -100,13 +100,17 @@ WAYS: dict[str, list[tuple[int, How]]] = {
 }
 
 
+LONG = ("plain", "distributed", "experts", "experts, distributed")
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_checkpoints_load_at_any_layout(worlds: Worlds, tmp_path: Any, way: str) -> None:
-    """Saved at one, loaded and saved at the next: the same 20 losses follow each."""
+    """Saved at one, loaded and saved at the next: the same losses follow each."""
     losses: list[list[float]] = []
     folder: str | None = None
     for i, (world, how) in enumerate(WAYS[way]):
-        given = {"resume": folder, "folder": str(tmp_path / str(i)), "steps": 3}
+        after = 20 if way in LONG else 6
+        given = {"resume": folder, "folder": str(tmp_path / str(i)), "steps": 3, "after": after}
         found = worlds(world).run(world, RANKS + "saved", how, RECIPE, given)
         assert all(on_rank == found[0] for on_rank in found)
         losses.append(found[0])

@@ -25,7 +25,7 @@ LAYOUTS: dict[str, How] = {
 }
 
 
-@pytest.mark.parametrize("case", [0, 3, 11])
+@pytest.mark.parametrize("case", [0, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_plan_is_what_is_sent(worlds: Worlds, layout: str, case: int) -> None:
     found = worlds(4).run(4, COUNTED, LAYOUTS[layout], recipe(case), {"vocabulary": 37})

@@ -159,4 +159,4 @@ def saved(mesh: DeviceMesh, how: How, recipe: Recipe, given: dict[str, Any]) -> 
         Path(folder).mkdir(parents=True)
     dist.barrier(group=mesh.get_group())
     dist_checkpointing.save(training.state(loading=False), folder)
-    return training.train(20)
+    return training.train(given["after"])
