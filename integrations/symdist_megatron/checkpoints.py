@@ -12,6 +12,8 @@ COMMON = "symdist"
 
 # What tells groups apart that another layout has as well; experts are in groups of their own on some layouts only.
 _KIND = ("wd_mult", "lr_mult", "is_decoupled_lr")
+# What a run may change from one part to the next, and tells groups of one kind apart.
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 _OWN = ("params", "is_expert_parallel")
 
 
@@ -27,7 +29,9 @@ def common_state(optimizers: Iterable[Any]) -> dict[str, Any]:
     groups: dict[str, dict[str, Any]] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            groups.setdefault(_kind(group), {key: value for key, value in group.items() if key not in _OWN})
+            groups.setdefault(
+                _kind(group, *_KIND, *_RATES), {key: value for key, value in group.items() if key not in _OWN}
+            )
     return {"groups": groups}
 
 
@@ -60,7 +64,8 @@ def own_copies(parts: Mapping[Any, Any]) -> None:
 def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
     """The loaded state of one optimizer, its groups as the checkpoint has them.
 
-    Raises ValueError for a group of a kind that the checkpoint does not know.
+    What tells groups apart stays as this run has it. Raises ValueError for a group of a kind that the checkpoint does
+    not know, or knows several of.
     """
     holder = part.get("optimizer", part)
     holder.setdefault("state", {})
@@ -71,14 +76,17 @@ def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, An
         ]
     saved = common["groups"]
     for group in holder["param_groups"]:
-        if _kind(group) not in saved:
+        alike = [theirs for theirs in saved.values() if _kind(theirs, *_KIND) == _kind(group, *_KIND)]
+        exact = saved.get(_kind(group, *_KIND, *_RATES))
+        found = exact if exact is not None else alike[0] if len(alike) == 1 else None
+        if found is None:
             raise ValueError(
-                f"the checkpoint has no param group with {_kind(group)}, but {'; '.join(saved)}; "
-                "use the config_overrides of the saved run"
+                f"the checkpoint has {'several param groups' if alike else 'no param group'} with "
+                f"{_kind(group, *_KIND)}, of {'; '.join(saved)}; use the lr and the config_overrides of the saved run"
             )
-        group.update(saved[_kind(group)])
+        group.update({key: value for key, value in found.items() if key not in (*_KIND, *_RATES)})
     return part
 
 
-def _kind(group: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={group.get(key)}" for key in _KIND)
+def _kind(group: Mapping[str, Any], *keys: str) -> str:
+    return ", ".join(f"{key}={group.get(key)}" for key in keys)

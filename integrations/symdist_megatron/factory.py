@@ -182,9 +182,12 @@ def _homes(groups: Mapping[str, Any], pg_collection: Any) -> Homes:
     dense, expert = groups["intra_dp_cp_group"], groups["intra_expt_dp_group"]
     tensor = _group(pg_collection, "tp", parallel_state.get_tensor_model_parallel_group)
     expert_tensor = _group(pg_collection, "expt_tp", parallel_state.get_expert_tensor_parallel_group)
+    of_dense = find_home(dense, tensor)
+    # A collection may leave out the groups of experts where there are none.
+    of_experts = find_home(expert, expert_tensor) if expert is not None else of_dense
     return Homes(
-        dense=find_home(dense, tensor),
-        expert=find_home(expert, expert_tensor),
-        undivided=find_home(dense, expert_tensor),
+        dense=of_dense,
+        expert=of_experts,
+        undivided=find_home(dense, expert_tensor) if expert_tensor.size() <= tensor.size() else of_experts,
         expert_rank=_group(pg_collection, "ep", parallel_state.get_expert_model_parallel_group).rank(),
     )

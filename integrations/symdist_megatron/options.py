@@ -72,6 +72,9 @@ def check_features(config: Any, chunks: Sequence[Any], *, layer_wise: bool) -> N
         "the layer-wise and the distributed optimizer at once (choose one)": (
             layer_wise and bool(config.use_distributed_optimizer)
         ),
+        "the layer-wise optimizer with overlap_param_gather": (
+            layer_wise and bool(config.overlap_param_gather or getattr(ddp, "overlap_param_gather", False))
+        ),
         "weight sharding by GTP or EGTP": _shards_weights_further(chunks[0]),
     }
     found = [feature for feature, on in refused.items() if on]

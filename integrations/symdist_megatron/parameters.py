@@ -108,7 +108,12 @@ def _walk(chunk: nn.Module, homes: Homes) -> Iterator[tuple[str, nn.Parameter, l
 def _describe(
     name: str, parameter: nn.Parameter, chain: list[tuple[str, nn.Module]], *, homes: Homes, recipe: Recipe
 ) -> Described:
-    expert = any(isinstance(module, _EXPERTS) for _, module in chain)
+    expert = not getattr(parameter, "allreduce", True) or any(isinstance(module, _EXPERTS) for _, module in chain)
+    if expert and parameter.dim() == 3:
+        raise ValueError(
+            f"{name} holds all experts in one tensor of shape {tuple(parameter.shape)}: symdist takes them apart only; "
+            "set moe_single_grouped_weight=False"
+        )
     ranks = homes.tensor_ranks(expert=expert)
     holder = chain[-1][1]
     if type(holder).__name__ == "GroupedMLP" and isinstance(holder, _EXPERTS):
@@ -231,6 +236,12 @@ def _gates_apart(recipe: Recipe, kind: str) -> bool:
 
 def _cut(name: str, parameter: Any, site: Site, holder: nn.Module, *, expert: bool) -> int | None:
     """The dimension along which tensor parallelism cuts a matrix."""
+    # Transformer Engine's linears mark those as cut which it was not told of: experts, and what all ranks have whole.
+    declared = {"expert_gate_up": 0, "expert_up": 0, "expert_down": 1}.get(str(site.role))
+    if expert and declared is not None:
+        return declared
+    if not expert and getattr(holder, "parallel_mode", "") is None:
+        return None
     if getattr(parameter, "tensor_model_parallel", False):
         return int(parameter.partition_dim)
     if isinstance(holder, (ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding)):
@@ -238,9 +249,7 @@ def _cut(name: str, parameter: Any, site: Site, holder: nn.Module, *, expert: bo
             f"{name} does not say how tensor parallelism cuts it, as with perform_initialization=False: Megatron's own "
             "norms need to know as well; leave that out, or call set_tensor_model_parallel_attributes on the weight"
         )
-    # Transformer Engine's grouped linears keep their experts' cut to themselves.
-    declared = {"expert_gate_up": 0, "expert_up": 0, "expert_down": 1}.get(str(site.role))
-    return declared if expert else None
+    return None
 
 
 def _site(

@@ -77,6 +77,27 @@ class WholeStep:
         self._bases = [base for base, _ in stepped]
         self._bound: list[_Bound] = []
         self._rates: list[_Rate] = []
+        self._counted = 0
+        said: str | None = None
+        trains = any(given for _, given in stepped)
+        try:
+            if trains:
+                self.symdist = self._made(stepped, routing, homes, options)
+        except ValueError as error:
+            # Of ranks that hold the same parameters all fail alike, but there are other stages.
+            said = str(error)
+        _agree_to_begin(said, trains)
+        self._let_go()
+        self._twins = _Twins(self._bound, self.symdist.placements(), shared)
+
+    def _made(
+        self,
+        stepped: Sequence[tuple[MegatronSymDist, Sequence[Stepped]]],
+        routing: Routing,
+        homes: Homes,
+        options: Options,
+    ) -> BorrowedState:
+        """The optimizer of the pieces of what is stepped."""
         groups: dict[tuple[int, int, int], dict[str, Any]] = {}
         states: dict[int, dict[str, Tensor]] = {}
         for place, (base, given) in enumerate(stepped):
@@ -95,8 +116,7 @@ class WholeStep:
                         name: piece.of(bound.state[NAMES[name]])
                         for name in ACCUMULATOR_STATE[get_rule(routed.options["rule"]).accumulator]
                     }
-        _check_all_train(bool(groups))
-        self.symdist = BorrowedState(
+        return BorrowedState(
             list(groups.values()),
             homes=states,
             nonfinite=options.nonfinite,
@@ -104,9 +124,6 @@ class WholeStep:
             wave_bytes=options.wave_bytes,
             world=dist.group.WORLD,
         )
-        self._counted = 0
-        self._let_go()
-        self._twins = _Twins(self._bound, self.symdist.placements(), shared)
 
     @torch.no_grad()
     def step(self) -> bool:
@@ -212,10 +229,14 @@ class _Twins:
         sizes = [each.tensor.numel() for each in mine]
         found: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(found, (summed, sizes), group=group)
+        if not any(theirs for theirs, _ in found):
+            return
         if any(theirs != sizes for _, theirs in found):
-            raise ValueError(f"symdist: the stages that share an embedding hold unequal parts of it: {found}")
-        if any(theirs for theirs, _ in found):
-            self._tensors = [each.tensor for each in mine if each.tensor.numel()]
+            raise ValueError(
+                "symdist: the stages that share an embedding hold unequal parts of it, and its rule sums over ranks; "
+                "under layer_wise, which shares whole parameters out stage by stage, use the distributed optimizer"
+            )
+        self._tensors = [each.tensor for each in mine if each.tensor.numel()]
 
     def agree(self) -> None:
         """Let all have the first stage's weights."""
@@ -223,9 +244,15 @@ class _Twins:
             dist.broadcast(tensor.detach(), src=dist.get_process_group_ranks(self._group)[0], group=self._group)
 
 
-def _check_all_train(trains: bool) -> None:
-    """ValueError on all ranks where one has nothing to train, for it would not take part in a step."""
+def _agree_to_begin(said: str | None, trains: bool) -> None:
+    """ValueError on all ranks for what one has to say, or where one has nothing to step: it would stay out of steps."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, trains)
-    if not all(found):
-        raise ValueError(f"symdist: ranks {[rank for rank, each in enumerate(found) if not each]} train no parameter")
+    dist.all_gather_object(found, (said, trains))
+    for theirs, _ in found:
+        if theirs is not None:
+            raise ValueError(theirs)
+    if idle := [rank for rank, (_, theirs) in enumerate(found) if not theirs]:
+        raise ValueError(
+            f"symdist: ranks {idle} train no parameter. Where all of a stage are frozen, cut the model in fewer; "
+            "where layer_wise leaves some data-parallel ranks without any, use the distributed optimizer"
+        )

@@ -56,8 +56,9 @@ class SymDistDistributedOptimizer(DistributedOptimizer):
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
         main = self._main_of(model_param)
         state = self.optimizer.state[main]
-        zeros = torch.zeros(1, dtype=main.dtype, device=main.device).expand(main.shape)
-        return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": state.get("exp_avg_sq", zeros)}
+        # A tensor of its own, for some formats load into what they are given here.
+        second = state["exp_avg_sq"] if "exp_avg_sq" in state else torch.zeros_like(main)
+        return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": second}
 
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Tensor]) -> None:
         main = self._main_of(model_param)
@@ -113,8 +114,9 @@ class SymDistChain(ChainedOptimizer):
         for each in self.chained_optimizers:
             if each.optimizer is not None:
                 each.optimizer.check_rules(next(iter(common["groups"].values())))
-        for i, each in enumerate(self.chained_optimizers):
-            each.load_state_dict(with_groups(state_dict[i], common))
+        parts = [with_groups(state_dict[i], common) for i in range(len(self.chained_optimizers))]
+        for each, part in zip(self.chained_optimizers, parts, strict=True):
+            each.load_state_dict(part)
 
     def rehearse(self) -> Counting:
         """Every collective of symdist's in a step on this rank, in order, with the bytes it sends; nothing moves.
@@ -131,6 +133,12 @@ class SymDistChain(ChainedOptimizer):
             flag = torch.tensor([float(found)], device=torch.cuda.current_device())
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             found = bool(flag.item())
+        if self.whole.symdist.nonfinite == "zero":
+            # Before norms are taken of them.
+            for each in self.chained_optimizers:
+                for parameter in each.get_parameters():
+                    if parameter.grad is not None:
+                        torch.nan_to_num_(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
         return found
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "torch FSDP2": (GOOD, {}, {"bare": True}, "no DistributedDataParallel.*GPTModel.*symdist.build_optimizer"),
     "Megatron-FSDP": (GOOD, {}, {"ddp": {"use_megatron_fsdp": True}}, "Megatron-FSDP.*distributed optimizer"),
     "fp8 weights": (GOOD, {}, {"ddp": {"fp8_param_gather": True}}, "weights kept in fp8"),
+    "both": (GOOD, {"use_distributed_optimizer": True}, {"layer_wise": True}, "layer-wise and the distributed"),
     "disagreement": (GOOD, {"use_distributed_optimizer": True}, {}, "is True in the optimizer's config and False"),
 }
 
@@ -53,9 +54,17 @@ def test_a_fault_of_one_stage_is_told_on_all(worlds: Worlds) -> None:
     assert found[0].startswith("output_layer.weight: view 'heads' needs")
 
 
+def test_also_one_that_shows_late(worlds: Worlds) -> None:
+    recipe = GOOD | {"head": {"rule": "row_norm", "view": "columns", "lr": 0.1}}
+    found = worlds(2).run(2, RANKS + "refused", replace(HOW, pp=2, tied=False), recipe, {}, {"vocabulary": 37})
+    assert found[0] == found[1]
+    assert "padding_rows=3 needs a matrix seen by rows" in found[0]
+
+
 def test_all_ranks_must_train(worlds: Worlds) -> None:
     found = worlds(2).run(2, RANKS + "unlike", replace(HOW, pp=2), 1)
-    assert found == ["symdist: ranks [1] train no parameter"] * 2
+    assert found[0] == found[1]
+    assert found[0].startswith("symdist: ranks [1] train no parameter")
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])

@@ -117,3 +117,12 @@ def test_checkpoints_load_at_any_layout(worlds: Worlds, tmp_path: Any, way: str)
         folder = given["folder"]
     for after in losses[1:]:
         assert after == pytest.approx(losses[0], abs=2e-2 if "bfloat16" in way else 1e-4)
+
+
+def test_megatrons_own_form_loads_where_it_was_saved(worlds: Worlds, tmp_path: Any) -> None:
+    """That of the distributed optimizer's buffers, which Megatron takes unless told otherwise."""
+    how = replace(FIRST, ep=2, distributed=True)
+    first = {"resume": None, "folder": str(tmp_path / "0"), "steps": 3, "after": 4, "form": "dp_reshardable"}
+    then = first | {"resume": first["folder"], "folder": str(tmp_path / "1")}
+    losses = [worlds(4).run(4, RANKS + "saved", how, RECIPE, given)[0] for given in (first, then)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)

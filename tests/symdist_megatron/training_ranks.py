@@ -42,6 +42,7 @@ class Training:
             **options,
         )
         self.steps = 0
+        self.form = "fully_reshardable"
         self.norms: list[float] = []
 
     def train(self, steps: int) -> list[float]:
@@ -98,7 +99,7 @@ class Training:
 
     def state(self, *, loading: bool) -> dict[str, Any]:
         """What Megatron's distributed checkpoints take."""
-        metadata = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+        metadata = {"distrib_optim_sharding_type": self.form, "chained_optim_avoid_prefix": True}
         model = _bare(self.chunks[0]).sharded_state_dict(metadata=metadata)
         return {
             "model": model,
@@ -145,6 +146,7 @@ def saved(mesh: DeviceMesh, how: How, recipe: Recipe, given: dict[str, Any]) -> 
     # Megatron writes through a process of its own, which a daemon may not start.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     training = Training(how, recipe)
+    training.form = given.get("form", training.form)
     if resume is not None:
         # What it had learnt by itself must not show.
         training.train(1)
