@@ -33,12 +33,13 @@ def main() -> int:
         _import_megatron()
         return config
 
-    try:
-        return run(configure, _start)
-    finally:
-        # The one that Megatron's writer of checkpoints keeps would live on after `leave`, and hold the output open.
-        for helper in multiprocessing.active_children():
-            helper.terminate()
+    return run(configure, _start)
+
+
+def _end_helpers() -> None:
+    """End the process that Megatron's writer of checkpoints keeps: it would live on and hold the output open."""
+    for helper in multiprocessing.active_children():
+        helper.terminate()
 
 
 def _start(config: MegatronRun, corpus: Corpus, ranks: Ranks) -> Training:
@@ -84,4 +85,8 @@ def _install_stand_ins() -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    try:
+        code = main()
+    finally:
+        _end_helpers()
+    leave(code)
