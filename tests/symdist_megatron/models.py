@@ -1,6 +1,7 @@
 """Megatron models whose full weights and gradients are given by name, cut here by what Megatron documents."""
 
 import functools
+import gc
 import random
 import re
 from collections.abc import Iterator
@@ -111,6 +112,8 @@ def _forget_groups() -> None:
     parallel_state.destroy_model_parallel()
     for group in [group for group in made if group not in _first]:
         torch.distributed.destroy_process_group(group)
+    # Models and optimizers hold on to groups in circles.
+    gc.collect()
 
 
 def optimizer_config(how: How, **more: Any) -> OptimizerConfig:
