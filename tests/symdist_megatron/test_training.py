@@ -58,7 +58,6 @@ OTHERS: dict[str, tuple[int, How]] = {
     "tp2 dp2, overlapping": (4, How(tp=2, etp=2, overlap=True)),
     "tp2 ep2": (4, How(tp=2, ep=2)),
     "tp2 ep2, distributed": (4, How(tp=2, ep=2, distributed=True)),
-    "pp2": (2, How(pp=2)),
     "pp2 dp2, distributed": (4, How(pp=2, distributed=True)),
     "dp2 tp2, layer by layer": (4, How(tp=2, etp=2, layer_wise=True)),
     "tied, pp2": (2, How(pp=2, tied=True)),
@@ -83,14 +82,9 @@ FIRST = How(dtype="float32")
 WAYS: dict[str, list[tuple[int, How]]] = {
     "plain": [(4, replace(PLAIN, tp=2)), (4, PLAIN), (4, replace(PLAIN, tp=4))],
     "distributed": [(4, replace(DISTRIBUTED, tp=2)), (4, DISTRIBUTED), (4, replace(DISTRIBUTED, tp=4))],
-    "bfloat16": [
-        (4, replace(MIXED, dtype="bfloat16", tp=2, distributed=False)),
-        (4, replace(MIXED, distributed=False)),
-    ],
     "bfloat16, distributed": [(4, replace(MIXED, tp=2)), (4, MIXED), (2, MIXED)],
     "experts": [(2, replace(FIRST, ep=2)), (1, FIRST)],
     "experts, distributed": [(4, replace(FIRST, ep=2, distributed=True)), (2, replace(FIRST, distributed=True))],
-    "experts, cut": [(4, replace(FIRST, ep=2, tp=2, etp=2)), (2, replace(FIRST, tp=2, etp=2))],
     "bfloat16, layer by layer": [
         (4, replace(MIXED, tp=2, distributed=False, layer_wise=True)),
         (2, replace(MIXED, distributed=False)),
