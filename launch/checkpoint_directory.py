@@ -33,6 +33,22 @@ def latest(directory: Path) -> Path | None:
     return max((path for path in named if (path / _MANIFEST).exists()), key=_step, default=None)
 
 
+def chosen(directory: Path, wanted: str) -> Path | None:
+    """The checkpoint that a run which saves in ``directory`` goes on from: a path, or for "auto" the newest, if any.
+
+    Raises ValueError where the directory has a newer one, which the run would mix with.
+    """
+    newest = latest(directory)
+    path = newest if wanted == "auto" else Path(wanted)
+    if newest is None or path is None:
+        return path
+    if newest != path and newest.parent.resolve() == path.parent.resolve():
+        raise ValueError(
+            f"{directory} goes on to {newest.name}, which a run from {path.name} would mix with; give another --output"
+        )
+    return path
+
+
 def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
     """Make ``writing`` anew beside where ``final`` will be, and clear what interrupted saves left there.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import symdist
-from launch import checkpoint
+from launch import checkpoint, checkpoint_directory
 from launch.schedules import build_scheduler
 from launch.training import Training
 from symdist.models import shard
@@ -66,16 +66,10 @@ class FsdpTraining(Training):
         wanted = self.config.resume
         if wanted is None:
             return None
-        newest = checkpoint.latest(self.checkpoints)
-        path = newest if wanted == "auto" else Path(wanted)
+        path = checkpoint_directory.chosen(self.checkpoints, wanted)
         if path is None:
             log_to(f"no checkpoint in {self.checkpoints}: starting from the beginning")
             return None
-        if newest is not None and newest != path and newest.parent.resolve() == path.parent.resolve():
-            raise ValueError(
-                f"{self.checkpoints} goes on to {newest.name}, which a run from {path.name} would mix with; "
-                "give another --output"
-            )
         state = checkpoint.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
         self.step, self.elapsed = state["step"], state["elapsed"]
         self.scheduler.load_state_dict(state["scheduler"])

@@ -183,16 +183,10 @@ class MegatronTraining(Training):
         wanted = self.config.resume
         if wanted is None:
             return None
-        newest = checkpoint_directory.latest(self.checkpoints)
-        path = newest if wanted == "auto" else Path(wanted)
+        path = checkpoint_directory.chosen(self.checkpoints, wanted)
         if path is None:
             log_to(f"no checkpoint in {self.checkpoints}: starting from the beginning")
             return None
-        if newest is not None and newest != path and newest.parent.resolve() == path.parent.resolve():
-            raise ValueError(
-                f"{self.checkpoints} goes on to {newest.name}, which a run from {path.name} would mix with; "
-                "give another --output"
-            )
         job = megatron_checkpoint.load(path, model=bare(self.model), optimizer=self.optimizer, identity=self.identity)
         self.step, self.elapsed = job["step"], job["elapsed"]
         self._skipped_before = job["skipped_steps"]

@@ -1,5 +1,6 @@
 """The ranks among which a Megatron parameter lies: data-parallel replicas or shards, times tensor parallelism."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,20 +18,27 @@ class Home:
     across: Group
     columns: tuple[tuple[int, ...], ...]
 
-    @property
+    @functools.cached_property
     def grid(self) -> Grid | None:
         """The ranks that hold a parameter, with an axis for each of the two that has more than one rank."""
         return _grid([self.data, self.across], [rank for row in zip(*self.columns, strict=True) for rank in row])
 
-    @property
+    @functools.cached_property
     def shards(self) -> Grid | None:
         """The ranks of tensor parallelism alone."""
         return _grid([self.across], list(self.across.ranks))
 
-    @property
+    @functools.cached_property
+    def everyone(self) -> Group:
+        """All ranks, of both kinds of parallelism."""
+        assert self.grid is not None
+        return self.grid.group(range(len(self.grid.sizes)))
+
+    @functools.cached_property
     def order(self) -> tuple[int, ...]:
-        """All ranks, one tensor-parallel rank's after another's."""
-        return tuple(rank for column in self.columns for rank in column)
+        """The places in `everyone` of all ranks, one tensor-parallel rank's after another's."""
+        place = {rank: i for i, rank in enumerate(self.everyone.ranks)}
+        return tuple(place[rank] for column in self.columns for rank in column)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from symdist.rules import ACCUMULATOR_STATE, get_rule
-from symdist_megatron.pieces import state_like
 from symdist_megatron.routing import Routing
 
 # Megatron's checkpoints of the distributed optimizer know Adam's names alone.
@@ -41,8 +40,9 @@ class MegatronSymDist(torch.optim.AdamW):
         for parameter, tensor in pairs:
             rules = {routed.options["rule"] for routed in self._routing.routed[id(parameter)]}
             state = self.state[tensor]
+            dtype = torch.promote_types(tensor.dtype, torch.float32)
             for key in sorted({NAMES[key] for rule in rules for key in ACCUMULATOR_STATE[get_rule(rule).accumulator]}):
-                state[key] = state_like(tensor)
+                state[key] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
             state["step"] = torch.zeros((), dtype=torch.float32)
         self._complete = True
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from symdist.groups import coordinate_wise
@@ -113,18 +112,10 @@ def _flat(unit: Unit, home: Home, bounds: tuple[int, ...]) -> FlatLayout:
     for rank in range(home.across.size):
         first = joined_bounds[-1]
         joined_bounds += [first + bound for bound in within(rank)[1:]]
-    grid = home.grid
-    assert grid is not None
-    everyone = grid.group(range(len(grid.sizes)))
     return FlatLayout(
         shape=unit.shape,
-        group=everyone,
+        group=home.everyone,
         bounds=tuple(joined_bounds),
-        order=tuple(everyone.ranks.index(rank) for rank in home.order),
+        order=home.order,
         across=unit.widths if unit.cut == 1 else (),
     )
-
-
-def state_like(tensor: Tensor) -> Tensor:
-    """Zeros of a tensor's shape, in its precision or float32 if that is more."""
-    return torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32), requires_grad=False)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +41,21 @@ def trained(output: Path) -> dict[int, tuple[float, float]]:
 def validated(output: Path) -> dict[int, float]:
     """Loss of every validation."""
     return {line["step"]: line["loss"] for line in lines(output) if line["kind"] == "validation"}
+
+
+def stop(command: list[str], output: Path, *, nice: int) -> None:
+    """Start a run and tell it to stop after three lines of log, which it must say it does."""
+    # Below this process in priority, so that on a busy machine the run does not end before it is told to.
+    running = subprocess.Popen(
+        ["nice", "-n", str(nice), *command], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    log = output / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert running.poll() is None, running.communicate()[1]
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    error = running.communicate()[1]
+    assert "told to stop: saved" in error
 
 
 def lines(output: Path) -> list[dict]:

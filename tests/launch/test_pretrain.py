@@ -1,9 +1,7 @@
 """The pretraining entry on two real ranks: learning, exact resumption, clean stops, and refusals."""
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 from launch.config import Config, parse_command_line
 from launch.report import read_run, report
 from launch.runlog import check_folder
-from tests.launch.runs import ROOT, environment, options, trained, write_corpus
+from tests.launch.runs import ROOT, environment, options, stop, trained, write_corpus
 
 STEPS = 30
 
@@ -74,17 +72,7 @@ def test_resuming_repeats_every_step_exactly(corpus: Path, whole: Path, tmp_path
 
 def test_sigterm_saves_and_auto_resume_completes_the_log(corpus: Path, whole: Path, tmp_path: Path) -> None:
     output = tmp_path / "stopped"
-    # Below this test in priority, so that on a busy machine the run does not end before it is told to.
-    running = subprocess.Popen(
-        ["nice", "-n", "15", *command(corpus, output)], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    log = output / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert running.poll() is None, running.communicate()[1]
-        time.sleep(0.02)
-    running.send_signal(signal.SIGTERM)
-    error = running.communicate()[1]
-    assert "told to stop: saved" in error
+    stop(command(corpus, output), output, nice=15)
     assert not (output / "summary.json").exists()
     assert 3 <= max(trained(output)) < STEPS
     done = pretrain(corpus, output, "--resume", "auto")

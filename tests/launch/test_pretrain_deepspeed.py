@@ -3,11 +3,9 @@
 import base64
 import importlib.util
 import json
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from launch.deepspeed_config import DeepSpeedRun, precision, zero_stage
 from launch.report import read_run, report
 from symdist.models import build, names
 from symdist.recipes import load_recipe
-from tests.launch.runs import ROOT, environment, options, trained, validated, write_corpus
+from tests.launch.runs import ROOT, environment, options, stop, trained, validated, write_corpus
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -128,17 +126,7 @@ def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
 ) -> None:
     arguments = job(tmp_path / "stopped", "--resume", "auto", stage=3)
     command = [*TORCHRUN, "--nproc_per_node=2", *arguments]
-    # Below this test in priority, so that on a busy machine the run does not end before it is told to.
-    running = subprocess.Popen(
-        ["nice", "-n", "5", *command], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    log = tmp_path / "stopped" / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert running.poll() is None, running.communicate()[1]
-        time.sleep(0.02)
-    running.send_signal(signal.SIGTERM)
-    error = running.communicate()[1]
-    assert "told to stop: saved" in error
+    stop(command, tmp_path / "stopped", nice=5)
     assert 3 <= max(trained(tmp_path / "stopped")) < STEPS
     done = train(*command)
     assert done.returncode == 0, done.stderr

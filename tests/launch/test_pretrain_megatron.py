@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from launch import pretrain_megatron
 from launch.config import parse_as
 from launch.megatron_config import MegatronRun
 from launch.report import read_run, report
-from tests.launch.runs import ROOT, environment, lines, options, trained, validated, write_corpus
+from tests.launch.runs import ROOT, environment, lines, options, stop, trained, validated, write_corpus
 
 # Not by importing it: the stand-ins for CUDA would have to come before.
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
@@ -134,17 +132,7 @@ def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
     corpus: Path, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
     command = [*TORCHRUN, *arguments(corpus, tmp_path / "stopped", "pipeline", "--resume", "auto")]
-    # Below this test in priority, so that on a busy machine the run does not end before it is told to.
-    running = subprocess.Popen(
-        ["nice", "-n", "5", *command], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    log = tmp_path / "stopped" / "log.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert running.poll() is None, running.communicate()[1]
-        time.sleep(0.02)
-    running.send_signal(signal.SIGTERM)
-    error = running.communicate()[1]
-    assert "told to stop: saved" in error
+    stop(command, tmp_path / "stopped", nice=5)
     assert 3 <= max(trained(tmp_path / "stopped")) < STEPS
     done = train(*command)
     assert done.returncode == 0, done.stderr
