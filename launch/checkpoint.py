@@ -11,19 +11,20 @@ one rank is therefore raised on all, and none is left waiting in a collective.
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
 import pickle
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -42,13 +43,23 @@ from launch.checkpoint_directory import (
     verify,
     write_json,
 )
+from launch.outcome import gather, on_rank_0, rank_and_world, together, with_dcp
 from launch.rng import rng_state, set_rng_state
 
-__all__ = ["CheckpointError", "latest", "load", "save"]
+__all__ = ["CheckpointError", "Snapshot", "latest", "load", "save", "snapshot", "write"]
 
 _STATE = "state.json"
 
-T = TypeVar("T")
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """All of a checkpoint's content: the tensors of model and optimizer, and what JSON can hold."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    plain: dict[str, Any]
+    trainer: dict[str, Any]
+    rng: dict[str, Any]
 
 
 def save(
@@ -60,6 +71,7 @@ def save(
     trainer: dict[str, Any],
     identity: dict[str, Any],
     keep: int = 3,
+    keep_every: int = 0,
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``, then remove the oldest earlier ones; called by all ranks.
 
@@ -72,6 +84,7 @@ def save(
         identity: JSON-able values that tell this run from others.
         keep: how many checkpoints to leave, this one included. Those of later steps are neither counted
             nor removed.
+        keep_every: of earlier checkpoints those stay too whose step it divides; 0 is for none.
 
     Returns:
         The directory of the finished checkpoint.
@@ -81,39 +94,71 @@ def save(
         CheckpointError: on all ranks, where any of them could not write, or where ``directory`` belongs to
             another run. Earlier checkpoints are then as they were, and nothing of this one is left.
     """
+    tensors, plain = _collect(model, optimizer)
+    snapshot = Snapshot(step=step, tensors=tensors, plain=plain, trainer=trainer, rng=rng_state())
+    return write(directory, snapshot, identity=identity, keep=keep, keep_every=keep_every)
+
+
+def snapshot(
+    step: int, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, trainer: dict[str, Any], stager: AsyncStager
+) -> Snapshot:
+    """Return a copy of all that ``save`` would write, in the memory of the host; called by all ranks.
+
+    ``stager`` keeps its buffers: the copy before is overwritten.
+    """
+    tensors, plain = _collect(model, optimizer)
+    copied = cast("dict[str, torch.Tensor]", stager.stage(tensors))
+    # The options are the optimizer's own until they are copied.
+    return Snapshot(step=step, tensors=copied, plain=copy.deepcopy(plain), trainer=trainer, rng=rng_state())
+
+
+def write(
+    directory: Path,
+    snapshot: Snapshot,
+    *,
+    identity: dict[str, Any],
+    keep: int,
+    keep_every: int,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write a snapshot as ``save`` does. ``group`` has all ranks, so that it can be done in another thread."""
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint must stay")
-    final = directory / f"step-{step:08d}"
+    final = directory / f"step-{snapshot.step:08d}"
     writing = directory / f"{final.name}.writing"
-    rank, world = _rank_and_world()
-    tensors, plain = _collect(model, optimizer)
+    rank, world = rank_and_world()
     failed = f"cannot write {final}"
     remedy = "free space or pick another directory; earlier checkpoints stand"
 
     def write_own() -> dict[str, Any]:
         own = [*writing.glob(f"__{rank}_*.distcp"), writing / f"rng-{rank:05d}.json"]
-        write_json(own[-1], rng_state())
+        write_json(own[-1], snapshot.rng)
         if rank == 0:
             own += [writing / ".metadata", writing / _STATE]
-            write_json(own[-1], {"trainer": trainer, "optimizer": plain})
+            write_json(own[-1], {"trainer": snapshot.trainer, "optimizer": snapshot.plain})
         return describe_files(own)
 
     def publish_all() -> None:
         files = {name: entry for share in shares for name, entry in share.items()}
         publish(writing, final, world=world, identity=identity, files=files)
 
+    def save_all() -> None:
+        writer = dcp.FileSystemWriter(writing)
+        dcp.save(snapshot.tensors, storage_writer=writer, process_group=group)
+
     try:
-        on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy)
-        with_dcp(lambda: dcp.save(tensors, storage_writer=dcp.FileSystemWriter(writing)), failed, remedy)
-        shares = gather(together(write_own, failed, remedy))
-        on_rank_0(publish_all, failed, remedy)
+        on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy, group)
+        with_dcp(save_all, failed, remedy)
+        shares = gather(together(write_own, failed, remedy, group), group)
+        on_rank_0(publish_all, failed, remedy, group)
     except CheckpointError:
-        on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
+        on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy, group)
         raise
     on_rank_0(
-        lambda: prune(final, keep=keep, identity=identity),
+        lambda: prune(final, keep=keep, keep_every=keep_every, identity=identity),
         f"{final} is written, but an older checkpoint cannot be removed",
         "check the permissions of the directory",
+        group,
     )
     return final
 
@@ -135,7 +180,7 @@ def load(
             format, comes from a run of another identity, or holds other tensors than the model and the
             optimizer need. Weights and existing optimizer state are untouched then.
     """
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     failed = f"cannot read {path}"
     saved_world = together(lambda: verify(path, identity=identity, rank=rank, world=world), failed, CHOOSE)
     tensors, plain = _collect(model, optimizer)
@@ -159,55 +204,6 @@ def load(
     if saved_world == world:
         set_rng_state(json.loads((path / f"rng-{rank:05d}.json").read_text()))
     return state["trainer"] | {"rng_restored": saved_world == world}
-
-
-def _rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value: T) -> list[T]:
-    """Return every rank's value, in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def together(function: Callable[[], T], failed: str, remedy: str) -> T:
-    """Call ``function``, which must not communicate; raise on all ranks what went wrong on any of them."""
-    result: T | None = None
-    failure: str | None = None
-    cause: Exception | None = None
-    try:
-        result = function()
-    except CheckpointError as error:
-        failure, cause = str(error), error
-    except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
-        failure, cause = f"{failed}: {_told(error, _rank_and_world()[0])}; {remedy}", error
-    # Ranks that met the same trouble say so once; a dict keeps their order.
-    failures = list(dict.fromkeys(told for told in gather(failure) if told is not None))
-    if failures:
-        raise CheckpointError("\n".join(failures)) from cause
-    return cast(T, result)
-
-
-def on_rank_0(function: Callable[[], None], failed: str, remedy: str) -> None:
-    """Have the first rank call ``function``; raise on all ranks where it failed."""
-    together(function if _rank_and_world()[0] == 0 else lambda: None, failed, remedy)
-
-
-def with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:
-    """Run a collective of DCP, which gathers failures itself, but in a BaseException full of tracebacks."""
-    try:
-        function()
-    except CheckpointException as error:
-        reasons = [_told(cause, rank) for rank, (cause, _) in sorted(error.failures.items())]
-        raise CheckpointError(f"{failed}: {'; '.join(reasons)}; {remedy}") from error
-
-
-def _told(error: BaseException, rank: int) -> str:
-    return f"{type(error).__name__} on rank {rank}: {error}"
 
 
 def _collect(

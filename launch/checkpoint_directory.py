@@ -27,33 +27,48 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or must not be read; says which one, why, and what to do."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint of this run cannot be read: another one may do."""
+
+
 def latest(directory: Path) -> Path | None:
     """Return the finished checkpoint of the highest step in ``directory``, or None; reads no checksum."""
+    return next(iter(newest_first(directory)), None)
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """Return all finished checkpoints in ``directory``, that of the highest step first; reads no checksum."""
     named = (path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
-    return max((path for path in named if (path / _MANIFEST).exists()), key=_step, default=None)
+    return sorted((path for path in named if (path / _MANIFEST).exists()), key=_step, reverse=True)
 
 
-def chosen(directory: Path, wanted: str) -> Path | None:
-    """The checkpoint that a run which saves in ``directory`` goes on from: a path, or for "auto" the newest, if any.
-
-    Raises ValueError where the directory has a newer one, which the run would mix with.
-    """
+def check_mixing(directory: Path, path: Path) -> None:
+    """ValueError where ``directory`` has a newer checkpoint than ``path``, which a run from it would mix with."""
     newest = latest(directory)
-    path = newest if wanted == "auto" else Path(wanted)
-    if newest is None or path is None:
-        return path
-    if newest != path and newest.parent.resolve() == path.parent.resolve():
+    if newest is not None and newest != path and newest.parent.resolve() == path.parent.resolve():
         raise ValueError(
             f"{directory} goes on to {newest.name}, which a run from {path.name} would mix with; give another --output"
         )
-    return path
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that it no longer counts; its new name. Nothing is removed."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(aside)
+    return aside
 
 
 def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
     """Make ``writing`` anew beside where ``final`` will be, and clear what interrupted saves left there.
 
+    What has the name of ``final`` and is no readable checkpoint is set aside.
+
     Raises:
-        CheckpointError: where the directory holds another run's checkpoints, or ``final`` is something else.
+        CheckpointError: where the directory holds another run's checkpoints.
         OSError: where a directory cannot be made or removed.
     """
     directory = final.parent
@@ -63,7 +78,7 @@ def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
             shutil.rmtree(leftover)
     own = _finished(directory, identity=identity)
     if final.exists() and final not in own:
-        raise CheckpointError(f"{final} is in the way and is no readable checkpoint; move it elsewhere")
+        set_aside(final)
     writing.mkdir()
 
 
@@ -84,11 +99,15 @@ def publish(writing: Path, final: Path, *, world: int, identity: dict[str, Any],
     _sync_directory(final.parent)
 
 
-def prune(final: Path, *, keep: int, identity: dict[str, Any]) -> None:
-    """Remove the oldest checkpoints before ``final`` so that ``keep`` are left, itself included."""
+def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) -> None:
+    """Remove the oldest checkpoints before ``final`` so that ``keep`` are left, itself included.
+
+    Those of steps that ``keep_every`` divides stay; 0 is for none.
+    """
     older = [path for path in _finished(final.parent, identity=identity) if _step(path) < _step(final)]
     for path in older[: max(0, len(older) - (keep - 1))]:
-        remove(path)
+        if not (keep_every and _step(path) % keep_every == 0):
+            remove(path)
 
 
 def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> int:
@@ -98,7 +117,8 @@ def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> in
         The number of ranks that wrote the checkpoint.
 
     Raises:
-        CheckpointError: where anything is missing, damaged, or another run's.
+        DamagedCheckpoint: where anything is missing or damaged.
+        CheckpointError: where it is another run's or program's.
     """
     manifest = _read_manifest(path)
     check_identity(path, manifest["identity"], identity)
@@ -112,8 +132,16 @@ def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> in
             problem = "does not match its checksum"
         else:
             continue
-        raise CheckpointError(f"checkpoint {path} is damaged: {name} {problem}; {CHOOSE}")
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} {problem}; {CHOOSE}")
     return manifest["world_size"]
+
+
+def verify_sizes(path: Path) -> None:
+    """Check the manifest and every file's size; CheckpointError as `verify`'s, whatever run it is of."""
+    for name, entry in _read_manifest(path)["files"].items():
+        file = path / name
+        if not file.exists() or file.stat().st_size != entry["bytes"]:
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing or cut; {CHOOSE}")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -142,22 +170,22 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path}; check the path")
     if not (path / _MANIFEST).exists():
-        raise CheckpointError(
+        raise DamagedCheckpoint(
             f"{path} has no {_MANIFEST}: it was never finished, or is no symdist checkpoint; {CHOOSE}"
         )
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
     except ValueError as error:
-        raise CheckpointError(f"{path / _MANIFEST} is damaged ({error}); {CHOOSE}") from error
+        raise DamagedCheckpoint(f"{path / _MANIFEST} is damaged ({error}); {CHOOSE}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a {FORMAT} directory but some other program's; {CHOOSE}")
+        raise DamagedCheckpoint(f"{path} is not a {FORMAT} directory but some other program's; {CHOOSE}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise DamagedCheckpoint(f"{path / _MANIFEST} is damaged (its checksum does not match); {CHOOSE}")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has format version {manifest.get('version')}, this program reads {VERSION}; "
             "load it with the release that wrote it"
         )
-    if manifest.pop("sha256", None) != _digest(manifest):
-        raise CheckpointError(f"{path / _MANIFEST} is damaged (its checksum does not match); {CHOOSE}")
     return manifest
 
 

@@ -11,7 +11,8 @@ import tyro
 from tyro.conf import UseAppendAction
 
 from launch.data import DataConfig
-from symdist.recipes import load_recipe, parse_overrides
+from symdist.models import build
+from symdist.recipes import load_recipe, parse_overrides, parse_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +57,47 @@ class Config:
     """Sequences of a validation, over all ranks."""
     log_every: int = 10
     """Steps between log lines."""
+    spike_sigma: float = 0.0
+    """Leave out a step whose loss is so many standard deviations above the mean of the last 128; 0 for never."""
+    rollback_after: int = 0
+    """Steps left out in a row, for spikes or gradients that are not finite, after which the run goes back to its newest
+    checkpoint and on with other data; 0 for never."""
+    rollbacks: int = 3
+    """How often it does so before it gives up."""
+    timeout: float = 600.0
+    """Seconds that a collective, or anything else, may stand still before the run ends with an error."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; 0 saves at the end, on SIGTERM, and nowhere else."""
+    """Steps between checkpoints; 0 saves at the end, on SIGTERM and SIGUSR1, and nowhere else."""
     keep: int = 3
-    """Checkpoints kept."""
+    """Checkpoints kept: the newest."""
+    keep_every: int = 0
+    """Of checkpoints whose step is a multiple of this, all are kept; 0 for none."""
+    peak_tflops: float | None = None
+    """What a rank can do, for the model flops utilisation; left out, it is known of common GPUs."""
     output: Path = Path("runs/default")
     """The folder of logs and checkpoints."""
     resume: str | None = None
-    """"auto" continues from the newest checkpoint of the run, or starts where there is none; or a checkpoint's path."""
+    """"auto" continues from the newest checkpoint of the run, the one before where it is damaged, or starts where there
+    is none; or a checkpoint's path. Ranks that torchrun starts again go on as by "auto"."""
+    dry_run: bool = False
+    """Check everything, show routing and plan, and stop; needs no torchrun, but NNODES and NPROC in the environment."""
 
     def overrides(self) -> dict[str, dict[str, Any]]:
         """`set` by role and option; ValueError for a word that is not role.option=value."""
         return parse_overrides(self.set)
+
+    def data_ranks(self, ranks: int) -> int:
+        """How many of the ranks see other sequences."""
+        return ranks
+
+    def pretended(self, ranks: int) -> dict[str, Any] | None:
+        """The `mesh`, or the stage of `zero`, on which `symdist plan` sees this run; None where it cannot."""
+        return {"mesh": {"dp_shard": ranks}}
+
+    def outline(self) -> Any:
+        """The model on meta tensors; ValueError where there is none such."""
+        overrides = {key: parse_value(text) for key, text in self.model_overrides.items()}
+        return build(self.model, device="meta", vocabulary=self.data.vocabulary, overrides=overrides)
 
     def check(self, *, ranks: int) -> None:
         """ValueError, naming the value and the remedy, for what cannot run on so many ranks."""
@@ -76,22 +106,25 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.log_every < 1 or self.keep < 1 or self.checkpoint_every < 0:
             raise ValueError("--log-every and --keep must be at least 1, --checkpoint-every at least 0")
-        if self.batch % (ranks * self.accumulation):
+        for name in ("clip", "aux_loss", "z_loss", "spike_sigma", "rollback_after", "rollbacks", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        for name in ("timeout", "peak_tflops"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        if self.rollback_after and not self.checkpoint_every:
+            raise ValueError("--rollback-after goes back to checkpoints; give --checkpoint-every as well")
+        data = self.data_ranks(ranks)
+        if self.batch % (data * self.accumulation):
+            kind = "ranks" if data == ranks else "data-parallel ranks"
             raise ValueError(
-                f"--batch {self.batch} does not split over {ranks} ranks × {self.accumulation} micro-batches; "
-                f"take a multiple of {ranks * self.accumulation}"
+                f"--batch {self.batch} does not split over {data} {kind} × {self.accumulation} micro-batches; "
+                f"take a multiple of {data * self.accumulation}"
             )
-        if self.clip < 0 or self.aux_loss < 0 or self.z_loss < 0:
-            raise ValueError("--clip, --aux-loss and --z-loss must not be negative")
         load_recipe(self.recipe).overridden(self.overrides())
 
 
 C = TypeVar("C", bound=Config)
-
-
-def parse_command_line(arguments: list[str]) -> Config:
-    """`parse_as` for a run without options of its own."""
-    return parse_as(Config, arguments)
 
 
 def parse_as(kind: type[C], arguments: list[str]) -> C:

@@ -1,8 +1,9 @@
-"""The folder of DeepSpeed's checkpoints: which one to go on from, whether this run can, and how many stay.
+"""The folder of DeepSpeed's checkpoints: which one to go on from, and whether this run can.
 
-A checkpoint is a folder `step-00000100` of DeepSpeed's files and one `rng-00000.json` a rank, written when all of
-DeepSpeed's are. `latest` names the newest one that is whole. What the loop must know is part of DeepSpeed's own file of
-model states, since the converter to universal checkpoints takes that along. Nothing here communicates.
+A checkpoint is a folder `step-00000100` of DeepSpeed's files, one `rng-00000.json` a rank, and the manifest of
+`launch.checkpoint_directory`, written last. `latest` names the newest one. What the loop must know is part of
+DeepSpeed's own file of model states, since the converter to universal checkpoints takes that along. Nothing here
+communicates.
 """
 
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 
-from launch.checkpoint_directory import CHOOSE, CheckpointError, check_identity, remove
+from launch.checkpoint_directory import CHOOSE, CheckpointError, check_identity, verify
 
 JOB = "symdist_job"
 """The key of what the loop must know, among DeepSpeed's model states."""
@@ -32,16 +33,9 @@ def rng_file(path: Path, rank: int) -> Path:
     return path / f"rng-{rank:05d}.json"
 
 
-def chosen(directory: Path, wanted: str, *, universal: bool) -> Path | None:
-    """The checkpoint to load: a path, or for "auto" the newest of `directory`, None where there is none.
-
-    Raises CheckpointError where the newest is missing, or is not of the kind that is to be loaded.
-    """
-    if wanted != "auto":
-        return Path(wanted)
+def newest_universal(directory: Path) -> Path | None:
+    """The newest universal checkpoint of `directory`; CheckpointError where there are only others."""
     newest = _pointed(directory, _LATEST)
-    if not universal:
-        return newest
     path = _pointed(directory, _LATEST_UNIVERSAL)
     if path is None and newest is not None:
         raise CheckpointError(
@@ -63,17 +57,25 @@ def read_job(path: Path) -> dict[str, Any]:
     return states[JOB]
 
 
-def check(
+def checked_job(
     path: Path,
-    job: dict[str, Any],
     *,
     directory: Path,
     identity: dict[str, Any],
     stage: int,
+    rank: int,
     world: int,
     universal: bool,
-) -> None:
-    """CheckpointError, with the remedy, where a run that saves in `directory` cannot go on from a checkpoint."""
+) -> dict[str, Any]:
+    """What the loop had saved of itself, of a checkpoint from which a run that saves in `directory` can go on.
+
+    Raises DamagedCheckpoint where a file is missing or is not what was written, and CheckpointError, with the remedy,
+    where the run is another. `rank` of `world` looks through its share of the files.
+    """
+    if not universal and path.is_dir() and not (path / "zero").is_dir():
+        # The converter writes no manifest.
+        verify(path, identity=identity, rank=rank, world=world)
+    job = read_job(path)
     check_identity(path, job["identity"], identity)
     newest = _pointed(directory, _LATEST) if path.parent.resolve() == directory.resolve() else None
     if newest is not None and _step(newest) > job["step"]:
@@ -87,7 +89,7 @@ def check(
                 f"the DeepSpeed config says load_universal, but {path} is not universal; {_conversion(path)}, "
                 "or leave load_universal out"
             )
-        return
+        return job
     if (path / "zero").is_dir():
         raise CheckpointError(
             f'{path} is universal; give the DeepSpeed config "checkpoint": {{"load_universal": true}}'
@@ -99,27 +101,15 @@ def check(
         )
     if job["ranks"] != world:
         raise CheckpointError(f"{path} was saved by {job['ranks']} ranks, this run has {world}; {_conversion(path)}")
-    missing = [rank for rank in range(world) if not rng_file(path, rank).exists()]
-    if missing:
-        raise CheckpointError(f"{path} was never finished; {CHOOSE}")
+    return job
 
 
-def publish(path: Path, *, keep: int) -> None:
-    """Make a checkpoint that is whole the newest, and remove the oldest so that `keep` are left."""
+def point_to(path: Path) -> None:
+    """Make a checkpoint that is whole the newest, for DeepSpeed's own tools."""
     pointer = path.parent / _LATEST
     writing = pointer.with_name(f"{_LATEST}.writing")
     writing.write_text(path.name)
     os.replace(writing, pointer)
-    others = sorted((other for other in path.parent.iterdir() if _NAME.fullmatch(other.name)), key=_step)
-    older = [other for other in others if _step(other) < _step(path)]
-    for other in older[: max(0, len(older) - (keep - 1))]:
-        remove(other)
-
-
-def clear(path: Path) -> None:
-    """Remove what an interrupted save left where a checkpoint is to be written."""
-    if path.exists():
-        remove(path)
 
 
 def _step(path: Path) -> int:
@@ -131,9 +121,7 @@ def _pointed(directory: Path, pointer: str) -> Path | None:
     if not file.exists():
         return None
     path = directory / file.read_text().strip()
-    if not path.is_dir():
-        raise CheckpointError(f"{file} names {path.name}, which is missing; {CHOOSE}")
-    return path
+    return path if path.is_dir() else None
 
 
 def _conversion(path: Path) -> str:

@@ -31,6 +31,14 @@ class DeepSpeedRun(Config):
         super().check(ranks=ranks)
         self.settings(ranks=ranks)
 
+    def pretended(self, ranks: int) -> dict[str, Any] | None:
+        """See `Config`; at stage 0 weights are whole, and only the job itself tells what it shares out."""
+        settings = self.settings(ranks=ranks)
+        stage = zero_stage(settings)
+        if settings["optimizer"]["type"] != TYPE or not stage:
+            return None
+        return {"mesh": {"dp_shard": ranks}, "zero": stage}
+
     def settings(self, *, ranks: int) -> dict[str, Any]:
         """What the JSON says, completed by what this configuration says.
 
@@ -100,6 +108,11 @@ class DeepSpeedRun(Config):
                 raise ValueError(
                     f"{self.deepspeed}: the optimizer is {optimizer['type']}, which has no recipe that "
                     f"--set {self.set[0]} could change; give its options in the file"
+                )
+            if self.spike_sigma:
+                raise ValueError(
+                    f"{self.deepspeed}: the optimizer is {optimizer['type']}, which cannot leave out a step for its "
+                    "loss; leave --spike-sigma out, or take SymDist"
                 )
             return
         params = optimizer.setdefault("params", {})

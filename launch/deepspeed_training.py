@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,24 @@ from transformers.integrations import deepspeed as transformers_deepspeed
 
 import symdist
 from launch import deepspeed_checkpoint
-from launch.checkpoint_directory import CheckpointError, write_json
+from launch.checkpoint_directory import (
+    CHOOSE,
+    CheckpointError,
+    describe_files,
+    prepare,
+    prune,
+    publish,
+    write_json,
+)
 from launch.data import Corpus
 from launch.deepspeed_checkpoint import JOB, name_of, rng_file
 from launch.deepspeed_config import TYPE, DeepSpeedRun, loads_universal, precision, zero_stage
+from launch.outcome import gather, on_rank_0, together
 from launch.ranks import Ranks
 from launch.rng import rng_state, set_rng_state
 from launch.schedules import build_scheduler
 from launch.training import Training
+from launch.watchdog import Watchdog
 from symdist.recipes import Recipe
 from symdist_deepspeed.options import Options
 
@@ -36,14 +46,13 @@ class DeepSpeedTraining(Training):
     """A run whose model is in a DeepSpeed engine; `config` must have been checked for this number of ranks."""
 
     config: DeepSpeedRun
+    launcher = "deepspeed"
 
-    def __init__(self, config: DeepSpeedRun, corpus: Corpus, ranks: Ranks):
+    def __init__(self, config: DeepSpeedRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog):
         self.settings = config.settings(ranks=ranks.world)
         self.stage = zero_stage(self.settings)
         self.optimizer_type = str(self.settings["optimizer"]["type"])
-        # What earlier parts of the run skipped; DeepSpeed keeps count of its own skipped steps.
-        self._skipped_before = 0
-        super().__init__(config, corpus, ranks)
+        super().__init__(config, corpus, ranks, watchdog)
 
     def _load_recipe(self) -> Recipe:
         if self.optimizer_type != TYPE:
@@ -112,10 +121,24 @@ class DeepSpeedTraining(Training):
         return self.engine.get_global_grad_norm() if norm is None else norm, seconds
 
     @property
-    def skipped_steps(self) -> int:
-        """See `Training`; those that DeepSpeed left out are counted as well."""
-        own = self.engine.basic_optimizer.skipped_steps if self.optimizer_type == TYPE else 0
-        return self._skipped_before + own + self.engine.skipped_steps
+    def symdist(self) -> symdist.SymDist | None:
+        """See `Training`."""
+        return self.engine.basic_optimizer.symdist if self.optimizer_type == TYPE else None
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """See `Training`."""
+        return {"zero_stage": self.stage, "dp": self.ranks.world}
+
+    @property
+    def low_precision(self) -> bool:
+        """See `Training`."""
+        return precision(self.settings) == "bfloat16"
+
+    @property
+    def left_out(self) -> int:
+        """See `Training`."""
+        return super().left_out + self.engine.skipped_steps
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -124,68 +147,107 @@ class DeepSpeedTraining(Training):
             return super().identity
         return super().identity | {"recipe": None, "optimizer": self.settings["optimizer"]}
 
-    def resume(self, log_to: Callable[[str], None]) -> int | None:
+    def found(self) -> list[Path]:
+        """See `Training`; of universal ones only the newest is known."""
+        if not loads_universal(self.settings):
+            return super().found()
+        path = deepspeed_checkpoint.newest_universal(self.checkpoints)
+        return [] if path is None else [path]
+
+    def check_mixing(self, path: Path) -> None:
+        """See `Training`; `load` looks at it."""
+
+    def load(self, path: Path) -> dict[str, Any]:
         """See `Training`."""
-        if self.config.resume is None:
-            return None
         universal = loads_universal(self.settings)
-        path = deepspeed_checkpoint.chosen(self.checkpoints, self.config.resume, universal=universal)
-        if path is None:
-            kind = "universal checkpoint" if universal else "checkpoint"
-            log_to(f"no {kind} in {self.checkpoints}: starting from the beginning")
-            return None
-        job = deepspeed_checkpoint.read_job(path)
-        deepspeed_checkpoint.check(
-            path,
-            job,
-            directory=self.checkpoints,
-            identity=self.identity,
-            stage=self.stage,
-            world=self.ranks.world,
-            universal=universal,
-        )
+
+        def checked() -> dict[str, Any]:
+            return deepspeed_checkpoint.checked_job(
+                path,
+                directory=self.checkpoints,
+                identity=self.identity,
+                stage=self.stage,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                universal=universal,
+            )
+
+        failed = f"cannot read {path}"
+        job = together(checked, failed, CHOOSE)
         loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {path}; choose another checkpoint")
-        self.step, self.elapsed = job["step"], job["elapsed"]
-        self.loader.load_state_dict(job["data"])
-        self._skipped_before = job["skipped_steps"] - self.engine.skipped_steps
         if not universal:
             set_rng_state(json.loads(rng_file(path, self.ranks.rank).read_text()))
-        return self.step
+        return job
 
-    def save(self) -> Path:
-        """See `Training`."""
-        path = self.checkpoints / name_of(self.step)
-        job = {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "data": self.loader.state_dict(),
-            "skipped_steps": self.skipped_steps,
-            # As JSON has it, for that is what identities are compared as.
-            "identity": json.loads(json.dumps(self.identity)),
-            "stage": self.stage,
-            "ranks": self.ranks.world,
-        }
-        if self.ranks.rank == 0:
-            deepspeed_checkpoint.clear(path)
-        self.engine.save_checkpoint(
-            str(self.checkpoints),
-            tag=path.name,
-            client_state={
-                JOB: job,
-                "iteration": self.step,
-                # The converter to universal checkpoints asks for it.
-                UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE},
-            },
-            # DeepSpeed's first rank would name it before it knows that the others have written theirs.
-            save_latest=False,
+    def save(self, *, wait: bool) -> Path:
+        """See `Training`; it is always waited for."""
+        final = self.checkpoints / name_of(self.step)
+        writing = final.with_name(f"{final.name}.writing")
+        failed, remedy = f"cannot write {final}", "free space or pick another directory; earlier checkpoints stand"
+        rank, world, identity = self.ranks.rank, self.ranks.world, self.identity
+        # Identities are compared as JSON has them.
+        job = self.job() | {"identity": json.loads(json.dumps(identity)), "stage": self.stage, "ranks": world}
+
+        def describe_share() -> dict[str, Any]:
+            files = sorted(path for path in writing.rglob("*") if path.is_file())
+            return describe_files(files[rank::world])
+
+        def publish_all() -> None:
+            files = {name: entry for share in shares for name, entry in share.items()}
+            publish(writing, final, world=world, identity=identity, files=files)
+            deepspeed_checkpoint.point_to(final)
+
+        try:
+            on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy)
+            self._write(writing, job, failed, remedy)
+            shares = gather(together(describe_share, failed, remedy))
+            on_rank_0(publish_all, failed, remedy)
+        except CheckpointError:
+            on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
+            raise
+        on_rank_0(
+            lambda: prune(final, keep=self.config.keep, keep_every=self.config.keep_every, identity=identity),
+            f"{final} is written, but an older checkpoint cannot be removed",
+            "check the permissions of the directory",
         )
-        write_json(rng_file(path, self.ranks.rank), rng_state())
-        self.ranks.sum(torch.zeros(1, device=self.ranks.device))
-        if self.ranks.rank == 0:
-            deepspeed_checkpoint.publish(path, keep=self.config.keep)
-        return path
+        return final
+
+    def _write(self, writing: Path, job: dict[str, Any], failed: str, remedy: str) -> None:
+        """Have DeepSpeed write its files, and this rank's state of random numbers beside them."""
+        engine = self.engine.checkpoint_engine
+        write, failures = engine.save, []
+
+        def write_or_note(*arguments: Any, **options: Any) -> Any:
+            # Raised here, it would leave the other ranks waiting at DeepSpeed's barriers.
+            try:
+                return write(*arguments, **options)
+            except Exception as error:
+                failures.append(error)
+
+        def own_part() -> None:
+            if failures:
+                raise failures[0]
+            write_json(rng_file(writing, self.ranks.rank), rng_state())
+
+        engine.save = write_or_note
+        try:
+            self.engine.save_checkpoint(
+                str(writing.parent),
+                tag=writing.name,
+                client_state={
+                    JOB: job,
+                    "iteration": self.step,
+                    # The converter to universal checkpoints asks for it.
+                    UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE},
+                },
+                # DeepSpeed's first rank would name it before it knows that the others have written theirs.
+                save_latest=False,
+            )
+        finally:
+            del engine.save
+        together(own_part, failed, remedy)
 
     def _summary(self, measures: dict[str, float]) -> dict[str, Any]:
         symmetric = self.optimizer_type == TYPE

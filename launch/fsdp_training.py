@@ -1,46 +1,72 @@
 """Training under FSDP2: the model's shards, symdist's own optimizer and clipping, DCP checkpoints."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import symdist
-from launch import checkpoint, checkpoint_directory
+from launch import checkpoint
+from launch.checkpoint_directory import CheckpointError
+from launch.fsdp_config import FsdpRun
+from launch.saving import BackgroundSaver
 from launch.schedules import build_scheduler
 from launch.training import Training
 from symdist.models import shard
 
 
 class FsdpTraining(Training):
-    """A run whose model `fully_shard` has cut over all ranks."""
+    """A run whose model lies on a mesh: FSDP2, with replicas, tensor and expert parallelism as the mesh says."""
+
+    config: FsdpRun
+    launcher = "fsdp2"
 
     def _build(self, outline: nn.Module) -> Any:
+        config = self.config
         model = self._build_model(outline)
-        self.optimizer = symdist.build_optimizer(model, self.recipe, nonfinite=self.config.nonfinite)
-        self.scheduler = build_scheduler(self.optimizer, self._schedules(), self.config.steps)
+        self.optimizer = symdist.build_optimizer(model, self.recipe, nonfinite=config.nonfinite)
+        self.scheduler = build_scheduler(self.optimizer, self._schedules(), config.steps)
+        self._saver = None
+        if config.background_checkpoints:
+            self._saver = BackgroundSaver(
+                self.checkpoints, keep=config.keep, keep_every=config.keep_every, timeout=2 * config.timeout + 60
+            )
         return model
 
     def _build_model(self, outline: nn.Module) -> Any:
         config = self.config
-        low = config.precision == "bfloat16" or (
-            config.precision == "auto" and self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
+        sizes = self.mesh
+        # FSDP2's own dimension stays even where it is of one rank: mixed precision comes with it.
+        names = tuple(name for name, size in sizes.items() if size > 1 or name == "dp_shard")
+        shape = tuple(sizes[name] for name in names)
+        mesh = init_device_mesh(self.ranks.device.type, shape, mesh_dim_names=names)
+        low = self.low_precision
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
         )
         if self._drawn_whole():
             # On every rank the same weights, drawn whole: a run starts alike at any world size.
-            return shard(self._make_model(seed=config.seed), self.ranks.mesh, policy=policy)
+            return shard(self._make_model(seed=config.seed), mesh, policy=policy)
+        on_cpu = self.ranks.device.type == "cpu"
+        if on_cpu and sizes["tp"] > 1:
+            raise ValueError(
+                "weights drawn in shards come out wrong under tp on the CPU; leave out --mesh.tp, or give "
+                "--initialize whole"
+            )
         model: Any = outline
-        shard(model, self.ranks.mesh, policy=policy).to_empty(device=self.ranks.device)
-        # On the CPU each rank draws its own shards; on GPUs DTensor keeps the ranks' draws apart by itself.
-        torch.manual_seed(config.seed + (self.ranks.rank if self.ranks.device.type == "cpu" else 0))
+        shard(model, mesh, policy=policy).to_empty(device=self.ranks.device)
+        # On the CPU each rank draws its own shards, replicas the same; on GPUs DTensor sees to both by itself.
+        shards = self.ranks.world // sizes["dp_replicate"]
+        torch.manual_seed(config.seed + (self.ranks.rank % shards if on_cpu else 0))
         model.init_weights()
         return model
+
+    def _data_share(self) -> tuple[int, int]:
+        tp = self.mesh["tp"]
+        return self.ranks.rank // tp, self.ranks.world // tp
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         # Gradients meet once a step, however many micro-batches it has.
@@ -57,35 +83,35 @@ class FsdpTraining(Training):
         return norm, seconds
 
     @property
-    def skipped_steps(self) -> int:
+    def symdist(self) -> symdist.SymDist:
         """See `Training`."""
-        return self.optimizer.skipped_steps
+        return self.optimizer
 
-    def resume(self, log_to: Callable[[str], None]) -> int | None:
+    @property
+    def mesh(self) -> dict[str, int]:
         """See `Training`."""
-        wanted = self.config.resume
-        if wanted is None:
-            return None
-        path = checkpoint_directory.chosen(self.checkpoints, wanted)
-        if path is None:
-            log_to(f"no checkpoint in {self.checkpoints}: starting from the beginning")
-            return None
-        state = checkpoint.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.loader.load_state_dict(state["data"])
-        self.optimizer.skipped_steps = state["skipped_steps"]
-        return self.step
+        return self.config.mesh.sizes(self.ranks.world)
 
-    def save(self) -> Path:
+    @property
+    def low_precision(self) -> bool:
         """See `Training`."""
-        trainer = {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "scheduler": self.scheduler.state_dict(),
-            "data": self.loader.state_dict(),
-            "skipped_steps": self.optimizer.skipped_steps,
-        }
+        asked = self.config.precision
+        able = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return asked == "bfloat16" or (asked == "auto" and able)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """See `Training`."""
+        job = checkpoint.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
+        self.scheduler.load_state_dict(job["scheduler"])
+        return job
+
+    def save(self, *, wait: bool) -> Path:
+        """See `Training`."""
+        trainer = self.job() | {"scheduler": self.scheduler.state_dict()}
+        if self._saver is not None:
+            return self._saver.start(
+                self.step, model=self.model, optimizer=self.optimizer, trainer=trainer, identity=self.identity
+            )
         return checkpoint.save(
             self.checkpoints,
             self.step,
@@ -94,4 +120,9 @@ class FsdpTraining(Training):
             trainer=trainer,
             identity=self.identity,
             keep=self.config.keep,
+            keep_every=self.config.keep_every,
         )
+
+    def saved(self, *, wait: bool) -> tuple[Path, CheckpointError | None] | None:
+        """See `Training`."""
+        return None if self._saver is None else self._saver.outcome(wait=wait)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from launch.checkpoint import gather, on_rank_0, together, with_dcp
 from launch.checkpoint_directory import (
     CHOOSE,
     CheckpointError,
@@ -26,6 +25,7 @@ from launch.checkpoint_directory import (
     verify,
     write_json,
 )
+from launch.outcome import gather, on_rank_0, together, with_dcp
 
 # In this form the state of a distributed optimizer can be read at another number of data-parallel ranks.
 _FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -41,6 +41,7 @@ def save(
     job: dict[str, Any],
     identity: dict[str, Any],
     keep: int,
+    keep_every: int,
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``, then remove the oldest earlier ones; called by all ranks.
 
@@ -73,7 +74,7 @@ def save(
         on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
         raise
     on_rank_0(
-        lambda: prune(final, keep=keep, identity=identity),
+        lambda: prune(final, keep=keep, keep_every=keep_every, identity=identity),
         f"{final} is written, but an older checkpoint cannot be removed",
         "check the permissions of the directory",
     )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from launch.config import Config
 from launch.megatron_shape import Shape, shape_of
@@ -48,15 +49,13 @@ class MegatronRun(Config):
         shape = self.shape()
         self._check_ranks(shape, ranks)
         self._check_model(shape)
-        data = self.data_parallel(ranks=ranks)
-        if self.accumulation > 0 and self.batch % (data * self.accumulation):
-            raise ValueError(
-                f"--batch {self.batch} does not split over {data} data-parallel ranks × {self.accumulation} "
-                f"micro-batches; take a multiple of {data * self.accumulation}"
-            )
-        super().check(ranks=data)
+        super().check(ranks=ranks)
         if self.overlap and not self.distributed_optimizer:
             raise ValueError("--overlap gathers the weights that a distributed optimizer shards; leave one of them out")
+
+    def pretended(self, ranks: int) -> dict[str, Any] | None:
+        """See `Config`: Megatron's buffers are laid out by Megatron alone."""
+        return None
 
     @property
     def expert_tensor(self) -> int:
@@ -68,8 +67,8 @@ class MegatronRun(Config):
         overrides = {key: parse_value(text) for key, text in self.model_overrides.items()}
         return shape_of(build(self.model, device="meta", overrides=overrides).config)
 
-    def data_parallel(self, *, ranks: int) -> int:
-        """How many ranks see other sequences."""
+    def data_ranks(self, ranks: int) -> int:
+        """See `Config`."""
         return ranks // (self.tensor_parallel * self.pipeline_parallel)
 
     def padded(self, vocabulary: int) -> int:

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from launch import checkpoint_directory, megatron_checkpoint
+from launch import megatron_checkpoint
 from launch.data import Corpus
 from launch.megatron_config import MegatronRun
 from launch.megatron_model import bare, build_chunk, count_parameters
@@ -22,6 +22,8 @@ from launch.ranks import Ranks
 from launch.runlog import RunLog
 from launch.schedules import Schedule
 from launch.training import Training
+from launch.watchdog import Watchdog
+from symdist import SymDist
 from symdist_megatron import get_symdist_optimizer
 
 
@@ -29,11 +31,11 @@ class MegatronTraining(Training):
     """A run whose model is a Megatron GPT; `config` must have been checked for this number of ranks."""
 
     config: MegatronRun
+    launcher = "megatron"
 
-    def __init__(self, config: MegatronRun, corpus: Corpus, ranks: Ranks):
+    def __init__(self, config: MegatronRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog):
         self.shape = config.shape()
-        self._skipped_before = 0
-        super().__init__(config, corpus, ranks)
+        super().__init__(config, corpus, ranks, watchdog)
 
     def _build(self, outline: nn.Module) -> Any:
         config = self.config
@@ -43,10 +45,7 @@ class MegatronTraining(Training):
             expert_model_parallel_size=config.expert_parallel,
             expert_tensor_parallel_size=config.expert_tensor,
         )
-        low = config.precision == "bfloat16" or (
-            config.precision == "auto" and self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        )
-        self.dtype = torch.bfloat16 if low else torch.float32
+        self.dtype = torch.bfloat16 if self.low_precision else torch.float32
         vocabulary = self.corpus.vocabulary
         model = build_chunk(
             self.shape,
@@ -61,7 +60,16 @@ class MegatronTraining(Training):
         self.parameters = total
         self.active_parameters = total - (of_experts // self.shape.experts * unused if self.shape.experts else 0)
         self._build_optimizer(model)
+        for module in model.modules():
+            if (head := getattr(module, "output_layer", None)) is not None:
+                head.register_forward_hook(self._see_logits)
         return model
+
+    def _see_logits(self, module: Any, inputs: Any, output: Any) -> None:
+        """Measure the logits of this rank's part of the vocabulary, without rows that only fill it up."""
+        logits = output[0]
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        self.measures.logits.see(logits[..., : max(0, self.corpus.vocabulary - first)])
 
     def _drawn_whole(self) -> bool:
         if self.ranks.device.type == "cuda":
@@ -164,9 +172,28 @@ class MegatronTraining(Training):
             return super().validate()
 
     @property
-    def skipped_steps(self) -> int:
+    def symdist(self) -> SymDist:
         """See `Training`."""
-        return self._skipped_before + self.optimizer.skipped_steps
+        return self.optimizer.whole.symdist
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """See `Training`."""
+        config = self.config
+        return {
+            "dp": config.data_ranks(self.ranks.world),
+            "tp": config.tensor_parallel,
+            "pp": config.pipeline_parallel,
+            "ep": config.expert_parallel,
+            "etp": config.expert_tensor,
+        }
+
+    @property
+    def low_precision(self) -> bool:
+        """See `Training`."""
+        asked = self.config.precision
+        able = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return asked == "bfloat16" or (asked == "auto" and able)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -178,39 +205,26 @@ class MegatronTraining(Training):
             "distributed_optimizer": self.config.distributed_optimizer,
         }
 
-    def resume(self, log_to: Callable[[str], None]) -> int | None:
+    def load(self, path: Path) -> dict[str, Any]:
         """See `Training`."""
-        wanted = self.config.resume
-        if wanted is None:
-            return None
-        path = checkpoint_directory.chosen(self.checkpoints, wanted)
-        if path is None:
-            log_to(f"no checkpoint in {self.checkpoints}: starting from the beginning")
-            return None
         job = megatron_checkpoint.load(path, model=bare(self.model), optimizer=self.optimizer, identity=self.identity)
-        self.step, self.elapsed = job["step"], job["elapsed"]
-        self._skipped_before = job["skipped_steps"]
-        self.loader.load_state_dict(job["data"])
-        self.scheduler.step(self.step)
-        return self.step
+        # It counts from one.
+        self.scheduler.num_steps = 1
+        self.scheduler.step(job["step"])
+        return job
 
-    def save(self) -> Path:
-        """See `Training`."""
-        job = {
-            "step": self.step,
-            "elapsed": self.elapsed,
-            "skipped_steps": self.skipped_steps,
-            "data": self.loader.state_dict(),
-        }
+    def save(self, *, wait: bool) -> Path:
+        """See `Training`; it is always waited for."""
         with self._gathered():
             return megatron_checkpoint.save(
                 self.checkpoints,
                 self.step,
                 model=bare(self.model),
                 optimizer=self.optimizer,
-                job=job,
+                job=self.job(),
                 identity=self.identity,
                 keep=self.config.keep,
+                keep_every=self.config.keep_every,
             )
 
     def _summary(self, measures: dict[str, float]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from launch.config import parse_as
 from launch.data import Corpus
 from launch.deepspeed_config import DeepSpeedRun
 from launch.job import leave, run
-from launch.ranks import Ranks, local_device
+from launch.ranks import Ranks, launched, local_device
 from launch.training import Training
+from launch.watchdog import Watchdog
 
 
 def main() -> int:
@@ -24,16 +25,18 @@ def main() -> int:
 
     def configure() -> DeepSpeedRun:
         config = parse_as(DeepSpeedRun, arguments)
-        _import_deepspeed()
+        if not config.dry_run:
+            launched()
+            _import_deepspeed()
         return config
 
     return run(configure, _start)
 
 
-def _start(config: DeepSpeedRun, corpus: Corpus, ranks: Ranks) -> Training:
+def _start(config: DeepSpeedRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog) -> Training:
     from launch.deepspeed_training import DeepSpeedTraining
 
-    return DeepSpeedTraining(config, corpus, ranks)
+    return DeepSpeedTraining(config, corpus, ranks, watchdog)
 
 
 def _import_deepspeed() -> None:

@@ -17,8 +17,9 @@ from launch.config import parse_as
 from launch.data import Corpus
 from launch.job import leave, run
 from launch.megatron_config import MegatronRun
-from launch.ranks import Ranks, local_device
+from launch.ranks import Ranks, launched, local_device
 from launch.training import Training
+from launch.watchdog import Watchdog
 
 _STAND_INS = "tests.symdist_megatron.on_cpu"
 
@@ -28,9 +29,10 @@ def main() -> int:
 
     def configure() -> MegatronRun:
         config = parse_as(MegatronRun, sys.argv[1:])
-        # Before Megatron is imported, which takes long.
-        config.check(ranks=int(os.environ["WORLD_SIZE"]))
-        _import_megatron()
+        if not config.dry_run:
+            # Before Megatron is imported, which takes long.
+            config.check(ranks=launched()[1])
+            _import_megatron()
         return config
 
     return run(configure, _start)
@@ -42,10 +44,10 @@ def _end_helpers() -> None:
         helper.terminate()
 
 
-def _start(config: MegatronRun, corpus: Corpus, ranks: Ranks) -> Training:
+def _start(config: MegatronRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog) -> Training:
     from launch.megatron_training import MegatronTraining
 
-    return MegatronTraining(config, corpus, ranks)
+    return MegatronTraining(config, corpus, ranks, watchdog)
 
 
 def _import_megatron() -> None:

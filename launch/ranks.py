@@ -1,28 +1,35 @@
-"""The ranks of a run: process group, device, mesh, and what they agree on."""
+"""The ranks of a run: process group, device, and what they agree on."""
 
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# While the first rank prepares a corpus, which may be a large one, the others wait.
+_PREPARING = timedelta(days=2)
 
 
 @dataclass(kw_only=True)
 class Ranks:
-    """This process among the others. `stopping` turns true once SIGTERM, SIGUSR1 or SIGINT reached this rank."""
+    """This process among the others. `stopping` turns true once SIGTERM, SIGUSR1 or SIGINT reached this rank.
+
+    `restarts` counts how often the launcher started ranks again; of several nodes it is the most that any saw.
+    """
 
     rank: int
     world: int
     device: torch.device
-    mesh: DeviceMesh
+    restarts: int = 0
     stopping: bool = field(default=False)
 
     def sum(self, values: Tensor) -> Tensor:
@@ -30,9 +37,17 @@ class Ranks:
         dist.all_reduce(values)
         return values
 
-    def agree_to_stop(self) -> bool:
-        """Whether any rank was told to stop; the same on all."""
-        return bool(self.sum(torch.tensor([float(self.stopping)], device=self.device)) > 0)
+    def most(self, value: float) -> float:
+        """The largest `value` of any rank."""
+        largest = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read after it counts the work before it."""
@@ -70,14 +85,30 @@ def local_device() -> torch.device:
 
 
 @contextmanager
-def connect() -> Iterator[Ranks]:
-    """Join the process group that the launcher describes; NCCL where every local rank has a GPU, else gloo."""
+def connect(*, timeout: float, first: Callable[[], None]) -> Iterator[Ranks]:
+    """Join the process group that the launcher describes; NCCL where every local rank has a GPU, else gloo.
+
+    Before the ranks meet, the first one calls `first`, however long that takes; a ValueError of it is raised on all.
+    Collectives give up after somewhat more than twice `timeout` seconds: who watches for `timeout` is quicker, and
+    knows more.
+    """
+    rank, world = launched()
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",))
-    ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), device=device, mesh=mesh)
+    store = _store(rank)
+    _precede(store, rank, first)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=2 * timeout + 60),
+        device_id=device if device.type == "cuda" else None,
+    )
+    ranks = Ranks(rank=rank, world=world, device=device)
+    # A node that came back counts from zero.
+    ranks.restarts = int(ranks.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
 
     def stop(number: int, frame: FrameType | None) -> None:
         ranks.stopping = True
@@ -87,3 +118,30 @@ def connect() -> Iterator[Ranks]:
     yield ranks
     # Not after an error: leaving a group in order waits for ranks that may be waiting for this one.
     dist.destroy_process_group()
+
+
+def _store(rank: int) -> dist.Store:
+    """Where the ranks of this attempt find each other."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=_PREPARING))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # One agent keeps one store for all its attempts, and the keys of ranks that are gone in it. With several agents
+        # their counts differ; launch/node.sh has each attempt make a store of its own.
+        return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
+
+
+def _precede(store: dist.Store, rank: int, first: Callable[[], None]) -> None:
+    """Have the first rank call `first` and the others wait for it."""
+    key = "symdist/first"
+    if rank == 0:
+        try:
+            first()
+        except ValueError as error:
+            store.set(key, f"error {error}")
+            raise
+        store.set(key, "done")
+        return
+    store.wait([key], _PREPARING)
+    told = store.get(key).decode()
+    if told != "done":
+        raise ValueError(told.removeprefix("error "))

@@ -4,8 +4,7 @@ import dataclasses
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from launch.checkpoint_directory import CheckpointError, DamagedCheckpoint, check_mixing, newest_first, set_aside
 from launch.config import Config
 from launch.data import Corpus, TokenLoader, validation_batches
+from launch.describe import describe
+from launch.measures import Measures, flops_per_token, peak_flops
 from launch.ranks import Ranks
 from launch.runlog import RunLog
 from launch.schedules import Schedule
+from launch.spikes import SpikeJudge
+from launch.watchdog import Watchdog
+from symdist import SymDist
 from symdist.diagnostics import RouterMonitor
 from symdist.models import active_parameters, build
 from symdist.recipes import Recipe, load_recipe, parse_value
@@ -26,11 +31,18 @@ from symdist.recipes import Recipe, load_recipe, parse_value
 _DRAWN_WHOLE = 200_000_000
 
 
+class Diverged(ValueError):
+    """A run goes on to leave out steps, however often it is taken back."""
+
+
 class Training(ABC):
     """A run on all ranks: model, data, loop and measures. What shards the model says how to step and to save."""
 
-    def __init__(self, config: Config, corpus: Corpus, ranks: Ranks):
-        self.config, self.corpus, self.ranks = config, corpus, ranks
+    launcher: str
+    """What shards the model."""
+
+    def __init__(self, config: Config, corpus: Corpus, ranks: Ranks, watchdog: Watchdog):
+        self.config, self.corpus, self.ranks, self.watchdog = config, corpus, ranks, watchdog
         self.recipe = self._load_recipe()
         self._make_model = partial(
             build,
@@ -41,9 +53,13 @@ class Training(ABC):
         outline = self._make_model(device="meta")
         self.parameters = sum(parameter.numel() for parameter in outline.parameters())
         self.active_parameters = active_parameters(outline)
+        self.flops_per_token = flops_per_token(outline, active=self.active_parameters, sequence=config.sequence)
+        watchdog.doing("building the model")
         self.model = self._build(outline)
+        watchdog.detail = lambda: "" if self.symdist is None else self.symdist.where()
         # After the build: what shards a model may put hooks of its own on the routers, and these see what those return.
         self.monitor = self._watch()
+        self.measures = Measures(ranks, self.symdist)
         self.data_rank, self.data_ranks = self._data_share()
         self.loader = TokenLoader(
             corpus.train,
@@ -61,6 +77,10 @@ class Training(ABC):
             )
         self.step = 0
         self.elapsed = 0.0
+        self.counts = {"skipped_steps": 0, "spikes": 0}
+        self.spikes = SpikeJudge(config.spike_sigma)
+        self._left_out_in_a_row = 0
+        self._rollbacks = 0
         self._step_times: list[float] = []
         self._optimizer_times: list[float] = []
 
@@ -86,19 +106,50 @@ class Training(ABC):
 
     @property
     @abstractmethod
-    def skipped_steps(self) -> int:
-        """Steps left out for gradients that were not finite."""
+    def symdist(self) -> SymDist | None:
+        """The optimizer at work, where it is one of symdist's."""
+
+    @property
+    @abstractmethod
+    def mesh(self) -> dict[str, int]:
+        """How the ranks divide model and data, for the reader."""
+
+    @property
+    @abstractmethod
+    def low_precision(self) -> bool:
+        """Whether forward and backward are in bfloat16."""
+
+    @property
+    def left_out(self) -> int:
+        """Steps that were left out, since this process began; what the engine leaves out is counted as well."""
+        return 0 if self.symdist is None else self.symdist.skipped_steps
 
     @abstractmethod
-    def resume(self, log_to: Callable[[str], None]) -> int | None:
-        """Load the checkpoint the configuration asks for; the step it was saved at, or None where there is none.
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restore model, optimizer and schedule; what `job` gave when the checkpoint was written.
 
-        Raises ValueError or CheckpointError, the same on all ranks, for a checkpoint that this run cannot go on from.
+        Raises, on all ranks and before anything changes, DamagedCheckpoint for one that cannot be read, and ValueError
+        or CheckpointError for one that this run cannot go on from.
         """
 
     @abstractmethod
-    def save(self) -> Path:
-        """Write a checkpoint of the present step."""
+    def save(self, *, wait: bool) -> Path:
+        """Write a checkpoint of the present step; without `wait` it may go on in the background, see `saved`.
+
+        Raises CheckpointError on all ranks where it cannot be written; what was there before is as it was.
+        """
+
+    def saved(self, *, wait: bool) -> tuple[Path, CheckpointError | None] | None:
+        """A checkpoint that was written in the background since the last call, and what went wrong with it."""
+        return None
+
+    def found(self) -> list[Path]:
+        """The run's finished checkpoints, newest first."""
+        return newest_first(self.checkpoints)
+
+    def check_mixing(self, path: Path) -> None:
+        """ValueError where a run from `path` would mix with newer checkpoints beside it."""
+        check_mixing(self.checkpoints, path)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -120,37 +171,192 @@ class Training(ABC):
         """The folder of this run's checkpoints."""
         return self.config.output / "checkpoints"
 
+    def job(self) -> dict[str, Any]:
+        """What the loop must know to go on from here, JSON-able and the same on all ranks."""
+        return {
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "data": self.loader.state_dict(),
+            "counts": self.counts,
+            "spikes": self.spikes.state_dict(),
+        }
+
+    def resume(self, log: RunLog) -> int | None:
+        """Go on from the checkpoint that the configuration asks for; its step, or None where there is none.
+
+        "auto", and a run whose ranks were started again, take the newest that is whole, and set damaged ones aside.
+        Raises ValueError or CheckpointError, the same on all ranks, for a checkpoint that this run cannot go on from.
+        """
+        wanted, restarted = self.config.resume, self.ranks.restarts > 0
+        if wanted is None and not restarted:
+            return None
+        if wanted not in (None, "auto") and not (restarted and self.found()):
+            self.check_mixing(Path(wanted))
+            self._go_on(self.load(Path(wanted)))
+            return self.step
+        if self._load_newest(log):
+            return self.step
+        log.say(f"no checkpoint in {self.checkpoints}: starting from the beginning")
+        return None
+
+    def _load_newest(self, log: RunLog) -> bool:
+        """Load the newest checkpoint that is whole; False where there is none."""
+        while found := self._agreed(self.found()):
+            self.watchdog.doing(f"loading {found[0]}")
+            try:
+                self._go_on(self.load(found[0]))
+            except DamagedCheckpoint as error:
+                if self.ranks.rank == 0:
+                    aside = set_aside(found[0])
+                    log.event(self.step, "fallback", f"{error}: it is now {aside.name}, and the one before is tried")
+                self.ranks.gather(None)
+                continue
+            return True
+        return False
+
+    def _agreed(self, paths: list[Path]) -> list[Path]:
+        """What the first rank sees."""
+        return self.ranks.gather(paths)[0]
+
+    def _go_on(self, job: dict[str, Any]) -> None:
+        self.step, self.elapsed = job["step"], job["elapsed"]
+        self.loader.load_state_dict(job["data"])
+        self.counts = dict(job["counts"])
+        self.spikes.load_state_dict(job["spikes"])
+
     def run(self, log: RunLog) -> dict[str, Any] | None:
-        """Train to the end, or until a signal; the summary, or None where it was stopped early."""
+        """Train to the end, or until a signal; the summary, or None where it was stopped early.
+
+        Raises Diverged where the run was taken back as often as it may be, CheckpointError where the last checkpoint
+        cannot be written.
+        """
         config = self.config
+        log.describe(
+            describe(
+                config,
+                launcher=self.launcher,
+                mesh=self.mesh,
+                numbers={
+                    "ranks": self.ranks.world,
+                    "device": self._device_name(),
+                    "parameters": self.parameters,
+                    "active_parameters": self.active_parameters,
+                },
+                optimizer=self.symdist,
+            )
+        )
         while self.step < config.steps:
-            loss, norm = self._train_step()
+            loss, norm, stopping = self._train_step(log)
+            self._tell(log, wait=False)
+            if config.rollback_after and self._left_out_in_a_row >= config.rollback_after:
+                self._roll_back(log)
+                continue
             log.advance(self.step)
             last = self.step == config.steps
             if self.step % config.log_every == 0 or last:
                 log.step(self.step, "train", self._measures(loss, norm))
             if self.step % config.validate_every == 0 or last:
+                self.watchdog.doing(f"step {self.step}, validation")
                 measures = self.validate()
                 log.step(self.step, "validation", measures)
-            due = last or (config.checkpoint_every and self.step % config.checkpoint_every == 0)
-            saved = self.save() if due else None
+            if last or stopping or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+                self._checkpoint(log, wait=last or stopping)
             if last:
                 return self._summary(measures)
-            if self.ranks.agree_to_stop():
-                log.say(f"told to stop: saved {saved or self.save()}; --resume auto goes on from there")
+            if stopping:
+                log.event(self.step, "stop", f"told to stop: saved step {self.step}; --resume auto goes on from there")
                 return None
         raise ValueError(f"the checkpoint is of step {self.step}, the run has {config.steps}; give more --steps")
 
-    def _train_step(self) -> tuple[Tensor, Tensor | float | None]:
+    def _checkpoint(self, log: RunLog, *, wait: bool) -> None:
+        """Save; what goes wrong is told, and raised only where the run ends with it."""
+        self.watchdog.doing(f"step {self.step}, waiting for the checkpoint before")
+        self._tell(log, wait=True)
+        self.watchdog.doing(f"step {self.step}, checkpoint")
+        try:
+            path = self.save(wait=wait)
+        except CheckpointError as error:
+            log.event(self.step, "save_failed", str(error))
+            if wait:
+                raise
+            return
+        if wait:
+            self._tell(log, wait=True, must=True)
+            log.event(self.step, "save", f"saved {path}")
+
+    def _tell(self, log: RunLog, *, wait: bool, must: bool = False) -> None:
+        """Tell of a checkpoint that was being written in the background; raise its error where it `must` be there."""
+        outcome = self.saved(wait=wait)
+        if outcome is None:
+            return
+        path, error = outcome
+        if error is not None:
+            log.event(self.step, "save_failed", f"{error}; the run goes on")
+            if must:
+                raise error
+        elif not must:
+            log.event(self.step, "save", f"saved {path}")
+
+    def _roll_back(self, log: RunLog) -> None:
+        """Go back to the newest checkpoint, and on with the data that follows what was read so far."""
+        came, position = self.step, self.loader.position
+        counts = self.counts
+        if self._rollbacks == self.config.rollbacks:
+            raise Diverged(
+                f"step {came}: {self._left_out_in_a_row} steps in a row were left out, and the run was taken back "
+                f"{self._rollbacks} times already (--rollbacks); lower learning rates, or look at the data"
+            )
+        self._rollbacks += 1
+        self.watchdog.doing(f"step {came}, waiting for the checkpoint before")
+        self._tell(log, wait=True)
+        if not self._load_newest(log):
+            raise Diverged(
+                f"step {came}: {self._left_out_in_a_row} steps in a row were left out before there was any checkpoint "
+                "to go back to; lower learning rates, or look at the data"
+            )
+        self.loader.position = position
+        self.counts = counts
+        self._left_out_in_a_row = 0
+        log.begin(self.step)
+        log.event(came, "rollback", f"step {came}: back to step {self.step}, and on with other data")
+
+    def _train_step(self, log: RunLog) -> tuple[float, Tensor | float | None, bool]:
+        """Take a step; the loss of the whole batch, the gradient's norm, and whether any rank was told to stop."""
+        number = self.step + 1
+        self.watchdog.doing(f"step {number}, forward and backward")
         started = self._clock()
         self.model.train()
-        total = self._gradients()
+        if number % self.config.log_every == 0 or number == self.config.steps:
+            self.measures.arm()
+        # What all ranks must know before the step, in one number each.
+        told = torch.stack([self._gradients().double(), torch.tensor(float(self.ranks.stopping)).double()])
+        mean, stopping = self.ranks.sum(told.to(self.ranks.device)).tolist()
+        loss = mean / self.ranks.world
+        spike = self.spikes.judge(loss)
+        if spike:
+            assert self.symdist is not None, "the configuration was checked"
+            self.symdist.skip_next()
+        self.watchdog.doing(f"step {number}, optimizer")
+        before = self.left_out
         norm, seconds = self._update()
-        self.step += 1
+        self.step = number
         self._optimizer_times.append(seconds)
         self._step_times.append(self._clock() - started)
         self.elapsed += self._step_times[-1]
-        return total, norm
+        self._count(log, loss, spike=spike, left_out=self.left_out > before)
+        return loss, norm, stopping > 0
+
+    def _count(self, log: RunLog, loss: float, *, spike: bool, left_out: bool) -> None:
+        self._left_out_in_a_row = self._left_out_in_a_row + 1 if left_out else 0
+        if not left_out:
+            return
+        self.counts["skipped_steps"] += 1
+        if spike:
+            self.counts["spikes"] += 1
+            text = f"step {self.step}: a loss of {loss:.4g} is a spike; the step was left out"
+        else:
+            text = f"step {self.step}: a gradient was not finite; the step was left out"
+        log.event(self.step, "spike" if spike else "nonfinite", text)
 
     def _gradients(self) -> Tensor:
         """Gradients of a step; the loss of this rank's part of the batch, whose mean over the ranks is the batch's."""
@@ -158,7 +364,7 @@ class Training(ABC):
         total = torch.zeros((), device=self.ranks.device)
         for micro in range(config.accumulation):
             tokens = next(self.loader).to(self.ranks.device)
-            loss = _next_token_losses(self.model, tokens).mean()
+            loss = self._losses(tokens).mean()
             total += loss.detach() / config.accumulation
             if self.monitor.layers:
                 self.monitor.accumulate()
@@ -169,21 +375,32 @@ class Training(ABC):
         return total
 
     def _losses(self, tokens: Tensor) -> Tensor:
-        """The loss of each next token of a validation batch, `[batch, sequence]`."""
-        return _next_token_losses(self.model, tokens)
+        """Cross-entropy of each next token: `[batch, sequence]` of tokens `[batch, sequence + 1]`, in nats."""
+        logits = self.model(input_ids=tokens[:, :-1]).logits
+        self.measures.logits.see(logits)
+        return functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
 
-    def _measures(self, loss: Tensor, norm: Tensor | float | None) -> dict[str, float]:
+    def _measures(self, loss: float, norm: Tensor | float | None) -> dict[str, float]:
         config = self.config
-        values = {"loss": float(self.ranks.sum(loss.clone()) / self.ranks.world)}
+        values = {"loss": loss}
         if norm is not None:
             values["gradient_norm"] = float(norm)
-        values["tokens_per_second"] = (
-            config.batch * config.sequence / statistics.median(self._step_times[-config.log_every :])
-        )
+        speed = config.batch * config.sequence / statistics.median(self._step_times[-config.log_every :])
+        values["tokens_per_second"] = speed
+        if self._peak_flops is not None:
+            values["mfu"] = speed * self.flops_per_token / (self.ranks.world * self._peak_flops)
         values["optimizer_share"] = self._optimizer_share(config.log_every)
-        if self.skipped_steps:
-            values["skipped_steps"] = self.skipped_steps
-        return values | self._router_measures()
+        values["optimizer_ms"] = 1000 * statistics.median(self._optimizer_times[-config.log_every :])
+        values |= {name: count for name, count in self.counts.items() if count}
+        return values | self._router_measures() | self.measures.take()
+
+    @cached_property
+    def _peak_flops(self) -> float | None:
+        return peak_flops(self.config.peak_tflops, self.ranks.device, low=self.low_precision)
+
+    def _device_name(self) -> str:
+        device = self.ranks.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     def _router_measures(self) -> dict[str, float]:
         if not self.monitor.layers:
@@ -211,6 +428,7 @@ class Training(ABC):
             limit=config.validation_sequences,
         )
         for tokens, weight in batches:
+            self.watchdog.doing(f"step {self.step}, validation")
             losses = self._losses(tokens.to(self.ranks.device))
             weight = weight.to(losses)[:, None]
             totals += torch.stack([(losses * weight).sum().double(), weight.sum().double() * losses.shape[1]])
@@ -233,7 +451,7 @@ class Training(ABC):
             "optimizer_share": self._optimizer_share(len(self._step_times)),
             "optimizer_ms": 1000 * statistics.median(self._optimizer_times),
             "training_seconds": self.elapsed,
-            "skipped_steps": self.skipped_steps,
+            **self.counts,
             **{f"validation_{name}": value for name, value in measures.items()},
         }
 
@@ -261,9 +479,3 @@ class Training(ABC):
         """Whether every rank draws all weights."""
         asked = self.config.initialize
         return asked == "whole" or (asked == "auto" and self.parameters <= _DRAWN_WHOLE)
-
-
-def _next_token_losses(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Cross-entropy of each next token: `[batch, sequence]` of tokens `[batch, sequence + 1]`, in nats."""
-    logits = model(input_ids=tokens[:, :-1]).logits
-    return functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")

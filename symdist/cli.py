@@ -37,7 +37,9 @@ class Route:
         from symdist.recipes import load_recipe, parse_overrides
 
         recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set))
-        found = preview(self.model, recipe, ranks=self.ranks)
+        if self.ranks < 1:
+            raise ValueError(f"ranks={self.ranks} must be 1 or more")
+        found = preview(self.model, recipe, mesh={"dp_shard": self.ranks})
         _show(
             route_table(found, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
             totals(found),

@@ -1,19 +1,26 @@
 """SymDist: every parameter under its own symmetry-compatible rule, on the shards where it lies."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from symdist.accumulate import adamw_step, advance
-from symdist.exchange import Collectives, Counting, FlatJob, Job, Placement, Plan, Task, Transport, rehearse, run
+from symdist.exchange import Collectives, Counting, FlatJob, Job, Placement, Plan, Task, Trail, Transport, rehearse, run
 from symdist.finite import NonFinite, agree_finite, ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import Group, check_placements, group_from, local
 from symdist.partial import finish_partial_gradients
+from symdist.routed import Routed, routed
 from symdist.rules import ACCUMULATOR_STATE, get_rule
+
+if TYPE_CHECKING:
+    from symdist.diagnostics.steps import StepMonitor
 
 WAVE_BYTES = 1 << 30
 
@@ -68,6 +75,10 @@ class SymDist(torch.optim.Optimizer):
         self._replicas = _group("replicas", replicas)
         self.transport: Transport = transport or Collectives()
         self.skipped_steps = 0
+        self.observer: StepMonitor | None = None
+        """What measures the next step, and that one only."""
+        self._trail = Trail()
+        self._skip_next = False
         self._members: list[Member] = []
         self._planned: tuple[list[bool], Plan] | None = None
         self._peers: Group | None = None
@@ -131,30 +142,62 @@ class SymDist(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every weight once. `closure`, where given, recomputes the loss, which is returned.
 
-        Raises FloatingPointError on every rank where a gradient is not finite on any and `nonfinite` is "raise".
+        Raises FloatingPointError on every rank where a gradient is not finite on any and `nonfinite` is "raise", and
+        `symdist.exchange.ExchangeError`, which names wave and parameters, where a collective fails.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_options()
+        observer, self.observer = self.observer, None
+        if self._skip_next:
+            self._skip_next = False
+            self.skipped_steps += 1
+            return loss
         plan = self.plan()
+        timing = nullcontext if observer is None else observer.timing
         moving = [member for member in self._members if member.parameter.requires_grad]
+        self._trail.before = "summing gradients that ranks hold parts of"
         finish_partial_gradients([member.parameter for member in moving], transport=self.transport)
         gradients = [_gradient(member) for member in self._members]
         names = [member.name for member in self._members]
-        if not agree_finite(gradients, names, self._peers, transport=self.transport, on_failure=self.nonfinite):
+        self._trail.before = "agreeing on whether gradients are finite"
+        finite = agree_finite(gradients, names, self._peers, transport=self.transport, on_failure=self.nonfinite)
+        self._trail.before = ""
+        if not finite:
             self.skipped_steps += 1
             return loss
 
         def meanwhile() -> None:
-            self._step_plain(gradients)
+            with timing("coordinate"):
+                self._step_plain(gradients, observer)
             for job in plan.local:
-                self._task(job, gradients).advance()
+                with timing("local"):
+                    self._task(job, gradients, observer).advance()
 
-        waves = [[self._task(job, gradients) for job in wave] for wave in plan.waves]
-        run(waves, transport=self.transport, meanwhile=meanwhile, work=plan.work)
+        waves = [[self._task(job, gradients, observer) for job in wave] for wave in plan.waves]
+        run(
+            waves,
+            transport=self.transport,
+            meanwhile=meanwhile,
+            work=plan.work,
+            trail=self._trail,
+            timing=timing,
+        )
         return loss
+
+    def skip_next(self) -> None:
+        """Leave the next step out, gradients and all, as one that is not finite; all ranks must call it.
+
+        It is counted in `skipped_steps`. Meant for a loss that jumps: what drives the step, be it an engine, goes on
+        as ever.
+        """
+        self._skip_next = True
+
+    def where(self) -> str:
+        """Where a step that another thread runs is: its wave, the collective it waits for; empty between steps."""
+        return self._trail.where()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: process groups do not copy."""
@@ -164,6 +207,14 @@ class SymDist(torch.optim.Optimizer):
         """Where each parameter's rule runs, by name."""
         where = self.plan().placements()
         return {member.name: where.get(i, "local") for i, member in enumerate(self._members)}
+
+    def routing(self) -> list[Routed]:
+        """What became of every parameter, in the order of the groups."""
+        where = self.plan().placements()
+        return [
+            routed(member, self.param_groups[member.group], where.get(i, "local"))
+            for i, member in enumerate(self._members)
+        ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; every tensor keeps the dtype and device it has here.
@@ -255,8 +306,21 @@ class SymDist(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
         return state
 
-    def _task(self, job: Job | FlatJob, gradients: list[Tensor]) -> Task:
-        return job.task(partial(self._begin, job, gradients), partial(self._move, job))
+    def _task(self, job: Job | FlatJob, gradients: list[Tensor], observer: StepMonitor | None) -> Task:
+        note = None
+        if observer is not None:
+            note = partial(observer.rooted, [self._role(self._members[i].group) for i in job.members])
+        task = job.task(partial(self._begin, job, gradients), partial(self._move, job, observer), note=note)
+        task.names = [self._members[i].name for i in job.members]
+        return task
+
+    def _role(self, group: int) -> str:
+        return self.param_groups[group]["role"] or self.param_groups[group]["rule"]
+
+    def _observe(self, observer: StepMonitor, members: list[int], steps: Iterable[Tensor]) -> None:
+        found = [self._members[i] for i in members]
+        weights = [local(member.parameter) for member in found]
+        observer.moved(self._role(found[0].group), [member.layout for member in found], weights, list(steps))
 
     def _by_group(self, indices: Iterable[int]) -> list[tuple[dict[str, Any], list[int]]]:
         by_group: dict[int, list[int]] = {}
@@ -276,11 +340,12 @@ class SymDist(torch.optim.Optimizer):
     def _local_state(self, index: int) -> dict[str, Tensor]:
         return {key: local(value) for key, value in self.state[self._members[index].parameter].items()}
 
-    def _step_plain(self, gradients: list[Tensor]) -> None:
+    def _step_plain(self, gradients: list[Tensor], observer: StepMonitor | None) -> None:
         plain = [i for i, m in enumerate(self._members) if m.stack is None and m.parameter.requires_grad]
         for group, members in self._by_group(plain):
             weights = [local(self._members[i].parameter) for i in members]
             wide = [weight.to(self._members[i].dtype) for i, weight in zip(members, weights, strict=True)]
+            before = [weight.clone() for weight in wide] if observer is not None else []
             adamw_step(
                 wide,
                 [self._local_state(i) for i in members],
@@ -293,8 +358,18 @@ class SymDist(torch.optim.Optimizer):
             for weight, stepped in zip(weights, wide, strict=True):
                 if weight is not stepped:
                     weight.copy_(stepped)
+            if observer is not None:
+                kept = 1 - float(group["lr"]) * group["weight_decay"]
+                steps = [stepped - kept * old for stepped, old in zip(wide, before, strict=True)]
+                self._observe(observer, members, steps)
 
-    def _move(self, job: Job | FlatJob, updates: list[Tensor], moved: list[Tensor] | None) -> None:
+    def _move(
+        self,
+        job: Job | FlatJob,
+        observer: StepMonitor | None,
+        updates: list[Tensor],
+        moved: list[Tensor] | None,
+    ) -> None:
         """Decoupled decay first, then the update."""
         place_of = {member: place for place, member in enumerate(job.members)}
         for group, members in self._by_group(job.members):
@@ -312,6 +387,8 @@ class SymDist(torch.optim.Optimizer):
                 if decay:
                     torch._foreach_mul_(weights, 1 - lr * decay)
                 torch._foreach_add_(weights, chosen, alpha=-lr)
+            if observer is not None:
+                self._observe(observer, members, torch._foreach_mul(chosen, lr))
 
 
 def _group(option: str, ranks: Any) -> Group | None:

@@ -25,7 +25,7 @@ def route(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[lis
 
 
 def by_name(model: str, recipe: str, ranks: int) -> dict[str, Routed]:
-    return {parameter.name: parameter for parameter in preview(model, recipe, ranks=ranks).parameters}
+    return {parameter.name: parameter for parameter in preview(model, recipe, mesh={"dp_shard": ranks}).parameters}
 
 
 @pytest.mark.parametrize("model", [name for name in names() if name.endswith("-tiny")])
@@ -78,7 +78,7 @@ def test_a_model_and_a_recipe_of_ones_own(capsys: pytest.CaptureFixture[str], tm
 
 
 def test_a_single_rank_sends_nothing() -> None:
-    found = preview("olmoe-tiny", "small-moe", ranks=1)
+    found = preview("olmoe-tiny", "small-moe", mesh={"dp_shard": 1})
     assert found.collectives == found.sent == 0
     assert {parameter.placement for parameter in found.parameters} == {"local"}
 
@@ -175,7 +175,7 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
         assert arm["step_ratio"] == pytest.approx(arm["step_seconds"] / first["step_seconds"])
     assert (first["collectives"], first["sent_bytes"]) == (0, 0)
     # What `route` foretells is what is sent.
-    foretold = preview("olmoe-tiny", "small-moe", ranks=2)
+    foretold = preview("olmoe-tiny", "small-moe", mesh={"dp_shard": 2})
     assert arms["small-moe"]["collectives"] == foretold.collectives <= 12
     assert arms["small-moe"]["sent_bytes"] == foretold.sent
     # Each matrix of four-byte numbers is gathered from halves, in both ways.

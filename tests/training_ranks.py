@@ -33,14 +33,14 @@ def alone(recipe: Any, dtype: torch.dtype) -> Run:
 
 def together(world: DeviceMesh, shape: Mesh, recipe: Any, dtype: torch.dtype) -> Run:
     """The same on a mesh of this shape; `ddp` as its only dimension is DistributedDataParallel."""
-    mesh = _mesh(world, shape)
+    mesh = mesh_over(world, shape)
     model = _placed(small(2, dtype), mesh)
     return train(model, build_optimizer(model, recipe), mesh)
 
 
 def counted(world: DeviceMesh, shape: Mesh, layers: int, recipe: Any) -> tuple[list[str], list[str]]:
     """The collectives of clipping and of a step on a model of some depth."""
-    mesh = _mesh(world, shape)
+    mesh = mesh_over(world, shape)
     model = _placed(small(layers, torch.float32), mesh)
     counting = Counting(inner=Collectives())
     optimizer = build_optimizer(model, recipe, transport=counting)
@@ -94,7 +94,7 @@ def batches() -> Tensor:
     return torch.stack(tokens, dim=1).view(STEPS, 8, 17)
 
 
-def _mesh(world: DeviceMesh, shape: Mesh) -> DeviceMesh:
+def mesh_over(world: DeviceMesh, shape: Mesh) -> DeviceMesh:
     """A mesh of a shape; over fewer ranks than there are, the one that is there, named anew."""
     if len(shape) > 1:
         return mesh_of(shape)

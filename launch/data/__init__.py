@@ -6,7 +6,7 @@ read windows of these shards for one rank.
 
 from launch.data.errors import DataError
 from launch.data.loader import TokenLoader, validation_batches
-from launch.data.prepare import Corpus, DataConfig, prepare
+from launch.data.prepare import Corpus, DataConfig, prepare, survey
 from launch.data.shards import ShardWriter, read_shard, write_shard
 from launch.data.tokenizer import END_OF_TEXT, load_tokenizer
 
@@ -20,6 +20,7 @@ __all__ = [
     "load_tokenizer",
     "prepare",
     "read_shard",
+    "survey",
     "validation_batches",
     "write_shard",
 ]

@@ -93,6 +93,25 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Corpus:
         shutil.rmtree(work, ignore_errors=True)
 
 
+def survey(config: DataConfig) -> tuple[str, int | None]:
+    """What `prepare` would find, without building anything: a sentence, and the training tokens where they are known.
+
+    Raises `DataError` for a source that cannot be used, as far as that shows without reading all of it.
+    """
+    pattern = _shard_pattern(config.source)
+    if pattern is not None:
+        train, validation = split_shards(pattern)
+        tokens = sum(read_shard(path).size for path in train)
+        return f"{len(train)} shards of {tokens:,} tokens, {len(validation)} to validate on", tokens
+    source = open_source(config.source, text_column=config.text_column, validation_fraction=config.validation_fraction)
+    target = Path(config.cache) / _key(config, source)
+    corpus = _load(target)
+    if corpus is None:
+        return f"{config.source} is yet to be tokenized, into {target}", None
+    tokens = sum(read_shard(path).size for path in corpus.train)
+    return f"{tokens:,} tokens of {config.source}, tokenized in {target}", tokens
+
+
 def _shard_pattern(source: str) -> str | None:
     if source.startswith("bin:"):
         return source.removeprefix("bin:")

@@ -137,7 +137,7 @@ def _plan(model: str, recipes: Sequence[str], against: Sequence[str], ranks: int
             if name not in refused
         ]
     for recipe in recipes:
-        rules = Counter(parameter.rule for parameter in preview(model, recipe, ranks=ranks).parameters)
+        rules = Counter(parameter.rule for parameter in preview(model, recipe, mesh={"dp_shard": ranks}).parameters)
         what = ", ".join(f"{count} by {rule}" for rule, count in rules.items())
         arms.append(_Plan(name=recipe, note=f"symdist: {what}", recipe=True))
     return arms, refused

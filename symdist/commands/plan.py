@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -14,8 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from symdist.commands.pretend import Pretended, pretend
-from symdist.commands.pretend_flat import pretend_flat
+from symdist.commands.pretend import Pretended
+from symdist.commands.pretend_flat import pretend_on
 from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import Counting, Stack
 from symdist.exchange.costs import ask_unit, units_of
@@ -149,6 +148,7 @@ def plan_step(
     *,
     mesh: Mapping[str, int],
     zero: int | None = None,
+    built: Mapping[str, Any] | None = None,
     machine: Machine | None = None,
     wave_bytes: int = WAVE_BYTES,
     exchange_dtype: torch.dtype | None = None,
@@ -157,11 +157,13 @@ def plan_step(
     """Run a step on meta tensors, as four to sixteen ranks of the mesh would, that with most work among them.
 
     Every rule, request and collective of `SymDist.step` runs, with the same arithmetic on the same shapes; only nothing
-    is stored or sent. With `zero`, weights lie in the partitions of that ZeRO stage, over a mesh of `dp_shard` alone.
+    is stored or sent. `built` has further options of `symdist.models.build`. With `zero`, weights lie in the partitions of that ZeRO stage, over a mesh of `dp_shard` alone.
     Raises ValueError for whatever `symdist.models.build`, `shard`, `route` and `SymDist` refuse.
     """
     machine = machine or Machine()
-    with _pretended(model, recipe, mesh, zero, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype) as pretended:
+    with pretend_on(
+        model, recipe, mesh=mesh, zero=zero, built=built, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype
+    ) as pretended:
         work = _by_rank(pretended, pretended.step(Counting()))
         looked_at = _sample(work, most=_ranks_to_look_at(pretended))
         found = {rank: _costs(pretended, rank) for rank in looked_at}
@@ -190,16 +192,6 @@ def plan_step(
             machine=machine,
             alternatives=_alternatives(pretended, busiest) if alternatives else [],
         )
-
-
-def _pretended(
-    model: str | Path, recipe: RecipeLike, mesh: Mapping[str, int], zero: int | None, **options: Any
-) -> AbstractContextManager[Pretended]:
-    if zero is None:
-        return pretend(model, recipe, mesh=mesh, **options)
-    if set(mesh) != {"dp_shard"}:
-        raise ValueError(f"ZeRO partitions over data parallelism alone: mesh is {dict(mesh)}, give dp=… only")
-    return pretend_flat(model, recipe, stage=zero, ranks=mesh["dp_shard"], **options)
 
 
 def _costs(pretended: Pretended, rank: int, only: set[int] | None = None) -> Costs:

@@ -108,12 +108,13 @@ def pretend(
     recipe: RecipeLike,
     *,
     mesh: Mapping[str, int],
+    built: Mapping[str, Any] | None = None,
     wave_bytes: int = WAVE_BYTES,
     exchange_dtype: torch.dtype | None = None,
 ) -> Iterator[Pretended]:
     """Shard a model over a mesh, as `symdist.models.shard` does, and route it; nothing is materialised.
 
-    `model` is a preset or a TOML file, see `symdist.models.build`; `mesh` maps names of mesh dimensions to sizes. No
+    `model` is a preset or a TOML file, see `symdist.models.build`, `built` has further options of that; `mesh` maps names of mesh dimensions to sizes. No
     process group may be open, and one is until the context ends. Raises ValueError for whatever `build`, `shard`,
     `route` and `SymDist` refuse.
     """
@@ -126,7 +127,7 @@ def pretend(
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         grid = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
-        sharded = shard(build(model, device="meta"), grid, layouts_only=True)
+        sharded = shard(build(model, device="meta", **(built or {})), grid, layouts_only=True)
         groups = [complete_group(group) for group in route(sharded, recipe)]
         members = [
             describe_member(parameter, name=name, index=i, group=group)

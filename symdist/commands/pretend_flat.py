@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from symdist.commands.pretend import Pretended
+from symdist.commands.pretend import Pretended, pretend
 from symdist.exchange import Counting, FlatJob, Job, Plan, rehearse
 from symdist.groups import Member, complete_group, describe_member, flat_parts, place_members
 from symdist.layouts import Group
@@ -85,19 +85,21 @@ def pretend_flat(
     *,
     stage: int,
     ranks: int,
+    built: Mapping[str, Any] | None = None,
     wave_bytes: int = WAVE_BYTES,
     exchange_dtype: torch.dtype | None = None,
 ) -> Iterator[PretendedFlat]:
     """Partition a model as ZeRO does at a stage, and route it; nothing is materialised.
 
     Stages 1 and 2 put all parameters of one kind of state and one schedule in one vector, and cut that; stage 3 cuts
-    each parameter. `model` is a preset, a TOML file or a module. Raises ValueError for another stage, and for whatever
+    each parameter. `model` is a preset, a TOML file, with further options of `symdist.models.build` in `built`, or a
+    module. Raises ValueError for another stage, and for whatever
     `build`, `route` and `SymDist` refuse.
     """
     if stage not in (1, 2, 3):
         raise ValueError(f"zero={stage} is not a stage that partitions anything; there are 1, 2 and 3")
     loaded = load_recipe(recipe)
-    made = model if isinstance(model, nn.Module) else build(model, device="meta")
+    made = model if isinstance(model, nn.Module) else build(model, device="meta", **(built or {}))
     routed = [complete_group(group) for group in route(made, loaded)]
     kinds = list(dict.fromkeys(loaded.kind_of(group["role"], group["rule"]) for group in routed))
     # As an engine takes them: one vector after another.
@@ -115,6 +117,17 @@ def pretend_flat(
     )
     members, plan = found.seen_by(0)
     yield dataclasses.replace(found, members=members, plan=plan)
+
+
+def pretend_on(
+    model: str | Path, recipe: RecipeLike, *, mesh: Mapping[str, int], zero: int | None, **options: Any
+) -> AbstractContextManager[Pretended]:
+    """`pretend` on a mesh, or with `zero` `pretend_flat` at that stage, over a mesh of `dp_shard` alone."""
+    if zero is None:
+        return pretend(model, recipe, mesh=mesh, **options)
+    if set(mesh) != {"dp_shard"}:
+        raise ValueError(f"ZeRO partitions over data parallelism alone: mesh is {dict(mesh)}, give dp=… only")
+    return pretend_flat(model, recipe, stage=zero, ranks=mesh["dp_shard"], **options)
 
 
 def _bounds(

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symdist.commands.pretend import pretend
-from symdist.exchange import Counting, Placement
-from symdist.groups import COMMON, Member
+from symdist.commands.pretend_flat import pretend_on
+from symdist.exchange import Counting
 from symdist.recipes import RecipeLike
-from symdist.rules import get_rule
-from symdist.rules.registry import ACCUMULATOR_OPTIONS
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routed:
-    """One parameter: what it is, and how and where it will be stepped.
-
-    `options` are those of its rule, and the decay, stale and padding rows, that are not at their defaults.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: str
-    rule: str
-    options: dict[str, Any]
-    lr: float
-    view: Any
-    placement: Placement
+from symdist.routed import Routed, routed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,44 +27,33 @@ class Preview:
     sent: float
 
 
-def preview(model: str | Path, recipe: RecipeLike, *, ranks: int) -> Preview:
-    """Shard a model over `ranks` as FSDP2 does, by decoder layer and the rest, and route it; nothing is materialised.
+def preview(
+    model: str | Path,
+    recipe: RecipeLike,
+    *,
+    mesh: Mapping[str, int],
+    zero: int | None = None,
+    built: Mapping[str, Any] | None = None,
+) -> Preview:
+    """Route a model that is sharded over a mesh, or in the partitions of a ZeRO stage; nothing is materialised.
 
-    `model` is a preset or a TOML file, see `symdist.models.build`. No process group may be open. Raises ValueError for
-    whatever `build`, `route` and `SymDist` refuse.
+    `model` is a preset or a TOML file, with further options of `symdist.models.build` in `built`. No process group may
+    be open. Raises ValueError for whatever `build`, `shard`, `route` and `SymDist` refuse.
     """
-    if ranks < 1:
-        raise ValueError(f"ranks={ranks} must be 1 or more")
-    with pretend(model, recipe, mesh={"dp_shard": ranks}) as pretended:
+    with pretend_on(model, recipe, mesh=mesh, zero=zero, built=built) as pretended:
         counting = Counting()
         pretended.step(counting)
         where = pretended.plan.placements()
-        routed = {
-            member.name: _routed(member, pretended.groups[member.group], where.get(i, "local"))
+        found = {
+            member.name: routed(member, pretended.groups[member.group], where.get(i, "local"))
             for i, member in enumerate(pretended.members)
         }
+        order = {name: i for i, (name, _) in enumerate(pretended.model.named_parameters())}
         return Preview(
-            parameters=[routed[name] for name, _ in pretended.model.named_parameters() if name in routed],
+            # Parts of a parameter come after all that are in one.
+            parameters=sorted(found.values(), key=lambda each: order.get(each.name, len(order))),
             groups=len(pretended.groups),
             stacks=len({member.stack for member in pretended.members} - {None}),
             collectives=counting.collectives,
             sent=counting.sent,
         )
-
-
-def _routed(member: Member, group: dict[str, Any], placement: Placement) -> Routed:
-    defaults = {
-        **{key: value for key, value in COMMON.items() if key not in ("view", "placement", "role")},
-        **ACCUMULATOR_OPTIONS[member.rule.accumulator],
-        **get_rule(group["rule"]).defaults,
-    }
-    return Routed(
-        name=member.name,
-        shape=member.layout.shape,
-        role=group["role"],
-        rule=group["rule"],
-        options={key: group[key] for key, value in defaults.items() if group[key] != value},
-        lr=float(group["lr"]),
-        view=group["view"],
-        placement=placement,
-    )

@@ -9,7 +9,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from symdist.commands.compare import Comparison
-from symdist.commands.preview import Preview, Routed
+from symdist.commands.preview import Preview
+from symdist.routed import Routed
 
 
 def route_table(preview: Preview, *, title: str, fold: bool) -> Table:

@@ -5,17 +5,20 @@ from symdist.exchange.jobs import Job, Placement, Stack
 from symdist.exchange.placement import Plan, place
 from symdist.exchange.rehearsal import rehearse
 from symdist.exchange.scheduler import Task, run
+from symdist.exchange.trail import ExchangeError, Trail
 from symdist.exchange.transport import Collectives, Counting, Transport
 
 __all__ = [
     "Collectives",
     "Counting",
+    "ExchangeError",
     "FlatJob",
     "Job",
     "Placement",
     "Plan",
     "Stack",
     "Task",
+    "Trail",
     "Transport",
     "place",
     "rehearse",

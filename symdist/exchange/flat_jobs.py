@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.exchange.jobs import Begin, Placement, Stack, Tensors, finished, updated
+from symdist.exchange.jobs import Begin, Note, Placement, Stack, Tensors, finished, noted, updated
 from symdist.exchange.requests import Return, Ship
 from symdist.exchange.runs import RunRoute, owned_by
 from symdist.exchange.scheduler import Task
@@ -70,12 +70,13 @@ class FlatJob:
             want = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
         return RunRoute(self.group, have=have, want=want)
 
-    def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None]) -> Task:
+    def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None], *, note: Note | None = None) -> Task:
         """The job as a task, see `Job.task`."""
         if self.placement == "local":
-            return Task(finished(self._here(begin), done))
+            return Task(finished(noted(self._here(begin), note, range(len(self.members)), self.group.size), done))
         along: dict[str, Group] = dict(self.summed.items())
-        return Task(finished(self._together(begin), done), along=along, home=self.group)
+        asking = finished(self._together(begin, note), done)
+        return Task(asking, along=along, home=self.group, placement=self.placement)
 
     def _here(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
         directions, gradients = begin()
@@ -86,7 +87,7 @@ class FlatJob:
         update, moved = yield from updated(self.stack, stored.view(-1, *shape), touched, range(shape[0]))
         return list(update.flatten(1)), None if moved is None else list(moved.flatten(1))
 
-    def _together(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+    def _together(self, begin: Begin, note: Note | None) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
         stack, route = self.stack, self.route
         pieces, gradients = begin()
         layers = [pieces]
@@ -99,7 +100,10 @@ class FlatJob:
         else:
             wanted = [route.wholes({}, like=stack.like, kept=route.kept(layer)) for layer in layers]
         del layers
-        made = (yield from self._updated_in_place(wanted)) if self.summed else self._updated_alone(wanted)
+        if self.summed:
+            made = yield from noted(self._updated_in_place(wanted), note, range(len(self.members)), 1)
+        else:
+            made = self._updated_alone(wanted, note)
         del wanted
         if self.travels:
             back = yield Return(layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=())
@@ -115,20 +119,21 @@ class FlatJob:
         update, moved = yield from updated(self.stack, stacks[0], touched, layout.box[0])
         return [tensor.reshape(-1) for tensor in ((update,) if moved is None else (update, moved))]
 
-    def _updated_alone(self, wanted: list[Tensor]) -> list[Tensor]:
+    def _updated_alone(self, wanted: list[Tensor], note: Note | None) -> list[Tensor]:
         """Each matrix, or its rows, by itself: those of as many rows in one stack."""
         stack = self.stack
         made = [torch.empty_like(wanted[0]) for _ in range(1 + (stack.hold or stack.padding_rows > 0))]
         row = self.layouts[0].width if self.layouts else 1
-        alike: dict[tuple[int, int], list[slice]] = {}
+        alike: dict[tuple[int, int], dict[int, slice]] = {}
         place = 0
-        for start, stop in self.route.wanted:
+        for member, (start, stop) in enumerate(self.route.wanted):
             if stop > start:
                 # Where rows start matters to padding alone.
                 key = (start if stack.padding_rows else 0, stop - start)
-                alike.setdefault(key, []).append(slice(place, place + stop - start))
+                alike.setdefault(key, {})[member] = slice(place, place + stop - start)
             place += stop - start
-        for (start, size), places in alike.items():
+        for (start, size), of_members in alike.items():
+            places = list(of_members.values())
             rows = range(start // row, (start + size) // row)
             shape = (len(places), len(rows), *stack.layout.shape[1:])
             flat = [_stacked(layer, places).view(len(places), -1) for layer in wanted]
@@ -137,7 +142,8 @@ class FlatJob:
                 self.layouts[0].matrix(layer) if self.placement == "owner" else layer.view(shape) for layer in flat
             ]
             touched = stacks[1].ne(0) if stack.hold else None
-            found = answer_alone(updated(stack, stacks[0], touched, rows))
+            asking = updated(stack, stacks[0], touched, rows)
+            found = answer_alone(noted(asking, note, list(of_members), self.group.size))
             for layer, tensor in zip(made, found, strict=False):
                 assert tensor is not None
                 back = self.layouts[0].elements(tensor) if self.placement == "owner" else tensor.flatten(1)

@@ -1,9 +1,9 @@
 """A job: parameters of one shape, rule, options and layout, run as one stack where placement put them."""
 
 import functools
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,11 +13,15 @@ from symdist.exchange.routes import Route
 from symdist.exchange.scheduler import Task
 from symdist.layouts import Group
 from symdist.rules import Matrix, Rule, Sum, answer_alone
+from symdist.rules.roots import InverseRoot
 from symdist.views import Seen, View
 
+T = TypeVar("T")
 Placement: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
 Begin: TypeAlias = Callable[[], tuple[Tensors, Tensors | None]]
+Note: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
+"""Is told a root that was taken, of which members of the job it is, in order, and for how many ranks this one speaks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,23 +90,26 @@ class Job:
         """How the matrices of an owner's job travel."""
         return Route(self.stack.layout, count=len(self.members), owners=self.owners)
 
-    def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None]) -> Task:
+    def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None], *, note: Note | None = None) -> Task:
         """The job as a task that calls `begin` when it starts and `done(updates, moved)` when it has run.
 
         `begin` returns `(directions, gradients)`: this rank's pieces of what the rule transforms, in the order of
         `members`, which are not written to, and the gradients, where the stack holds stale rows. `updates` are such
         pieces too; `moved` holds 1 where a weight may move (decay included) and 0 where it may not, or is None where
-        every weight moves.
+        every weight moves. `note`, where given, is told every inverse root that is taken or received here.
         """
         home = self.stack.layout.group
         if self.placement == "owner":
-            return Task(finished(self._at_owners(begin), done), home=home)
-        asking = finished(self._in_place(begin), done)
+            return Task(finished(self._at_owners(begin, note), done), home=home, placement="owner")
+        # Every rank speaks that holds a part of the matrices: all of them, over as many as have other ones.
+        batch = self.stack.seen.get("batch")
+        asking = finished(
+            noted(self._in_place(begin), note, range(len(self.members)), batch.size if batch is not None else 1), done
+        )
         if self.placement == "local":
             return Task(asking)
-        return Task(
-            asking, along={axis: group for axis, group in self.stack.seen.items() if axis != "batch"}, home=home
-        )
+        along: dict[str, Group] = {axis: group for axis, group in self.stack.seen.items() if axis != "batch"}
+        return Task(asking, along=along, home=home, placement="reduce")
 
     def _in_place(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
         directions, gradients = begin()
@@ -114,7 +121,7 @@ class Job:
         update, moved = yield from updated(self.stack, stored, touched, self.stack.layout.box[0])
         return list(update.unbind(0)), None if moved is None else list(moved.unbind(0))
 
-    def _at_owners(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+    def _at_owners(self, begin: Begin, note: Note | None) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
         stack, route = self.stack, self.route
         pieces, gradients = begin()
         layers = [pieces]
@@ -133,7 +140,10 @@ class Job:
             if len(stack.layout.shape) == 1:
                 wholes = [whole.squeeze(-1) for whole in wholes]
             touched = wholes[1].ne(0) if stack.hold else None
-            update, moved = answer_alone(updated(stack, wholes[0], touched, range(stack.layout.shape[0])))
+            asking = updated(stack, wholes[0], touched, range(stack.layout.shape[0]))
+            experts = len(self.owners) // len(self.members)
+            units = [unit // experts for unit in route.owned_units]
+            update, moved = answer_alone(noted(asking, note, units, route.group.size))
             made = [update] if moved is None else [update, moved]
             if len(stack.layout.shape) == 1:
                 made = [tensor.unsqueeze(-1) for tensor in made]
@@ -150,6 +160,23 @@ def finished(
     """The generator with its result handed to `done`."""
     # Handed on at once, so that no update outlives its use while others are under way.
     done(*(yield from asking))
+
+
+def noted(
+    asking: Generator[Any, Any, T], note: Note | None, members: Sequence[int], ranks: float
+) -> Generator[Any, Any, T]:
+    """The generator with every inverse root it is answered told to `note`: of `members`, and for so many `ranks`."""
+    if note is None:
+        return (yield from asking)
+    answer: Any = None
+    while True:
+        try:
+            request = asking.send(answer)
+        except StopIteration as last:
+            return last.value
+        answer = yield request
+        if isinstance(answer, InverseRoot):
+            note(answer, members, ranks)
 
 
 def updated(

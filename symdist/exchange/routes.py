@@ -41,8 +41,8 @@ class Route:
     holds a piece of itself, and sends the update to all copies.
 
     `outgoing[rank]` and `homing[rank]` list, in the order in which they travel, this rank's own units (of
-    `count × its experts`) whose pieces go to that rank, and come back from it. `owned` is how many whole units this
-    rank puts together; they are ordered by `blocks`, then by parameter and expert.
+    `count × its experts`) whose pieces go to that rank, and come back from it. `owned_units` are
+    those this rank puts together, ordered by `blocks`, then by parameter and expert.
     """
 
     def __init__(self, layout: Layout, *, count: int, owners: Sequence[int]):
@@ -74,17 +74,22 @@ class Route:
             if len(held) and len(rows) and len(columns):
                 by_experts.setdefault((held.start, held.stop), []).append(rank)
         self._block_of: dict[tuple[int, int], slice] = {}
-        owned_experts = [(unit % experts) for unit, owner in enumerate(owners) if owner == me]
-        self.owned = 0
+        mine_to_own = [unit for unit, owner in enumerate(owners) if owner == me]
+        self.owned_units: list[int] = []
         for start, stop in sorted(by_experts):
-            found = sum(start <= expert < stop for expert in owned_experts)
+            here = [unit for unit in mine_to_own if start <= unit % experts < stop]
             sources = tuple(rank for rank in by_experts[start, stop] if self._copy[rank] == self._copy[me])
-            self.blocks.append((_Block(experts=range(start, stop), sources=sources), found))
-            self._block_of[start, stop] = slice(self.owned, self.owned + found)
-            self.owned += found
+            self.blocks.append((_Block(experts=range(start, stop), sources=sources), len(here)))
+            self._block_of[start, stop] = slice(self.owned, self.owned + len(here))
+            self.owned_units += here
         # By owner, then in the order of units: where each unit stands in what comes home.
         order = [unit for owner in sorted(self.homing) for unit in self.homing[owner]]
         self._place = {unit: place for place, unit in enumerate(order)}
+
+    @property
+    def owned(self) -> int:
+        """How many whole units this rank puts together."""
+        return len(self.owned_units)
 
     def kept(self, pieces: Sequence[Tensor]) -> None:
         """Nothing: what this rank owns itself goes through the buffer like the rest."""

@@ -1,13 +1,16 @@
 """Advance all rules of a wave together, answer what they ask in few collectives, and let one wave follow another."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 
 from symdist.exchange.reducing import answer_roots, answer_sums
 from symdist.exchange.requests import Return, Ship
 from symdist.exchange.shipping import answer_returns, answer_ships
+from symdist.exchange.trail import ExchangeError, Mark, Trail
 from symdist.exchange.transport import Handle, Transport
 from symdist.layouts import Group
 from symdist.rules import Root, Sum
@@ -19,14 +22,19 @@ _ANSWERS: dict[type, Any] = {
     Return: answer_returns,
 }
 
+Timing: TypeAlias = Callable[[str], AbstractContextManager[Any]]
+"""Opened around work, by what kind it is: a placement, or "exchange" for packing, sending and waiting."""
+
 
 class Task:
     """A running generator and where its requests go.
 
     `along` maps "rows" and "columns", as far as the matrices are split so, to the ranks that hold the other rows or
     columns; a request across another axis answers itself. `home` are all ranks that hold the matrices: what an owner
-    asks goes to them.
+    asks goes to them. `placement` says where the matrices are computed, `names` of which parameters they are.
     """
+
+    names: Sequence[str] = ()
 
     def __init__(
         self,
@@ -34,10 +42,12 @@ class Task:
         *,
         along: Mapping[str, Group] | None = None,
         home: Group | None = None,
+        placement: str = "local",
     ):
         self.asking = asking
         self.along = dict(along or {})
         self.home = home
+        self.placement = placement
         self.pending: Any = None
         self.group: Group | None = None
         """The ranks that the pending request goes to."""
@@ -72,11 +82,13 @@ def run(
     transport: Transport,
     meanwhile: Callable[[], None] = lambda: None,
     work: Mapping[Group, Sequence[float]] | None = None,
+    trail: Trail | None = None,
+    timing: Timing = nullcontext,
 ) -> dict[Group, list[float]]:
     """Run every task of every wave to its end, and `meanwhile` once, while the first collectives are under way.
 
     `work` has the operations that the ranks of a group do anyhow; inverse roots go to those with least. Returned is
-    what they do then.
+    what they do then. `trail` is told what is under way. Raises ExchangeError where a collective fails.
 
     A wave's first collectives start before the wave before it is computed, and its updates travel home while the next
     one is: up to three waves hold buffers, but only one is computed.
@@ -87,11 +99,17 @@ def run(
     ring of ranks, each waiting for another, can close, even where ranks take part in different waves.
     """
     loads = {group: list(of_ranks) for group, of_ranks in (work or {}).items()}
-    flights = [_Flight(wave, transport, loads) for wave in waves]
+    trail = trail or Trail()
+    trail.begin(len(waves))
+    flights = [
+        _Flight(wave, _Way(transport=transport, loads=loads, trail=trail, timing=timing, wave=i + 1))
+        for i, wave in enumerate(waves)
+    ]
     if flights:
         flights[0].take_off()
     meanwhile()
     for i, flight in enumerate(flights):
+        trail.wave = i + 1
         following = flights[i + 1] if i + 1 < len(flights) else None
         early = following is not None and _may_overlap(waves[i], waves[i + 1])
         if following is not None and early:
@@ -103,6 +121,7 @@ def run(
             flights[i - 1].land()
     if flights:
         flights[-1].land()
+    trail.end()
     return loads
 
 
@@ -116,20 +135,34 @@ def _may_overlap(wave: Sequence[Task], following: Sequence[Task]) -> bool:
     return len({task.home for task in (*wave, *following)}) == 1
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """What a wave needs to travel, and which one it is."""
+
+    transport: Transport
+    loads: dict[Group, list[float]]
+    trail: Trail
+    timing: Timing
+    wave: int
+
+    def advance(self, task: Task, answer: Any = None) -> None:
+        with self.timing(task.placement):
+            task.advance(answer)
+
+
 class _Flight:
     """A wave on its way."""
 
-    def __init__(self, tasks: Sequence[Task], transport: Transport, loads: dict[Group, list[float]]):
+    def __init__(self, tasks: Sequence[Task], way: _Way):
         self._tasks = list(tasks)
-        self._transport = transport
-        self._loads = loads
+        self._way = way
         self._up: list[_Bucket] = []
         self._landing: list[_Bucket] = []
 
     def take_off(self) -> None:
         """Start the first collectives."""
         for task in self._tasks:
-            task.advance()
+            self._way.advance(task)
         self._start()
 
     def cruise(self) -> None:
@@ -157,8 +190,8 @@ class _Flight:
         asking = [task for task in waiting if not isinstance(task.pending, Return)]
         # Roots wait for those still summing, so that all of them share one reduce-scatter.
         sooner = [task for task in asking if not isinstance(task.pending, Root)]
-        self._landing += [_Bucket(tasks, self._transport, self._loads) for tasks in _buckets(last)]
-        self._up = [_Bucket(tasks, self._transport, self._loads) for tasks in _buckets(sooner or asking)]
+        self._landing += [_Bucket(tasks, self._way) for tasks in _buckets(last)]
+        self._up = [_Bucket(tasks, self._way) for tasks in _buckets(sooner or asking)]
         under_way = {id(task) for task in last}
         self._tasks = [task for task in waiting if id(task) not in under_way]
 
@@ -184,37 +217,51 @@ def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
 class _Bucket:
     """Requests of one kind, group and dtype on their way: a generator that yields the handle it waits for."""
 
-    def __init__(self, tasks: list[Task], transport: Transport, loads: dict[Group, list[float]]):
+    def __init__(self, tasks: list[Task], way: _Way):
         self._tasks = tasks
+        self._way = way
         self._answers: list[Any] = []
+        self._names = [name for task in tasks for name in task.names]
+        self._mark: Mark | None = None
         requests = [task.pending for task in tasks]
+        self._kind, self._device = type(requests[0]).__name__.lower(), _kind(requests[0])[1]
         for task in tasks:
             # What was sent is the buffer's now; the request need not keep it.
             task.pending = None
         group = tasks[0].group
         assert group is not None
+        self._group = group
         more = {}
         if isinstance(requests[0], Root):
-            more["loads"] = loads.setdefault(group, [0.0] * group.size)
-        self._answering = _ANSWERS[type(requests[0])](requests, group=group, transport=transport, **more)
+            more["loads"] = way.loads.setdefault(group, [0.0] * group.size)
+        self._answering = _ANSWERS[type(requests[0])](requests, group=group, transport=way.transport, **more)
         self.handle: Handle | None = None
-        self._next()
+        with way.timing("exchange"):
+            self._next()
 
     def step(self) -> None:
         """Wait for the collective under way and start the next, if there is one."""
         if self.handle is not None:
-            self.handle.wait()
-            self._next()
+            with self._way.timing("exchange"):
+                try:
+                    self.handle.wait()
+                except RuntimeError as error:
+                    raise ExchangeError(f"{self._mark.text if self._mark else ''} failed: {error}") from error
+                if self._mark is not None:
+                    self._way.trail.waited(self._mark, self._device)
+                self._next()
 
     def hand_out(self) -> None:
         """Let every task go on with its answer."""
         answers, self._answers = self._answers, []
         for task in self._tasks:
-            task.advance(answers.pop(0))
+            self._way.advance(task, answers.pop(0))
 
     def _next(self) -> None:
         try:
             self.handle = next(self._answering)
         except StopIteration as finished:
-            self.handle = None
+            self.handle = self._mark = None
             self._answers = finished.value
+        else:
+            self._mark = self._way.trail.started(self._way.wave, self._kind, self._group, self._names, self.handle)

@@ -4,6 +4,6 @@ Importing this package costs nothing; transformers is imported when a model is b
 """
 
 from symdist.models.build import active_parameters, blocks, build, names
-from symdist.models.shard import shard
+from symdist.models.shard import check_sizes, shard
 
-__all__ = ["active_parameters", "blocks", "build", "names", "shard"]
+__all__ = ["active_parameters", "blocks", "build", "check_sizes", "names", "shard"]

@@ -22,15 +22,15 @@ def stacked_experts(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__.endswith("Experts")]
 
 
-def check_experts(model: PreTrainedModel, ep: DeviceMesh, *, even: bool) -> None:
+def check_experts(model: PreTrainedModel, ep: int, *, even: bool) -> None:
     """Raise ValueError where there are no stacked experts or, to be `even`, where `ep` does not divide them."""
     family, layers = model.config.model_type, stacked_experts(model)
     if not layers:
-        raise ValueError(f"{family} has no stacked experts to split over ep={ep.size()}: use a mesh without ep")
+        raise ValueError(f"{family} has no stacked experts to split over ep={ep}: use a mesh without ep")
     for experts in layers:
         count = next(experts.parameters()).shape[0]
-        if even and count % ep.size():
-            raise ValueError(f"{family}: ep={ep.size()} does not divide {count} experts: use an ep that does")
+        if even and count % ep:
+            raise ValueError(f"{family}: ep={ep} does not divide {count} experts: use an ep that does")
 
 
 def split_experts(model: PreTrainedModel, ep: DeviceMesh, *, dtype: torch.dtype | None) -> None:

@@ -71,20 +71,30 @@ def shard(
     return model
 
 
+def check_sizes(model: PreTrainedModel, *, ep: int = 1, tp: int = 1) -> None:
+    """ValueError, with the reason, where a model, which may be on the meta device, does not run under `ep` and `tp`."""
+    _check_sizes(model, ep=ep, tp=tp, layouts_only=False)
+
+
 def _check(model: PreTrainedModel, parts: Dimensions, policy: MixedPrecisionPolicy, *, layouts_only: bool) -> None:
     """Refuse before anything is placed."""
     if parts.weights is None and policy != MixedPrecisionPolicy():
         raise ValueError("mixed precision comes with FSDP2, and the mesh has only tp: add a dp_shard of size 1 to it")
-    for name, mesh in (("ep", parts.ep), ("tp", parts.tp)):
-        if mesh is not None and model.config.model_type not in _KNOWN and not layouts_only:
+    ep, tp = (1 if part is None else part.size() for part in (parts.ep, parts.tp))
+    _check_sizes(model, ep=ep, tp=tp, layouts_only=layouts_only)
+
+
+def _check_sizes(model: PreTrainedModel, *, ep: int, tp: int, layouts_only: bool) -> None:
+    for name, size in (("ep", ep), ("tp", tp)):
+        if size > 1 and model.config.model_type not in _KNOWN and not layouts_only:
             raise ValueError(
-                f"{model.config.model_type} is not known to run under {name}={mesh.size()}, "
+                f"{model.config.model_type} is not known to run under {name}={size}, "
                 f"only {', '.join(sorted(_KNOWN))}: use a mesh without {name}"
             )
-    if parts.ep is not None:
-        check_experts(model, parts.ep, even=not layouts_only)
-    if parts.tp is not None and not layouts_only:
-        check_tensors(model, parts.tp)
+    if ep > 1:
+        check_experts(model, ep, even=not layouts_only)
+    if tp > 1 and not layouts_only:
+        check_tensors(model, tp)
 
 
 def _share(model: PreTrainedModel, parts: Dimensions, policy: MixedPrecisionPolicy) -> None:

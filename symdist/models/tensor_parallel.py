@@ -31,14 +31,14 @@ _COLUMNS = (
 _ROWS = ("self_attn.o_proj", *(f"{place}.down_proj" for place in _FEED_FORWARD))
 
 
-def check_tensors(model: PreTrainedModel, tp: DeviceMesh) -> None:
+def check_tensors(model: PreTrainedModel, tp: int) -> None:
     """Raise ValueError where the forward would not run on pieces.
 
     That is where `tp` does not divide heads, or the rows or columns of a weight, and under OLMoE's `clip_qkv`.
     """
     if getattr(model.config, "clip_qkv", None) is not None:
         raise ValueError(
-            f"{model.config.model_type}: clip_qkv clamps in place, which tensors on tp={tp.size()} do not allow: "
+            f"{model.config.model_type}: clip_qkv clamps in place, which tensors on tp={tp} do not allow: "
             "leave clip_qkv out, or use a mesh without tp"
         )
     sizes = {
@@ -52,9 +52,9 @@ def check_tensors(model: PreTrainedModel, tp: DeviceMesh) -> None:
                 weight = cast(nn.Linear, block.get_submodule(name)).weight
                 sizes[f"the width of {name}"] = weight.shape[isinstance(style, RowwiseParallel)]
         for what, size in sizes.items():
-            if size % tp.size():
+            if size % tp:
                 raise ValueError(
-                    f"{model.config.model_type}: tp={tp.size()} does not divide {what}, {size}: "
+                    f"{model.config.model_type}: tp={tp} does not divide {what}, {size}: "
                     "use a tp that does, or more of dp_shard instead"
                 )
 

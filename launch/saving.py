@@ -1,0 +1,62 @@
+"""Checkpoints written in a thread while training goes on."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from launch import checkpoint
+from launch.checkpoint import CheckpointError
+
+
+class BackgroundSaver:
+    """Writes one checkpoint at a time from a copy in the host's memory; every method is called by all ranks.
+
+    The ranks' threads talk over a gloo group of their own, so that nothing of theirs comes between the collectives of
+    training. The copy's buffers are kept: they cost as much host memory as weights and state of a rank take.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, keep_every: int, timeout: float):
+        self.directory = directory
+        self._options: dict[str, Any] = {"keep": keep, "keep_every": keep_every}
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        gpu = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._under_way: tuple[Path, Future[Path]] | None = None
+
+    def start(
+        self,
+        step: int,
+        *,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        trainer: dict[str, Any],
+        identity: dict[str, Any],
+    ) -> Path:
+        """Copy everything, and begin to write it; where it will be. One that is still being written must be done."""
+        assert self._under_way is None
+        copied = checkpoint.snapshot(step, model=model, optimizer=optimizer, trainer=trainer, stager=self._stager)
+        writing = self._thread.submit(
+            checkpoint.write, self.directory, copied, identity=identity, group=self._group, **self._options
+        )
+        self._under_way = self.directory / f"step-{step:08d}", writing
+        return self._under_way[0]
+
+    def outcome(self, *, wait: bool) -> tuple[Path, CheckpointError | None] | None:
+        """The checkpoint that was written, or failed, since the last call; None where there is none, or none yet.
+
+        Ranks see it end at different times, so that only with `wait` the answer is the same on all.
+        """
+        if self._under_way is None or not (wait or self._under_way[1].done()):
+            return None
+        path, writing = self._under_way
+        self._under_way = None
+        try:
+            return writing.result(), None
+        except CheckpointError as error:
+            return path, error

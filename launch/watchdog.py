@@ -1,0 +1,70 @@
+"""Ends a process that stands still, and says at what."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+STOOD_STILL = 3
+"""The exit code."""
+
+
+class Watchdog:
+    """Watches from a thread that `doing` is called at least every `seconds`; else the process ends with `STOOD_STILL`.
+
+    A rank that waits for one that is lost or hung cannot say so itself: it is inside a collective. What it says goes to
+    stderr, with the stack of every thread after it, and to `report`. `detail` adds where in its work it is.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        *,
+        rank: int,
+        detail: Callable[[], str] = lambda: "",
+        report: Callable[[str], None] = lambda text: None,
+    ):
+        self.seconds = seconds
+        self.detail = detail
+        self.report = report
+        self._rank = rank
+        self._doing = ("starting", time.monotonic())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._stop.set()
+
+    def doing(self, what: str) -> None:
+        """This process goes on, with `what`."""
+        self._doing = (what, time.monotonic())
+
+    def where(self) -> str:
+        """What this process is at."""
+        what, _ = self._doing
+        detail = self.detail()
+        return f"{what}, {detail}" if detail else what
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self.seconds / 10)):
+            what, since = self._doing
+            if time.monotonic() - since < self.seconds:
+                continue
+            text = (
+                f"rank {self._rank} has stood still for {self.seconds:g} s in {self.where()}: a rank is lost or hung, "
+                "or --timeout is shorter than this takes"
+            )
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            try:
+                self.report(text)
+            finally:
+                # Nothing gentler: the main thread does not return from its collective.
+                os._exit(STOOD_STILL)
