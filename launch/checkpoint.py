@@ -15,7 +15,6 @@ import copy
 import json
 import pathlib
 import pickle
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -37,13 +36,11 @@ from launch.checkpoint_directory import (
     CheckpointError,
     describe_files,
     latest,
-    prepare,
-    prune,
-    publish,
     verify,
     write_json,
 )
-from launch.outcome import gather, on_rank_0, rank_and_world, together, with_dcp
+from launch.outcome import rank_and_world, together, with_dcp
+from launch.publishing import publish_together
 from launch.rng import rng_state, set_rng_state
 
 __all__ = ["CheckpointError", "Snapshot", "latest", "load", "save", "snapshot", "write"]
@@ -122,45 +119,27 @@ def write(
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write a snapshot as ``save`` does. ``group`` has all ranks, so that it can be done in another thread."""
-    if keep < 1:
-        raise ValueError(f"keep is {keep}; at least the newest checkpoint must stay")
-    final = directory / f"step-{snapshot.step:08d}"
-    writing = directory / f"{final.name}.writing"
-    rank, world = rank_and_world()
-    failed = f"cannot write {final}"
-    remedy = "free space or pick another directory; earlier checkpoints stand"
+    rank, _ = rank_and_world()
 
-    def write_own() -> dict[str, Any]:
-        own = [*writing.glob(f"__{rank}_*.distcp"), writing / f"rng-{rank:05d}.json"]
-        write_json(own[-1], snapshot.rng)
-        if rank == 0:
-            own += [writing / ".metadata", writing / _STATE]
-            write_json(own[-1], {"trainer": snapshot.trainer, "optimizer": snapshot.plain})
-        return describe_files(own)
+    def write_all(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
+        def write_own() -> dict[str, Any]:
+            own = [*writing.glob(f"__{rank}_*.distcp"), writing / f"rng-{rank:05d}.json"]
+            write_json(own[-1], snapshot.rng)
+            if rank == 0:
+                own += [writing / ".metadata", writing / _STATE]
+                write_json(own[-1], {"trainer": snapshot.trainer, "optimizer": snapshot.plain})
+            return describe_files(own)
 
-    def publish_all() -> None:
-        files = {name: entry for share in shares for name, entry in share.items()}
-        publish(writing, final, world=world, identity=identity, files=files)
+        def save_all() -> None:
+            writer = dcp.FileSystemWriter(writing)
+            dcp.save(snapshot.tensors, storage_writer=writer, process_group=group)
 
-    def save_all() -> None:
-        writer = dcp.FileSystemWriter(writing)
-        dcp.save(snapshot.tensors, storage_writer=writer, process_group=group)
-
-    try:
-        on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy, group)
         with_dcp(save_all, failed, remedy)
-        shares = gather(together(write_own, failed, remedy, group), group)
-        on_rank_0(publish_all, failed, remedy, group)
-    except CheckpointError:
-        on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy, group)
-        raise
-    on_rank_0(
-        lambda: prune(final, keep=keep, keep_every=keep_every, identity=identity),
-        f"{final} is written, but an older checkpoint cannot be removed",
-        "check the permissions of the directory",
-        group,
+        return together(write_own, failed, remedy, group)
+
+    return publish_together(
+        directory, snapshot.step, write_all, identity=identity, keep=keep, keep_every=keep_every, group=group
     )
-    return final
 
 
 def load(

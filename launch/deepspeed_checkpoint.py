@@ -23,11 +23,6 @@ _LATEST_UNIVERSAL = "latest_universal"
 _NAME = re.compile(r"step-\d{8,}")
 
 
-def name_of(step: int) -> str:
-    """The folder's name, which DeepSpeed calls the tag."""
-    return f"step-{step:08d}"
-
-
 def rng_file(path: Path, rank: int) -> Path:
     """Where a rank's generators of random numbers are kept."""
     return path / f"rng-{rank:05d}.json"

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,13 @@ from launch.checkpoint_directory import (
     CHOOSE,
     CheckpointError,
     describe_files,
-    prepare,
-    prune,
-    publish,
     write_json,
 )
 from launch.data import Corpus
-from launch.deepspeed_checkpoint import JOB, name_of, rng_file
+from launch.deepspeed_checkpoint import JOB, rng_file
 from launch.deepspeed_config import TYPE, DeepSpeedRun, loads_universal, precision, zero_stage
-from launch.outcome import gather, on_rank_0, together
+from launch.outcome import together
+from launch.publishing import publish_together
 from launch.ranks import Ranks
 from launch.rng import rng_state, set_rng_state
 from launch.schedules import build_scheduler
@@ -183,36 +180,28 @@ class DeepSpeedTraining(Training):
 
     def save(self, *, wait: bool) -> Path:
         """See `Training`; it is always waited for."""
-        final = self.checkpoints / name_of(self.step)
-        writing = final.with_name(f"{final.name}.writing")
-        failed, remedy = f"cannot write {final}", "free space or pick another directory; earlier checkpoints stand"
-        rank, world, identity = self.ranks.rank, self.ranks.world, self.identity
+        rank, world = self.ranks.rank, self.ranks.world
         # Identities are compared as JSON has them.
-        job = self.job() | {"identity": json.loads(json.dumps(identity)), "stage": self.stage, "ranks": world}
+        identity = json.loads(json.dumps(self.identity))
+        job = self.job() | {"identity": identity, "stage": self.stage, "ranks": world}
 
-        def describe_share() -> dict[str, Any]:
-            files = sorted(path for path in writing.rglob("*") if path.is_file())
-            return describe_files(files[rank::world])
+        def write(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
+            def describe_share() -> dict[str, Any]:
+                files = sorted(path for path in writing.rglob("*") if path.is_file())
+                return describe_files(files[rank::world])
 
-        def publish_all() -> None:
-            files = {name: entry for share in shares for name, entry in share.items()}
-            publish(writing, final, world=world, identity=identity, files=files)
-            deepspeed_checkpoint.point_to(final)
-
-        try:
-            on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy)
             self._write(writing, job, failed, remedy)
-            shares = gather(together(describe_share, failed, remedy))
-            on_rank_0(publish_all, failed, remedy)
-        except CheckpointError:
-            on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
-            raise
-        on_rank_0(
-            lambda: prune(final, keep=self.config.keep, keep_every=self.config.keep_every, identity=identity),
-            f"{final} is written, but an older checkpoint cannot be removed",
-            "check the permissions of the directory",
+            return together(describe_share, failed, remedy)
+
+        return publish_together(
+            self.checkpoints,
+            self.step,
+            write,
+            identity=identity,
+            keep=self.config.keep,
+            keep_every=self.config.keep_every,
+            after=deepspeed_checkpoint.point_to,
         )
-        return final
 
     def _write(self, writing: Path, job: dict[str, Any], failed: str, remedy: str) -> None:
         """Have DeepSpeed write its files, and this rank's state of random numbers beside them."""

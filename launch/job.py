@@ -77,6 +77,8 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
                 summary = training.run(log)
             finally:
                 log.finish(summary)
+        except CheckpointError:
+            raise
         except RuntimeError as error:
             # Whatever it is, where it came up is half of what there is to know of it.
             print(f"error: rank {rank} in {watchdog.where()}: {error}", file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ after its first weights, so the state of no generator is kept.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from launch.checkpoint_directory import (
     CHOOSE,
     CheckpointError,
     describe_files,
-    prepare,
-    prune,
-    publish,
     verify,
     write_json,
 )
-from launch.outcome import gather, on_rank_0, together, with_dcp
+from launch.outcome import together, with_dcp
+from launch.publishing import publish_together
 
 # In this form the state of a distributed optimizer can be read at another number of data-parallel ranks.
 _FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -48,37 +45,21 @@ def save(
     `model` is the bare GPTModel, `job` JSON-able values that are the same on all ranks. Raises CheckpointError on all
     ranks, where the directory belongs to another run or cannot be written; earlier checkpoints are then as they were.
     """
-    final = directory / f"step-{step:08d}"
-    writing = directory / f"{final.name}.writing"
-    failed, remedy = f"cannot write {final}", "free space or pick another directory; earlier checkpoints stand"
     rank = dist.get_rank()
 
-    def describe_own() -> dict[str, Any]:
-        own = list(writing.glob(f"__{rank}_*"))
-        if rank == 0:
-            write_json(writing / _JOB, job)
-            own += [path for path in writing.iterdir() if not path.name.startswith("__")]
-        return describe_files(own)
+    def write(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
+        def describe_own() -> dict[str, Any]:
+            own = list(writing.glob(f"__{rank}_*"))
+            if rank == 0:
+                write_json(writing / _JOB, job)
+                own += [path for path in writing.iterdir() if not path.name.startswith("__")]
+            return describe_files(own)
 
-    def publish_all() -> None:
-        files = {name: entry for share in shares for name, entry in share.items()}
-        publish(writing, final, world=dist.get_world_size(), identity=identity, files=files)
-
-    try:
-        on_rank_0(lambda: prepare(writing, final, identity=identity), failed, remedy)
         state = _state(model, optimizer, loading=False)
         _with_megatron(lambda: dist_checkpointing.save(state, str(writing)), failed, remedy)
-        shares = gather(together(describe_own, failed, remedy))
-        on_rank_0(publish_all, failed, remedy)
-    except CheckpointError:
-        on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy)
-        raise
-    on_rank_0(
-        lambda: prune(final, keep=keep, keep_every=keep_every, identity=identity),
-        f"{final} is written, but an older checkpoint cannot be removed",
-        "check the permissions of the directory",
-    )
-    return final
+        return together(describe_own, failed, remedy)
+
+    return publish_together(directory, step, write, identity=identity, keep=keep, keep_every=keep_every)
 
 
 def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any]) -> dict[str, Any]:

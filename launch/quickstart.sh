@@ -53,4 +53,4 @@ for stack in "$recipe" muon adamw; do
     settings=()
     finished+=("$run")
 done
-python launch/report.py "${finished[@]}" --picture "$folder/curves.png"
+symdist report "${finished[@]}" --output "$folder/report.html" --picture "$folder/curves.png"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.report import read_run
+from symdist.commands.runs import read_run
 
 JSON = "study.json"
 MARKDOWN = "study.md"
@@ -80,6 +80,8 @@ class ArmOutcome:
 def read_outcome(folder: Path, *, multiplier: float, seed: int) -> Outcome:
     """A finished run from its folder; ValueError where it has not come to its end."""
     summary = read_run(folder).summary
+    if summary is None:
+        raise ValueError(f"{folder} has not come to its end; run the study again, which goes on with it")
     return Outcome(
         multiplier=multiplier,
         seed=seed,

@@ -54,7 +54,7 @@ class Training(ABC):
         self.parameters = sum(parameter.numel() for parameter in outline.parameters())
         self.active_parameters = active_parameters(outline)
         self.flops_per_token = flops_per_token(outline, active=self.active_parameters, sequence=config.sequence)
-        watchdog.doing("building the model")
+        watchdog.doing("building the model", slow=True)
         self.model = self._build(outline)
         watchdog.detail = lambda: "" if self.symdist is None else self.symdist.where()
         # After the build: what shards a model may put hooks of its own on the routers, and these see what those return.
@@ -192,6 +192,7 @@ class Training(ABC):
             return None
         if wanted not in (None, "auto") and not (restarted and self.found()):
             self.check_mixing(Path(wanted))
+            self.watchdog.doing(f"loading {wanted}", slow=True)
             self._go_on(self.load(Path(wanted)))
             return self.step
         if self._load_newest(log):
@@ -202,7 +203,7 @@ class Training(ABC):
     def _load_newest(self, log: RunLog) -> bool:
         """Load the newest checkpoint that is whole; False where there is none."""
         while found := self._agreed(self.found()):
-            self.watchdog.doing(f"loading {found[0]}")
+            self.watchdog.doing(f"loading {found[0]}", slow=True)
             try:
                 self._go_on(self.load(found[0]))
             except DamagedCheckpoint as error:
@@ -270,13 +271,13 @@ class Training(ABC):
 
     def _checkpoint(self, log: RunLog, *, wait: bool) -> None:
         """Save; what goes wrong is told, and raised only where the run ends with it."""
-        self.watchdog.doing(f"step {self.step}, waiting for the checkpoint before")
+        self.watchdog.doing(f"step {self.step}, waiting for the checkpoint before", slow=True)
         self._tell(log, wait=True)
-        self.watchdog.doing(f"step {self.step}, checkpoint")
+        self.watchdog.doing(f"step {self.step}, checkpoint", slow=True)
         try:
             path = self.save(wait=wait)
         except CheckpointError as error:
-            log.event(self.step, "save_failed", str(error))
+            log.event(self.step, "save_failed", str(error) if wait else f"{error}; the run goes on")
             if wait:
                 raise
             return
@@ -291,7 +292,7 @@ class Training(ABC):
             return
         path, error = outcome
         if error is not None:
-            log.event(self.step, "save_failed", f"{error}; the run goes on")
+            log.event(self.step, "save_failed", str(error) if must else f"{error}; the run goes on")
             if must:
                 raise error
         elif not must:
@@ -307,7 +308,7 @@ class Training(ABC):
                 f"{self._rollbacks} times already (--rollbacks); lower learning rates, or look at the data"
             )
         self._rollbacks += 1
-        self.watchdog.doing(f"step {came}, waiting for the checkpoint before")
+        self.watchdog.doing(f"step {came}, waiting for the checkpoint before", slow=True)
         self._tell(log, wait=True)
         if not self._load_newest(log):
             raise Diverged(
@@ -323,7 +324,8 @@ class Training(ABC):
     def _train_step(self, log: RunLog) -> tuple[float, Tensor | float | None, bool]:
         """Take a step; the loss of the whole batch, the gradient's norm, and whether any rank was told to stop."""
         number = self.step + 1
-        self.watchdog.doing(f"step {number}, forward and backward")
+        # The first one compiles, and connects what was not connected yet.
+        self.watchdog.doing(f"step {number}, forward and backward", slow=not self._step_times)
         started = self._clock()
         self.model.train()
         if number % self.config.log_every == 0 or number == self.config.steps:

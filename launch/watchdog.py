@@ -10,9 +10,14 @@ from collections.abc import Callable
 STOOD_STILL = 3
 """The exit code."""
 
+# What is done once, or waits for a disk, may take as long whatever a collective may.
+_SLOW_SECONDS = 1800.0
+
 
 class Watchdog:
     """Watches from a thread that `doing` is called at least every `seconds`; else the process ends with `STOOD_STILL`.
+
+    What is said to be `slow` may take half an hour, if that is more.
 
     A rank that waits for one that is lost or hung cannot say so itself: it is inside a collective. What it says goes to
     stderr, with the stack of every thread after it, and to `report`. `detail` adds where in its work it is.
@@ -30,7 +35,7 @@ class Watchdog:
         self.detail = detail
         self.report = report
         self._rank = rank
-        self._doing = ("starting", time.monotonic())
+        self._doing = ("starting", time.monotonic(), max(seconds, _SLOW_SECONDS))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -42,23 +47,23 @@ class Watchdog:
         """Watch no longer."""
         self._stop.set()
 
-    def doing(self, what: str) -> None:
+    def doing(self, what: str, *, slow: bool = False) -> None:
         """This process goes on, with `what`."""
-        self._doing = (what, time.monotonic())
+        self._doing = (what, time.monotonic(), max(self.seconds, _SLOW_SECONDS) if slow else self.seconds)
 
     def where(self) -> str:
         """What this process is at."""
-        what, _ = self._doing
+        what, _, _ = self._doing
         detail = self.detail()
         return f"{what}, {detail}" if detail else what
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 10)):
-            what, since = self._doing
-            if time.monotonic() - since < self.seconds:
+            _, since, allowed = self._doing
+            if time.monotonic() - since < allowed:
                 continue
             text = (
-                f"rank {self._rank} has stood still for {self.seconds:g} s in {self.where()}: a rank is lost or hung, "
+                f"rank {self._rank} has stood still for {allowed:g} s in {self.where()}: a rank is lost or hung, "
                 "or --timeout is shorter than this takes"
             )
             print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The command `symdist`: shows what a recipe does to a model, and measures what it costs.
+"""The command `symdist`: shows what a recipe does to a model, measures what it costs, and reports on runs.
 
 A subcommand is a dataclass of its arguments with a method `run`, listed in `_COMMANDS`.
 """
@@ -160,7 +160,33 @@ class Compare:
             write(self.json, found)
 
 
-_COMMANDS = {"route": Route, "plan": Plan, "compare": Compare}
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Show runs of the pretraining jobs side by side: a table, and a page of curves, routing and plan in one file."""
+
+    runs: tuple[Path, ...]
+    """Folders of runs, finished or not."""
+    output: Path = Path("report.html")
+    """File for the page."""
+    picture: Path | None = None
+    """File for a picture of losses and router balance."""
+    live: bool = False
+    """Go on until all runs are finished, or Ctrl-C."""
+    every: float = 5.0
+    """Seconds between two readings of runs that are followed."""
+
+    def run(self) -> None:
+        """Print the table, and write the page and the picture."""
+        from symdist.commands.report import follow, report
+
+        if self.live:
+            shown = follow(self.runs, output=self.output, picture=self.picture, every=self.every)
+        else:
+            shown = report(self.runs, output=self.output, picture=self.picture)
+        _show(*shown)
+
+
+_COMMANDS = {"route": Route, "plan": Plan, "compare": Compare, "report": Report}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -181,13 +207,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
 
 
-def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare:
+def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
     import tyro
 
-    # --set may be repeated; the lists of other subcommands are given in one go.
-    repeated = dict.fromkeys(("route", "plan"), (tyro.conf.UseAppendAction,))
+    # --set may be repeated; the lists of other subcommands are given in one go, runs without a word before them.
+    marks: dict[str, Any] = dict.fromkeys(("route", "plan"), tyro.conf.UseAppendAction)
+    marks["report"] = tyro.conf.PositionalRequiredArgs
     commands = tuple(
-        Annotated[command, tyro.conf.subcommand(name), *repeated.get(name, ())] for name, command in _COMMANDS.items()
+        Annotated[command, tyro.conf.subcommand(name), *([marks[name]] if name in marks else [])]
+        for name, command in _COMMANDS.items()
     )
     kinds = cast(Any, Union[commands])  # noqa: UP007
     return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))

@@ -21,7 +21,7 @@ Placement: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
 Begin: TypeAlias = Callable[[], tuple[Tensors, Tensors | None]]
 Note: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
-"""Is told a root that was taken, of which members of the job it is, in order, and for how many ranks this one speaks."""
+"""Is told a root that was taken, of which members of a job, in order, and for how many ranks this one speaks."""
 
 
 @dataclass(frozen=True, kw_only=True)

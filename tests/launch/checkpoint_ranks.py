@@ -102,6 +102,14 @@ def edit_manifest(path: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+def sign_manifest(path: Path, **values: Any) -> None:
+    """As a program of another version would write it."""
+    content = json.loads((path / "manifest.json").read_text()) | values
+    del content["sha256"]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    edit_manifest(path, **values, sha256=digest)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "truncated": lambda path: rewrite(path / "__1_0.distcp", lambda data: data[:-1]),
     "longer": lambda path: rewrite(path / "__1_0.distcp", lambda data: data + b"x"),
@@ -114,7 +122,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "garbled manifest": lambda path: rewrite(path / "manifest.json", lambda data: data[:-9]),
     "edited manifest": lambda path: edit_manifest(path, step=99),
     "foreign": lambda path: edit_manifest(path, format="other"),
-    "newer version": lambda path: edit_manifest(path, version=2),
+    "newer version": lambda path: sign_manifest(path, version=2),
+    "flipped manifest": lambda path: rewrite(path / "manifest.json", flip),
     "missing directory": shutil.rmtree,
 }
 
@@ -210,7 +219,7 @@ def fails_to_write(out: Path) -> dict[str, Any]:
     seen: dict[str, Any] = {"latest beside leftover": newest_beside_leftover}
     for name, owner, attribute in (
         ("shards", dcp.FileSystemWriter, "write_data"),
-        ("rng", checkpoint, "rng_state"),
+        ("rng", checkpoint, "write_json"),
     ):
         original = getattr(owner, attribute)
         if dist.get_rank() == 1:

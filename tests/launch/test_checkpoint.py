@@ -65,6 +65,7 @@ def test_losses_continue_bit_for_bit(seen: dict[str, Any]) -> None:
         ("edited manifest", "its checksum does not match"),
         ("foreign", "some other program's"),
         ("newer version", "has format version 2, this program reads 1"),
+        ("flipped manifest", "manifest.json is damaged"),
         ("missing directory", "there is no checkpoint directory"),
         ("other run", "recipe is 'adamw' there, 'muon' here"),
         ("other shape", "model.0.weight is (5, 4) of torch.float32 there, (6, 4)"),

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from launch.config import Config, parse_command_line
-from launch.report import read_run, report
+from launch.config import Config, parse_as
+from launch.fsdp_config import FsdpRun
 from launch.runlog import check_folder
+from symdist import cli
+from symdist.commands.runs import read_run
 from tests.launch.runs import ROOT, environment, options, stop, trained, write_corpus
 
 STEPS = 30
@@ -52,8 +54,10 @@ def test_it_learns_and_reports(whole: Path, capsys: pytest.CaptureFixture[str]) 
     assert 0 < summary["optimizer_share"] < 1
     assert summary["tokens"] == STEPS * 4 * 32
     assert 0 < summary["validation_router_load_cv"] < 3
-    report([whole, whole], whole / "curves.png")
+    cli.main(["report", str(whole), str(whole), "--output", f"{whole}/report.html", "--picture", f"{whole}/curves.png"])
     assert f"{summary['validation_loss']:.3f}" in capsys.readouterr().out
+    page = (whole / "report.html").read_text()
+    assert all(name in page for name in ("update_rms/router", "logit_max", "model.embed_tokens.weight", "saved "))
     assert (whole / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
         f"step-{step:08}" for step in (10, 20, 30)
@@ -121,23 +125,23 @@ def test_toml_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "[model_overrides]\nhidden_size = 64\ntie_word_embeddings = true\n"
     )
     given = ["--config", str(path), "--steps", "9", "--data.source", "texts", "--set", "head.lr=1"]
-    config = parse_command_line(given)
+    config = parse_as(FsdpRun, given)
     assert (config.steps, config.data.vocabulary, config.data.source) == (9, 512, "texts")
     assert config.overrides() == {"router": {"lr": 0.5}, "head": {"lr": 1}}
     assert config.model_overrides == {"hidden_size": "64", "tie_word_embeddings": "true"}
-    assert parse_command_line([f"--config={path}"]).steps == 7
+    assert parse_as(FsdpRun, [f"--config={path}"]).steps == 7
     for text, message in (("stepz = 1", "stepz"), ('steps = "many"', "--steps"), ('precision = "fp8"', "--precision")):
         path.write_text(text)
         with pytest.raises(SystemExit, match="2"):
-            parse_command_line(["--config", str(path)])
+            parse_as(FsdpRun, ["--config", str(path)])
         assert message in capsys.readouterr().err
     path.write_text("steps =")
     with pytest.raises(ValueError, match="not valid TOML"):
-        parse_command_line(["--config", str(path)])
+        parse_as(FsdpRun, ["--config", str(path)])
     with pytest.raises(ValueError, match="cannot be read"):
-        parse_command_line(["--config", str(tmp_path / "missing.toml")])
+        parse_as(FsdpRun, ["--config", str(tmp_path / "missing.toml")])
     with pytest.raises(ValueError, match="needs a file"):
-        parse_command_line(["--config"])
+        parse_as(FsdpRun, ["--config"])
 
 
 def test_a_finished_run_stays_as_it_is(corpus: Path, whole: Path) -> None:

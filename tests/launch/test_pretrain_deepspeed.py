@@ -15,10 +15,11 @@ import torch
 
 import symdist
 from launch import deepspeed_checkpoint, pretrain_deepspeed
-from launch.checkpoint_directory import CheckpointError
+from launch.checkpoint_directory import CheckpointError, DamagedCheckpoint, describe_files
 from launch.deepspeed_checkpoint import JOB
 from launch.deepspeed_config import DeepSpeedRun, precision, zero_stage
-from launch.report import read_run, report
+from symdist.commands.report import report
+from symdist.commands.runs import read_run
 from symdist.models import build, names
 from symdist.recipes import load_recipe
 from tests.launch.runs import ROOT, environment, options, stop, trained, validated, write_corpus
@@ -114,7 +115,7 @@ def test_reports_and_checkpoints(reference: Path, whole: Callable[[int], Path]) 
         assert mine[name] == theirs[name]
     assert (mine["optimizer"], mine["zero_stage"], mine["precision"]) == ("SymDist", 3, "float32")
     assert 0 < mine["optimizer_share"] < 1
-    report([output, reference], output / "curves.png")
+    report([output, reference], output=output / "report.html", picture=output / "curves.png")
     folder = output / "checkpoints"
     assert (folder / "latest").read_text() == "step-00000050"
     assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000040", "step-00000050"]
@@ -124,12 +125,15 @@ def test_reports_and_checkpoints(reference: Path, whole: Callable[[int], Path]) 
 def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
     job: Callable[..., list[str]], whole: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    arguments = job(tmp_path / "stopped", "--resume", "auto", stage=3)
+    arguments = job(tmp_path / "stopped", "--resume", "auto", "--checkpoint-every", "2", stage=3)
     command = [*TORCHRUN, "--nproc_per_node=2", *arguments]
     stop(command, tmp_path / "stopped", nice=5)
     assert 3 <= max(trained(tmp_path / "stopped")) < STEPS
+    newest = max((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    next(newest.glob("*optim_states.pt")).unlink()
     done = train(*command)
     assert done.returncode == 0, done.stderr
+    assert f"{newest} is damaged" in done.stderr
     assert trained(tmp_path / "stopped") == trained(whole(3))
     assert validated(tmp_path / "stopped") == validated(whole(3))
 
@@ -163,23 +167,24 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
         torch.save({JOB: {"step": 10, "identity": {"seed": 1}, "stage": 1, "ranks": 1} | job}, path / MODEL_STATES)
         return path
 
+    def publish(name: str, **job: Any) -> Path:
+        path = save(f"{name}.writing", **job)
+        final = tmp_path / name
+        files = describe_files([path / MODEL_STATES])
+        checkpoint_directory.publish(path, final, world=1, identity={"seed": 1}, files=files)
+        deepspeed_checkpoint.point_to(final)
+        return final
+
     def check(path: Path, *, stage: int = 1, universal: bool = False, seed: int = 1) -> None:
-        job = deepspeed_checkpoint.read_job(path)
-        asked = {"directory": tmp_path, "identity": {"seed": seed}, "world": 1}
-        deepspeed_checkpoint.check(path, job, stage=stage, universal=universal, **asked)
+        asked = {"directory": tmp_path, "identity": {"seed": seed}, "rank": 0, "world": 1}
+        deepspeed_checkpoint.checked_job(path, stage=stage, universal=universal, **asked)
 
-    def chosen(*, universal: bool) -> Path | None:
-        return deepspeed_checkpoint.chosen(tmp_path, "auto", universal=universal)
-
-    assert chosen(universal=False) is chosen(universal=True) is None
-    path = save("step-00000010")
-    with pytest.raises(CheckpointError, match="was never finished"):
-        check(path)
-    deepspeed_checkpoint.rng_file(path, 0).touch()
-    deepspeed_checkpoint.publish(path, keep=2)
-    assert chosen(universal=False) == path
+    assert deepspeed_checkpoint.newest_universal(tmp_path) is None
+    with pytest.raises(DamagedCheckpoint, match="was never finished"):
+        check(save("step-00000010.writing"))
+    path = publish("step-00000010")
     with pytest.raises(CheckpointError, match="says load_universal, but no checkpoint in"):
-        chosen(universal=True)
+        deepspeed_checkpoint.newest_universal(tmp_path)
     check(path)
     for asked, message in (
         ({"seed": 2}, "seed is 1 there, 2 here"),
@@ -191,15 +196,16 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     universal = save("converted")
     (universal / "zero").mkdir()
     (tmp_path / "latest_universal").write_text("converted")
-    assert chosen(universal=True) == universal
+    assert deepspeed_checkpoint.newest_universal(tmp_path) == universal
     check(universal, universal=True)
     with pytest.raises(CheckpointError, match="is universal; give the DeepSpeed config"):
         check(universal)
-    for step in (20, 30):
-        deepspeed_checkpoint.publish(save(f"step-{step:08}", step=step), keep=2)
-    assert not path.exists()
+    newer = publish("step-00000030", step=30)
     with pytest.raises(CheckpointError, match="goes on to step-00000030, which a run from converted would mix with"):
         check(universal, universal=True)
+    (newer / MODEL_STATES).write_bytes(b"")
+    with pytest.raises(DamagedCheckpoint, match="mp_rank_00_model_states.pt has 0 bytes instead of"):
+        check(newer)
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="is no checkpoint of DeepSpeed's"):
         deepspeed_checkpoint.read_job(tmp_path / "other")

@@ -13,7 +13,8 @@ import pytest
 from launch import pretrain_megatron
 from launch.config import parse_as
 from launch.megatron_config import MegatronRun
-from launch.report import read_run, report
+from symdist.commands.report import report
+from symdist.commands.runs import read_run
 from tests.launch.runs import ROOT, environment, lines, options, stop, trained, validated, write_corpus
 
 # Not by importing it: the stand-ins for CUDA would have to come before.
@@ -107,7 +108,7 @@ def test_report_and_checkpoints(reference: Path, whole: Callable[[str], Path]) -
     for name in ("model", "recipe", "tokens", "parameters", "active_parameters", "ranks"):
         assert mine[name] == theirs[name]
     assert (mine["tensor_parallel"], mine["data_parallel"], mine["precision"]) == (2, 1, "float32")
-    report([output, reference], output / "curves.png")
+    report([output, reference], output=output / "report.html", picture=output / "curves.png")
     folder = output / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000012", "step-00000016"]
 
@@ -131,11 +132,15 @@ def test_a_checkpoint_is_gone_on_from_at_another_layout(
 def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
     corpus: Path, whole: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    command = [*TORCHRUN, *arguments(corpus, tmp_path / "stopped", "pipeline", "--resume", "auto")]
+    more = ("--resume", "auto", "--checkpoint-every", "2")
+    command = [*TORCHRUN, *arguments(corpus, tmp_path / "stopped", "pipeline", *more)]
     stop(command, tmp_path / "stopped", nice=5)
     assert 3 <= max(trained(tmp_path / "stopped")) < STEPS
+    newest = max((tmp_path / "stopped" / "checkpoints").glob("step-*"))
+    next(newest.glob("__1_*")).unlink()
     done = train(*command)
     assert done.returncode == 0, done.stderr
+    assert f"{newest} is damaged" in done.stderr
     assert trained(tmp_path / "stopped") == trained(whole("pipeline"))
     assert validated(tmp_path / "stopped") == validated(whole("pipeline"))
 
@@ -153,7 +158,7 @@ def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
         ({"tensor_parallel": 2, "make_vocab_size_divisible_by": 1}, 2, "the 1 rows that --make-vocab-size"),
         ({"tensor_parallel": 2, "expert_tensor_parallel": 1}, 2, "needs --expert-parallel above 1"),
         ({"model": "qwen3-tiny", "expert_parallel": 2}, 2, "qwen3-tiny has no experts to share"),
-        ({"batch": 6}, 4, "--batch 6 does not split over 4 data-parallel ranks × 1 .* take a multiple of 4"),
+        ({"batch": 6}, 4, "--batch 6 does not split over 4 ranks × 1 .* take a multiple of 4"),
         ({"overlap": True, "distributed_optimizer": False}, 2, "leave one of them out"),
         ({"pipeline_parallel": 0}, 2, "--pipeline-parallel is 0; it must be at least 1"),
         ({"model": "gemma3-tiny"}, 2, "family 'gemma3_text' has no .* of olmoe, qwen3, qwen3-moe, gpt-oss"),
@@ -168,7 +173,7 @@ def test_what_cannot_run_is_refused(told: dict[str, Any], ranks: int, message: s
 def test_the_batch_splits_over_data_parallel_ranks_alone() -> None:
     run = MegatronRun(tensor_parallel=4, batch=4)
     run.check(ranks=8)
-    assert run.data_parallel(ranks=8) == 2
+    assert run.data_ranks(8) == 2
     assert run.padded(300) == run.padded(384) == 384
 
 

@@ -1,0 +1,210 @@
+"""The scripts that nodes run: what they start and with what, and that a run survives the loss of a node."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.config import Config, parse_as
+from launch.deepspeed_config import DeepSpeedRun
+from symdist.commands.runs import read_run
+from tests.launch import netns
+from tests.launch.netns import Node, two_nodes
+from tests.launch.node_stubs import call, python, without_ip
+from tests.launch.runs import ROOT, options, trained, validated, write_corpus
+
+STEPS = 40
+MULTINODE = "launch/multinode.sh"
+OLMOE = "launch/configs/olmoe-tiny.toml"
+PLACE = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "NPROC": "2"}
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*")])
+MODELS = ("olmoe-1b-7b", "qwen3-0.6b", "gemma3-1b", "gpt-oss-small")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_bash(script: Path) -> None:
+    assert call("-n", script).returncode == 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_configs_of_the_paper(model: str) -> None:
+    tokens = {"olmoe-1b-7b": 163_840, "qwen3-0.6b": 229_376, "gemma3-1b": 147_456, "gpt-oss-small": 65_536}
+    words = ["--config", str(ROOT / f"launch/configs/{model}.toml")]
+    config = parse_as(Config, words)
+    assert config.batch * config.sequence == tokens[model]
+    for ranks in (8, 16):
+        config.check(ranks=ranks)
+        for stage in (1, 3):
+            path = ROOT / f"launch/configs/deepspeed/{model}-stage{stage}.json"
+            parse_as(DeepSpeedRun, [*words, "--deepspeed", str(path)]).check(ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"NNODES": ""}, "set NNODES"),
+        ({"NODE_RANK": ""}, "set NODE_RANK"),
+        ({"MASTER_ADDR": ""}, "set MASTER_ADDR"),
+        ({"NNODES": "two"}, "NNODES is 'two', not a whole number"),
+        ({"NODE_RANK": "2"}, "the last of 2 nodes is 1"),
+        ({"NPROC": "0"}, "NPROC is 0; it must be at least 1"),
+        ({"MASTER_PORT": "70000"}, "the highest port is 65535"),
+        ({"PYTHON": "no-such-python"}, "there is no no-such-python"),
+    ],
+)
+def test_what_is_missing_or_wrong_is_said(change: dict[str, str], message: str, tmp_path: Path) -> None:
+    done = call(MULTINODE, OLMOE, **({"PYTHON": python(tmp_path)} | PLACE | change))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+
+
+def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("steps =")
+    for config, message in (("missing.toml", "no config missing.toml"), (broken, f"config {broken}:")):
+        done = call(MULTINODE, config, **PLACE, PYTHON=python(tmp_path))
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert "give a CONFIG" in call(MULTINODE, **PLACE).stderr
+    assert "MAX_RESTARTS" in call(MULTINODE, "--help").stdout
+
+
+@pytest.mark.parametrize("entry", ["", "_deepspeed", "_megatron"])
+def test_dry_run_prints_every_node_and_starts_nothing(entry: str, tmp_path: Path) -> None:
+    output = tmp_path / "out put"
+    words = (f"launch/multinode{entry}.sh", OLMOE, "--output", output, "--dry-run", "--steps", "7")
+    done = call(*words, NNODES="3", NPROC="8", MASTER_ADDR="no.such.host", PYTHON=python(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not output.exists()
+    assert "torchrun" not in done.stdout
+    for rank in range(3):
+        block = done.stdout.split(f"node {rank}:")[1].split(f"node {rank + 1}:")[0]
+        assert f"is_host={'true' if rank == 0 else 'false'},join_timeout=1800" in block
+        assert "--nnodes=3 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=no.such.host:29500" in block
+        assert f"-{rank} --redirects=3 --tee=0:3" in block
+        assert f"launch/pretrain{entry}.py --config {OLMOE} --output" in block
+        assert ("CUDA_DEVICE_MAX_CONNECTIONS=1" in block) == (entry == "_megatron")
+    assert f"checked NNODES=3 NPROC=8: {ROOT}/launch/pretrain{entry}.py --dry-run --config {OLMOE}" in done.stdout
+    assert "cannot tell how to reach no.such.host" in done.stderr
+
+
+def test_options_find_the_output_and_resuming_is_added_once(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.toml"
+    plain.write_text('output = "of the file"')
+    for words, folder, resumes in (
+        ([plain], r"of\ the\ file/logs", 1),
+        ([plain, "--output=given"], "given/logs", 1),
+        ([plain, "--resume", "there", "--output", "given"], "given/logs", 0),
+        ([OLMOE], "runs/olmoe-tiny/logs", 0),
+    ):
+        done = call(MULTINODE, *words, **PLACE, DRY_RUN="1", PYTHON=python(tmp_path))
+        command = done.stdout.split("node 0:")[1].split("node 1:")[0]
+        assert f"--log-dir={folder}" in command
+        assert command.count("--resume auto") == resumes
+
+
+def test_network_choice_is_left_alone_where_it_is_made_or_cannot_be(tmp_path: Path) -> None:
+    words = (MULTINODE, OLMOE, "--output", tmp_path / "run")
+    given = {"IFACE": "ib0", "NODE_ADDR": "10.9.9.9", "GLOO_SOCKET_IFNAME": "eth7"}
+    done = call(*words, **PLACE, **given, OMP_NUM_THREADS="3", PYTHON=python(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for said in ("--local-addr=10.9.9.9", 'NCCL_SOCKET_IFNAME="=ib0"', 'GLOO_SOCKET_IFNAME="eth7"', 'THREADS="3"'):
+        assert said in done.stdout
+    done = call(*words, **PLACE, PYTHON=python(tmp_path), PATH=without_ip(tmp_path / "bin"))
+    assert "no ip command, so address and interface are left to torch and NCCL" in done.stderr
+    assert done.returncode == 0
+    assert "IFNAME" not in done.stdout
+    assert "--local-addr" not in done.stdout
+
+
+def test_exit_codes_and_leftover_ranks(tmp_path: Path) -> None:
+    words = (MULTINODE, OLMOE, "--output", tmp_path / "run")
+    place = PLACE | {"NNODES": "1"}
+    assert call(*words, **place, PYTHON=python(tmp_path, torchrun="exit 7")).returncode == 7
+    # An agent that is killed leaves ranks behind, in sessions of their own.
+    rank = f"{sys.executable} -c 'import os, time; os.setsid(); time.sleep(600)'"
+    agent = f"{rank} & echo $! >{tmp_path}/rank; sleep 3; kill -KILL $$"
+    assert call(*words, **place, PYTHON=python(tmp_path, torchrun=agent)).returncode == 137
+    process = int((tmp_path / "rank").read_text())
+    while Path(f"/proc/{process}/cmdline").exists() and Path(f"/proc/{process}/cmdline").read_bytes():
+        time.sleep(0.05)
+
+
+needs_namespaces = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
+
+
+class Cluster:
+    """Two nodes that train the same small model, in a folder that both see."""
+
+    def __init__(self, nodes: tuple[Node, Node], folder: Path, corpus: Path):
+        self.nodes, self.corpus, self.folder = nodes, corpus, folder
+        self.config = folder / "empty.toml"
+        self.config.write_text("")
+
+    def start(self, output: Path, rank: int, *, node: int | None = None) -> subprocess.Popen[bytes]:
+        """Start one node of a run; `node`, where it is not of the same number."""
+        variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": self.nodes[0].address, "NPROC": "2"}
+        words = ["bash", MULTINODE, str(self.config), *options(self.corpus, output, steps=STEPS)]
+        words += ["--batch", "8", "--checkpoint-every", "5", "--keep", "20", "--resume", "auto"]
+        place = self.nodes[rank if node is None else node]
+        # Two seconds instead of five, so that the test waits less for a lost node to be struck off.
+        variables |= {"PYTHON": sys.executable, "RDZV_CONF": "keep_alive_interval=2", "MAX_RESTARTS": "2"}
+        return place.start(words, log=self.log(output, rank), variables=variables)
+
+    def log(self, output: Path, rank: int) -> Path:
+        """What a node's script said."""
+        return self.folder / f"{output.name}-{rank}.log"
+
+    def finish(self, output: Path, *running: subprocess.Popen[bytes]) -> None:
+        """Wait until all nodes have ended well."""
+        codes = [process.wait(timeout=300) for process in running]
+        assert codes == [0, 0], self.log(output, 0).read_text() + self.log(output, 1).read_text()
+
+
+@needs_namespaces
+def test_a_run_on_two_nodes_survives_the_loss_of_one(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    write_corpus(corpus)
+    whole, lost = tmp_path / "whole", tmp_path / "lost"
+    with two_nodes(0) as nodes:
+        cluster = Cluster(nodes, tmp_path, corpus)
+        cluster.finish(whole, *(cluster.start(whole, rank) for rank in range(2)))
+
+        first, second = (cluster.start(lost, rank) for rank in range(2))
+        while not (lost / "checkpoints" / "step-00000010").exists():
+            assert first.poll() is None, cluster.log(lost, 0).read_text()
+            time.sleep(0.01)
+        nodes[1].lose()
+        second.wait()
+        assert not (lost / "summary.json").exists()
+        cluster.finish(lost, first, cluster.start(lost, 1))
+
+    assert read_run(whole).summary["ranks"] == 4
+    assert sorted(trained(whole)) == list(range(1, STEPS + 1))
+    assert trained(lost) == trained(whole)
+    assert validated(lost) == validated(whole)
+    assert "resumed at step" in cluster.log(lost, 0).read_text()
+    assert "resumed at step" not in cluster.log(whole, 0).read_text()
+    # Every rank of every node has its log, and a rank's console shows the first of its node.
+    for rank in range(2):
+        (logs,) = (whole / "logs").glob(f"*-{rank}")
+        assert len(list(logs.glob("whole_*/attempt_0/*/stderr.log"))) == 2
+        assert "[default1]" not in cluster.log(whole, rank).read_text()
+
+
+@needs_namespaces
+def test_address_and_interface_are_those_that_reach_node_0(tmp_path: Path) -> None:
+    with two_nodes(1) as nodes:
+        for rank, node in enumerate(nodes):
+            log = tmp_path / f"{rank}.log"
+            variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": nodes[0].address, "NPROC": "1"}
+            words = ["bash", MULTINODE, OLMOE, "--dry-run"]
+            started = node.start(words, log=log, variables=variables | {"PYTHON": str(python(tmp_path))})
+            assert started.wait(timeout=120) == 0, log.read_text()
+            block = log.read_text().split(f"node {rank}:")[1].split("node ")[0]
+            assert f"--local-addr={node.address} " in block
+            assert "NCCL_SOCKET_IFNAME==wire0\n" in block
+            assert "GLOO_SOCKET_IFNAME=wire0\n" in block

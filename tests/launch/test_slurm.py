@@ -1,0 +1,138 @@
+"""Jobs under Slurm: nodes start and finish, warnings become checkpoints and requeues, exit codes come through."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.node_stubs import call, python
+from tests.launch.runs import options, trained, write_corpus
+from tests.launch.slurm_fakes import Slurm
+
+OLMOE = "launch/configs/olmoe-tiny.toml"
+ONE, MANY = "launch/slurm/one_node.sbatch", "launch/slurm/many_nodes.sbatch"
+STEPS = 40
+# A rank that leaves well when told to.
+RANK = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit())
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(200)
+"""
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Slurm:
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    return Slurm(folder)
+
+
+def output_of(job: subprocess.Popen[str]) -> str:
+    return job.communicate(timeout=300)[0]
+
+
+def test_two_nodes_are_warned_requeued_resumed_and_finish(slurm: Slurm, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    write_corpus(corpus)
+    output, config = tmp_path / "run", tmp_path / "empty.toml"
+    config.write_text("")
+    words: tuple[str | Path, ...] = (config, *options(corpus, output, steps=STEPS))
+    place = {"NPROC": "1", "PYTHON": sys.executable, "MAX_RESTARTS": "1"}
+
+    job = slurm.sbatch(MANY, *words, nodes=2, variables=place)
+    log = output / "log.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert job.poll() is None, output_of(job)
+        time.sleep(0.02)
+    job.send_signal(signal.SIGUSR1)
+    said = output_of(job)
+    assert job.returncode == 0, said
+    assert "told to stop: saved" in said
+    assert "not at its last step: requeued" in said
+    assert slurm.requeues() == 1
+    assert not (output / "summary.json").exists()
+    stopped = max(trained(output))
+    assert 3 <= stopped < STEPS
+    assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{stopped:08}"]
+
+    job = slurm.sbatch(MANY, *words, nodes=2, start=1, variables=place)
+    said = output_of(job)
+    assert job.returncode == 0, said
+    assert f"resumed at step {stopped}" in said
+    assert json.loads((output / "summary.json").read_text())["ranks"] == 2
+    assert sorted(trained(output)) == list(range(1, STEPS + 1))
+    assert slurm.requeues() == 1
+    assert len(list((output / "logs").iterdir())) == 2
+    assert all("--kill-on-bad-exit=1" in step and "--cpus-per-task=1" in step for step in slurm.steps())
+
+
+def test_a_failure_ends_the_job_with_its_code(slurm: Slurm, tmp_path: Path) -> None:
+    job = slurm.sbatch(
+        ONE, OLMOE, "--output", tmp_path, nodes=1, variables={"PYTHON": python(tmp_path, torchrun="exit 7")}
+    )
+    said = output_of(job)
+    assert (job.returncode, slurm.requeues()) == (7, 0), said
+    job = slurm.sbatch(ONE, "missing.toml", nodes=1, variables={"PYTHON": python(tmp_path)})
+    assert "missing.toml" in output_of(job)
+    assert job.returncode == 2
+
+
+def test_a_finished_run_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
+    place: dict[str, str | Path] = {"PYTHON": python(tmp_path), "NPROC": "1"}
+    words = (ONE, OLMOE, "--output", tmp_path, "--steps", "7")
+    for steps, requeues in ((7, 0), (5, 1)):
+        # The second is the summary of a run that has since been given more steps.
+        (tmp_path / "summary.json").write_text(json.dumps({"steps": steps}))
+        job = slurm.sbatch(*words, nodes=1, variables=place)
+        said = output_of(job)
+        assert (job.returncode, slurm.requeues()) == (0, requeues), said
+
+
+def test_requeues_have_a_limit(slurm: Slurm, tmp_path: Path) -> None:
+    place: dict[str, str | Path] = {"PYTHON": python(tmp_path), "NPROC": "1", "MAX_REQUEUES": "2"}
+    for start, code, requeues in ((1, 0, 1), (2, 1, 1)):
+        job = slurm.sbatch(ONE, OLMOE, "--output", tmp_path, nodes=1, start=start, variables=place)
+        said = output_of(job)
+        assert (job.returncode, slurm.requeues()) == (code, requeues), said
+    assert "requeued MAX_REQUEUES=2 times already" in said
+
+
+@pytest.mark.parametrize(("number", "requeues"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
+def test_a_warned_job_is_requeued_and_a_cancelled_one_is_not(
+    slurm: Slurm, tmp_path: Path, number: signal.Signals, requeues: int
+) -> None:
+    ready, rank = tmp_path / "ready", tmp_path / "rank.py"
+    rank.write_text(RANK)
+    place: dict[str, str | Path] = {
+        "PYTHON": python(tmp_path, torchrun=f"{sys.executable} {rank} {ready}; exit"),
+        "NPROC": "1",
+    }
+    job = slurm.sbatch(ONE, OLMOE, "--output", tmp_path, nodes=1, variables=place)
+    while not ready.exists():
+        assert job.poll() is None, output_of(job)
+        time.sleep(0.02)
+    job.send_signal(number)
+    said = output_of(job)
+    assert (job.returncode, slurm.requeues()) == (0, requeues), said
+    assert "told to stop: the ranks save" in said
+
+
+def test_outside_slurm_it_shows_what_it_would_run(tmp_path: Path) -> None:
+    done = call(MANY, OLMOE, "--dry-run", PYTHON=python(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is_host=") == 2
+    assert "--nproc-per-node=8" in done.stdout
+    assert "checked NNODES=2 NPROC=8" in done.stdout
+    assert call(MANY, OLMOE, "--dry-run", NNODES="5", PYTHON=python(tmp_path)).stdout.count("is_host=") == 5
+    done = call(MANY, OLMOE, PYTHON=python(tmp_path))
+    assert done.returncode == 2
+    assert "submit this with sbatch" in done.stderr
+    elsewhere = call(MANY, OLMOE, SLURM_SUBMIT_DIR=tmp_path)
+    assert elsewhere.returncode == 2
+    assert "submit from the repository's folder" in elsewhere.stderr

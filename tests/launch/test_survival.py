@@ -1,0 +1,364 @@
+"""Runs that lose ranks, disks, checkpoints or patience: what they end with, and what they say."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.checkpoint_directory import newest_first, verify_sizes
+from launch.data import write_shard
+from launch.spikes import SpikeJudge
+from tests.launch.runs import ROOT, environment, options, trained, validated, write_corpus
+
+# How often a run loses a rank; twenty times takes some minutes.
+KILLS = int(os.environ.get("SYMDIST_TEST_KILLS", "4"))
+STEPS = max(30, 5 * KILLS)
+TIMELY = 240.0
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def command(corpus: Path, output: Path, *more: str, ranks: int = 2, restarts: int = 0) -> list[str]:
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
+        *(f"--max-restarts={restarts}", "--monitor-interval=0.05"),
+        *("launch/pretrain.py", *options(corpus, output, steps=STEPS), *more),
+    ]
+
+
+def pretrain(corpus: Path, output: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(corpus, output, *more, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing happens to, with checkpoints every five steps, all of them kept."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    done = pretrain(corpus, output, *("--checkpoint-every", "5", "--keep", "2", "--keep-every", "10"))
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def names(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+def events(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+
+
+def test_the_newest_and_every_tenth_are_kept(whole: Path) -> None:
+    kept = {*range(10, STEPS, 10), STEPS - 5, STEPS}
+    assert names(whole) == [f"step-{step:08}" for step in sorted(kept)]
+
+
+@pytest.fixture(scope="module")
+def bereaved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The same run, one of whose ranks is killed again and again: in steps, validations and checkpoints."""
+    output = tmp_path_factory.mktemp("runs") / "bereaved"
+    more = ("--checkpoint-every", "2", "--validate-every", "3", "--keep", "2")
+    with started(command(corpus, output, *more, restarts=KILLS), output.parent / "stderr") as running:
+        kill_ranks(running, output, random.Random(7))
+        assert running.wait(TIMELY) == 0, said(running)
+    yield output
+
+
+@contextmanager
+def started(command: list[str], stderr: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that goes on beside the test, and ends with it; what it says goes to a file, which never fills up."""
+    with open(stderr, "wb") as stream:
+        running = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=stream)
+    running.said = stderr  # type: ignore[attr-defined]
+    try:
+        yield running
+    finally:
+        if running.poll() is None:
+            running.terminate()
+            running.wait(60)
+
+
+def said(running: subprocess.Popen[bytes]) -> str:
+    return running.said.read_text()  # type: ignore[attr-defined]
+
+
+def kill_ranks(running: subprocess.Popen[bytes], output: Path, draw: random.Random) -> None:
+    """Kill a rank at KILLS moments: some steps and milliseconds after a restart, each second one in a checkpoint."""
+    dead: set[int] = set()
+    for kill in range(KILLS):
+        ranks = children(running, but=dead)
+        base = furthest(output)
+        ahead = draw.randrange(0, 3) if base + 4 < STEPS else 0
+        wait_for(lambda: furthest(output) >= base + ahead, running)  # noqa: B023
+        if kill % 2 and base + 4 < STEPS:
+            # Those of the background show for milliseconds; if none shows, the run has come to its end.
+            wait_for(lambda: list(output.glob("checkpoints/*.writing")) or furthest(output) + 2 >= STEPS, running)
+        else:
+            time.sleep(draw.random() * 0.3)
+        if running.poll() is not None:
+            pytest.fail(f"the run ended before rank {kill + 1} of {KILLS} was killed")
+        os.kill(draw.choice(ranks), signal.SIGKILL)
+        dead |= set(ranks)
+
+
+def children(running: subprocess.Popen[bytes], *, but: set[int]) -> list[int]:
+    """The processes of the ranks, once there are two that are not among those known to be gone."""
+    found: list[int] = []
+
+    def look() -> bool:
+        found[:] = []
+        for tasks in Path(f"/proc/{running.pid}/task").glob("*/children"):
+            for word in tasks.read_text().split():
+                line = Path(f"/proc/{word}/cmdline")
+                if int(word) not in but and line.exists() and b"pretrain.py" in line.read_bytes():
+                    found.append(int(word))
+        return len(found) == 2
+
+    wait_for(look, running)
+    return found
+
+
+def furthest(output: Path) -> int:
+    """The last step of the log."""
+    path = output / "log.jsonl"
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def wait_for(condition: Callable[[], object], running: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + TIMELY
+    while not condition():
+        assert running.poll() is None, said(running)
+        assert time.monotonic() < end, "the run does not come on"
+        time.sleep(0.002)
+
+
+def test_a_run_that_loses_ranks_ends_as_if_it_had_not(whole: Path, bereaved: Path) -> None:
+    assert trained(bereaved) == trained(whole)
+    assert validated(bereaved)[STEPS] == validated(whole)[STEPS]
+    resumed = [event for event in events(bereaved) if event["event"] == "resume" and event["step"] > 0]
+    assert f"after {KILLS} restarts" in resumed[-1]["text"]
+
+
+def test_no_checkpoint_of_it_is_damaged(bereaved: Path) -> None:
+    for path in newest_first(bereaved / "checkpoints"):
+        verify_sizes(path)
+    assert not any(event["event"] == "fallback" for event in events(bereaved))
+
+
+@pytest.fixture
+def stopped(whole: Path, tmp_path: Path) -> Path:
+    """The uninterrupted run as it would lie there had it been lost right after its last checkpoint."""
+    output = tmp_path / "stopped"
+    shutil.copytree(whole, output)
+    (output / "summary.json").unlink()
+    return output
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_auto_takes_the_newest_that_is_whole_and_says_so(corpus: Path, whole: Path, stopped: Path) -> None:
+    checkpoints = stopped / "checkpoints"
+    flip(checkpoints / f"step-{STEPS:08}" / "__1_0.distcp")
+    (checkpoints / f"step-{STEPS - 5:08}" / "__0_0.distcp").unlink()
+    with open(stopped / "log.jsonl", "a") as stream:
+        stream.write('{"step": 30, "ki')
+    done = pretrain(corpus, stopped, "--resume", "auto", "--checkpoint-every", "100")
+    assert done.returncode == 0, done.stderr
+    fallbacks = [event["text"] for event in events(stopped) if event["event"] == "fallback"]
+    assert f"step-{STEPS:08} is damaged: __1_0.distcp does not match its checksum" in fallbacks[0]
+    assert f"step-{STEPS - 5:08} is damaged: __0_0.distcp is missing" in fallbacks[1]
+    assert f"resumed at step {STEPS - 10} on 2 ranks" in done.stderr
+    assert trained(stopped) == trained(whole)
+    aside = [f"step-{step:08}.damaged" for step in (STEPS - 5, STEPS)]
+    assert [name for name in names(stopped) if name.endswith("damaged")] == aside
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "copy" / f"step-{STEPS:08}"
+    shutil.copytree(whole / "checkpoints" / path.name, path)
+    flip(path / ".metadata")
+    done = pretrain(corpus, tmp_path / "out", "--resume", str(path))
+    assert done.returncode != 0
+    assert f"error: checkpoint {path} is damaged: .metadata does not match its checksum" in done.stderr
+    assert path.is_dir()
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(2, ()), (4, ("--mesh.tp", "2"))], ids=["2", "2 × tp 2"])
+def test_four_ranks_go_on_as_two_and_under_tensor_parallelism(
+    four: Path, corpus: Path, tmp_path: Path, ranks: int, more: tuple[str, ...]
+) -> None:
+    done = pretrain(
+        corpus,
+        tmp_path / "on",
+        *("--accumulation", "1", "--resume", str(four / "checkpoints" / "step-00000010"), *more),
+        ranks=ranks,
+    )
+    assert done.returncode == 0, done.stderr
+    expected, found = trained(four), trained(tmp_path / "on")
+    assert sorted(found) == list(range(11, STEPS + 1))
+    assert [found[step][0] for step in range(11, 31)] == pytest.approx(
+        [expected[step][0] for step in range(11, 31)], abs=1e-4
+    )
+
+
+@pytest.fixture(scope="module")
+def four(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run on four ranks, with a checkpoint after ten steps."""
+    output = tmp_path_factory.mktemp("runs") / "four"
+    done = pretrain(corpus, output, "--accumulation", "1", "--checkpoint-every", "10", ranks=4)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_a_rank_that_stands_still_ends_the_run_with_what_it_was_at(corpus: Path, tmp_path: Path) -> None:
+    output = tmp_path / "hung"
+    with started(command(corpus, output, "--timeout", "10"), tmp_path / "stderr") as running:
+        ranks = children(running, but=set())
+        wait_for(lambda: furthest(output) >= 3, running)
+        os.kill(ranks[1], signal.SIGSTOP)
+        wait_for(lambda: "stood still for 10 s in step" in said(running), running)
+        # torchrun waits half a minute for it to leave in order.
+        os.kill(ranks[1], signal.SIGKILL)
+        assert running.wait(TIMELY) != 0
+    text = said(running)
+    assert re.search(
+        r"error: rank 0 has stood still for 10 s in step \d+, (forward and backward|optimizer|optimizer, .*): a rank is "
+        "lost or hung, or --timeout is shorter than this takes",
+        text,
+    )
+    # The stack of the thread that waits.
+    assert "training.py" in text
+    assert [event["event"] for event in events(output)] == ["start", "timeout"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder with room for one checkpoint, but not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("more", [(), ("--no-background-checkpoints",)], ids=["background", "foreground"])
+def test_a_full_disk_does_not_end_the_run(
+    corpus: Path, whole: Path, tmp_path: Path, small_disk: Path, more: tuple[str, ...]
+) -> None:
+    output = tmp_path / "full"
+    output.mkdir()
+    (output / "checkpoints").symlink_to(small_disk)
+    done = pretrain(corpus, output, "--checkpoint-every", "5", *more)
+    # The last one could not be written either, and that is not to go unnoticed.
+    assert done.returncode != 0
+    assert re.search(r"error: cannot write .*; \S+ k?B were free there", done.stderr)
+    assert trained(output) == trained(whole)
+    failed = [event for event in events(output) if event["event"] == "save_failed"]
+    assert len(failed) == STEPS // 5 - 1
+    assert all("earlier checkpoints stand" in event["text"] for event in failed)
+    assert names(output) == ["step-00000005"]
+    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    done = pretrain(corpus, output, "--checkpoint-every", "5", "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 5" in done.stderr
+    assert trained(output) == trained(whole)
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the same eight tokens over and over, with a sequence of noise here and there."""
+    folder = tmp_path_factory.mktemp("noisy")
+    draw = np.random.default_rng(3)
+    windows = [draw.integers(0, 300, 32) if i % 25 == 7 else np.arange(32) % 8 + 8 * (i % 4) for i in range(2000)]
+    write_shard(folder / "train.bin", np.concatenate(windows), vocabulary=300)
+    write_shard(folder / "val.bin", np.concatenate(windows[:50]), vocabulary=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spiky(noisy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that leaves out steps whose loss jumps, and goes back after each."""
+    output = tmp_path_factory.mktemp("runs") / "spiky"
+    done = pretrain(
+        noisy,
+        output,
+        *("--data.source", f"bin:{noisy}/*.bin", "--steps", "60", "--batch", "2", "--accumulation", "1"),
+        *("--spike-sigma", "0.1", "--rollback-after", "1", "--rollbacks", "50", "--checkpoint-every", "4"),
+    )
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def test_spikes_are_left_out_and_counted(spiky: Path) -> None:
+    spikes = [event for event in events(spiky) if event["event"] == "spike"]
+    assert len(spikes) >= 2
+    assert all("is a spike; the step was left out" in event["text"] for event in spikes)
+    summary = json.loads((spiky / "summary.json").read_text())
+    assert summary["spikes"] == summary["skipped_steps"] == len(spikes)
+
+
+def test_the_run_goes_back_and_on_with_other_data(spiky: Path) -> None:
+    backs = [
+        re.fullmatch(r"step (\d+): back to step (\d+), and on with other data", event["text"]).groups()  # type: ignore[union-attr]
+        for event in events(spiky)
+        if event["event"] == "rollback"
+    ]
+    assert len(backs) == len([event for event in events(spiky) if event["event"] == "spike"])
+    assert sorted(trained(spiky)) == list(range(1, 61))
+    again = sum(int(came) - int(back) for came, back in backs)
+    state = json.loads((spiky / "checkpoints" / "step-00000060" / "state.json").read_text())
+    # Nothing was read twice, and nothing but what was left out is lost.
+    assert state["trainer"]["data"]["position"] == 2 * (60 + again)
+
+
+def test_a_run_that_only_ever_leaves_out_steps_ends(corpus: Path, tmp_path: Path) -> None:
+    done = pretrain(
+        corpus,
+        tmp_path / "lost",
+        *("--model-overrides", "num_hidden_layers", "2", "hidden_size", "32", "intermediate_size", "32"),
+        *("rms_norm_eps", "nan", "--rollback-after", "3", "--checkpoint-every", "2", "--rollbacks", "1"),
+    )
+    assert done.returncode != 0
+    assert "error: step 5: 3 steps in a row were left out, and the run was taken back 1 times already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("losses", "spike"),
+    [([2.0, 2.1] * 16 + [2.06], False), ([2.0, 2.1] * 16 + [2.9], True), ([2.0, 2.1] * 15 + [9.9], False)],
+    ids=["usual", "jump", "too early to tell"],
+)
+def test_what_counts_as_a_spike(losses: list[float], spike: bool) -> None:
+    judge = SpikeJudge(6.0)
+    assert not any(judge.judge(loss) for loss in losses[:-1])
+    again = SpikeJudge(6.0)
+    again.load_state_dict(json.loads(json.dumps(judge.state_dict())))
+    assert judge.judge(losses[-1]) is spike
+    assert again.judge(losses[-1]) is spike
+    assert not SpikeJudge(0.0).judge(math.inf)
+    assert judge.judge(math.nan)
