@@ -6,13 +6,17 @@ after its first weights, so the state of no generator is kept.
 """
 
 import json
+import multiprocessing
+import signal
 from collections.abc import Callable
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from launch.checkpoint_directory import (
     CHOOSE,
@@ -55,6 +59,7 @@ def save(
                 own += [path for path in writing.iterdir() if not path.name.startswith("__")]
             return describe_files(own)
 
+        _keep_helper()
         state = _state(model, optimizer, loading=False)
         _with_megatron(lambda: dist_checkpointing.save(state, str(writing)), failed, remedy)
         return together(describe_own, failed, remedy)
@@ -92,6 +97,23 @@ def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_FORM),
     }
+
+
+def _keep_helper() -> None:
+    """Make the process through which Megatron's writers answer, and have it live through signals.
+
+    Launchers signal all processes of a rank, and Megatron's own helper, once made, would not be there for the
+    checkpoint that the signal asks for.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(_ignore_signals)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _with_megatron(function: Callable[[], object], failed: str, remedy: str) -> None:

@@ -41,7 +41,7 @@ def main() -> int:
 def _end_helpers() -> None:
     """End the process that Megatron's writer of checkpoints keeps: it would live on and hold the output open."""
     for helper in multiprocessing.active_children():
-        helper.terminate()
+        helper.kill()
 
 
 def _start(config: MegatronRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog) -> Training:

@@ -214,7 +214,7 @@ def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
     marks: dict[str, Any] = dict.fromkeys(("route", "plan"), tyro.conf.UseAppendAction)
     marks["report"] = tyro.conf.PositionalRequiredArgs
     commands = tuple(
-        Annotated[command, tyro.conf.subcommand(name), *([marks[name]] if name in marks else [])]
+        Annotated[command, tyro.conf.subcommand(name), *filter(None, [marks.get(name)])]
         for name, command in _COMMANDS.items()
     )
     kinds = cast(Any, Union[commands])  # noqa: UP007

@@ -157,8 +157,9 @@ def plan_step(
     """Run a step on meta tensors, as four to sixteen ranks of the mesh would, that with most work among them.
 
     Every rule, request and collective of `SymDist.step` runs, with the same arithmetic on the same shapes; only nothing
-    is stored or sent. `built` has further options of `symdist.models.build`. With `zero`, weights lie in the partitions of that ZeRO stage, over a mesh of `dp_shard` alone.
-    Raises ValueError for whatever `symdist.models.build`, `shard`, `route` and `SymDist` refuse.
+    is stored or sent. `built` has further options of `symdist.models.build`. With `zero`, weights lie in the partitions
+    of that ZeRO stage, over a mesh of `dp_shard` alone. Raises ValueError for whatever `symdist.models.build`, `shard`,
+    `route` and `SymDist` refuse.
     """
     machine = machine or Machine()
     with pretend_on(

@@ -114,9 +114,9 @@ def pretend(
 ) -> Iterator[Pretended]:
     """Shard a model over a mesh, as `symdist.models.shard` does, and route it; nothing is materialised.
 
-    `model` is a preset or a TOML file, see `symdist.models.build`, `built` has further options of that; `mesh` maps names of mesh dimensions to sizes. No
-    process group may be open, and one is until the context ends. Raises ValueError for whatever `build`, `shard`,
-    `route` and `SymDist` refuse.
+    `model` is a preset or a TOML file, see `symdist.models.build`, of which `built` has further options; `mesh` maps
+    names of mesh dimensions to sizes. No process group may be open, and one is until the context ends. Raises
+    ValueError for whatever `build`, `shard`, `route` and `SymDist` refuse.
     """
     # Not public, but the only process group that has a size and no peers.
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -55,7 +55,7 @@ def stop(command: list[str], output: Path, *, nice: int) -> None:
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
     error = running.communicate()[1]
-    assert "told to stop: saved" in error
+    assert "told to stop: saved" in error, error
 
 
 def lines(output: Path) -> list[dict]:

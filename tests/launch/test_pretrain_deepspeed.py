@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import symdist
-from launch import deepspeed_checkpoint, pretrain_deepspeed
+from launch import checkpoint_directory, deepspeed_checkpoint, pretrain_deepspeed
 from launch.checkpoint_directory import CheckpointError, DamagedCheckpoint, describe_files
 from launch.deepspeed_checkpoint import JOB
 from launch.deepspeed_config import DeepSpeedRun, precision, zero_stage
@@ -204,7 +204,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="goes on to step-00000030, which a run from converted would mix with"):
         check(universal, universal=True)
     (newer / MODEL_STATES).write_bytes(b"")
-    with pytest.raises(DamagedCheckpoint, match="mp_rank_00_model_states.pt has 0 bytes instead of"):
+    with pytest.raises(DamagedCheckpoint, match=r"mp_rank_00_model_states\.pt has 0 bytes instead of"):
         check(newer)
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="is no checkpoint of DeepSpeed's"):

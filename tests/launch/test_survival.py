@@ -70,14 +70,14 @@ def test_the_newest_and_every_tenth_are_kept(whole: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bereaved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def bereaved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, one of whose ranks is killed again and again: in steps, validations and checkpoints."""
     output = tmp_path_factory.mktemp("runs") / "bereaved"
     more = ("--checkpoint-every", "2", "--validate-every", "3", "--keep", "2")
     with started(command(corpus, output, *more, restarts=KILLS), output.parent / "stderr") as running:
         kill_ranks(running, output, random.Random(7))
         assert running.wait(TIMELY) == 0, said(running)
-    yield output
+    return output
 
 
 @contextmanager
@@ -244,8 +244,8 @@ def test_a_rank_that_stands_still_ends_the_run_with_what_it_was_at(corpus: Path,
         assert running.wait(TIMELY) != 0
     text = said(running)
     assert re.search(
-        r"error: rank 0 has stood still for 10 s in step \d+, (forward and backward|optimizer|optimizer, .*): a rank is "
-        "lost or hung, or --timeout is shorter than this takes",
+        r"error: rank 0 has stood still for 10 s in step \d+, (forward and backward|optimizer|optimizer, .*): a rank "
+        "is lost or hung, or --timeout is shorter than this takes",
         text,
     )
     # The stack of the thread that waits.
