@@ -123,6 +123,11 @@ class FsdpTraining(Training):
             keep_every=self.config.keep_every,
         )
 
+    @property
+    def background(self) -> bool:
+        """See `Training`."""
+        return self._saver is not None
+
     def saved(self, *, wait: bool) -> tuple[Path, CheckpointError | None] | None:
         """See `Training`."""
         return None if self._saver is None else self._saver.outcome(wait=wait)

@@ -139,6 +139,11 @@ class Training(ABC):
         Raises CheckpointError on all ranks where it cannot be written; what was there before is as it was.
         """
 
+    @property
+    def background(self) -> bool:
+        """Whether `save` may leave before the checkpoint is written."""
+        return False
+
     def saved(self, *, wait: bool) -> tuple[Path, CheckpointError | None] | None:
         """A checkpoint that was written in the background since the last call, and what went wrong with it."""
         return None
@@ -283,6 +288,7 @@ class Training(ABC):
             return
         if wait:
             self._tell(log, wait=True, must=True)
+        if wait or not self.background:
             log.event(self.step, "save", f"saved {path}")
 
     def _tell(self, log: RunLog, *, wait: bool, must: bool = False) -> None:

@@ -1,5 +1,8 @@
 """The pretraining entry on two real ranks: learning, exact resumption, clean stops, and refusals."""
 
+import re
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +11,8 @@ from typing import Any
 import pytest
 
 from launch.config import Config, parse_as
-from launch.fsdp_config import FsdpRun
+from launch.fsdp_config import FsdpRun, Mesh
+from launch.job import run
 from launch.runlog import check_folder
 from symdist import cli
 from symdist.commands.runs import read_run
@@ -57,7 +61,7 @@ def test_it_learns_and_reports(whole: Path, capsys: pytest.CaptureFixture[str]) 
     cli.main(["report", str(whole), str(whole), "--output", f"{whole}/report.html", "--picture", f"{whole}/curves.png"])
     assert f"{summary['validation_loss']:.3f}" in capsys.readouterr().out
     page = (whole / "report.html").read_text()
-    assert all(name in page for name in ("update_rms/router", "logit_max", "model.embed_tokens.weight", "saved "))
+    assert all(name in page for name in ("update_rms", "logit_max", "model.embed_tokens.weight", "saved "))
     assert (whole / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
         f"step-{step:08}" for step in (10, 20, 30)
@@ -166,3 +170,113 @@ def test_an_earlier_run_is_not_overwritten(whole: Path) -> None:
     with pytest.raises(ValueError, match="already holds a run"):
         check_folder(whole, resume=None)
     check_folder(whole, resume="auto")
+
+
+@pytest.mark.parametrize(
+    ("told", "ranks", "message"),
+    [
+        ({"mesh": Mesh(tp=3)}, 4, "tp 3 needs a multiple of 3 ranks, there are 4"),
+        ({"mesh": Mesh(tp=2, dp_shard=3)}, 4, "tp 2 × dp_shard 3 is 6 ranks, there are 4; leave out --mesh.dp-shard"),
+        ({"mesh": Mesh(dp_shard=2)}, 4, "dp_shard 2 is 2 ranks, there are 4"),
+        ({"mesh": Mesh(ep=0)}, 4, "--mesh.ep is 0; it must be at least 1"),
+        ({"mesh": Mesh(tp=8)}, 8, "olmoe: tp=8 does not divide the number of attention heads, 4"),
+        ({"mesh": Mesh(ep=3), "batch": 6}, 3, "olmoe: ep=3 does not divide 8 experts"),
+        ({"mesh": Mesh(ep=2), "model": "qwen3-tiny"}, 2, "qwen3 has no stacked experts to split over ep=2"),
+        ({"mesh": Mesh(tp=2), "batch": 6}, 8, "does not split over 4 data-parallel ranks × 1 micro-batches"),
+        ({"timeout": 0.0}, 1, "--timeout is 0.0; it must be positive"),
+        ({"keep_every": -1}, 1, "--keep-every is -1; it must not be negative"),
+        ({"rollback_after": 2}, 1, "--rollback-after goes back to checkpoints; give --checkpoint-every"),
+    ],
+)
+def test_meshes_and_values_that_cannot_be_are_refused(told: dict[str, Any], ranks: int, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        FsdpRun(**told).check(ranks=ranks)
+
+
+def test_a_mesh_takes_what_is_left_for_dp_shard() -> None:
+    config = FsdpRun(mesh=Mesh(dp_replicate=2, ep=2, tp=2), batch=16)
+    config.check(ranks=32)
+    assert config.mesh.sizes(32) == {"dp_replicate": 2, "dp_shard": 4, "ep": 2, "tp": 2}
+    assert config.data_ranks(32) == 16
+
+
+def test_losses_are_the_same_with_replicas_and_experts_apart(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    mesh = ("--mesh.dp-replicate", "2", "--mesh.ep", "2")
+    done = pretrain(corpus, tmp_path / "mesh", "--accumulation", "1", *mesh, ranks=4)
+    assert done.returncode == 0, done.stderr
+    one, two = trained(whole), trained(tmp_path / "mesh")
+    assert all(abs(one[step][0] - two[step][0]) < 1e-3 for step in one)
+
+
+def previewed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a dry run prints."""
+    config = parse_as(FsdpRun, [*arguments, "--dry-run"])
+    assert run(lambda: config, never) == 0
+    return capsys.readouterr().out
+
+
+def never(*arguments: Any) -> Any:
+    raise AssertionError("a dry run starts nothing")
+
+
+def test_a_dry_run_shows_routing_plan_data_and_disk(
+    corpus: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NNODES", "2")
+    monkeypatch.setenv("NPROC", "4")
+    given = [*options(corpus, tmp_path / "new", steps=STEPS), "--mesh.tp", "2", "--accumulation", "1"]
+    out = previewed(capsys, *given, "--resume", "auto")
+    assert "on 8 ranks: 4 data-parallel, 1 micro-batches of 1" in out
+    assert "tokenized in" in out
+    assert "the run starts from the beginning" in out
+    assert "model.layers.*.mlp.gate.weight" in out
+    assert "dp_shard 4 × tp 2" in out
+    assert "nothing was started" in out
+    assert not (tmp_path / "new").exists()
+    given[1] = str(whole)
+    assert "has come to its 30 steps already" in previewed(capsys, *given, "--resume", "auto")
+    assert "goes on from" in previewed(capsys, *given, "--resume", "auto", "--steps", "40")
+    assert run(lambda: parse_as(FsdpRun, [*given, "--dry-run"]), never) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    given[1] = "/proc/nothing"
+    assert run(lambda: parse_as(FsdpRun, [*given, "--dry-run"]), never) == 2
+    assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_a_dry_run_looks_at_the_newest_checkpoint(
+    corpus: Path, whole: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "cut")
+    (tmp_path / "cut" / "summary.json").unlink()
+    (tmp_path / "cut" / "checkpoints" / "step-00000030" / "__1_0.distcp").write_bytes(b"")
+    out = previewed(capsys, *options(corpus, tmp_path / "cut", steps=STEPS), "--resume", "auto")
+    assert "step-00000030 is damaged: __1_0.distcp is missing or cut" in out
+    assert "take the one before" in out
+
+
+def test_a_start_again_goes_on_without_being_told(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    """As ranks that torchrun starts again, which have the command line of the first start."""
+    output = tmp_path / "again"
+    shutil.copytree(whole, output)
+    (output / "summary.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "step-00000030")
+    lost = "import os, sys; os.environ['TORCHELASTIC_RESTART_COUNT'] = '1'; sys.argv = sys.argv[1:]; import runpy; "
+    start = [sys.executable, "-c", lost + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [*start, "launch/pretrain.py", *options(corpus, output, steps=STEPS), "--accumulation", "4"],
+        cwd=ROOT,
+        env=environment() | alone,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 20 on 1 ranks, after 1 restarts" in done.stderr
+    assert sorted(trained(output)) == list(range(1, STEPS + 1))
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
