@@ -17,7 +17,8 @@ from symdist.groups import Member, complete_group, describe_member, place_member
 from symdist.layouts import Group, check_placements, group_from, local
 from symdist.partial import finish_partial_gradients
 from symdist.routed import Routed, routed
-from symdist.rules import ACCUMULATOR_STATE, get_rule
+from symdist.rules import ACCUMULATOR_STATE
+from symdist.saved import check_groups, check_state
 
 if TYPE_CHECKING:
     from symdist.diagnostics.steps import StepMonitor
@@ -222,32 +223,12 @@ class SymDist(torch.optim.Optimizer):
         Raises ValueError, before anything changes, where groups, rules or state do not match.
         """
         saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups):
-            raise ValueError(
-                f"the saved state has {len(saved)} param groups, this optimizer {len(self.param_groups)}. "
-                "Build the optimizer with the recipe of the saved run"
-            )
-        for mine, theirs in zip(self.param_groups, saved, strict=True):
-            if theirs.get("rule") != mine["rule"] or len(theirs["params"]) != len(mine["params"]):
-                raise ValueError(
-                    f"param group {mine['role'] or mine['names'][0]!r} has rule {mine['rule']!r} and "
-                    f"{len(mine['params'])} parameters; the saved one has {theirs.get('rule')!r} and "
-                    f"{len(theirs['params'])}. Build the optimizer with the recipe of the saved run"
-                )
-            fixed = {"view", "stale_rows", "padding_rows", *get_rule(mine["rule"]).defaults}
-            changed = sorted(key for key in fixed if key in theirs and theirs[key] != mine[key])
-            if changed:
-                raise ValueError(
-                    f"param group {mine['role'] or mine['names'][0]!r}: the saved run had "
-                    f"{', '.join(f'{key}={theirs[key]!r}' for key in changed)}, this one has "
-                    f"{', '.join(f'{key}={mine[key]!r}' for key in changed)}. "
-                    "Build the optimizer with the recipe of the saved run"
-                )
+        check_groups(self.param_groups, saved)
         states = [state_dict["state"].get(index, {}) for group in saved for index in group["params"]]
         for member, theirs in zip(self._members, states, strict=True):
             # `set_state_dict` leaves out what is frozen here: that keeps the state it has.
             if theirs or member.parameter.requires_grad:
-                _check_state(member.name, self.state[member.parameter], theirs)
+                check_state(member.name, self.state[member.parameter], theirs)
         own = {member.parameter: self.state[member.parameter] for member in self._members}
         names = [group["names"] for group in self.param_groups]
         super().load_state_dict(state_dict)
@@ -320,7 +301,10 @@ class SymDist(torch.optim.Optimizer):
     def _observe(self, observer: StepMonitor, members: list[int], steps: Iterable[Tensor]) -> None:
         found = [self._members[i] for i in members]
         weights = [local(member.parameter) for member in found]
-        observer.moved(self._role(found[0].group), [member.layout for member in found], weights, list(steps))
+        group = found[0].group
+        padding = self.param_groups[group]["padding_rows"]
+        layouts = [member.layout for member in found]
+        observer.moved(self._role(group), layouts, weights, list(steps), padding_rows=padding)
 
     def _by_group(self, indices: Iterable[int]) -> list[tuple[dict[str, Any], list[int]]]:
         by_group: dict[int, list[int]] = {}
@@ -396,18 +380,6 @@ def _group(option: str, ranks: Any) -> Group | None:
         return None if ranks is None else group_from(ranks)
     except TypeError as error:
         raise ValueError(f"{option}: {error}") from None
-
-
-def _check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    for key, tensor in mine.items():
-        if key not in theirs or tuple(theirs[key].shape) != tuple(tensor.shape):
-            found = f"shape {tuple(theirs[key].shape)}" if key in theirs else "none"
-            raise ValueError(f"{name}: needs state {key!r} of shape {tuple(tensor.shape)}; the saved state has {found}")
-        if local(theirs[key]).shape != local(tensor).shape:
-            raise ValueError(
-                f"{name}: state {key!r} was saved in pieces of {tuple(local(theirs[key]).shape)}, this rank holds "
-                f"{tuple(local(tensor).shape)}; load it through torch.distributed.checkpoint, which re-shards"
-            )
 
 
 def _gradient(member: Member) -> Tensor:

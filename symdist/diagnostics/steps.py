@@ -51,15 +51,25 @@ class StepMonitor:
         self._seconds[what] = self._seconds.get(what, 0.0) + self._clock() - started
 
     def moved(
-        self, role: str, layouts: Sequence[Layout | FlatLayout], weights: Sequence[Tensor], steps: Sequence[Tensor]
+        self,
+        role: str,
+        layouts: Sequence[Layout | FlatLayout],
+        weights: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        *,
+        padding_rows: int = 0,
     ) -> None:
-        """Pieces of parameters of a role have moved by these steps; `weights` are those after it."""
+        """Pieces of parameters of a role have moved by these steps; `weights` are those after it.
+
+        The last `padding_rows` of each, which are zero and stay so, are not counted.
+        """
         self._measured = True
         for layout, weight, step in zip(layouts, weights, steps, strict=True):
             # Replicas hold the same: with as many shares as it is cut in, every tensor counts alike over all ranks.
             shares = _shares(layout)
-            self._add(f"update_rms/{role}", step, shares)
-            self._add(f"weight_rms/{role}", weight, shares)
+            real = 1 - padding_rows / layout.shape[0] if padding_rows else 1.0
+            self._add(f"update_rms/{role}", step, shares, real)
+            self._add(f"weight_rms/{role}", weight, shares, real)
 
     def rooted(self, roles: Sequence[str], root: InverseRoot, members: Sequence[int], ranks: float) -> None:
         """A Gram's root was taken, of matrices of `members` in order, whose roles these are, for so many ranks."""
@@ -88,11 +98,11 @@ class StepMonitor:
             values[f"optimizer_ms/{what}"] = 1e3 * max(seconds.get(what, 0.0) for _, seconds in found)
         return values
 
-    def _add(self, key: str, values: Tensor, shares: int) -> None:
+    def _add(self, key: str, values: Tensor, shares: int, real: float) -> None:
         if values.numel():
             norm = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
             self._squares.setdefault(key, []).append((norm, float(shares)))
-            self._counts[key] = self._counts.get(key, 0.0) + values.numel() * shares
+            self._counts[key] = self._counts.get(key, 0.0) + values.numel() * shares * real
 
     def _sums(self) -> Sums:
         """By measure: a sum, and of how many."""
