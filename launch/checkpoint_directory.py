@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,11 @@ def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
     writing.mkdir()
 
 
-def describe_files(paths: Iterable[Path]) -> dict[str, Any]:
-    """Return each file's size in bytes and its SHA-256, by name, as the manifest holds them."""
+def describe_files(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return each file's size in bytes and its SHA-256, by name, as the manifest holds them, once it is on the disk."""
+    for path in paths:
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
 
 
@@ -93,10 +96,11 @@ def publish(writing: Path, final: Path, *, world: int, identity: dict[str, Any],
     manifest |= {"identity": identity, "files": files}
     write_json(writing / _MANIFEST, manifest | {"sha256": _digest(manifest)})
     _sync_directory(writing)
-    if final.exists():
-        remove(final)
+    replaced = _leave(final) if final.exists() else None
     writing.rename(final)
     _sync_directory(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
 
 
 def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) -> None:
@@ -111,7 +115,7 @@ def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) 
 
 
 def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> int:
-    """Check the manifest and every file's size, and the checksums of the files that fall to ``rank``.
+    """Check the manifest, and sizes and checksums of the files that fall to ``rank``.
 
     Returns:
         The number of ranks that wrote the checkpoint.
@@ -124,11 +128,13 @@ def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> in
     check_identity(path, manifest["identity"], identity)
     for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
         file = path / name
+        if index % world != rank:
+            continue
         if not file.exists():
             problem = "is missing"
         elif file.stat().st_size != entry["bytes"]:
             problem = f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        elif index % world == rank and _sha256(file) != entry["sha256"]:
+        elif _sha256(file) != entry["sha256"]:
             problem = "does not match its checksum"
         else:
             continue
@@ -212,10 +218,14 @@ def _step(path: Path) -> int:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint, so that at no moment a part of it passes for one."""
-    # Under another name first.
+    shutil.rmtree(_leave(path))
+
+
+def _leave(path: Path) -> Path:
+    """Take a checkpoint's name away; what it is called then."""
     leaving = path.with_name(f"{path.name}.removing")
     path.rename(leaving)
-    shutil.rmtree(leaving)
+    return leaving
 
 
 def _sync_directory(path: Path) -> None:

@@ -198,7 +198,7 @@ class DeepSpeedTraining(Training):
             self.step,
             write,
             identity=identity,
-            keep=self.config.keep,
+            keep=self.kept,
             keep_every=self.config.keep_every,
             after=deepspeed_checkpoint.point_to,
         )

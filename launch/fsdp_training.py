@@ -32,7 +32,7 @@ class FsdpTraining(Training):
         self._saver = None
         if config.background_checkpoints:
             self._saver = BackgroundSaver(
-                self.checkpoints, keep=config.keep, keep_every=config.keep_every, timeout=2 * config.timeout + 60
+                self.checkpoints, keep=config.keep, keep_every=config.keep_every, timeout=config.timeout
             )
         return model
 
@@ -119,7 +119,7 @@ class FsdpTraining(Training):
             optimizer=self.optimizer,
             trainer=trainer,
             identity=self.identity,
-            keep=self.config.keep,
+            keep=self.kept,
             keep_every=self.config.keep_every,
         )
 

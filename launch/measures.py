@@ -22,6 +22,7 @@ _PEAK_TFLOPS = (
     ("A100", 312.0),
     ("A10G", 70.0),
     ("L40S", 362.0),
+    ("L40", 181.0),
     ("L4", 121.0),
     ("MI300X", 1307.4),
     ("MI325X", 1307.4),
@@ -44,7 +45,8 @@ class LogitMonitor:
         if self.on and logits.numel():
             wide = torch.promote_types(logits.dtype, torch.float32)
             self._squares.append(torch.linalg.vector_norm(logits.detach(), dtype=wide).square())
-            self._largest.append(logits.detach().abs().amax().float())
+            # No copy of them, as their magnitudes would be.
+            self._largest.append(torch.linalg.vector_norm(logits.detach(), float("inf")).float())
             self._count += logits.numel()
 
     def take(self) -> tuple[float, float, int]:

@@ -8,13 +8,15 @@ after its first weights, so the state of no generator is kept.
 import json
 import multiprocessing
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
@@ -53,6 +55,8 @@ def save(
 
     def write(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
         def describe_own() -> dict[str, Any]:
+            if failures:
+                raise failures[0]
             own = list(writing.glob(f"__{rank}_*"))
             if rank == 0:
                 write_json(writing / _JOB, job)
@@ -61,7 +65,8 @@ def save(
 
         _keep_helper()
         state = _state(model, optimizer, loading=False)
-        _with_megatron(lambda: dist_checkpointing.save(state, str(writing)), failed, remedy)
+        with _noting_failures() as failures:
+            _with_megatron(lambda: dist_checkpointing.save(state, str(writing)), failed, remedy)
         return together(describe_own, failed, remedy)
 
     return publish_together(directory, step, write, identity=identity, keep=keep, keep_every=keep_every)
@@ -97,6 +102,33 @@ def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
         "model": weights,
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_FORM),
     }
+
+
+@contextmanager
+def _noting_failures() -> Iterator[list[Exception]]:
+    """Note what goes wrong with what the first rank alone writes: raised there, it would leave the others waiting."""
+    failures: list[Exception] = []
+    make = getattr(serialization, "get_default_save_common_strategy", None)
+    if make is None:
+        # Of releases after 0.16, which write it another way.
+        yield failures
+        return
+    strategy = make()
+    write = strategy.save_common
+
+    def write_or_note(*arguments: Any, **options: Any) -> None:
+        try:
+            write(*arguments, **options)
+        except Exception as error:
+            failures.append(error)
+
+    strategy.save_common = write_or_note
+    serialization.get_default_save_common_strategy = lambda *arguments, **options: strategy
+    try:
+        yield failures
+    finally:
+        serialization.get_default_save_common_strategy = make
+        del strategy.save_common
 
 
 def _keep_helper() -> None:

@@ -1,5 +1,6 @@
 """How a Megatron model's experts are loaded, in the measures that the other jobs log."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +20,18 @@ class MegatronRouterMonitor(RouterMonitor):
     def __init__(self, model: nn.Module, *, moe_layers: tuple[bool, ...], experts: int):
         self._experts = experts
         self._rows = {layer: row for row, layer in enumerate(i for i, moe in enumerate(moe_layers) if moe)}
+        self._device = next(model.parameters()).device
         super().__init__(nn.Identity())
         self.layers = len(self._rows)
         for module in model.modules():
             if isinstance(module, TopKRouter):
                 self._watch(module)
+
+    def summary(self, reduce: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
+        """See `RouterMonitor`; a rank whose stage has no router adds zeros."""
+        if self._totals is None and self.layers:
+            self._totals = torch.zeros(self.layers, 2 * self._experts + 2, dtype=torch.float64, device=self._device)
+        return super().summary(reduce)
 
     def accumulate(self) -> None:
         """Nothing: a schedule runs many forwards, and each was added as it ran."""

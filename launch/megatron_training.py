@@ -223,7 +223,7 @@ class MegatronTraining(Training):
                 optimizer=self.optimizer,
                 job=self.job(),
                 identity=self.identity,
-                keep=self.config.keep,
+                keep=self.kept,
                 keep_every=self.config.keep_every,
             )
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launch.config import parse_as
 from launch.fsdp_config import FsdpRun
 from launch.fsdp_training import FsdpTraining
-from launch.job import leave, run
+from launch.job import end_with, run
 
 
 def main() -> int:
@@ -18,4 +18,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    end_with(main)

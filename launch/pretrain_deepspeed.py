@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "integrations"))
 from launch.config import parse_as
 from launch.data import Corpus
 from launch.deepspeed_config import DeepSpeedRun
-from launch.job import leave, run
+from launch.job import end_with, run
 from launch.ranks import Ranks, launched, local_device
 from launch.training import Training
 from launch.watchdog import Watchdog
@@ -68,4 +68,4 @@ def _without_local_rank(arguments: list[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    leave(main())
+    end_with(main)

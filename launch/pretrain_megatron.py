@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "integrations"))
 
 from launch.config import parse_as
 from launch.data import Corpus
-from launch.job import leave, run
+from launch.job import end_with, run
 from launch.megatron_config import MegatronRun
 from launch.ranks import Ranks, launched, local_device
 from launch.training import Training
@@ -35,7 +35,10 @@ def main() -> int:
             _import_megatron()
         return config
 
-    return run(configure, _start)
+    try:
+        return run(configure, _start)
+    finally:
+        _end_helpers()
 
 
 def _end_helpers() -> None:
@@ -87,8 +90,4 @@ def _install_stand_ins() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    finally:
-        _end_helpers()
-    leave(code)
+    end_with(main)

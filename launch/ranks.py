@@ -9,14 +9,22 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launch.watchdog import SLOW_SECONDS
+
+T = TypeVar("T")
+
 # While the first rank prepares a corpus, which may be a large one, the others wait.
 _PREPARING = timedelta(days=2)
+
+
+class Agreed(ValueError):
+    """What all ranks raise, since one of them met it: one tells."""
 
 
 @dataclass(kw_only=True)
@@ -48,6 +56,18 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def everywhere(self, function: Callable[[], T]) -> T:
+        """Call a function that may raise ValueError, which then all ranks raise."""
+        result, failure = None, None
+        try:
+            result = function()
+        except ValueError as error:
+            failure = str(error)
+        failures = dict.fromkeys(told for told in self.gather(failure) if told is not None)
+        if failures:
+            raise Agreed("\n".join(failures))
+        return cast(T, result)
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read after it counts the work before it."""
@@ -84,13 +104,22 @@ def local_device() -> torch.device:
     return torch.device("cuda", local) if cuda else torch.device("cpu")
 
 
+def patience_of(timeout: float) -> timedelta:
+    """When collectives give up by themselves, where a watchdog ends what stands still for `timeout` seconds.
+
+    They wait longer than a disk may be slower on one rank than on the others.
+    """
+    return timedelta(seconds=max(2 * timeout, SLOW_SECONDS) + 60)
+
+
 @contextmanager
-def connect(*, timeout: float, first: Callable[[], None]) -> Iterator[Ranks]:
+def connect(*, timeout: float, first: Callable[[], None], watch: Callable[[], None]) -> Iterator[Ranks]:
     """Join the process group that the launcher describes; NCCL where every local rank has a GPU, else gloo.
 
+    `watch` is called before the first wait for all ranks together.
+
     Before the ranks meet, the first one calls `first`, however long that takes; a ValueError of it is raised on all.
-    Collectives give up after somewhat more than twice `timeout` seconds: who watches for `timeout` is quicker, and
-    knows more.
+    Collectives give up long after `timeout` seconds: who watches for that is quicker, and knows more.
     """
     rank, world = launched()
     device = local_device()
@@ -98,13 +127,15 @@ def connect(*, timeout: float, first: Callable[[], None]) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     store = _store(rank)
     _precede(store, rank, first)
+    patience = patience_of(timeout)
+    store.set_timeout(patience)
+    watch()
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=2 * timeout + 60),
-        device_id=device if device.type == "cuda" else None,
+        timeout=patience,
     )
     ranks = Ranks(rank=rank, world=world, device=device)
     # A node that came back counts from zero.
@@ -138,10 +169,10 @@ def _precede(store: dist.Store, rank: int, first: Callable[[], None]) -> None:
             first()
         except ValueError as error:
             store.set(key, f"error {error}")
-            raise
+            raise Agreed(str(error)) from error
         store.set(key, "done")
         return
     store.wait([key], _PREPARING)
     told = store.get(key).decode()
     if told != "done":
-        raise ValueError(told.removeprefix("error "))
+        raise Agreed(told.removeprefix("error "))

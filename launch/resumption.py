@@ -1,19 +1,31 @@
 """What lets a run go on: checkpoints as it trains, the newest that is whole after a loss, and the way back from one."""
 
+import contextlib
+import json
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoint_directory import CheckpointError, DamagedCheckpoint, check_mixing, newest_first, set_aside
+from launch.checkpoint_directory import (
+    CheckpointError,
+    DamagedCheckpoint,
+    check_mixing,
+    newest_first,
+    set_aside,
+    write_json,
+)
 from launch.config import Config
 from launch.data import TokenLoader
-from launch.ranks import Ranks
+from launch.ranks import Agreed, Ranks
 from launch.runlog import RunLog
 from launch.spikes import SpikeJudge
 from launch.watchdog import Watchdog
 
+_ALL = 1 << 30
+_ROLLBACK = "rollback.json"
 
-class Diverged(ValueError):
+
+class Diverged(Agreed):
     """A run goes on to leave out steps, however often it is taken back."""
 
 
@@ -31,7 +43,7 @@ class Resumable(ABC):
         self.elapsed = 0.0
         self.counts = {"skipped_steps": 0, "spikes": 0}
         self.spikes = SpikeJudge(spike_sigma)
-        self._left_out_in_a_row = 0
+        self.left_out_in_a_row = 0
         self._rollbacks = 0
 
     @abstractmethod
@@ -80,7 +92,13 @@ class Resumable(ABC):
             # A copy: it may be written while training goes on.
             "counts": dict(self.counts),
             "spikes": self.spikes.state_dict(),
+            "left_out_in_a_row": self.left_out_in_a_row,
         }
+
+    @property
+    def kept(self) -> int:
+        """How many checkpoints stay: all of them, where the last steps were left out and the run may be lost."""
+        return self.config.keep if not self.left_out_in_a_row else _ALL
 
     def resume(self, log: RunLog) -> int | None:
         """Go on from the checkpoint that the configuration asks for; its step, or None where there is none.
@@ -91,8 +109,12 @@ class Resumable(ABC):
         wanted, restarted = self.config.resume, self.ranks.restarts > 0
         if wanted is None and not restarted:
             return None
-        own = restarted and self._agreed(self.found())
-        if wanted not in (None, "auto") and not own:
+        if wanted not in (None, "auto"):
+            own = self._agreed(self.found())
+            if own and (restarted or Path(wanted).resolve().parent != self.checkpoints.resolve()):
+                log.say(f"{wanted} is where this run began: it goes on from what it has saved since")
+                wanted = "auto"
+        if wanted not in (None, "auto"):
             self.check_mixing(Path(wanted))
             self.watchdog.doing(f"loading {wanted}", slow=True)
             self._go_on(self.load(Path(wanted)))
@@ -126,6 +148,17 @@ class Resumable(ABC):
         self.loader.load_state_dict(job["data"])
         self.counts = dict(job["counts"])
         self.spikes.load_state_dict(job["spikes"])
+        self.left_out_in_a_row = job["left_out_in_a_row"]
+        self._follow_rollback()
+
+    def _follow_rollback(self) -> None:
+        """Keep to where the last roll-back had led, if it led here, and to how many there were."""
+        path = self.config.output / _ROLLBACK
+        told = self.ranks.gather(json.loads(path.read_text()) if path.exists() else None)[0]
+        if told is not None:
+            self._rollbacks = told["count"]
+            if told["step"] == self.step:
+                self.loader.position = told["position"]
 
     def _checkpoint(self, log: RunLog, *, wait: bool) -> None:
         """Save; what goes wrong is told, and raised only where the run ends with it."""
@@ -163,19 +196,27 @@ class Resumable(ABC):
         counts = self.counts
         if self._rollbacks == self.config.rollbacks:
             raise Diverged(
-                f"step {came}: {self._left_out_in_a_row} steps in a row were left out, and the run was taken back "
+                f"step {came}: {self.left_out_in_a_row} steps in a row were left out, and the run was taken back "
                 f"{self._rollbacks} times already (--rollbacks); lower learning rates, or look at the data"
             )
         self._rollbacks += 1
         self.watchdog.doing(f"step {came}, waiting for the checkpoint before", slow=True)
         self._tell(log, wait=True)
-        if not self._load_newest(log):
+        count = self._rollbacks
+        loaded = self._load_newest(log)
+        self._rollbacks = count
+        if not loaded:
             raise Diverged(
-                f"step {came}: {self._left_out_in_a_row} steps in a row were left out before there was any checkpoint "
+                f"step {came}: {self.left_out_in_a_row} steps in a row were left out before there was any checkpoint "
                 "to go back to; lower learning rates, or look at the data"
             )
         self.loader.position = position
         self.counts = counts
-        self._left_out_in_a_row = 0
+        self.left_out_in_a_row = 0
+        if self.ranks.rank == 0:
+            # For a run that is lost before its next checkpoint.
+            told = {"count": self._rollbacks, "step": self.step, "position": position}
+            with contextlib.suppress(OSError):
+                write_json(self.config.output / _ROLLBACK, told)
         log.begin(self.step)
         log.event(came, "rollback", f"step {came}: back to step {self.step}, and on with other data")

@@ -43,12 +43,17 @@ class RunLog:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / LOG
         kept = [] if step is None else [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        self._unwritten.clear()
         writing = path.with_name(f"{LOG}.writing")
-        writing.write_text("".join(line + "\n" for line in kept))
-        # At no moment is there less than was kept.
-        os.replace(writing, path)
+        try:
+            writing.write_text("".join(line + "\n" for line in kept))
+            # At no moment is there less than was kept.
+            os.replace(writing, path)
+        except OSError as error:
+            self.say(f"cannot write {path} ({error.strerror}): lines that are written again stay beside the first ones")
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):
+                self._board.close()
         self._board = SummaryWriter(str(self._folder), purge_step=None if step is None else step + 1)
         if self._progress is None and sys.stderr.isatty():
             self._progress = Progress(
@@ -93,7 +98,10 @@ class RunLog:
         if self.write:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
-                (self._folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n")
+                try:
+                    (self._folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n")
+                except OSError as error:
+                    self.say(f"cannot write {self._folder / name} ({error.strerror})")
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""
@@ -126,8 +134,11 @@ class RunLog:
 
 def already_finished(folder: Path, *, steps: int) -> bool:
     """Whether the folder holds a run that came to its end, with as many steps."""
-    summary = folder / SUMMARY
-    return summary.exists() and json.loads(summary.read_text())["steps"] >= steps
+    try:
+        return bool(json.loads((folder / SUMMARY).read_text())["steps"] >= steps)
+    except (OSError, ValueError):
+        # None, or one that a lost machine left empty.
+        return False
 
 
 def check_folder(folder: Path, *, resume: str | None) -> None:

@@ -1,7 +1,7 @@
 """Checkpoints written in a thread while training goes on."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from launch import checkpoint
 from launch.checkpoint import CheckpointError
+from launch.ranks import patience_of
 
 
 class BackgroundSaver:
@@ -23,10 +24,12 @@ class BackgroundSaver:
     def __init__(self, directory: Path, *, keep: int, keep_every: int, timeout: float):
         self.directory = directory
         self._options: dict[str, Any] = {"keep": keep, "keep_every": keep_every}
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        self._group = dist.new_group(backend="gloo", timeout=patience_of(timeout))
         gpu = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # A thread begins with the first GPU, whichever its process has.
+        set_up = partial(torch.cuda.set_device, torch.cuda.current_device()) if gpu else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=set_up)
         self._under_way: tuple[Path, Future[Path]] | None = None
 
     def start(

@@ -10,7 +10,7 @@ _LEAST = 32
 
 
 class SpikeJudge:
-    """Judges each step's loss by the last 128 that were no spikes; the same on all ranks, given the same losses.
+    """Judges each step's loss by the 128 before it; the same on all ranks, given the same losses.
 
     A loss `sigma` standard deviations above their mean is a spike, and so is one that is not finite. Nothing is before
     32 losses are known, nor ever where `sigma` is 0. After OLMo 2 (arXiv 2501.00656).
@@ -21,13 +21,14 @@ class SpikeJudge:
         self._seen: deque[float] = deque(maxlen=_WINDOW)
 
     def judge(self, loss: float) -> bool:
-        """Whether this loss is a spike; if not, it counts for those that follow."""
+        """Whether this loss is a spike; it counts for those that follow."""
         if not self.sigma:
             return False
         spike = not math.isfinite(loss)
         if not spike and len(self._seen) >= _LEAST:
             spike = loss > statistics.fmean(self._seen) + self.sigma * statistics.stdev(self._seen)
-        if not spike:
+        if math.isfinite(loss):
+            # Spikes too: a loss that stays where it has jumped to is soon none.
             self._seen.append(loss)
         return spike
 

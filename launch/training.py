@@ -149,10 +149,13 @@ class Training(Resumable):
                 optimizer=self.symdist,
             )
         )
+        if self.step == config.steps:
+            # Lost between its last checkpoint and its summary.
+            return self._summary(self.validate())
         while self.step < config.steps:
             loss, norm, stopping = self._train_step(log)
             self._tell(log, wait=False)
-            if config.rollback_after and self._left_out_in_a_row >= config.rollback_after:
+            if config.rollback_after and self.left_out_in_a_row >= config.rollback_after:
                 self._roll_back(log)
                 continue
             log.advance(self.step)
@@ -163,7 +166,9 @@ class Training(Resumable):
                 self.watchdog.doing(f"step {self.step}, validation")
                 measures = self.validate()
                 log.step(self.step, "validation", measures)
-            if last or stopping or (config.checkpoint_every and self.step % config.checkpoint_every == 0):
+            due = config.checkpoint_every and self.step % config.checkpoint_every == 0
+            # Weights that no step moves any more are none to go back to.
+            if last or stopping or (due and not self.left_out_in_a_row):
                 self._checkpoint(log, wait=last or stopping)
             if last:
                 return self._summary(measures)
@@ -192,6 +197,9 @@ class Training(Resumable):
         self.watchdog.doing(f"step {number}, optimizer")
         before = self.left_out
         norm, seconds = self._update()
+        if spike and self.symdist is not None:
+            # An engine that leaves out the step itself does not come to it.
+            self.symdist.skip_next(False)
         self.step = number
         self._optimizer_times.append(seconds)
         self._step_times.append(self._clock() - started)
@@ -200,7 +208,7 @@ class Training(Resumable):
         return loss, norm, stopping > 0
 
     def _count(self, log: RunLog, loss: float, *, spike: bool, left_out: bool) -> None:
-        self._left_out_in_a_row = self._left_out_in_a_row + 1 if left_out else 0
+        self.left_out_in_a_row = self.left_out_in_a_row + 1 if left_out else 0
         if not left_out:
             return
         self.counts["skipped_steps"] += 1
@@ -300,12 +308,21 @@ class Training(Resumable):
             "tokens": config.steps * config.batch * config.sequence,
             "parameters": self.parameters,
             "active_parameters": self.active_parameters,
-            "tokens_per_second": config.batch * config.sequence / statistics.median(self._step_times),
-            "optimizer_share": self._optimizer_share(len(self._step_times)),
-            "optimizer_ms": 1000 * statistics.median(self._optimizer_times),
+            **self._speeds(),
             "training_seconds": self.elapsed,
             **self.counts,
             **{f"validation_{name}": value for name, value in measures.items()},
+        }
+
+    def _speeds(self) -> dict[str, float]:
+        config = self.config
+        if not self._step_times:
+            # Of the parts of the run before this one no more is known.
+            return {"tokens_per_second": config.steps * config.batch * config.sequence / max(self.elapsed, 1e-9)}
+        return {
+            "tokens_per_second": config.batch * config.sequence / statistics.median(self._step_times),
+            "optimizer_share": self._optimizer_share(len(self._step_times)),
+            "optimizer_ms": 1000 * statistics.median(self._optimizer_times),
         }
 
     def _clock(self) -> float:

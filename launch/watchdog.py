@@ -11,7 +11,8 @@ STOOD_STILL = 3
 """The exit code."""
 
 # What is done once, or waits for a disk, may take as long whatever a collective may.
-_SLOW_SECONDS = 1800.0
+SLOW_SECONDS = 1800.0
+_TELLING_SECONDS = 30.0
 
 
 class Watchdog:
@@ -35,7 +36,7 @@ class Watchdog:
         self.detail = detail
         self.report = report
         self._rank = rank
-        self._doing = ("starting", time.monotonic(), max(seconds, _SLOW_SECONDS))
+        self._doing = ("starting", time.monotonic(), max(seconds, SLOW_SECONDS))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -49,12 +50,16 @@ class Watchdog:
 
     def doing(self, what: str, *, slow: bool = False) -> None:
         """This process goes on, with `what`."""
-        self._doing = (what, time.monotonic(), max(self.seconds, _SLOW_SECONDS) if slow else self.seconds)
+        self._doing = (what, time.monotonic(), max(self.seconds, SLOW_SECONDS) if slow else self.seconds)
 
     def where(self) -> str:
         """What this process is at."""
         what, _, _ = self._doing
-        detail = self.detail()
+        try:
+            detail = self.detail()
+        except Exception:
+            # A device that has failed cannot be asked how far it came.
+            detail = ""
         return f"{what}, {detail}" if detail else what
 
     def _watch(self) -> None:
@@ -66,6 +71,10 @@ class Watchdog:
                 f"rank {self._rank} has stood still for {allowed:g} s in {self.where()}: a rank is lost or hung, "
                 "or --timeout is shorter than this takes"
             )
+            # Where the output hangs as well, nothing is told, but the process ends.
+            ending = threading.Timer(_TELLING_SECONDS, os._exit, (STOOD_STILL,))
+            ending.daemon = True
+            ending.start()
             print(f"error: {text}", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             try:

@@ -188,13 +188,13 @@ class SymDist(torch.optim.Optimizer):
         )
         return loss
 
-    def skip_next(self) -> None:
-        """Leave the next step out, gradients and all, as one that is not finite; all ranks must call it.
+    def skip_next(self, skip: bool = True) -> None:
+        """Leave the next step out, gradients and all, as one that is not finite; or not, after all. All ranks call it.
 
         It is counted in `skipped_steps`. Meant for a loss that jumps: what drives the step, be it an engine, goes on
         as ever.
         """
-        self._skip_next = True
+        self._skip_next = skip
 
     def where(self) -> str:
         """Where a step that another thread runs is: its wave, the collective it waits for; empty between steps."""

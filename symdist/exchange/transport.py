@@ -101,9 +101,16 @@ def _made(group: Group) -> dist.ProcessGroup:
     for handle in group.through:
         most = most.to(_device_of(handle))
         dist.all_reduce(most, dist.ReduceOp.MAX, group=handle)
-    while len(_world.pg_names) < int(most):
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    return dist.new_group(list(group.ranks), use_local_synchronization=True)
+    # A default group that is bound to a device would be split for each group, which takes all its ranks.
+    world = dist.group.WORLD
+    assert world is not None
+    bound, world.bound_device_id = world.bound_device_id, None
+    try:
+        while len(_world.pg_names) < int(most):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        return dist.new_group(list(group.ranks), use_local_synchronization=True)
+    finally:
+        world.bound_device_id = bound
 
 
 def _device_of(handle: dist.ProcessGroup) -> torch.device:

@@ -263,7 +263,8 @@ def test_a_start_again_goes_on_without_being_told(corpus: Path, whole: Path, tmp
     lost = "import os, sys; os.environ['TORCHELASTIC_RESTART_COUNT'] = '1'; sys.argv = sys.argv[1:]; import runpy; "
     start = [sys.executable, "-c", lost + "runpy.run_path(sys.argv[0], run_name='__main__')"]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "mine"}
+    (output / ".launch").write_text("mine")
     done = subprocess.run(
         [*start, "launch/pretrain.py", *options(corpus, output, steps=STEPS), "--accumulation", "4"],
         cwd=ROOT,
@@ -280,3 +281,29 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
+
+
+def test_a_start_that_was_refused_is_refused_again(corpus: Path, whole: Path) -> None:
+    before = (whole / "log.jsonl").read_text()
+    again = [word for word in command(corpus, whole) if word != "--standalone"]
+    done = subprocess.run(
+        [*again[:3], "--standalone", "--max-restarts=1", *again[3:]],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("already holds a run; pass --resume auto") == 2
+    assert (whole / "log.jsonl").read_text() == before
+
+
+def test_a_run_that_was_lost_before_its_summary_ends_with_one(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "late")
+    (tmp_path / "late" / "summary.json").unlink()
+    done = pretrain(corpus, tmp_path / "late", "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+    late, first = read_run(tmp_path / "late").summary, read_run(whole).summary
+    assert late is not None
+    assert first is not None
+    assert late["validation_loss"] == first["validation_loss"]
