@@ -301,16 +301,17 @@ def noisy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SPIKY = (
+    *("--steps", "60", "--batch", "2", "--accumulation", "1", "--spike-sigma", "0.1"),
+    *("--rollback-after", "1", "--checkpoint-every", "4", "--rollbacks"),
+)
+
+
 @pytest.fixture(scope="module")
 def spiky(noisy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that leaves out steps whose loss jumps, and goes back after each."""
     output = tmp_path_factory.mktemp("runs") / "spiky"
-    done = pretrain(
-        noisy,
-        output,
-        *("--data.source", f"bin:{noisy}/*.bin", "--steps", "60", "--batch", "2", "--accumulation", "1"),
-        *("--spike-sigma", "0.1", "--rollback-after", "1", "--rollbacks", "50", "--checkpoint-every", "4"),
-    )
+    done = pretrain(noisy, output, "--data.source", f"bin:{noisy}/*.bin", *SPIKY, "50")
     assert done.returncode == 0, done.stderr
     return output
 
@@ -337,6 +338,14 @@ def test_the_run_goes_back_and_on_with_other_data(spiky: Path) -> None:
     assert state["trainer"]["data"]["position"] == 2 * (60 + again)
 
 
+def test_it_goes_back_only_so_often(noisy: Path, tmp_path: Path) -> None:
+    done = pretrain(noisy, tmp_path / "often", "--data.source", f"bin:{noisy}/*.bin", *SPIKY, "1")
+    assert done.returncode != 0
+    assert re.search(
+        r"error: step \d+: 1 steps in a row were left out, and the run was taken back 1 times already", done.stderr
+    )
+
+
 def test_a_run_that_only_ever_leaves_out_steps_ends(corpus: Path, tmp_path: Path) -> None:
     done = pretrain(
         corpus,
@@ -345,7 +354,8 @@ def test_a_run_that_only_ever_leaves_out_steps_ends(corpus: Path, tmp_path: Path
         *("rms_norm_eps", "nan", "--rollback-after", "3", "--checkpoint-every", "2", "--rollbacks", "1"),
     )
     assert done.returncode != 0
-    assert "error: step 5: 3 steps in a row were left out, and the run was taken back 1 times already" in done.stderr
+    assert "error: step 3: 3 steps in a row were left out before there was any checkpoint to go back to" in done.stderr
+    assert not (tmp_path / "lost" / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
