@@ -35,16 +35,21 @@ def main() -> int:
             _import_megatron()
         return config
 
-    try:
-        return run(configure, _start)
-    finally:
-        _end_helpers()
+    return run(configure, _start)
 
 
 def _end_helpers() -> None:
     """End the process that Megatron's writer of checkpoints keeps: it would live on and hold the output open."""
     for helper in multiprocessing.active_children():
         helper.kill()
+
+
+def _main_with_helpers() -> int:
+    """As `main`, in a process of its own, all of whose children are helpers."""
+    try:
+        return main()
+    finally:
+        _end_helpers()
 
 
 def _start(config: MegatronRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog) -> Training:
@@ -90,4 +95,4 @@ def _install_stand_ins() -> None:
 
 
 if __name__ == "__main__":
-    end_with(main)
+    end_with(_main_with_helpers)
