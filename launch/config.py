@@ -3,6 +3,7 @@
 import json
 import sys
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -133,48 +134,61 @@ def parse_as(kind: type[C], arguments: list[str]) -> C:
     Raises ValueError for a file that is missing or no TOML; for an unknown option or a value of the wrong kind, in the
     file or on the command line, tyro says so and ends the process with code 2.
     """
-    words: list[str] = []
+    given: list[str] = []
+    for word in split_configs(arguments):
+        given = [*read_toml(word), *given] if isinstance(word, Path) else [*given, word]
+    description = f"{kind.__doc__}\n\n--config FILE.toml reads values from a file; the command line wins."
+    return tyro.cli(kind, args=given, prog=Path(sys.argv[0]).name, description=description)
+
+
+def split_configs(arguments: list[str]) -> Iterator[str | Path]:
+    """The words of a command line, with the file in place of `--config FILE`; ValueError where none is named."""
     rest = iter(arguments)
     for word in rest:
         name, equals, value = word.partition("=")
         if name != "--config":
-            words.append(word)
+            yield word
             continue
         path = value if equals else next(rest, None)
         if not path:
             raise ValueError("--config needs a file")
-        words = [*read_toml(Path(path)), *words]
-    description = f"{kind.__doc__}\n\n--config FILE.toml reads values from a file; the command line wins."
-    return tyro.cli(kind, args=words, prog=Path(sys.argv[0]).name, description=description)
+        yield Path(path)
 
 
-def read_toml(path: Path) -> list[str]:
-    """The values of a TOML file as command-line words, so that both are checked alike."""
+def load_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says; ValueError for one that is missing or no TOML."""
     try:
-        content = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"config {path} is not valid TOML: {error}") from None
-    return _words(content, prefix="--")
 
 
-def _words(content: dict[str, Any], *, prefix: str) -> list[str]:
-    words = []
+def read_toml(path: Path) -> list[str]:
+    """The values of a TOML file as command-line words, so that both are checked alike."""
+    return words(load_toml(path), prefix="--")
+
+
+def words(content: dict[str, Any], *, prefix: str) -> list[str]:
+    """Values of a TOML table, or of a configuration, as command-line words; None is left out."""
+    found: list[str] = []
     for name, value in content.items():
         option = prefix + name.replace("_", "-")
         if name == "model_overrides" and isinstance(value, dict):
-            words += [option, *(word for key, item in value.items() for word in (key, _text(item)))]
+            found += [option, *(_text(word) for pair in value.items() for word in pair)] if value else []
+        elif name == "set":
+            found += [word for item in value for word in (option, _text(item))]
         elif isinstance(value, dict):
-            words += _words(value, prefix=f"{option}.")
-        elif name == "set" and isinstance(value, list):
-            words += [word for item in value for word in (option, _text(item))]
+            found += words(value, prefix=f"{option}.")
+        elif isinstance(value, list | tuple):
+            found += [option, *map(_text, value)]
         elif isinstance(value, bool):
-            words.append(option if value else f"{prefix}no-{name.replace('_', '-')}")
-        else:
-            words += [option, _text(value)]
-    return words
+            found.append(option if value else f"{prefix}no-{name.replace('_', '-')}")
+        elif value is not None:
+            found += [option, _text(value)]
+    return found
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)

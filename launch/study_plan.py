@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import tyro
 from tyro.conf import Suppress
 
-from launch.config import Config
+from launch.config import Config, load_toml, split_configs, words
 from launch.runlog import LOG, already_finished
 from launch.study_report import ArmOutcome, Outcome, read_outcome
 from symdist.recipes import Recipe, load_recipe, parse_overrides, parse_value
@@ -190,21 +189,11 @@ def parse(arguments: list[str], *, description: str | None) -> Study:
     """The study of `--config FILE.toml` and of options over it; ValueError for a file that is none."""
     given: list[str] = []
     arms: list[Arm] = []
-    rest = iter(arguments)
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if name != "--config":
+    for word in split_configs(arguments):
+        if not isinstance(word, Path):
             given.append(word)
             continue
-        path = value if equals else next(rest, None)
-        if not path:
-            raise ValueError("--config needs a file")
-        try:
-            content = tomllib.loads(Path(path).read_text())
-        except OSError as error:
-            raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"config {path} is not valid TOML: {error}") from None
+        content = load_toml(word)
         arms = [_arm(table) for table in content.pop("arms", [])]
         given = [*words(content, prefix="--"), *given]
     study = tyro.cli(Study, args=given, prog="study.py", description=description)
@@ -222,30 +211,6 @@ def _arm(table: dict[str, Any]) -> Arm:
     if wrong := sorted(key for key in known - {"set"} if not isinstance(given[key], str)):
         raise ValueError(f"arm {table}: {', '.join(wrong)} must be text")
     return Arm(**given)
-
-
-def words(content: dict[str, Any], *, prefix: str) -> list[str]:
-    """Values of a TOML table, or of a configuration, as command-line words; None is left out."""
-    found: list[str] = []
-    for name, value in content.items():
-        option = prefix + name.replace("_", "-")
-        if name == "model_overrides" and isinstance(value, dict):
-            found += [option, *(_text(word) for pair in value.items() for word in pair)] if value else []
-        elif name == "set":
-            found += [word for item in value for word in (option, _text(item))]
-        elif isinstance(value, dict):
-            found += words(value, prefix=f"{option}.")
-        elif isinstance(value, list | tuple):
-            found += [option, *map(_text, value)]
-        elif isinstance(value, bool):
-            found.append(option if value else f"{prefix}no-{name.replace('_', '-')}")
-        elif value is not None:
-            found += [option, _text(value)]
-    return found
-
-
-def _text(value: Any) -> str:
-    return str(value) if isinstance(value, str | Path) else json.dumps(value)
 
 
 def outcomes(study: Study) -> list[ArmOutcome]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +28,20 @@ def options(corpus: Path, output: Path, *, steps: int) -> list[str]:
         *("--log-every", "1", "--validate-every", "15", "--validation-sequences", "8", "--accumulation", "2"),
         *("--model-overrides", "num_hidden_layers", "2", "hidden_size", "32", "intermediate_size", "32"),
     ]
+
+
+def torchrun(corpus: Path, output: Path, *more: str, steps: int, ranks: int = 2, restarts: int = 0) -> list[str]:
+    """The command of a run under FSDP2."""
+    return [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
+        *(f"--max-restarts={restarts}", "--monitor-interval=0.05"),
+        *("launch/pretrain.py", *options(corpus, output, steps=steps), *more),
+    ]
+
+
+def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """What a run says, once it has ended."""
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from launch.job import run
 from launch.runlog import check_folder
 from symdist import cli
 from symdist.commands.runs import read_run
-from tests.launch.runs import ROOT, environment, options, stop, trained, write_corpus
+from tests.launch.runs import ROOT, environment, finished, options, stop, torchrun, trained, write_corpus
 
 STEPS = 30
 
@@ -27,17 +28,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def command(corpus: Path, output: Path, *more: str, ranks: int = 2) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
-        *("launch/pretrain.py", *options(corpus, output, steps=STEPS), *more),
-    ]
+command = partial(torchrun, steps=STEPS)
 
 
 def pretrain(corpus: Path, output: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(corpus, output, *more, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    return finished(command(corpus, output, *more, ranks=ranks))
 
 
 @pytest.fixture(scope="module")
@@ -285,14 +280,7 @@ def free_port() -> int:
 
 def test_a_start_that_was_refused_is_refused_again(corpus: Path, whole: Path) -> None:
     before = (whole / "log.jsonl").read_text()
-    again = [word for word in command(corpus, whole) if word != "--standalone"]
-    done = subprocess.run(
-        [*again[:3], "--standalone", "--max-restarts=1", *again[3:]],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = finished(command(corpus, whole, restarts=1))
     assert done.returncode != 0
     assert done.stderr.count("already holds a run; pass --resume auto") == 2
     assert (whole / "log.jsonl").read_text() == before

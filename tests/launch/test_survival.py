@@ -8,10 +8,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ import pytest
 from launch.checkpoint_directory import newest_first, verify_sizes
 from launch.data import write_shard
 from launch.spikes import SpikeJudge
-from tests.launch.runs import ROOT, environment, options, trained, validated, write_corpus
+from tests.launch.runs import ROOT, environment, finished, torchrun, trained, validated, write_corpus
 
 # How often a run loses a rank; twenty times takes some minutes.
 KILLS = int(os.environ.get("SYMDIST_TEST_KILLS", "4"))
@@ -33,18 +33,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def command(corpus: Path, output: Path, *more: str, ranks: int = 2, restarts: int = 0) -> list[str]:
-    return [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
-        *(f"--max-restarts={restarts}", "--monitor-interval=0.05"),
-        *("launch/pretrain.py", *options(corpus, output, steps=STEPS), *more),
-    ]
+command = partial(torchrun, steps=STEPS)
 
 
 def pretrain(corpus: Path, output: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(corpus, output, *more, ranks=ranks), cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    return finished(command(corpus, output, *more, ranks=ranks))
 
 
 @pytest.fixture(scope="module")
