@@ -95,10 +95,13 @@ class Config:
         """The `mesh`, or the stage of `zero`, on which `symdist plan` sees this run; None where it cannot."""
         return {"mesh": {"dp_shard": ranks}}
 
+    def model_settings(self) -> dict[str, Any]:
+        """`model_overrides` with their values as TOML reads them."""
+        return {key: parse_value(text) for key, text in self.model_overrides.items()}
+
     def outline(self) -> Any:
         """The model on meta tensors; ValueError where there is none such."""
-        overrides = {key: parse_value(text) for key, text in self.model_overrides.items()}
-        return build(self.model, device="meta", vocabulary=self.data.vocabulary, overrides=overrides)
+        return build(self.model, device="meta", vocabulary=self.data.vocabulary, overrides=self.model_settings())
 
     def check(self, *, ranks: int) -> None:
         """ValueError, naming the value and the remedy, for what cannot run on so many ranks."""

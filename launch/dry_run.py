@@ -18,7 +18,7 @@ from symdist.commands.plan import plan_step
 from symdist.commands.plan_views import plan_table, summary
 from symdist.commands.preview import Preview, preview
 from symdist.commands.tables import in_bytes, route_table, totals
-from symdist.recipes import Recipe, load_recipe, parse_value
+from symdist.recipes import Recipe, load_recipe
 from symdist.rules import ACCUMULATOR_STATE, get_rule
 
 _FILE_WIDTH = 200
@@ -51,7 +51,7 @@ def dry_run(config: Config) -> None:
     layout = config.pretended(ranks)
     built = {
         "vocabulary": config.data.vocabulary,
-        "overrides": {key: parse_value(text) for key, text in config.model_overrides.items()},
+        "overrides": config.model_settings(),
     }
     found = preview(config.model, recipe, built=built, **(layout or {"mesh": {"dp_shard": 1}}))
     say(*(f"checkpoints: {line}" for line in _checkpoints(config, _checkpoint_bytes(found))))

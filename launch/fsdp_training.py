@@ -31,9 +31,7 @@ class FsdpTraining(Training):
         self.scheduler = build_scheduler(self.optimizer, self._schedules(), config.steps)
         self._saver = None
         if config.background_checkpoints:
-            self._saver = BackgroundSaver(
-                self.checkpoints, keep=config.keep, keep_every=config.keep_every, timeout=config.timeout
-            )
+            self._saver = BackgroundSaver(self.checkpoints, keep_every=config.keep_every, timeout=config.timeout)
         return model
 
     def _build_model(self, outline: nn.Module) -> Any:
@@ -92,13 +90,6 @@ class FsdpTraining(Training):
         """See `Training`."""
         return self.config.mesh.sizes(self.ranks.world)
 
-    @property
-    def low_precision(self) -> bool:
-        """See `Training`."""
-        asked = self.config.precision
-        able = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return asked == "bfloat16" or (asked == "auto" and able)
-
     def load(self, path: Path) -> dict[str, Any]:
         """See `Training`."""
         job = checkpoint.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
@@ -110,7 +101,12 @@ class FsdpTraining(Training):
         trainer = self.job() | {"scheduler": self.scheduler.state_dict()}
         if self._saver is not None:
             return self._saver.start(
-                self.step, model=self.model, optimizer=self.optimizer, trainer=trainer, identity=self.identity
+                self.step,
+                model=self.model,
+                optimizer=self.optimizer,
+                trainer=trainer,
+                identity=self.identity,
+                keep=self.kept,
             )
         return checkpoint.save(
             self.checkpoints,

@@ -7,7 +7,6 @@ from typing import Any
 from launch.config import Config
 from launch.megatron_shape import Shape, shape_of
 from symdist.models import build
-from symdist.recipes import parse_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,7 @@ class MegatronRun(Config):
 
     def shape(self) -> Shape:
         """The model's sizes; ValueError for a model that has no counterpart in Megatron."""
-        overrides = {key: parse_value(text) for key, text in self.model_overrides.items()}
-        return shape_of(build(self.model, device="meta", overrides=overrides).config)
+        return shape_of(build(self.model, device="meta", overrides=self.model_settings()).config)
 
     def data_ranks(self, ranks: int) -> int:
         """See `Config`."""

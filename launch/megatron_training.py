@@ -189,13 +189,6 @@ class MegatronTraining(Training):
         }
 
     @property
-    def low_precision(self) -> bool:
-        """See `Training`."""
-        asked = self.config.precision
-        able = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return asked == "bfloat16" or (asked == "auto" and able)
-
-    @property
     def identity(self) -> dict[str, Any]:
         """See `Training`; the layout is no part of it."""
         return super().identity | {

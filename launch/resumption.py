@@ -118,11 +118,11 @@ class Resumable(ABC):
             self.check_mixing(Path(wanted))
             self.watchdog.doing(f"loading {wanted}", slow=True)
             self._go_on(self.load(Path(wanted)))
-            return self.step
-        if self._load_newest(log):
-            return self.step
-        log.say(f"no checkpoint in {self.checkpoints}: starting from the beginning")
-        return None
+        elif not self._load_newest(log):
+            log.say(f"no checkpoint in {self.checkpoints}: starting from the beginning")
+            return None
+        self._follow_rollback()
+        return self.step
 
     def _load_newest(self, log: RunLog) -> bool:
         """Load the newest checkpoint that is whole; False where there is none."""
@@ -149,7 +149,6 @@ class Resumable(ABC):
         self.counts = dict(job["counts"])
         self.spikes.load_state_dict(job["spikes"])
         self.left_out_in_a_row = job["left_out_in_a_row"]
-        self._follow_rollback()
 
     def _follow_rollback(self) -> None:
         """Keep to where the last roll-back had led, if it led here, and to how many there were."""
@@ -202,10 +201,7 @@ class Resumable(ABC):
         self._rollbacks += 1
         self.watchdog.doing(f"step {came}, waiting for the checkpoint before", slow=True)
         self._tell(log, wait=True)
-        count = self._rollbacks
-        loaded = self._load_newest(log)
-        self._rollbacks = count
-        if not loaded:
+        if not self._load_newest(log):
             raise Diverged(
                 f"step {came}: {self.left_out_in_a_row} steps in a row were left out before there was any checkpoint "
                 "to go back to; lower learning rates, or look at the data"

@@ -21,9 +21,9 @@ class BackgroundSaver:
     training. The copy's buffers are kept: they cost as much host memory as weights and state of a rank take.
     """
 
-    def __init__(self, directory: Path, *, keep: int, keep_every: int, timeout: float):
+    def __init__(self, directory: Path, *, keep_every: int, timeout: float):
         self.directory = directory
-        self._options: dict[str, Any] = {"keep": keep, "keep_every": keep_every}
+        self._keep_every = keep_every
         self._group = dist.new_group(backend="gloo", timeout=patience_of(timeout))
         gpu = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
@@ -40,12 +40,19 @@ class BackgroundSaver:
         optimizer: torch.optim.Optimizer,
         trainer: dict[str, Any],
         identity: dict[str, Any],
+        keep: int,
     ) -> Path:
         """Copy everything, and begin to write it; where it will be. One that is still being written must be done."""
         assert self._under_way is None
         copied = checkpoint.snapshot(step, model=model, optimizer=optimizer, trainer=trainer, stager=self._stager)
         writing = self._thread.submit(
-            checkpoint.write, self.directory, copied, identity=identity, group=self._group, **self._options
+            checkpoint.write,
+            self.directory,
+            copied,
+            identity=identity,
+            keep=keep,
+            keep_every=self._keep_every,
+            group=self._group,
         )
         self._under_way = self.directory / f"step-{step:08d}", writing
         return self._under_way[0]

@@ -23,7 +23,7 @@ from launch.watchdog import Watchdog
 from symdist import SymDist
 from symdist.diagnostics import RouterMonitor
 from symdist.models import active_parameters, build
-from symdist.recipes import Recipe, load_recipe, parse_value
+from symdist.recipes import Recipe, load_recipe
 
 # Above this many weights no rank draws the whole model to keep its shard of it.
 _DRAWN_WHOLE = 200_000_000
@@ -42,7 +42,7 @@ class Training(Resumable):
             build,
             config.model,
             vocabulary=corpus.vocabulary,
-            overrides={key: parse_value(text) for key, text in config.model_overrides.items()},
+            overrides=config.model_settings(),
         )
         outline = self._make_model(device="meta")
         self.parameters = sum(parameter.numel() for parameter in outline.parameters())
@@ -104,9 +104,11 @@ class Training(Resumable):
         """How the ranks divide model and data, for the reader."""
 
     @property
-    @abstractmethod
     def low_precision(self) -> bool:
         """Whether forward and backward are in bfloat16."""
+        asked = self.config.precision
+        able = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return asked == "bfloat16" or (asked == "auto" and able)
 
     @property
     def left_out(self) -> int:

@@ -44,6 +44,11 @@ def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
+def run_fsdp(corpus: Path, output: Path, *more: str, steps: int, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """A run under FSDP2, from start to end."""
+    return finished(torchrun(corpus, output, *more, steps=steps, ranks=ranks))
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
 

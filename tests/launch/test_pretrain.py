@@ -17,7 +17,7 @@ from launch.job import run
 from launch.runlog import check_folder
 from symdist import cli
 from symdist.commands.runs import read_run
-from tests.launch.runs import ROOT, environment, finished, options, stop, torchrun, trained, write_corpus
+from tests.launch.runs import ROOT, environment, finished, options, run_fsdp, stop, torchrun, trained, write_corpus
 
 STEPS = 30
 
@@ -28,11 +28,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-command = partial(torchrun, steps=STEPS)
-
-
-def pretrain(corpus: Path, output: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return finished(command(corpus, output, *more, ranks=ranks))
+command, pretrain = partial(torchrun, steps=STEPS), partial(run_fsdp, steps=STEPS)
 
 
 @pytest.fixture(scope="module")

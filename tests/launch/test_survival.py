@@ -20,7 +20,7 @@ import pytest
 from launch.checkpoint_directory import newest_first, verify_sizes
 from launch.data import write_shard
 from launch.spikes import SpikeJudge
-from tests.launch.runs import ROOT, environment, finished, torchrun, trained, validated, write_corpus
+from tests.launch.runs import ROOT, environment, run_fsdp, torchrun, trained, validated, write_corpus
 
 # How often a run loses a rank; twenty times takes some minutes.
 KILLS = int(os.environ.get("SYMDIST_TEST_KILLS", "4"))
@@ -33,11 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-command = partial(torchrun, steps=STEPS)
-
-
-def pretrain(corpus: Path, output: Path, *more: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    return finished(command(corpus, output, *more, ranks=ranks))
+command, pretrain = partial(torchrun, steps=STEPS), partial(run_fsdp, steps=STEPS)
 
 
 @pytest.fixture(scope="module")
