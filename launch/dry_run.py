@@ -19,7 +19,7 @@ from symdist.commands.plan_views import plan_table, summary
 from symdist.commands.preview import Preview, preview
 from symdist.commands.tables import in_bytes, route_table, totals
 from symdist.recipes import Recipe, load_recipe
-from symdist.rules import ACCUMULATOR_STATE, get_rule
+from symdist.rules import get_rule
 
 _FILE_WIDTH = 200
 
@@ -87,7 +87,7 @@ def _checkpoint_bytes(found: Preview) -> int:
     """Weights and state in float32."""
     total = 0
     for each in found.parameters:
-        kept = 1 + len(ACCUMULATOR_STATE[get_rule(each.rule).accumulator])
+        kept = 1 + len(get_rule(each.rule).state_names())
         total += 4 * kept * math.prod(each.shape)
     return total
 

@@ -17,6 +17,7 @@ from symdist.views import bind_view
 
 COMMON: dict[str, Any] = {
     "weight_decay": 0.0,
+    "cautious_decay": False,
     "view": "rows",
     "stale_rows": "move",
     "placement": "auto",
@@ -73,6 +74,8 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
     decay = group["weight_decay"]
     if not (isinstance(decay, int | float) and math.isfinite(decay) and decay >= 0):
         raise ValueError(f"{where}: weight_decay={decay!r} must be a finite number, 0 or more")
+    if not isinstance(group["cautious_decay"], bool):
+        raise ValueError(f"{where}: cautious_decay={group['cautious_decay']!r} must be true or false")
     if not isinstance(group["padding_rows"], int) or group["padding_rows"] < 0:
         raise ValueError(f"{where}: padding_rows={group['padding_rows']!r} must be a whole number, 0 or more")
     if group["stale_rows"] not in ("move", "hold"):
@@ -114,9 +117,9 @@ def describe_member(
     if rule.matrices and 0 in layout.shape:
         raise ValueError(f"{name} has shape {layout.shape} and so no matrix in it; leave it out of the optimizer")
     padding, hold = group["padding_rows"], group["stale_rows"] == "hold"
-    if padding and (group["view"] != "rows" or len(layout.shape) != 2 or padding >= layout.shape[0]):
+    if padding and (group["view"] not in ("rows", "columns") or len(layout.shape) != 2 or padding >= layout.shape[0]):
         raise ValueError(
-            f"{name}: padding_rows={padding} needs a matrix seen by rows, with more rows than that; "
+            f"{name}: padding_rows={padding} needs a matrix seen by rows or columns, with more rows than that; "
             f"its shape is {layout.shape}, its view {group['view']!r}"
         )
     plain = not rule.matrices and not group["centered"] and not padding and not hold
@@ -125,6 +128,11 @@ def describe_member(
     # A view that nothing will look through is still checked; the default is left to tensors of any shape.
     if stacked or group["view"] != COMMON["view"]:
         view = bind_view(group["view"], layout.shape, name=name)
+        if rule.ordered and view.kind.startswith("gate_up"):
+            raise ValueError(
+                f"{name}: rule {rule.name!r} goes by the places of columns, which view {group['view']!r} mixes; "
+                "use 'rows', 'columns' or, in a recipe, 'residual'"
+            )
     if stacked:
         stack = Stack(
             rule=rule,

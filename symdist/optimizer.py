@@ -10,14 +10,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from symdist.accumulate import adamw_step, advance
-from symdist.exchange import Collectives, Counting, FlatJob, Job, Placement, Plan, Task, Trail, Transport, rehearse, run
+from symdist.accumulate import adamw_step, advance, inward
+from symdist.exchange import (
+    Collectives,
+    Counting,
+    FlatJob,
+    Given,
+    Job,
+    Made,
+    Placement,
+    Plan,
+    Task,
+    Trail,
+    Transport,
+    rehearse,
+    run,
+)
 from symdist.finite import NonFinite, agree_finite, ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import Group, check_placements, group_from, local
 from symdist.partial import finish_partial_gradients
 from symdist.routed import Routed, routed
-from symdist.rules import ACCUMULATOR_STATE
 from symdist.saved import check_groups, check_state
 
 if TYPE_CHECKING:
@@ -29,13 +42,14 @@ WAVE_BYTES = 1 << 30
 class SymDist(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` over groups that each name a rule.
 
-    A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`, `view`,
+    A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`,
+    `cautious_decay` (decay only those weights that their update takes towards zero, too), `view`,
     `stale_rows`, `placement`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A 3-D
     parameter is a stack of matrices. `layouts`, where given, has for each parameter None or where it lies; of
     a `FlatLayout` every rank gives its piece, an empty vector where it holds nothing.
 
     A missing gradient is a zero gradient. State lies like its parameter, is complete from construction on, and is
-    float32 or wider. `lr`, `weight_decay` and what the momentum is told may change between steps; the rule's own
+    float32 or wider. `lr`, the decay and what the momentum is told may change between steps; the rule's own
     options and the view are those of construction.
 
     `nonfinite` says what all ranks do together when a gradient is inf or NaN on any: "raise" FloatingPointError before
@@ -281,7 +295,7 @@ class SymDist(torch.optim.Optimizer):
     def _new_state(self, member: Member) -> dict[str, Tensor]:
         state = {
             key: torch.zeros_like(member.parameter, dtype=member.dtype, requires_grad=False)
-            for key in ACCUMULATOR_STATE[member.rule.accumulator]
+            for key in member.rule.state_names(self.param_groups[member.group])
         }
         if member.rule.accumulator == "adam":
             state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
@@ -312,14 +326,18 @@ class SymDist(torch.optim.Optimizer):
             by_group.setdefault(self._members[i].group, []).append(i)
         return [(self.param_groups[group], members) for group, members in by_group.items()]
 
-    def _begin(self, job: Job | FlatJob, gradients: list[Tensor]) -> tuple[list[Tensor], list[Tensor] | None]:
+    def _begin(self, job: Job | FlatJob, gradients: list[Tensor]) -> Given:
         directions: dict[int, Tensor] = {}
         for group, members in self._by_group(job.members):
             states = [self._local_state(i) for i in members]
             given = [gradients[i].to(job.stack.dtype) for i in members]
             directions.update(zip(members, advance(job.stack.rule.accumulator, states, given, group), strict=True))
-        held = [gradients[i] for i in job.members] if job.stack.hold else None
-        return [directions[i] for i in job.members], held
+        remembered = [self._local_state(i) for i in job.members] if job.stack.state_names else []
+        return Given(
+            directions=[directions[i] for i in job.members],
+            gradients=[gradients[i] for i in job.members] if job.stack.hold else None,
+            states=tuple([state[name] for state in remembered] for name in job.stack.state_names),
+        )
 
     def _local_state(self, index: int) -> dict[str, Tensor]:
         return {key: local(value) for key, value in self.state[self._members[index].parameter].items()}
@@ -329,41 +347,46 @@ class SymDist(torch.optim.Optimizer):
         for group, members in self._by_group(plain):
             weights = [local(self._members[i].parameter) for i in members]
             wide = [weight.to(self._members[i].dtype) for i, weight in zip(members, weights, strict=True)]
-            before = [weight.clone() for weight in wide] if observer is not None else []
+            lr, decay, cautious = float(group["lr"]), group["weight_decay"], group["cautious_decay"]
+            before = [weight.clone() for weight in wide] if observer is not None or cautious else []
             adamw_step(
                 wide,
                 [self._local_state(i) for i in members],
                 [gradients[i].to(self._members[i].dtype) for i in members],
                 betas=group["betas"],
                 eps=group["eps"],
-                lr=float(group["lr"]),
-                weight_decay=group["weight_decay"],
+                lr=lr,
+                weight_decay=0.0 if cautious else decay,
             )
+            # What the weights lose by themselves, without the step.
+            lost = [lr * decay * old for old in before]
+            if cautious:
+                lost = [of * inward(old, old - new) for of, old, new in zip(lost, before, wide, strict=True)]
+                torch._foreach_sub_(wide, lost)
             for weight, stepped in zip(weights, wide, strict=True):
                 if weight is not stepped:
                     weight.copy_(stepped)
             if observer is not None:
-                kept = 1 - float(group["lr"]) * group["weight_decay"]
-                steps = [stepped - kept * old for stepped, old in zip(wide, before, strict=True)]
-                self._observe(observer, members, steps)
+                parts = zip(wide, before, lost, strict=True)
+                self._observe(observer, members, [stepped - old + of for stepped, old, of in parts])
 
-    def _move(
-        self,
-        job: Job | FlatJob,
-        observer: StepMonitor | None,
-        updates: list[Tensor],
-        moved: list[Tensor] | None,
-    ) -> None:
-        """Decoupled decay first, then the update."""
+    def _move(self, job: Job | FlatJob, observer: StepMonitor | None, made: Made) -> None:
+        """Decoupled decay first, then the update; and what the rule remembers."""
+        updates, moved = made.updates, made.moved
         place_of = {member: place for place, member in enumerate(job.members)}
         for group, members in self._by_group(job.members):
             lr, decay = float(group["lr"]), group["weight_decay"]
             places = [place_of[i] for i in members]
             weights = [local(self._members[i].parameter) for i in members]
             chosen = [updates[place] for place in places]
-            if moved is not None:
+            for name, layer in zip(job.stack.state_names, made.states, strict=True):
+                torch._foreach_copy_([self._local_state(i)[name] for i in members], [layer[place] for place in places])
+            if moved is not None or (decay and group["cautious_decay"]):
                 for weight, update, place in zip(weights, chosen, places, strict=True):
-                    weight.copy_(weight * (1 - lr * decay * moved[place]) - lr * update)
+                    kept: Tensor | float = 1.0 if moved is None else moved[place]
+                    if group["cautious_decay"]:
+                        kept = kept * inward(weight, update)
+                    weight.copy_(weight * (1 - lr * decay * kept) - lr * update)
             elif weights[0].dtype != chosen[0].dtype:
                 for weight, update in zip(weights, chosen, strict=True):
                     weight.copy_(weight.to(update.dtype) * (1 - lr * decay) - lr * update)

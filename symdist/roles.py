@@ -29,6 +29,15 @@ _COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
 _KV_COUNTS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
 
 
+# Stored [out, in], the first have the residual stream as their input, the second as their output. An embedding's rows
+# are written to it one by one, so its columns are the stream, as they are of what reads it.
+READS_RESIDUAL = frozenset(
+    ("embedding", "tied_embedding", "head", "router", "attention_q", "attention_k", "attention_v", "attention_qkv")
+    + tuple(f"{kind}_{part}" for kind in ("mlp", "expert") for part in ("gate", "up", "gate_up"))
+)
+WRITES_RESIDUAL = frozenset(("attention_o", "mlp_down", "expert_down"))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """Where a parameter stands.

@@ -13,7 +13,7 @@ from symdist.finite import NonFinite
 from symdist.groups import COMMON
 from symdist.optimizer import WAVE_BYTES, SymDist
 from symdist.recipes import Recipe, RecipeLike, load_recipe
-from symdist.roles import Site, find_sites
+from symdist.roles import READS_RESIDUAL, WRITES_RESIDUAL, Site, find_sites
 from symdist.rules import get_rule
 
 _LOOKED_UP = ("embedding", "tied_embedding")
@@ -24,7 +24,8 @@ def route(model: nn.Module, recipe: RecipeLike, **overrides: Mapping[str, Any]) 
 
     `recipe` is a name, a TOML file or a mapping; `overrides` replace options by role, as in
     `router={"rule": "left_spectral"}`. Frozen parameters are left out. Beside the views a group knows, a recipe may
-    say "heads" (head by head), "neurons" (rows are the hidden neurons of an MLP), "apart" (what shares one tensor, as
+    say "heads" (head by head), "neurons" (rows are the hidden neurons of an MLP), "residual" (rows are the residual
+    stream), "apart" (what shares one tensor, as
     gate and up do, each by itself) or nothing (`[out, in]`), and each parameter gets the view that means.
 
     Raises ValueError for a matrix without a role, a role without a section, a pattern that nothing takes, and a view
@@ -139,6 +140,13 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
             return {"heads": 2, "dim": 0}
         case None | "apart":
             return "columns" if site.transposed else "rows"
+        case "residual":
+            if role not in (*READS_RESIDUAL, *WRITES_RESIDUAL):
+                raise ValueError(
+                    f"{name} has role {role!r}, of which it is not known which side is the residual stream: say view = "
+                    '"rows" or "columns", whichever it is of the stored [out, in], in a pattern or section'
+                )
+            return "columns" if (role in READS_RESIDUAL) != site.transposed else "rows"
         case "groups":
             if site.groups is None:
                 raise ValueError(f"{name} has no query groups in one tensor: view 'groups' is for a fused q, k and v")

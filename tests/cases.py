@@ -14,6 +14,7 @@ HYBRID = {"rule": "hybrid"}
 POLAR = {"rule": "polar"}
 MUON = {"rule": "muon"}
 ADAMW = {"rule": "adamw"}
+ARO = {"rule": "aro"}
 
 # Row counts do not divide by 2, 3 and 4 at once; some leave ranks empty (2 and 3 rows on 4 ranks).
 CASES: dict[str, Case] = {
@@ -60,7 +61,20 @@ CASES: dict[str, Case] = {
     "muon_heads_out": ((12, 15), MUON | {"view": {"heads": 3, "dim": 0}}),
     "muon_heads_in": ((15, 12), MUON | {"view": {"heads": 3, "dim": 1}}),
     "muon_experts": ((5, 9, 4), MUON | {"scale": "none"}),
+    "aro": ((6, 17), ARO | {"weight_decay": 0.1}),
+    "aro_tall": ((11, 5), ARO | {"rounds": 3}),
+    "aro_columns": ((17, 6), ARO | {"view": "columns"}),
+    "aro_columns_tall": ((4, 9), ARO | {"view": "columns", "base": "row_norm"}),
+    "aro_padding": ((17, 6), ARO | {"view": "columns", "base": "sign", "padding_rows": 5, "weight_decay": 0.1}),
+    "aro_adam": ((13, 6), ARO | {"view": "columns", "base": "adam"}),
+    "aro_heads": ((6, 12), ARO | {"view": {"heads": 3, "dim": 1}}),
+    "aro_experts": ((5, 9, 4), ARO | {"view": "columns"}),
+    "aro_experts_tall": ((3, 9, 4), ARO | {"base": "row_norm"}),
     "adamw": ((17, 6), ADAMW | {"weight_decay": 0.1}),
+    "row_cautious": ((17, 6), ROW | {"weight_decay": 0.3, "cautious_decay": True}),
+    "row_cautious_hold": ((17, 6), ROW | {"weight_decay": 0.3, "cautious_decay": True, "stale_rows": "hold"}),
+    "muon_cautious": ((6, 29), MUON | {"weight_decay": 0.3, "cautious_decay": True}),
+    "adamw_cautious": ((17, 6), ADAMW | {"weight_decay": 0.3, "cautious_decay": True}),
     "adamw_vector": ((3,), ADAMW),
     "adamw_bias_centered": ((7,), ADAMW | {"centered": True}),
     "adamw_hold": ((17, 6), ADAMW | {"stale_rows": "hold"}),

@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from symdist import SymDist, clip_grad_norm_
 from symdist.exchange import Collectives, Counting
-from symdist.exchange.reducing import answer_roots
+from symdist.exchange.reducing import answer_shared
 from symdist.layouts import layout_of
 from symdist.rules import Numerics, Root
 from tests import parity
@@ -232,7 +232,7 @@ def roots(mesh: DeviceMesh, grams: list[list[Tensor]]) -> tuple[list[list[Tensor
     mine = grams[dist.get_rank()]
     counting = Counting(inner=Collectives())
     requests = [Root(gram=gram.clone(), across="rows", numerics=Numerics(steps=12)) for gram in mine]
-    answering = answer_roots(requests, group=group, transport=counting)
+    answering = answer_shared(requests, group=group, transport=counting)
     while True:
         try:
             next(answering).wait()

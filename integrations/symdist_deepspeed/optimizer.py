@@ -10,12 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from symdist import SymDist
-from symdist.borrowed import BorrowedState
+from symdist.borrowed import SLOTS, BorrowedState, slots
 from symdist.groups import flat_parts
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
-from symdist.rules import ACCUMULATOR_STATE, get_rule
 from symdist_deepspeed.options import Options
 from symdist_deepspeed.routing import Routed
 from symdist_deepspeed.transport import transport_for
@@ -23,16 +21,14 @@ from symdist_deepspeed.transport import transport_for
 if TYPE_CHECKING:
     from symdist_deepspeed.partitions import Part, Stepped
 
-# DeepSpeed's converter of checkpoints knows Adam's names alone, so a momentum goes by that of Adam's first moment.
-_NAMES = {"momentum": "exp_avg", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-
 
 class DeepSpeedSymDist(torch.optim.Optimizer):
     """A torch optimizer over what DeepSpeed's wrappers make of the model's parameters, stepped by `symdist.SymDist`.
 
     DeepSpeed replaces the parameters of `param_groups` by flat fp32 partitions and calls `step` for one of them at a
     time. The exchange is taken once, at the last of these calls, for all of them together: until then the gradients
-    are kept. State is kept flat, too, as `exp_avg` (momentum, or Adam's first moment), `exp_avg_sq` and `step`.
+    are kept. State is kept flat, too, as `exp_avg` (momentum, or Adam's first moment), `exp_avg_sq` (Adam's second, or
+    what else a rule remembers) and `step`: DeepSpeed's converter of checkpoints knows Adam's names alone.
 
     In a group, `lr` is the rate of the recipe's matrices, which DeepSpeed's schedulers set; every parameter has its own
     rate in proportion to it.
@@ -56,7 +52,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._all_groups = list(self.param_groups)
 
     @property
-    def symdist(self) -> SymDist:
+    def symdist(self) -> BorrowedState:
         """The optimizer of the pieces; RuntimeError before DeepSpeed has made its partitions."""
         if self._symdist is None:
             raise RuntimeError("SymDist is not attached to a DeepSpeed engine yet")
@@ -98,7 +94,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                     group["params"].append((piece.name, piece.parameter))
                     group["layouts"].append(piece.layout)
                     homes[id(piece.parameter)] = {
-                        name: piece.of(self.state[each.tensor][_NAMES[name]]) for name in _state_keys(group["rule"])
+                        slot: piece.of(self.state[each.tensor][slot]) for slot in slots(group["rule"], group).values()
                     }
             bound.note(self.state[each.tensor])
         self._symdist = BorrowedState(
@@ -247,8 +243,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
     def _make_state(self, tensor: Tensor, group: Mapping[str, Any]) -> None:
         state = self.state[tensor]
-        keys = {_NAMES[key] for rule in group["rules"].values() for key in _state_keys(rule)}
-        for key in sorted(keys):
+        for key in sorted({slot for rule in group["rules"].values() for slot in slots(rule).values()}):
             state[key] = torch.zeros_like(tensor, dtype=torch.float32, requires_grad=False)
         state["step"] = torch.zeros((), dtype=torch.float32)
 
@@ -302,11 +297,11 @@ class _Bound:
         self._state = dict(state)
         self._steps = float(state["step"])
 
-    def follow(self, state: dict[str, Any], symdist: SymDist) -> bool:
+    def follow(self, state: dict[str, Any], symdist: BorrowedState) -> bool:
         """Go where DeepSpeed has moved the tensor or its state to, as it does when it loads or offloads; whether."""
         tensor = self.stepped.tensor
-        known = {name for name in self._state if name in _NAMES.values()}
-        for name in [name for name in state if name in _NAMES.values() and name not in known]:
+        known = {name for name in self._state if name in SLOTS}
+        for name in [name for name in state if name in SLOTS and name not in known]:
             # Only a universal checkpoint brings it, for a momentum that has no use for it.
             del state[name]
         if tensor.data_ptr() != self._address:
@@ -316,8 +311,8 @@ class _Bound:
         moved = [name for name in known if state[name] is not self._state[name]]
         for piece in self.pieces if moved else ():
             held = symdist.state[piece.parameter]
-            for key, name in _NAMES.items():
-                if key in held and name in moved:
+            for key, name in symdist.slots(piece.parameter).items():
+                if name in moved:
                     held[key] = piece.of(state[name])
         if float(state["step"]) != self._steps:
             for piece in self.pieces:
@@ -352,7 +347,3 @@ def _pieces(part: Part, tensor: Tensor, routed: Routed) -> list[_Piece]:
         parameter = nn.Parameter(tensor.detach()[start:stop])
         found.append(_Piece(name=its_name, parameter=parameter, layout=layout, start=start, stop=stop))
     return found
-
-
-def _state_keys(rule: str) -> tuple[str, ...]:
-    return ACCUMULATOR_STATE[get_rule(rule).accumulator]

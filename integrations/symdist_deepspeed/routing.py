@@ -60,7 +60,7 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
     found: dict[int, Routed] = {}
     for own, parameters in _user_groups(given, model):
         told = {key: value for key, value in own.items() if key not in _DEEPSPEEDS}
-        merged: dict[tuple[str, str | None], dict[str, Any]] = {}
+        merged: dict[tuple[int, str | None], dict[str, Any]] = {}
         made: dict[int, dict[str, Any]] = {}
         for parameter in parameters:
             if not parameter.requires_grad:

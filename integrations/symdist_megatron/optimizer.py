@@ -6,18 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.rules import ACCUMULATOR_STATE, get_rule
+from symdist.borrowed import slots
 from symdist_megatron.routing import Routing
-
-# Megatron's checkpoints of the distributed optimizer know Adam's names alone.
-NAMES = {"momentum": "exp_avg", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
 class MegatronSymDist(torch.optim.AdamW):
     """The groups of one of Megatron's optimizers, of dense parameters or of experts, and their state.
 
     State is kept like the tensors that Megatron has stepped: `exp_avg` (momentum, or Adam's first moment),
-    `exp_avg_sq` where a rule has it, and `step`. `lr` and `weight_decay` of a group are those of the recipe's matrices,
+    `exp_avg_sq` (Adam's second, or what else a rule remembers) where a rule has it, and `step`: Megatron's checkpoints
+    know Adam's names alone. `lr` and `weight_decay` of a group are those of the recipe's matrices,
     which Megatron's schedulers set; every matrix has its own in proportion.
 
     It is an AdamW by descent alone, for Megatron's distributed optimizer takes no other.
@@ -41,7 +39,7 @@ class MegatronSymDist(torch.optim.AdamW):
             rules = {routed.options["rule"] for routed in self._routing.routed[id(parameter)]}
             state = self.state[tensor]
             dtype = torch.promote_types(tensor.dtype, torch.float32)
-            for key in sorted({NAMES[key] for rule in rules for key in ACCUMULATOR_STATE[get_rule(rule).accumulator]}):
+            for key in sorted({slot for rule in rules for slot in slots(rule).values()}):
                 state[key] = torch.zeros_like(tensor, dtype=dtype, requires_grad=False)
             state["step"] = torch.zeros((), dtype=torch.float32)
         self._complete = True

@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from symdist.borrowed import BorrowedState
-from symdist.rules import ACCUMULATOR_STATE, get_rule
+from symdist.borrowed import SLOTS, BorrowedState, slots
 from symdist_megatron.homes import Home, Homes
-from symdist_megatron.optimizer import NAMES, MegatronSymDist
+from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options
 from symdist_megatron.pieces import Held, Piece, piece_of
 from symdist_megatron.routing import Routed, Routing
@@ -113,8 +112,8 @@ class WholeStep:
                     groups[key]["params"].append((piece.name, piece.parameter))
                     groups[key]["layouts"].append(piece.layout)
                     states[id(piece.parameter)] = {
-                        name: piece.of(bound.state[NAMES[name]])
-                        for name in ACCUMULATOR_STATE[get_rule(routed.options["rule"]).accumulator]
+                        slot: piece.of(bound.state[slot])
+                        for slot in slots(routed.options["rule"], routed.options).values()
                     }
         return BorrowedState(
             list(groups.values()),
@@ -153,7 +152,7 @@ class WholeStep:
         if tensor is None:
             dtype = torch.promote_types(given.parameter.dtype, torch.float32)
             tensor = torch.empty(0, dtype=dtype, device=given.parameter.device)
-            state = {name: tensor for name in NAMES.values()}
+            state = dict.fromkeys(SLOTS, tensor)
         else:
             state = dict(base.state[tensor])
         bound = _Bound(parameter=given.parameter, base=base, tensor=tensor, address=tensor.data_ptr(), state=state)
@@ -199,17 +198,18 @@ class WholeStep:
                 piece.parameter.grad = None
                 if piece.copied:
                     state = self.symdist.state[piece.parameter]
+                    held = self.symdist.slots(piece.parameter)
                     if written:
                         piece.put(bound.tensor, piece.parameter.data)
-                        for key in state.keys() & NAMES.keys():
-                            piece.put(bound.state[NAMES[key]], state[key])
+                        for key, slot in held.items():
+                            piece.put(bound.state[slot], state[key])
                     piece.parameter.data = piece.parameter.data.new_empty(0)
-                    state.update({key: state[key].new_empty(0) for key in state.keys() & NAMES.keys()})
+                    state.update({key: state[key].new_empty(0) for key in held})
 
     def _fill_state(self, bound: _Bound, piece: Piece) -> None:
         state = self.symdist.state[piece.parameter]
-        for key in state.keys() & NAMES.keys():
-            state[key] = piece.of(bound.state[NAMES[key]])
+        for key, slot in self.symdist.slots(piece.parameter).items():
+            state[key] = piece.of(bound.state[slot])
 
 
 class _Twins:

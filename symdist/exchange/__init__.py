@@ -1,7 +1,7 @@
 """The exchange: decides where rules run and answers what they ask of other ranks."""
 
 from symdist.exchange.flat_jobs import FlatJob
-from symdist.exchange.jobs import Job, Placement, Stack
+from symdist.exchange.jobs import Given, Job, Made, Placement, Stack
 from symdist.exchange.placement import Plan, place
 from symdist.exchange.rehearsal import rehearse
 from symdist.exchange.scheduler import Task, run
@@ -13,7 +13,9 @@ __all__ = [
     "Counting",
     "ExchangeError",
     "FlatJob",
+    "Given",
     "Job",
+    "Made",
     "Placement",
     "Plan",
     "Stack",

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from symdist.exchange.jobs import Stack
 from symdist.exchange.routes import canonical_shape
 from symdist.exchange.symmetric import packed_size
-from symdist.rules import InverseRoot, Matrix, Root, Rule
+from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule
 from symdist.views import View
 
 Axis: TypeAlias = Literal["rows", "columns"]
@@ -25,7 +25,7 @@ FLOPS_PER_BYTE = 1000.0
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """What a rule asks for one piece: numbers summed across each axis, the triangles of its Grams among them, and
-    operations, roots apart.
+    operations, apart from those of roots and QRs, which one rank takes for all.
     """
 
     summed: Mapping[Axis, float]
@@ -36,7 +36,8 @@ class Asked:
 def ask_piece(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()) -> Asked:
     """What the rule of a stack asks for a stored piece of `shape`, where other ranks have more of it along `axes`."""
     # Without its layout: a cache must not keep process groups alive.
-    return _ask(stack.rule, stack.options, stack.view, stack.padding_rows, stack.dtype, shape, frozenset(axes))
+    counts = stack.rows, stack.columns
+    return _ask(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes))
 
 
 def ask_unit(stack: Stack) -> Asked:
@@ -62,13 +63,14 @@ def _ask(
     rule: Rule,
     options: tuple[tuple[str, Any], ...],
     view: View,
-    padding_rows: int,
+    counts: tuple[int, int],
     dtype: torch.dtype,
     shape: tuple[int, ...],
     axes: frozenset[Axis],
 ) -> Asked:
     values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
-    matrix = Matrix(values=values, rows=view.rows - padding_rows, columns=view.columns)
+    state = dict.fromkeys(rule.remembers(dict(options)), values)
+    matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
     asking = rule.update(matrix, **dict(options))
     summed: dict[Axis, float] = dict.fromkeys(axes, 0.0)
     root_flops = 0.0
@@ -85,6 +87,10 @@ def _ask(
                 answer = InverseRoot(request.gram, norms=(norm, norm))
                 root_flops += b * request.numerics.operations(d)
                 numbers = b * packed_size(d)
+            elif isinstance(request, Orthonormal):
+                answer = request.values
+                root_flops += answer.shape[0] * request.operations()
+                numbers = answer.numel()
             else:
                 answer = request.values
                 numbers = request.values.numel()

@@ -2,14 +2,14 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from symdist.exchange.jobs import Begin, Note, Placement, Stack, Tensors, finished, noted, updated
+from symdist.exchange.jobs import Begin, Done, Note, Placement, Stack, Tensors, finished, noted, updated
 from symdist.exchange.requests import Return, Ship
 from symdist.exchange.runs import RunRoute, owned_by
 from symdist.exchange.scheduler import Task
@@ -70,31 +70,28 @@ class FlatJob:
             want = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
         return RunRoute(self.group, have=have, want=want)
 
-    def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None], *, note: Note | None = None) -> Task:
+    def task(self, begin: Begin, done: Done, *, note: Note | None = None) -> Task:
         """The job as a task, see `Job.task`."""
         if self.placement == "local":
-            return Task(finished(noted(self._here(begin), note, range(len(self.members)), self.group.size), done))
+            asking = noted(self._here(begin), note, range(len(self.members)), self.group.size)
+            return Task(finished(self.stack, asking, done))
         along: dict[str, Group] = dict(self.summed.items())
-        asking = finished(self._together(begin, note), done)
-        return Task(asking, along=along, home=self.group, placement=self.placement)
+        together = finished(self.stack, self._together(begin, note), done)
+        return Task(together, along=along, home=self.group, placement=self.placement)
 
-    def _here(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
-        directions, gradients = begin()
+    def _here(self, begin: Begin) -> Generator[Any, Any, list[Tensors]]:
         shape = self.stack.layout.shape
-        stored = torch.stack(directions) if len(directions) > 1 else directions[0]
-        touched = torch.stack(gradients).ne(0).view(-1, *shape) if gradients is not None else None
-        del directions, gradients
-        update, moved = yield from updated(self.stack, stored.view(-1, *shape), touched, range(shape[0]))
-        return list(update.flatten(1)), None if moved is None else list(moved.flatten(1))
+        layers = [
+            (torch.stack(layer) if len(layer) > 1 else layer[0]).view(-1, *shape)
+            for layer in begin().layers(self.stack.dtype)
+        ]
+        made = yield from updated(self.stack, layers, [range(size) for size in shape])
+        return [list(layer.flatten(1)) for layer in made]
 
-    def _together(self, begin: Begin, note: Note | None) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+    def _together(self, begin: Begin, note: Note | None) -> Generator[Any, Any, list[Tensors]]:
         stack, route = self.stack, self.route
-        pieces, gradients = begin()
-        layers = [pieces]
-        if gradients is not None:
-            # Whether a row was touched is known only where the row is whole, so that travels too.
-            layers.append([gradient.ne(0).to(stack.dtype) for gradient in gradients])
-        del pieces, gradients
+        # Whether a row was touched is known only where the row is whole, so that travels too.
+        layers = begin().layers(stack.dtype)
         if self.travels:
             wanted = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype, like=stack.like)
         else:
@@ -106,23 +103,20 @@ class FlatJob:
             made = self._updated_alone(wanted, note)
         del wanted
         if self.travels:
-            back = yield Return(layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=())
-        else:
-            back = [route.home({}, shape=(), like=stack.like, kept=route.kept_home(layer)) for layer in made]
-        return back[0], back[1] if len(made) > 1 else None
+            return (yield Return(layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=()))
+        return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(layer)) for layer in made]
 
     def _updated_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
         """All are cut alike: one stack, whose sums run over the other ranks."""
         layout = self.stack.layout
         stacks = [layer.view(len(self.members), *layout.local_shape) for layer in wanted]
-        touched = stacks[1].ne(0) if self.stack.hold else None
-        update, moved = yield from updated(self.stack, stacks[0], touched, layout.box[0])
-        return [tensor.reshape(-1) for tensor in ((update,) if moved is None else (update, moved))]
+        made = yield from updated(self.stack, stacks, layout.box)
+        return [tensor.reshape(-1) for tensor in made]
 
     def _updated_alone(self, wanted: list[Tensor], note: Note | None) -> list[Tensor]:
         """Each matrix, or its rows, by itself: those of as many rows in one stack."""
         stack = self.stack
-        made = [torch.empty_like(wanted[0]) for _ in range(1 + (stack.hold or stack.padding_rows > 0))]
+        made = [torch.empty_like(wanted[0]) for _ in range(1 + stack.masked + len(stack.state_names))]
         row = self.layouts[0].width if self.layouts else 1
         alike: dict[tuple[int, int], dict[int, slice]] = {}
         place = 0
@@ -141,11 +135,9 @@ class FlatJob:
             stacks = [
                 self.layouts[0].matrix(layer) if self.placement == "owner" else layer.view(shape) for layer in flat
             ]
-            touched = stacks[1].ne(0) if stack.hold else None
-            asking = updated(stack, stacks[0], touched, rows)
+            asking = updated(stack, stacks, [rows, *(range(size) for size in stack.layout.shape[1:])])
             found = answer_alone(noted(asking, note, list(of_members), self.group.size))
-            for layer, tensor in zip(made, found, strict=False):
-                assert tensor is not None
+            for layer, tensor in zip(made, found, strict=True):
                 back = self.layouts[0].elements(tensor) if self.placement == "owner" else tensor.flatten(1)
                 for at, one in zip(places, back, strict=True):
                     layer[at] = one

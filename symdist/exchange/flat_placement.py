@@ -15,7 +15,7 @@ import torch
 from symdist.exchange.balance import balance
 from symdist.exchange.costs import FLOPS_PER_BYTE, ask_piece, ask_unit, unit_work
 from symdist.exchange.flat_jobs import FlatJob
-from symdist.exchange.jobs import Placement, Stack
+from symdist.exchange.jobs import Placement, Stack, travels_as
 from symdist.layouts import Group
 from symdist.layouts.flat import FlatLayout
 
@@ -83,7 +83,7 @@ def place_flat(
     owners = _owners([kind for kind, placement in placed if placement == "owner"], work)
     jobs: list[FlatJob] = []
     for kind, placement in placed:
-        dtype = exchange_dtype if exchange_dtype is not None else kind.stack.dtype
+        dtype = travels_as(kind.stack, exchange_dtype)
         jobs += _whole_jobs(kind, budget)
         owned = [*kind.sent, *(kind.cut if placement == "owner" else [])]
         jobs += _owner_jobs(kind.stack, owned, owners | kind.owners, budget, dtype)
@@ -99,7 +99,7 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
     """
     by_group: dict[Group, list[tuple[float, int, _Kind, FlatLayout]]] = {}
     for kind in kinds:
-        sent = 2 * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize * FLOPS_PER_BYTE
+        sent = 2 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize * FLOPS_PER_BYTE
         cost = unit_work(kind.stack)
         movable = kind.stack.asked == "auto" and cost > 4 * sent
         by_group.setdefault(kind.group, []).extend((cost * movable, i, kind, layout) for i, layout in kind.whole)
@@ -148,7 +148,7 @@ def _choose(kind: _Kind, exchange_dtype: torch.dtype | None) -> Placement:
         return "owner"
     if all(_alone(_rows_stack(kind, layout)) for _, layout in kind.cut):
         return "reduce"
-    dtype = exchange_dtype if exchange_dtype is not None else kind.stack.dtype
+    dtype = travels_as(kind.stack, exchange_dtype)
     return "reduce" if _reduce_cost(kind) <= _owner_cost(kind, dtype) else "owner"
 
 
@@ -192,7 +192,7 @@ def _reduce_cost(kind: _Kind) -> float:
 
 def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
     """Of the busiest rank, in bytes sent: its runs to their owners, and back what it owns."""
-    size = math.prod(kind.stack.layout.shape)
+    size = _layers(kind.stack) * math.prod(kind.stack.layout.shape)
     asked = ask_unit(kind.stack)
     work = (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
     costs = [0.0] * kind.group.size
@@ -200,11 +200,16 @@ def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
         chosen = _candidates(layout)
         share = -(-count // len(chosen))
         for rank, start, stop in layout.runs:
-            costs[rank] += count * (stop - start) * dtype.itemsize
+            costs[rank] += count * _layers(kind.stack) * (stop - start) * dtype.itemsize
         # Where there are fewer matrices than candidates, the first few take one each.
         for rank in chosen[:count]:
-            costs[rank] += share * ((size - 2 * layout.size_at(rank)) * dtype.itemsize + work)
+            costs[rank] += share * ((size - 2 * _layers(kind.stack) * layout.size_at(rank)) * dtype.itemsize + work)
     return max(costs)
+
+
+def _layers(stack: Stack) -> int:
+    """How many tensors of a matrix travel to its owner and back: it, and what its rule remembers."""
+    return 1 + len(stack.state_names)
 
 
 def _candidates(layout: FlatLayout) -> list[int]:
@@ -253,13 +258,13 @@ def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int
 def _whole_jobs(kind: _Kind, budget: int) -> list[FlatJob]:
     """Of the matrices that are whole on this rank; others need not know."""
     here = [(i, layout) for i, layout in kind.whole if layout.sole == kind.group.index]
-    each = 4.0 * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
+    each = 4.0 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
     step = max(1, int(budget // max(1.0, each)))
     return [_job(kind.stack, here[i : i + step], "local") for i in range(0, len(here), step)]
 
 
 def _owner_jobs(stack: Stack, given: Cut, owners: Mapping[int, int], budget: int, dtype: torch.dtype) -> list[FlatJob]:
-    size = math.prod(stack.layout.shape)
+    size = _layers(stack) * math.prod(stack.layout.shape)
     me = stack.layout.group.index
     jobs = []
     for cut, flight in _cut_in_waves(stack, given, budget, {i: {owners[i]: 7.0 * size} for i, _ in given}):
@@ -307,7 +312,7 @@ def _cut_in_waves(
     flights: list[float] = []
     loads: dict[int, float] = {}
     for i, layout in given:
-        needed = {rank: 6.0 * (stop - start) for rank, start, stop in layout.runs}
+        needed = {rank: 6.0 * _layers(stack) * (stop - start) for rank, start, stop in layout.runs}
         for rank, numbers in more.get(i, {}).items():
             needed[rank] = needed.get(rank, 0.0) + numbers
         needed = {rank: numbers * stack.dtype.itemsize for rank, numbers in needed.items()}

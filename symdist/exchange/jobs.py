@@ -1,7 +1,7 @@
 """A job: parameters of one shape, rule, options and layout, run as one stack where placement put them."""
 
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -19,9 +19,42 @@ from symdist.views import Seen, View
 T = TypeVar("T")
 Placement: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
-Begin: TypeAlias = Callable[[], tuple[Tensors, Tensors | None]]
 Note: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
 """Is told a root that was taken, of which members of a job, in order, and for how many ranks this one speaks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """This rank's pieces of what a job transforms, each in the order of its members; none is written to.
+
+    `directions` are what the rule transforms, `gradients` are given where the stack holds stale rows, `states` are what
+    the rule remembers: a list for each name.
+    """
+
+    directions: Tensors
+    gradients: Tensors | None = None
+    states: tuple[Tensors, ...] = ()
+
+    def layers(self, dtype: torch.dtype) -> list[Tensors]:
+        """All there is of every parameter, of one dtype; of gradients, where they are not zero."""
+        touched = [] if self.gradients is None else [[gradient.ne(0).to(dtype) for gradient in self.gradients]]
+        return [self.directions, *touched, *self.states]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a job made: pieces like those that were given.
+
+    `moved` holds 1 where a weight may move, decay included, and 0 where it may not, or is None where every one moves.
+    """
+
+    updates: Tensors
+    moved: Tensors | None
+    states: tuple[Tensors, ...]
+
+
+Begin: TypeAlias = Callable[[], Given]
+Done: TypeAlias = Callable[[Made], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +62,8 @@ class Stack:
     """What parameters must share to run as one: nothing here differs between them.
 
     `options` are the rule's own, as sorted items. With `hold` a row of a matrix whose gradient is exactly zero does
-    not move. The last `padding_rows` rows of the stored tensor take no part and never move.
+    not move. The last `padding_rows` rows of the stored tensor, which the view shows as rows or as columns, take no
+    part and never move.
     """
 
     rule: Rule
@@ -52,7 +86,27 @@ class Stack:
     @property
     def rows(self) -> int:
         """The rows of a matrix that are real: what a rule is told, and decides by."""
-        return self.view.rows - self.padding_rows
+        return self.view.rows - (self.padding_rows if self.view.kind == "rows" else 0)
+
+    @property
+    def columns(self) -> int:
+        """The columns of a matrix that are real."""
+        return self.view.columns - (self.padding_rows if self.view.kind == "columns" else 0)
+
+    @functools.cached_property
+    def state_names(self) -> tuple[str, ...]:
+        """What the rule remembers, beside the momentum."""
+        return self.rule.remembers(dict(self.options))
+
+    @property
+    def masked(self) -> bool:
+        """Whether some weights may not move."""
+        return self.hold or self.padding_rows > 0
+
+    def made(self, layers: Sequence[Tensors]) -> Made:
+        """The layers that `updated` made, by what they are."""
+        first = 1 + self.masked
+        return Made(updates=layers[0], moved=layers[1] if self.masked else None, states=tuple(layers[first:]))
 
     @functools.cached_property
     def seen(self) -> dict[Seen, Group]:
@@ -60,9 +114,17 @@ class Stack:
         # Several splits that run between matrices, or tear them, differ in nothing that matters here.
         return {self.view.seen(split): self.layout.group_of(split) for split in self.layout.splits}
 
-    def matrix(self, values: Tensor, real: Tensor | None) -> Matrix:
-        """`values` `[b, m, n]` with the global counts a rule may need."""
-        return Matrix(values=values, rows=self.rows, columns=self.view.columns, real=real)
+    def first_column(self, box: Sequence[range]) -> int:
+        """Where the columns of a piece begin in the matrix."""
+        if len(box) == 1:
+            return 0
+        match self.view.kind:
+            case "rows" | "heads_0":
+                return box[-1].start
+            case "columns":
+                return box[-2].start
+        # A cut between heads, or neurons, leaves them their columns; another is for rules that need not know.
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,76 +152,67 @@ class Job:
         """How the matrices of an owner's job travel."""
         return Route(self.stack.layout, count=len(self.members), owners=self.owners)
 
-    def task(self, begin: Begin, done: Callable[[Tensors, Tensors | None], None], *, note: Note | None = None) -> Task:
-        """The job as a task that calls `begin` when it starts and `done(updates, moved)` when it has run.
+    def task(self, begin: Begin, done: Done, *, note: Note | None = None) -> Task:
+        """The job as a task that calls `begin` when it starts and `done` when it has run.
 
-        `begin` returns `(directions, gradients)`: this rank's pieces of what the rule transforms, in the order of
-        `members`, which are not written to, and the gradients, where the stack holds stale rows. `updates` are such
-        pieces too; `moved` holds 1 where a weight may move (decay included) and 0 where it may not, or is None where
-        every weight moves. `note`, where given, is told every inverse root that is taken or received here.
+        `note`, where given, is told every inverse root that is taken or received here.
         """
         home = self.stack.layout.group
         if self.placement == "owner":
-            return Task(finished(self._at_owners(begin, note), done), home=home, placement="owner")
+            return Task(finished(self.stack, self._at_owners(begin, note), done), home=home, placement="owner")
         # Every rank speaks that holds a part of the matrices: all of them, over as many as have other ones.
         batch = self.stack.seen.get("batch")
-        asking = finished(
-            noted(self._in_place(begin), note, range(len(self.members)), batch.size if batch is not None else 1), done
-        )
+        ranks = batch.size if batch is not None else 1
+        asking = finished(self.stack, noted(self._in_place(begin), note, range(len(self.members)), ranks), done)
         if self.placement == "local":
             return Task(asking)
         along: dict[str, Group] = {axis: group for axis, group in self.stack.seen.items() if axis != "batch"}
         return Task(asking, along=along, home=home, placement="reduce")
 
-    def _in_place(self, begin: Begin) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
-        directions, gradients = begin()
-        touched = None
-        if gradients is not None:
-            touched = torch.stack(gradients).ne(0)
-        stored = torch.stack(directions) if len(directions) > 1 else directions[0].unsqueeze(0)
-        del directions, gradients
-        update, moved = yield from updated(self.stack, stored, touched, self.stack.layout.box[0])
-        return list(update.unbind(0)), None if moved is None else list(moved.unbind(0))
+    def _in_place(self, begin: Begin) -> Generator[Any, Any, list[Tensors]]:
+        layers = [
+            torch.stack(layer) if len(layer) > 1 else layer[0].unsqueeze(0)
+            for layer in begin().layers(self.stack.dtype)
+        ]
+        made = yield from updated(self.stack, layers, self.stack.layout.box)
+        return [list(layer.unbind(0)) for layer in made]
 
-    def _at_owners(self, begin: Begin, note: Note | None) -> Generator[Any, Any, tuple[Tensors, Tensors | None]]:
+    def _at_owners(self, begin: Begin, note: Note | None) -> Generator[Any, Any, list[Tensors]]:
         stack, route = self.stack, self.route
-        pieces, gradients = begin()
-        layers = [pieces]
-        if gradients is not None:
-            # Whether a row was touched is known only where the row is whole, so that travels too.
-            layers.append([gradient.ne(0).to(pieces[0].dtype) for gradient in gradients])
-        del pieces, gradients
+        # Whether a row was touched is known only where the row is whole, so that travels too.
+        layers = begin().layers(stack.dtype)
         if route.whole_here:
             wholes = [route.own_wholes(layer) for layer in layers]
         else:
             wholes = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype, like=stack.like)
         del layers
-        masked = stack.hold or stack.padding_rows > 0
-        made = [wholes[0]] * (1 + masked)
+        made = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
         if route.owned:
             if len(stack.layout.shape) == 1:
                 wholes = [whole.squeeze(-1) for whole in wholes]
-            touched = wholes[1].ne(0) if stack.hold else None
-            asking = updated(stack, wholes[0], touched, range(stack.layout.shape[0]))
+            asking = updated(stack, wholes, [range(size) for size in stack.layout.shape])
             experts = len(self.owners) // len(self.members)
             units = [unit // experts for unit in route.owned_units]
-            update, moved = answer_alone(noted(asking, note, units, route.group.size))
-            made = [update] if moved is None else [update, moved]
+            made = answer_alone(noted(asking, note, units, route.group.size))
             if len(stack.layout.shape) == 1:
                 made = [tensor.unsqueeze(-1) for tensor in made]
         del wholes
-        back = yield Return(
-            layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=stack.layout.local_shape
+        return (
+            yield Return(
+                layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=stack.layout.local_shape
+            )
         )
-        return back[0], back[1] if masked else None
 
 
-def finished(
-    asking: Generator[Any, Any, tuple[Tensors, Tensors | None]], done: Callable[[Tensors, Tensors | None], None]
-) -> Generator[Any, Any, None]:
+def travels_as(stack: Stack, exchange_dtype: torch.dtype | None) -> torch.dtype:
+    """What the matrices of a stack travel as. What a rule remembers must come back as it went, and travels along."""
+    return stack.dtype if exchange_dtype is None or stack.state_names else exchange_dtype
+
+
+def finished(stack: Stack, asking: Generator[Any, Any, list[Tensors]], done: Done) -> Generator[Any, Any, None]:
     """The generator with its result handed to `done`."""
     # Handed on at once, so that no update outlives its use while others are under way.
-    done(*(yield from asking))
+    done(stack.made((yield from asking)))
 
 
 def noted(
@@ -179,34 +232,44 @@ def noted(
             note(answer, members, ranks)
 
 
-def updated(
-    stack: Stack, stored: Tensor, touched: Tensor | None, rows: range
-) -> Generator[Any, Any, tuple[Tensor, Tensor | None]]:
-    """Run the rule on a stack of pieces or wholes, `rows` of the stored dimension 0; the update, and where it may move.
+def updated(stack: Stack, layers: Sequence[Tensor], box: Sequence[range]) -> Generator[Any, Any, list[Tensor]]:
+    """Run the rule on stacks of pieces or wholes, which are what `box` tells of every stored dimension.
 
-    `touched` says where a gradient is not zero, for a stack that holds stale rows.
+    The layers are those of `Given.layers`, and become those of `Made`: the update, where it may move for a stack of
+    which not all does, and the new state.
     """
-    shape = tuple(stored.shape)
-    values = stack.view.matrices(stored)
-    del stored
-    real = _real_rows(stack, rows, values)
+    shape = tuple(layers[0].shape)
+    values, *others = [stack.view.matrices(layer) for layer in layers]
+    touched = others.pop(0).ne(0) if stack.hold else None
+    real = _real(stack, box, values)
     if real is not None:
         values = values * real
-    options: Mapping[str, Any] = dict(stack.options)
-    update = yield from stack.rule.update(stack.matrix(values, real), **options)
-    moved = real
-    if touched is not None:
-        count = stack.view.matrices(touched).sum(-1, keepdim=True).to(update.dtype)
-        count = yield Sum(values=count, across="columns")
-        moved = count.ne(0).to(update.dtype) * (1 if real is None else real)
-    if moved is not None:
-        update = update * moved
-        moved = stack.view.stored_form(moved.expand_as(update), shape)
-    return stack.view.stored_form(update, shape), moved
+    matrix = Matrix(
+        values=values,
+        rows=stack.rows,
+        columns=stack.columns,
+        real=real if stack.view.kind == "rows" else None,
+        first_column=stack.first_column(box),
+        state=dict(zip(stack.state_names, others, strict=True)),
+    )
+    update = yield from stack.rule.update(matrix, **dict(stack.options))
+    update, state = update if isinstance(update, tuple) else (update, {})
+    made = [update]
+    if stack.masked:
+        moved = real
+        if touched is not None:
+            count = yield Sum(values=touched.sum(-1, keepdim=True).to(update.dtype), across="columns")
+            moved = count.ne(0).to(update.dtype) * (1 if real is None else real)
+        assert moved is not None
+        made = [update * moved, moved.expand_as(update)]
+    made += [state[name] for name in stack.state_names]
+    return [stack.view.stored_form(layer, shape) for layer in made]
 
 
-def _real_rows(stack: Stack, rows: range, values: Tensor) -> Tensor | None:
+def _real(stack: Stack, box: Sequence[range], values: Tensor) -> Tensor | None:
+    """1 for rows, or columns, of the matrix that are real, 0 for padding."""
     if not stack.padding_rows:
         return None
-    index = torch.arange(rows.start, rows.stop, device=values.device)
-    return (index < stack.layout.shape[0] - stack.padding_rows).to(values.dtype)[:, None]
+    index = torch.arange(box[0].start, box[0].stop, device=values.device)
+    real = (index < stack.layout.shape[0] - stack.padding_rows).to(values.dtype)
+    return real[:, None] if stack.view.kind == "rows" else real[None, :]

@@ -15,7 +15,7 @@ from symdist.exchange.balance import balance
 from symdist.exchange.costs import FLOPS_PER_BYTE, Axis, ask_piece, ask_unit, unit_work, units_of
 from symdist.exchange.flat_jobs import FlatJob
 from symdist.exchange.flat_placement import place_flat
-from symdist.exchange.jobs import Job, Placement, Stack
+from symdist.exchange.jobs import Job, Placement, Stack, travels_as
 from symdist.layouts import FlatLayout, Group
 
 
@@ -68,8 +68,8 @@ def place(
 
     `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks that hold them;
     `names` are all parameters' names. A single parameter larger than the budget makes a wave of its own. Matrices
-    travel as `exchange_dtype`, or as what they are computed in. Raises ValueError, naming the parameter, where
-    a placement was asked for that its layout does not admit.
+    travel as `exchange_dtype`, or as what they are computed in, as do all whose rules remember something. Raises
+    ValueError, naming the parameter, where a placement was asked for that its layout does not admit.
     """
     jobs: list[Job] = []
     # While one wave is computed the next sets out and the one before comes home.
@@ -78,7 +78,7 @@ def place(
     for stack, members in stacks.items():
         if stack in flat:
             continue
-        dtype = exchange_dtype if exchange_dtype is not None else stack.dtype
+        dtype = travels_as(stack, exchange_dtype)
         placement = _choose(stack, len(members), dtype, name=names[members[0]])
         step = max(1, int(budget // max(1.0, _flight_bytes(stack, placement))))
         for start in range(0, len(members), step):
@@ -139,8 +139,9 @@ def _owner_cost(stack: Stack, count: int, exchange_dtype: torch.dtype) -> float:
     share = -(-units // ranks)
     unit = math.prod(layout.shape) / units_of(stack)
     cells = ranks // copies
-    there = count * math.prod(layout.largest_shape) * (cells - 1) / cells / copies
-    back = share * unit * (copies - 1 / cells)
+    layers = 1 + len(stack.state_names)
+    there = layers * count * math.prod(layout.largest_shape) * (cells - 1) / cells / copies
+    back = layers * share * unit * (copies - 1 / cells)
     asked = ask_unit(stack)
     return (there + back) * exchange_dtype.itemsize + share * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
 
@@ -191,14 +192,16 @@ def _flight_bytes(stack: Stack, placement: Placement) -> float:
     from the largest: all ranks must cut alike.
     """
     piece = math.prod(stack.layout.largest_shape)
+    states = len(stack.state_names)
     if placement != "owner":
         summed = (
             ask_piece(stack, stack.layout.largest_shape, tuple(_cut(stack))).summed if placement == "reduce" else {}
         )
-        return (4.0 * piece + 6.0 * sum(summed.values())) * stack.dtype.itemsize
+        return ((4.0 + 3.0 * states) * piece + 6.0 * sum(summed.values())) * stack.dtype.itemsize
     assert stack.layout.group is not None
     share = math.prod(stack.layout.shape) / stack.layout.group.size
-    return (2.0 * piece + (6.0 + stack.layout.replicas) * share) * stack.dtype.itemsize
+    layers = 1 + states
+    return layers * (2.0 * piece + (6.0 + stack.layout.replicas) * share) * stack.dtype.itemsize
 
 
 def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:

@@ -1,10 +1,10 @@
-"""Sums and Gram roots over a group: every matrix that asks at once travels in one buffer."""
+"""Sums, Gram roots and QRs over a group: every matrix that asks at once travels in one buffer."""
 
 import functools
 import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from symdist.exchange.balance import balance
 from symdist.exchange.symmetric import pack, packed_size, unpack
 from symdist.exchange.transport import Transport
 from symdist.layouts import Group
-from symdist.rules import InverseRoot, Root, Sum, inverse_root
+from symdist.rules import InverseRoot, Orthonormal, Root, Sum, inverse_root
+from symdist.rules.orthonormal import orthonormal
 
 # Reduce-scatter wants equal chunks. Padding every owner to the fullest one saves two all-to-alls; beyond this
 # factor (few Grams, many ranks) it moves more than they would.
@@ -33,61 +34,119 @@ def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) 
     return [part.view(r.values.shape) for part, r in zip(parts, requests, strict=True)]
 
 
-def answer_roots(
-    requests: Sequence[Root], *, group: Group, transport: Transport, loads: list[float] | None = None
-) -> Generator[Any, None, list[InverseRoot]]:
-    """Reduce-scatter the partial Grams, take each root on one rank, all-gather the roots: of each, one triangle.
+class _Work(Protocol):
+    """What a request has one rank do with the sum of each matrix, as numbers in a row."""
 
-    `loads` are the operations that the ranks have done or will do otherwise; the roots' are added.
+    sent: int
+    """Numbers of the sum of a matrix."""
+    found: int
+    """Numbers of the answer of a matrix."""
+    operations: float
+    """On one matrix."""
+    parts: Tensor
+    """This rank's part of every sum, `[b, …]`."""
 
-    The volume is that of one all-reduce of the triangles. Where the Grams do not spread evenly over the ranks, the
-    sums are cut into equal chunks regardless of the Grams' borders, and an all-to-all each way completes them on their
-    owners.
+    def packed(self) -> Tensor:
+        """`[b, sent]`."""
+
+    def solved(self, sums: Tensor) -> Tensor:
+        """`[u, sent]` as `[u, found]`."""
+
+    def answer(self, found: Tensor) -> Any:
+        """Of `[b, found]`."""
+
+
+class _RootWork:
+    """Of a Gram one triangle travels, of its root too, and the two norms that a root knows of its matrix."""
+
+    def __init__(self, request: Root):
+        self.parts = request.gram
+        self.edge = request.gram.shape[-1]
+        self.sent = packed_size(self.edge)
+        self.found = self.sent + 2
+        self.numerics = request.numerics
+        self.operations = request.numerics.operations(self.edge)
+
+    def packed(self) -> Tensor:
+        return pack(self.parts)
+
+    def solved(self, sums: Tensor) -> Tensor:
+        root = inverse_root(unpack(sums, self.edge), self.numerics)
+        return torch.cat([pack(root.matrix), root.nuclear.flatten(1), root.frobenius.flatten(1)], dim=1)
+
+    def answer(self, found: Tensor) -> InverseRoot:
+        norms = found[:, -2, None, None], found[:, -1, None, None]
+        return InverseRoot(unpack(found[:, :-2], self.edge), norms=norms)
+
+
+class _OrthonormalWork:
+    """The matrix there, and its Q back."""
+
+    def __init__(self, request: Orthonormal):
+        self.parts = request.values
+        self.shape = request.values.shape[1:]
+        self.sent = self.found = self.shape.numel()
+        self.operations = request.operations()
+
+    def packed(self) -> Tensor:
+        return self.parts.flatten(1)
+
+    def solved(self, sums: Tensor) -> Tensor:
+        return orthonormal(sums.unflatten(1, self.shape)).flatten(1)
+
+    def answer(self, found: Tensor) -> Tensor:
+        return found.unflatten(1, self.shape)
+
+
+def answer_shared(
+    requests: Sequence[Root | Orthonormal], *, group: Group, transport: Transport, loads: list[float] | None = None
+) -> Generator[Any, None, list[Any]]:
+    """Reduce-scatter the parts of each matrix's sum, work on it on one rank, all-gather what that found.
+
+    `loads` are the operations that the ranks have done or will do otherwise; these are added.
+
+    The volume is that of one all-reduce. Where the matrices do not spread evenly over the ranks, the sums are cut into
+    equal chunks regardless of the matrices' borders, and an all-to-all each way completes them on their owners.
     """
-    like = requests[0].gram
-    units = [(i, j) for i, request in enumerate(requests) for j in range(request.gram.shape[0])]
-    edges = [requests[i].gram.shape[-1] for i, _ in units]
-    operations = [requests[i].numerics.operations(d) for (i, _), d in zip(units, edges, strict=True)]
-    owners = balance(operations, parts=group.size, loads=loads)
+    works: list[_Work] = [_RootWork(r) if isinstance(r, Root) else _OrthonormalWork(r) for r in requests]
+    like = works[0].parts
+    of_unit = [work for work in works for _ in range(work.parts.shape[0])]
+    owners = balance([work.operations for work in of_unit], parts=group.size, loads=loads)
 
-    aligned = _spread_evenly([packed_size(d) for d in edges], owners, group.size)
-    grams = _slots([packed_size(d) for d in edges], owners, group.size, aligned=aligned)
-    buffer = like.new_zeros(grams.chunk * group.size)
+    sizes = [work.sent for work in of_unit]
+    aligned = _spread_evenly(sizes, owners, group.size)
+    sums = _slots(sizes, owners, group.size, aligned=aligned)
+    buffer = like.new_zeros(sums.chunk * group.size)
     unit = 0
-    for request in requests:
-        for packed in pack(request.gram):
-            buffer[grams.starts[unit] : grams.starts[unit] + grams.sizes[unit]] = packed
+    for work in works:
+        for packed in work.packed():
+            buffer[sums.starts[unit] : sums.starts[unit] + sums.sizes[unit]] = packed
             unit += 1
-    chunk = like.new_empty(grams.chunk)
+    chunk = like.new_empty(sums.chunk)
     yield transport.reduce_scatter(chunk, buffer, group=group)
     del buffer
-    owned = yield from _to_owners(chunk, grams, group=group, transport=transport)
+    owned = yield from _to_owners(chunk, sums, group=group, transport=transport)
 
-    # Beside each root travel the two norms it knows of its matrix.
-    roots = _slots([packed_size(d) + 2 for d in edges], owners, group.size, aligned=aligned)
+    slots = _slots([work.found for work in of_unit], owners, group.size, aligned=aligned)
     answers: dict[int, Tensor] = {}
-    for i, request in enumerate(requests):
-        mine = [u for u in owned if units[u][0] == i]
+    for work in works:
+        mine = [u for u in owned if of_unit[u] is work]
         if mine:
-            d = request.gram.shape[-1]
-            root = inverse_root(unpack(torch.stack([owned[u] for u in mine]), d), request.numerics)
-            flat = torch.cat([pack(root.matrix), root.nuclear.flatten(1), root.frobenius.flatten(1)], dim=1)
-            answers.update(zip(mine, flat.to(like.dtype), strict=True))
-    chunk = yield from _from_owners(answers, roots, like=like, group=group, transport=transport)
-    buffer = like.new_empty(roots.chunk * group.size)
+            found = work.solved(torch.stack([owned[u] for u in mine]))
+            answers.update(zip(mine, found.to(like.dtype), strict=True))
+    chunk = yield from _from_owners(answers, slots, like=like, group=group, transport=transport)
+    buffer = like.new_empty(slots.chunk * group.size)
     yield transport.all_gather(buffer, chunk, group=group)
 
-    unpacked = []
+    answered = []
     unit = 0
-    for request in requests:
-        b, d = request.gram.shape[:2]
-        found = [buffer[roots.starts[u] : roots.starts[u] + roots.sizes[u]] for u in range(unit, unit + b)]
+    for work in works:
+        b = work.parts.shape[0]
+        rows = [buffer[slots.starts[u] : slots.starts[u] + slots.sizes[u]] for u in range(unit, unit + b)]
         # Without a matrix among these ranks, as where their experts are none, there is nothing to stack.
-        rows = torch.stack(found) if found else like.new_empty((0, packed_size(d) + 2))
+        answered.append(work.answer(torch.stack(rows) if rows else like.new_empty((0, work.found))))
         unit += b
-        norms = rows[:, -2, None, None], rows[:, -1, None, None]
-        unpacked.append(InverseRoot(unpack(rows[:, :-2], d), norms=norms))
-    return unpacked
+    return answered
 
 
 @dataclass(frozen=True, kw_only=True)

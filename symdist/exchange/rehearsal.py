@@ -6,10 +6,9 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from symdist.exchange.flat_jobs import FlatJob
-from symdist.exchange.jobs import Job
+from symdist.exchange.jobs import Given, Job
 from symdist.exchange.placement import Plan
 from symdist.exchange.scheduler import Task, run
 from symdist.exchange.transport import Counting
@@ -31,7 +30,7 @@ def rehearse(
         if changed is None:
             return None
         meta = dataclasses.replace(changed, stack=dataclasses.replace(changed.stack, device=torch.device("meta")))
-        return meta.task(partial(_pieces, meta), lambda updates, moved: None)
+        return meta.task(partial(_pieces, meta), lambda made: None)
 
     waves = [[found for job in wave if (found := task(job))] for wave in plan.waves]
 
@@ -43,7 +42,8 @@ def rehearse(
     return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=plan.work)
 
 
-def _pieces(job: AnyJob) -> tuple[list[Tensor], list[Tensor] | None]:
+def _pieces(job: AnyJob) -> Given:
     layouts = job.layouts if isinstance(job, FlatJob) else [job.stack.layout] * len(job.members)
     pieces = [torch.empty(layout.local_shape, dtype=job.stack.dtype, device="meta") for layout in layouts]
-    return pieces, pieces if job.stack.hold else None
+    gradients = pieces if job.stack.hold else None
+    return Given(directions=pieces, gradients=gradients, states=tuple(pieces for _ in job.stack.state_names))

@@ -7,18 +7,19 @@ from typing import Any, TypeAlias
 
 import torch
 
-from symdist.exchange.reducing import answer_roots, answer_sums
+from symdist.exchange.reducing import answer_shared, answer_sums
 from symdist.exchange.requests import Return, Ship
 from symdist.exchange.shipping import answer_returns, answer_ships
 from symdist.exchange.trail import ExchangeError, Mark, Trail
 from symdist.exchange.transport import Handle, Transport
 from symdist.layouts import Group
-from symdist.rules import Root, Sum
+from symdist.rules import Orthonormal, Root, Sum
 
 _ANSWERS: dict[type, Any] = {
     Ship: answer_ships,
     Sum: answer_sums,
-    Root: answer_roots,
+    Root: answer_shared,
+    Orthonormal: answer_shared,
     Return: answer_returns,
 }
 
@@ -66,7 +67,7 @@ class Task:
                 request = self.asking.send(request.alone())
         except StopIteration:
             return
-        assert len(groups) == 1 or isinstance(request, Sum), "a Gram is of whole rows or of whole columns"
+        assert len(groups) == 1 or isinstance(request, Sum), "what one rank works on is a sum over one axis"
         self.pending, self.group, self._then = request, groups[0], groups[1:]
 
     def _asked(self, request: Any) -> list[Group]:
@@ -87,7 +88,7 @@ def run(
 ) -> dict[Group, list[float]]:
     """Run every task of every wave to its end, and `meanwhile` once, while the first collectives are under way.
 
-    `work` has the operations that the ranks of a group do anyhow; inverse roots go to those with least. Returned is
+    `work` has the operations that the ranks of a group do anyhow; roots and QRs go to those with least. Returned is
     what they do then. `trail` is told what is under way. Raises ExchangeError where a collective fails.
 
     A wave's first collectives start before the wave before it is computed, and its updates travel home while the next
@@ -188,8 +189,8 @@ class _Flight:
         # Nothing follows what an owner sends home, so that need not hold up the others.
         last = [task for task in waiting if isinstance(task.pending, Return)]
         asking = [task for task in waiting if not isinstance(task.pending, Return)]
-        # Roots wait for those still summing, so that all of them share one reduce-scatter.
-        sooner = [task for task in asking if not isinstance(task.pending, Root)]
+        # Roots and QRs wait for those still summing, so that all of them share one reduce-scatter.
+        sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal)]
         self._landing += [_Bucket(tasks, self._way) for tasks in _buckets(last)]
         self._up = [_Bucket(tasks, self._way) for tasks in _buckets(sooner or asking)]
         under_way = {id(task) for task in last}
@@ -232,7 +233,7 @@ class _Bucket:
         assert group is not None
         self._group = group
         more = {}
-        if isinstance(requests[0], Root):
+        if isinstance(requests[0], Root | Orthonormal):
             more["loads"] = way.loads.setdefault(group, [0.0] * group.size)
         self._answering = _ANSWERS[type(requests[0])](requests, group=group, transport=way.transport, **more)
         self.handle: Handle | None = None

@@ -67,10 +67,10 @@ class Recipe:
             at = FALLBACK.get(at)
         return None
 
-    def kind_of(self, role: str, rule: str) -> tuple[str, str | None]:
-        """What parameters must share to lie in one vector of an engine: the form of their state, and the schedule."""
+    def kind_of(self, role: str, rule: str) -> tuple[int, str | None]:
+        """What parameters must share to lie in one vector of an engine: how much state they have, and the schedule."""
         schedule = next((key for key in (role, rule, "default") if key in self.schedules), None)
-        return "adam" if get_rule(rule).accumulator == "adam" else "momentum", schedule
+        return len(get_rule(rule).state_names()), schedule
 
     def at_rate(self, lr: float | None) -> tuple["Recipe", float]:
         """The recipe with all rates in the proportion that gives its matrices `lr`, and that rate.

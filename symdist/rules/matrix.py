@@ -1,7 +1,7 @@
 """The matrix a rule is given, and the one operation most rules share: removing the mean over its rows."""
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -15,13 +15,17 @@ class Matrix:
 
     `values` is `[b, rows here, columns here]` and must not be written to. `rows` and `columns` count the whole
     matrix, padding left out. `real` is 1 for rows that exist and 0 for padding, `[rows here, 1]`, or None where
-    every row is real; padding rows of `values` are zero.
+    every row is real; padding rows of `values` are zero. `first_column` is where the columns here begin in the whole
+    matrix. `state` has what the rule remembers, by the names it was registered with, each laid out like `values` and
+    zero at the start; like `values` it must not be written to.
     """
 
     values: Tensor
     rows: int
     columns: int
     real: Tensor | None = None
+    first_column: int = 0
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:

@@ -12,6 +12,7 @@ from symdist.rules.requests import Asking
 Split: TypeAlias = Literal["rows", "columns"]
 Accumulator: TypeAlias = Literal["ema", "heavy_ball", "adam"]
 SplitsOf: TypeAlias = Callable[[Mapping[str, Any], int, int], tuple[Split, ...]]
+StateOf: TypeAlias = Callable[[Mapping[str, Any]], tuple[str, ...]]
 
 # What each way of accumulating gradients is told, beside the rule's own options.
 ACCUMULATOR_OPTIONS: dict[Accumulator, dict[str, Any]] = {
@@ -30,9 +31,10 @@ ACCUMULATOR_STATE: dict[Accumulator, tuple[str, ...]] = {
 class Rule:
     """A registered rule.
 
-    `update(matrix, **options)` is a generator: it yields requests and returns the update of `matrix.values`.
-    `defaults` are its options. `splits_of(options, rows, columns)` names the splits under which its requests
-    can be answered without moving the matrix. `matrices` is False for a coordinate-wise rule.
+    `update(matrix, **options)` is a generator: it yields requests and returns the update of `matrix.values`, or that
+    and its new state by name. `defaults` are its options. `splits_of(options, rows, columns)` names the splits under
+    which its requests can be answered without moving the matrix. `remembers(options)` names its state. `ordered` says
+    that it goes by the places of columns. `matrices` is False for a coordinate-wise rule.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Rule:
     choices: Mapping[str, tuple[Any, ...]]
     splits_of: SplitsOf
     check: Callable[[Mapping[str, Any]], None]
+    remembers: StateOf
+    ordered: bool
     matrices: bool
 
     def options(self, given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -62,6 +66,10 @@ class Rule:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         return options
+
+    def state_names(self, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """Names of all state that has the shape of the parameter, that of accumulating gradients first."""
+        return (*ACCUMULATOR_STATE[self.accumulator], *self.remembers(self.defaults if options is None else options))
 
     def update_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The part of `options` that `update` itself is told."""
@@ -105,12 +113,17 @@ def rule(
     splits: tuple[Split, ...] | SplitsOf,
     accumulator: Accumulator = "ema",
     check: Callable[[Mapping[str, Any]], None] = lambda options: None,
+    state: tuple[str, ...] | StateOf = (),
+    ordered: bool = False,
     matrices: bool = True,
 ) -> Callable[[Callable[..., Asking]], Callable[..., Asking]]:
     """Register a generator `f(matrix, *, option=default, …)` as the rule `name`.
 
     Its keyword-only parameters become the rule's options; one annotated with `Literal` admits only those values.
-    `splits` is a tuple, or a function of (options, rows, columns). Raises ValueError for a name already taken.
+    `splits` is a tuple, or a function of (options, rows, columns). `state` names what the rule remembers between
+    steps, or is a function of the options that does: each is a tensor of the parameter's shape and layout, zero at the
+    start, found in `matrix.state`; the rule then returns `(update, {name: new})`. `ordered` refuses views under which
+    the columns of a piece are not next to each other in the matrix. Raises ValueError for a name already taken.
     """
 
     def register(update: Callable[..., Asking]) -> Callable[..., Asking]:
@@ -130,6 +143,8 @@ def rule(
             },
             splits_of=splits if callable(splits) else lambda options, rows, columns: splits,
             check=check,
+            remembers=state if callable(state) else lambda options: state,
+            ordered=ordered,
             matrices=matrices,
         )
         return update

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
+from symdist.rules.orthonormal import orthonormal, orthonormal_operations
 from symdist.rules.roots import InverseRoot, Numerics, inverse_root
 
 T = TypeVar("T")
@@ -43,9 +44,28 @@ class Root:
         return inverse_root(self.gram, self.numerics)
 
 
-Request: TypeAlias = Sum | Root
-Asking: TypeAlias = Generator[Any, Any, Tensor]
-"""The type of a running rule: it yields requests, is sent their answers, and returns a tensor."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Orthonormal:
+    """Add the parts `values` `[b, m, k]`, `m ≥ k`, orthonormalise the columns of the sum once, and give that to all.
+
+    Answered with `[b, m, k]`; where a sum is zero, with the zero matrix.
+    """
+
+    values: Tensor
+    across: Axis
+
+    def alone(self) -> Tensor:
+        """The answer where this rank holds the whole matrix."""
+        return orthonormal(self.values)
+
+    def operations(self) -> float:
+        """Floating-point operations of one matrix, to leading order."""
+        return orthonormal_operations(*self.values.shape[1:])
+
+
+Request: TypeAlias = Sum | Root | Orthonormal
+Asking: TypeAlias = Generator[Any, Any, Any]
+"""The type of a running rule: it yields requests, is sent their answers, and returns the update, or that and state."""
 
 
 def answer_alone(asking: Generator[Any, Any, T]) -> T:
