@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from symdist.recipes import schedule_key
+
 Shape = Literal["linear", "cosine", "constant"]
 
 
@@ -76,9 +78,9 @@ def build_scheduler(
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Return a scheduler that runs each parameter group along its own schedule.
 
-    A group takes the schedule filed under its ``group["schedule"]``, else the one under its ``group["role"]``,
-    else the one under its ``group["rule"]``, else the one under ``"default"``. The scheduler's ``state_dict()``
-    survives a round trip through JSON.
+    A group takes the schedule filed under its ``group["schedule"]``, else the one under its ``group["role"]`` or the
+    nearest role that this falls back to in recipes, else the one under its ``group["rule"]``, else the one under
+    ``"default"``. The scheduler's ``state_dict()`` survives a round trip through JSON.
 
     Args:
         optimizer: its groups' present learning rates become the base rates.
@@ -96,11 +98,12 @@ def build_scheduler(
 
 
 def _schedule_of(group: dict[str, Any], index: int, *, schedules: Mapping[str, Schedule]) -> Schedule:
-    role, rule = group.get("role"), group.get("rule")
     # Groups that hold many roles have none themselves, and say which schedule they follow.
-    for name in (group.get("schedule"), role, rule, "default"):
-        if name is not None and name in schedules:
-            return schedules[name]
+    name = group.get("schedule")
+    if name not in schedules:
+        name = schedule_key(schedules, group.get("role", ""), group.get("rule", ""))
+    if name is not None:
+        return schedules[name]
     raise ValueError(
         f"parameter group {index} ({_described(group)}) has no schedule among {sorted(schedules)}; "
         "add one under its role or its rule, or a 'default'"

@@ -23,6 +23,17 @@ _MLP = {
     **dict.fromkeys(("down_proj", "w2", "fc2", "c_proj", "linear2", "dense_4h_to_h", "fc_out", "wo"), "down"),
     "gate_up_proj": "gate_up",
 }
+# A norm's place decides whether decay of its scale helps (arXiv 2605.26895): before a linear map, or after one.
+_NORMS = {
+    **dict.fromkeys(("input_layernorm", "pre_self_attn_layernorm", "pre_cross_attn_layernorm"), "input_norm"),
+    **dict.fromkeys(("pre_mlp_layernorm", "pre_feedforward_layernorm", "pre_ff_layernorm"), "input_norm"),
+    **dict.fromkeys(("q_a_layernorm", "kv_a_layernorm", "kv_layernorm", "enorm", "hnorm"), "input_norm"),
+    "layer_norm_weight": "input_norm",
+    **dict.fromkeys(("post_self_attn_layernorm", "post_cross_attn_layernorm"), "output_norm"),
+    "post_feedforward_layernorm": "output_norm",
+    **dict.fromkeys(("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm", "norm_q", "norm_k"), "qk_norm"),
+    **dict.fromkeys(("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"), "qk_norm"),
+}
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 _ATTENTION_WORDS = ("attn", "attention")
 _COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
@@ -32,8 +43,11 @@ _KV_COUNTS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
 # Stored [out, in], the first have the residual stream as their input, the second as their output. An embedding's rows
 # are written to it one by one, so its columns are the stream, as they are of what reads it.
 READS_RESIDUAL = frozenset(
-    ("embedding", "tied_embedding", "head", "router", "attention_q", "attention_k", "attention_v", "attention_qkv")
-    + tuple(f"{kind}_{part}" for kind in ("mlp", "expert") for part in ("gate", "up", "gate_up"))
+    (
+        *("embedding", "tied_embedding", "head", "router"),
+        *("attention_q", "attention_k", "attention_v", "attention_qkv"),
+        *("mlp_gate", "mlp_up", "mlp_gate_up", "expert_gate", "expert_up", "expert_gate_up"),
+    )
 )
 WRITES_RESIDUAL = frozenset(("attention_o", "mlp_down", "expert_down"))
 
@@ -126,7 +140,7 @@ def _site(leaf: str, parameter: Tensor, chain: list[tuple[str, nn.Module]]) -> S
     if leaf == "sinks":
         return Site(role="sink")
     if "norm" in kind.lower():
-        return Site(role="norm")
+        return Site(role=norm_role(attribute, parent))
     if parameter.dim() < 2:
         return Site(role="other")
     # A bare parameter (stacked experts, in_proj_weight) names itself; a linear's weight is named by its attribute.
@@ -143,6 +157,38 @@ def _site(leaf: str, parameter: Tensor, chain: list[tuple[str, nn.Module]]) -> S
     if word in _MLP:
         return _mlp_site(word, "mlp_", transposed=transposed)
     return Site(role=None)
+
+
+def norm_role(name: str, holder: nn.Module) -> str:
+    """What kind of norm a block calls by a name: "input_norm", "output_norm", "qk_norm", or "norm" where unknown.
+
+    `holder` is the module that has it, for what lies beside it tells names apart that models use for several kinds.
+    """
+
+    def beside(*names: str) -> bool:
+        return any(getattr(holder, each, None) is not None for each in names)
+
+    if "Swin" in type(holder).__name__ or getattr(holder, "norm_after", False):
+        # Chameleon's and Molmo 2's blocks then norm what comes out, under the names for what goes in.
+        return "norm"
+    match name:
+        case "norm" | "final_norm" | "final_layernorm" | "final_layer_norm":
+            # The last of a stack, or before the head of a prediction further ahead; elsewhere the names say nothing.
+            return "input_norm" if beside("layers", "eh_proj") else "norm"
+        case "post_attention_layernorm":
+            if beside("pre_feedforward_layernorm", "pre_mlp_layernorm", "post_feedforward_layernorm"):
+                return "output_norm"
+            # Blocks with no norm before attention have it after the residual sum.
+            return "input_norm" if beside("input_layernorm") else "norm"
+        case "post_mlp_layernorm":
+            return "output_norm" if beside("pre_mlp_layernorm", "post_self_attn_layernorm") else "norm"
+        case "q_layernorm" if beside("kv_layernorm"):
+            # The latent of multi-head latent attention, which an up projection takes.
+            return "input_norm"
+        case "q_norm" if beside("kv_norm"):
+            # Of DeepSeek's own code, where this too may be a latent's.
+            return "norm"
+    return _NORMS.get(name, "norm")
 
 
 def _expert_site(word: str, module: nn.Module, parameter: Tensor) -> Site:

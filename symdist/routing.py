@@ -98,7 +98,7 @@ def build_optimizer(
 def _options(
     name: str, shape: tuple[int, ...], site: Site, recipe: Recipe, used: set[int]
 ) -> tuple[str, dict[str, Any]]:
-    role, own = site.role, {}
+    role, own = None if site.role is None else recipe.grouped_role(site.role), {}
     for i, pattern in enumerate(recipe.patterns):
         if fnmatchcase(name, pattern["match"]):
             used.add(i)

@@ -9,25 +9,29 @@ from torch import nn
 
 from symdist import build_optimizer, load_recipe, recipe_names, route
 from symdist.models import build, names
-from symdist.roles import find_sites
+from symdist.roles import find_sites, norm_role
 
 BLOCK = {
     "self_attn.q_proj.weight": "attention_q",
     "self_attn.k_proj.weight": "attention_k",
     "self_attn.v_proj.weight": "attention_v",
     "self_attn.o_proj.weight": "attention_o",
-    "input_layernorm.weight": "norm",
-    "post_attention_layernorm.weight": "norm",
+    "input_layernorm.weight": "input_norm",
+    "post_attention_layernorm.weight": "input_norm",
 }
 DENSE = {"mlp.gate_proj.weight": "mlp_gate", "mlp.up_proj.weight": "mlp_up", "mlp.down_proj.weight": "mlp_down"}
 EXPERTS = {"mlp.experts.gate_up_proj": "expert_gate_up", "mlp.experts.down_proj": "expert_down"}
-NORMS = {"self_attn.q_norm.weight": "norm", "self_attn.k_norm.weight": "norm"}
+NORMS = {"self_attn.q_norm.weight": "qk_norm", "self_attn.k_norm.weight": "qk_norm"}
 FAMILIES = {
     "qwen3-tiny": BLOCK | DENSE | NORMS,
     "gemma3-tiny": BLOCK
     | DENSE
     | NORMS
-    | {"pre_feedforward_layernorm.weight": "norm", "post_feedforward_layernorm.weight": "norm"},
+    | {
+        "post_attention_layernorm.weight": "output_norm",
+        "pre_feedforward_layernorm.weight": "input_norm",
+        "post_feedforward_layernorm.weight": "output_norm",
+    },
     "olmoe-tiny": BLOCK | EXPERTS | NORMS | {"mlp.gate.weight": "router"},
     "qwen3-moe-tiny": BLOCK | EXPERTS | NORMS | {"mlp.gate.weight": "router"},
     "gpt-oss-tiny": BLOCK
@@ -50,7 +54,7 @@ def roles(model: nn.Module) -> dict[str, str | None]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_of_the_families_has_its_role(family: str) -> None:
     model = build(family, device="meta")
-    expected = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
+    expected = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "input_norm", "lm_head.weight": "head"}
     layers = model.config.num_hidden_layers
     expected |= {f"model.layers.{i}.{name}": role for i in range(layers) for name, role in FAMILIES[family].items()}
     assert roles(model) == expected
@@ -65,6 +69,104 @@ def test_tied_embedding_is_one_parameter_that_is_not_centred() -> None:
     assert not group.get("centered", False)
     with pytest.raises(ValueError, match="tied embedding must not be centred"):
         route(model, "gemma3", tied_embedding={"centered": True})
+
+
+SPLIT = {
+    "default": {"rule": "adamw", "lr": 0.01},
+    "other": {"rule": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    "output_norm": {"rule": "adamw", "lr": 0.01, "weight_decay": 0.0},
+    "qk_norm": {"rule": "adamw", "lr": 0.01, "weight_decay": 0.0},
+}
+
+
+@pytest.mark.parametrize("family", ["gemma3-tiny", "qwen3-tiny"])
+def test_decay_reaches_the_scales_of_input_norms_only(family: str) -> None:
+    model = build(family, seed=0)
+    kept = {name for name, role in FAMILIES[family].items() if role in ("output_norm", "qk_norm")}
+    norms = {name: parameter for name, parameter in model.named_parameters() if "norm" in name}
+    decays = {
+        name: 0.0 if any(name.endswith(f".{each}") for each in kept) and ".layers." in name else 0.1 for name in norms
+    }
+    assert decays["model.norm.weight"] == 0.1
+    optimizer = build_optimizer(model, SPLIT)
+    roles_of_groups = [group["role"] for group in optimizer.param_groups]
+    assert len(set(roles_of_groups)) == len(roles_of_groups)
+    found = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["names"]}
+    assert {name: found[name] for name in norms} == decays
+    with torch.no_grad():
+        for parameter in norms.values():
+            parameter.uniform_(0.5, 1.5)
+    before = {name: parameter.detach().clone() for name, parameter in norms.items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in norms.items():
+        assert torch.equal(parameter, before[name] * (1 - 0.01 * decays[name])), name
+
+
+def test_kinds_of_norms_are_one_group_unless_the_recipe_tells_them_apart() -> None:
+    model = build("gemma3-tiny", device="meta")
+    norms = {name for name, role in roles(model).items() if str(role).endswith("norm")}
+
+    def grouped(recipe: dict[str, Any]) -> dict[str, int]:
+        return {
+            group["role"]: len(group["names"]) for group in route(model, recipe) if norms.intersection(group["names"])
+        }
+
+    plain = {"default": {"rule": "adamw", "lr": 0.01}}
+    layers = model.config.num_hidden_layers
+    assert grouped(plain) == {"norm": len(norms)}
+    assert grouped(plain | {"output_norm": {"rule": "adamw", "lr": 0.01}}) == {
+        "norm": len(norms) - 2 * layers,
+        "output_norm": 2 * layers,
+    }
+    scheduled = plain | {"schedule": {"qk_norm": {"shape": "constant"}}}
+    assert grouped(scheduled) == {"norm": len(norms) - 2 * layers, "qk_norm": 2 * layers}
+
+
+def test_a_schedule_of_all_norms_holds_for_each_kind() -> None:
+    recipe = load_recipe(SPLIT | {"schedule": {"norm": {}, "qk_norm": {}, "default": {}}})
+    found = {role: recipe.kind_of(role, "adamw")[1] for role in ("norm", "output_norm", "qk_norm", "bias")}
+    assert found == {"norm": "norm", "output_norm": "norm", "qk_norm": "qk_norm", "bias": "default"}
+
+
+def holding(*children: str, **attributes: Any) -> nn.Module:
+    holder = nn.Module()
+    for child in children:
+        holder.add_module(child, nn.LayerNorm(4))
+    for name, value in attributes.items():
+        setattr(holder, name, value)
+    return holder
+
+
+PRE = "input_layernorm"
+
+
+@pytest.mark.parametrize(
+    ("name", "holder", "expected"),
+    [
+        ("post_attention_layernorm", holding(PRE, "post_attention_layernorm"), "input_norm"),
+        ("post_attention_layernorm", holding(PRE, "pre_feedforward_layernorm"), "output_norm"),
+        ("post_attention_layernorm", holding(PRE, "pre_mlp_layernorm", "post_mlp_layernorm"), "output_norm"),
+        ("post_attention_layernorm", holding("post_feedforward_layernorm"), "output_norm"),
+        # GLM 4 norms the attention's output under another name.
+        ("post_attention_layernorm", holding(PRE, "post_self_attn_layernorm", "post_mlp_layernorm"), "input_norm"),
+        ("post_mlp_layernorm", holding(PRE, "post_self_attn_layernorm"), "output_norm"),
+        # After the residual sum, as in BERT.
+        ("post_attention_layernorm", holding("post_mlp_layernorm"), "norm"),
+        ("post_mlp_layernorm", holding("post_attention_layernorm"), "norm"),
+        ("input_layernorm", holding(PRE, "post_attention_layernorm", norm_after=True), "norm"),
+        ("norm", holding("norm"), "norm"),
+        ("norm", holding("norm", layers=nn.ModuleList()), "input_norm"),
+        ("q_layernorm", holding("q_layernorm", "k_layernorm"), "qk_norm"),
+        ("q_layernorm", holding("q_layernorm", "kv_layernorm"), "input_norm"),
+        ("layer_norm_weight", nn.Linear(4, 4), "input_norm"),
+        ("layer_norm_bias", nn.Linear(4, 4), "norm"),
+        ("sandwich_norm", holding(PRE, "sandwich_norm"), "norm"),
+    ],
+)
+def test_norms_are_told_apart_by_name_and_what_lies_beside_them(name: str, holder: nn.Module, expected: str) -> None:
+    assert norm_role(name, holder) == expected
 
 
 def view_of(model: str, recipe: dict[str, Any], role: str) -> Any:

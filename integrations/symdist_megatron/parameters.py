@@ -11,7 +11,7 @@ from megatron.core.transformer.multi_latent_attention import MultiLatentAttentio
 from torch import nn
 
 from symdist.recipes import Recipe
-from symdist.roles import Site
+from symdist.roles import Site, norm_role
 from symdist_megatron.homes import Homes
 from symdist_megatron.windows import Window
 
@@ -263,8 +263,11 @@ def _site(
     if leaf == "bias" or leaf.startswith("bias"):
         return Site(role="bias"), [], 1
     if parameter.dim() < 2:
-        norm = "norm" in type(module).__name__.lower() or "norm" in leaf
-        return Site(role="norm" if norm else "other"), [], 1
+        if "norm" in leaf:
+            # One with the linear that follows it.
+            return Site(role=norm_role(leaf, module)), [], 1
+        norm = "norm" in type(module).__name__.lower()
+        return Site(role=norm_role(attribute, parent) if norm else "other"), [], 1
     if isinstance(module, VocabParallelEmbedding) or type(module) is nn.Embedding or attribute == "output_layer":
         return Site(role=_vocabulary_role(attribute, chain)), [], 1
     if isinstance(parent, attention.Attention):

@@ -1,7 +1,7 @@
 """A recipe: which rule, with which options, each role of parameter gets. One TOML file a stack."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,6 +39,9 @@ FALLBACK: dict[str, str] = {
     "expert_down": "experts",
     "other": "default",
     "norm": "other",
+    "input_norm": "norm",
+    "output_norm": "norm",
+    "qk_norm": "norm",
     "bias": "other",
     "router_bias": "other",
     "sink": "other",
@@ -60,17 +63,16 @@ class Recipe:
 
     def options(self, role: str) -> dict[str, Any] | None:
         """The options of the nearest section up the role's chain, or None where there is none."""
-        at: str | None = role
-        while at is not None:
-            if at in self.sections:
-                return dict(self.sections[at])
-            at = FALLBACK.get(at)
-        return None
+        return next((dict(self.sections[at]) for at in roles_up(role) if at in self.sections), None)
+
+    def grouped_role(self, role: str) -> str:
+        """The role that parameters are grouped by: a kind of norm that the recipe says nothing of is a "norm"."""
+        spoken_of = role in self.sections or role in self.schedules
+        return "norm" if FALLBACK.get(role) == "norm" and not spoken_of else role
 
     def kind_of(self, role: str, rule: str) -> tuple[int, str | None]:
         """What parameters must share to lie in one vector of an engine: how much state they have, and the schedule."""
-        schedule = next((key for key in (role, rule, "default") if key in self.schedules), None)
-        return len(get_rule(rule).state_names()), schedule
+        return len(get_rule(rule).state_names()), schedule_key(self.schedules, role, rule)
 
     def at_rate(self, lr: float | None) -> tuple["Recipe", float]:
         """The recipe with all rates in the proportion that gives its matrices `lr`, and that rate.
@@ -118,6 +120,20 @@ class Recipe:
                 base = {key: value for key, value in base.items() if key in known}
             sections[role] = {**base, **changes}
         return replace(self, sections=sections)
+
+
+def roles_up(role: str) -> Iterator[str]:
+    """A role and those that it falls back to, the nearest first."""
+    at: str | None = role
+    while at is not None:
+        yield at
+        at = FALLBACK.get(at)
+
+
+def schedule_key(schedules: Mapping[str, Any], role: str, rule: str) -> str | None:
+    """The key a schedule is found under: the nearest role up the chain, else the rule, else "default"."""
+    roles = (at for at in roles_up(role) if at != "default")
+    return next((key for key in (*roles, rule, "default") if key in schedules), None)
 
 
 def recipe_names() -> list[str]:

@@ -94,6 +94,13 @@ def test_role_goes_before_rule_before_default() -> None:
     assert seen == [[0.5, 2.0, 1.0], [1.0, 1.5, 2.0], [1.0, 1.0, 3.0], [1.0, 0.5, 4.0]]
 
 
+def test_a_role_takes_the_schedule_of_the_one_it_falls_back_to() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([{"params": [weight], "role": "output_norm", "rule": "sign"}], lr=1.0)
+    build_scheduler(optimizer, _SCHEDULES | {"norm": Schedule(shape="constant", warmup=5)}, 5)
+    assert optimizer.param_groups[0]["lr"] == 0.2
+
+
 def test_group_without_schedule_is_named() -> None:
     with pytest.raises(ValueError, match=r"group 2 \(role 'norm', rule 'adamw'\) has no schedule"):
         build_scheduler(_optimizer(), {"head": _SCHEDULES["head"], "sign": _SCHEDULES["sign"]}, 4)

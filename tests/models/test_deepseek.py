@@ -8,14 +8,14 @@ from symdist.roles import find_sites
 
 EVERYWHERE = {
     "self_attn.q_a_proj.weight": "matrix",
-    "self_attn.q_a_layernorm.weight": "norm",
+    "self_attn.q_a_layernorm.weight": "input_norm",
     "self_attn.q_b_proj.weight": "attention_q",
     "self_attn.kv_a_proj_with_mqa.weight": "matrix",
-    "self_attn.kv_a_layernorm.weight": "norm",
+    "self_attn.kv_a_layernorm.weight": "input_norm",
     "self_attn.kv_b_proj.weight": "matrix",
     "self_attn.o_proj.weight": "attention_o",
-    "input_layernorm.weight": "norm",
-    "post_attention_layernorm.weight": "norm",
+    "input_layernorm.weight": "input_norm",
+    "post_attention_layernorm.weight": "input_norm",
 }
 DENSE = {"mlp.gate_proj.weight": "mlp_gate", "mlp.up_proj.weight": "mlp_up", "mlp.down_proj.weight": "mlp_down"}
 ROUTED = {
@@ -30,7 +30,7 @@ ROUTED = {
 
 def test_every_parameter_has_its_role() -> None:
     sites = find_sites(build("deepseek-v3-tiny", device="meta"))
-    expected = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "norm", "lm_head.weight": "head"}
+    expected = {"model.embed_tokens.weight": "embedding", "model.norm.weight": "input_norm", "lm_head.weight": "head"}
     for layer, roles in enumerate([DENSE, ROUTED, ROUTED, ROUTED]):
         expected |= {f"model.layers.{layer}.{name}": role for name, role in (EVERYWHERE | roles).items()}
     assert {name: site.role for name, (_, site) in sites.items()} == expected

@@ -128,6 +128,15 @@ def registered(mesh: DeviceMesh, how: How) -> dict[str, Any]:
     }
 
 
+def norms(mesh: DeviceMesh, how: How) -> dict[str, str]:
+    """Roles of a model's norms by their names, where the recipe tells all kinds apart."""
+    _, chunks = build(how)
+    kinds = {role: RECIPE["other"] for role in ("input_norm", "output_norm", "qk_norm")}
+    made = get_symdist_optimizer(optimizer_config(how), chunks, recipe=RECIPE | kinds)
+    groups = made.whole.symdist.param_groups
+    return {name: group["role"] for group in groups for name in group["names"] if "norm" in name}
+
+
 def command_line(mesh: DeviceMesh, words: list[str]) -> dict[str, Any]:
     """What Megatron's parser, checks and configuration make of a command line: stand-ins of the same form as theirs."""
     training = _training_package()

@@ -102,6 +102,16 @@ def test_registration_makes_megatrons_own_function_do_it(worlds: Worlds) -> None
         assert found["registry"]
 
 
+def test_norms_are_told_apart(worlds: Worlds) -> None:
+    (found,) = worlds(1).run(1, RANKS + "norms", HOW)
+    layers = range(HOW.layers)
+    expected = {
+        f"decoder.layers.{i}.{name}_layernorm.weight": "input_norm" for i in layers for name in ("input", "pre_mlp")
+    }
+    expected |= {f"decoder.layers.{i}.self_attention.{x}_layernorm.weight": "qk_norm" for i in layers for x in "qk"}
+    assert found == expected | {"decoder.final_layernorm.weight": "input_norm"}
+
+
 def test_the_command_line(worlds: Worlds) -> None:
     words = ["--optimizer", "symdist", "--use-distributed-optimizer", "--lr", "0.02", "--symdist-recipe", "olmoe"]
     more = ["--symdist-override", "router.rule=left_spectral", "--symdist-override", "head.lr=0.1"]
