@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from symdist.exchange import Plan, Stack, place
+from symdist.exchange import InStage, Plan, Stack, place
 from symdist.layouts import FlatLayout, Group, Layout, layout_of
+from symdist.roles import Stage, residual_stage
 from symdist.rules import Rule, get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 from symdist.views import bind_view
@@ -39,6 +40,10 @@ class Member:
     dtype: torch.dtype
     """The dtype of its state and of all arithmetic: float32, or wider where the parameter is."""
     stack: Stack | None
+    stage: Stage | None = None
+    """Of the residual stream, where its rule couples the matrices of one."""
+    holds: bool = False
+    """Whether it may keep some of what its stage shares."""
 
 
 def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,7 +150,19 @@ def describe_member(
             hold=hold,
             padding_rows=padding,
         )
-    return Member(parameter=parameter, name=name, group=index, rule=rule, layout=layout, dtype=dtype, stack=stack)
+    stage = residual_stage(name, str(group.get("role", ""))) if stack is not None and stack.coupled else None
+    return Member(
+        parameter=parameter,
+        name=name,
+        group=index,
+        rule=rule,
+        layout=layout,
+        dtype=dtype,
+        stack=stack,
+        stage=stage,
+        # Under expert parallelism ranks have others of them, and what is kept must not hang on that.
+        holds=stage is not None and len(layout.shape) == 2 and not str(group["role"]).startswith("expert"),
+    )
 
 
 def coordinate_wise(options: Mapping[str, Any]) -> bool:
@@ -192,4 +209,49 @@ def place_members(members: Sequence[Member], *, wave_bytes: int, exchange_dtype:
         if member.stack is not None and member.parameter.requires_grad:
             stacks.setdefault(member.stack, []).append(i)
     names = [member.name for member in members]
-    return place(stacks, names=names, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype)
+    stages = _in_stages(members)
+    return place(stacks, names=names, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype, stages=stages)
+
+
+def _in_stages(members: Sequence[Member]) -> dict[int, InStage]:
+    """The stage of every coupled member, and which columns it keeps of what that shares: those that come next."""
+    by_stage: dict[Stage, list[int]] = {}
+    for i, member in enumerate(members):
+        if member.stage is not None and member.parameter.requires_grad:
+            by_stage.setdefault(member.stage, []).append(i)
+    towers = {stage.tower for stage in by_stage if stage.tower is not None}
+    if by_stage and len(towers) != 1:
+        found = ", ".join(sorted(towers)) or "none"
+        raise ValueError(
+            f"rotations are shared over the stages of one stack of numbered layers; here are {found}: share = "
+            "'matrix' does without"
+        )
+    last = max((stage.number for stage in by_stage if stage.number is not None), default=0)
+    merged: dict[int, list[int]] = {}
+    for stage, indices in by_stage.items():
+        merged.setdefault(last if stage.number is None else stage.number, []).extend(indices)
+    return {i: found for number in sorted(merged) for i, found in _kept(members, sorted(merged[number]), number)}
+
+
+def _kept(members: Sequence[Member], indices: Sequence[int], number: int) -> list[tuple[int, InStage]]:
+    seen = {i: members[i].stack for i in indices}
+    rows = {stack.rows for stack in seen.values() if stack is not None}
+    homes = {stack.layout.group.ranks if stack.layout.group is not None else () for stack in seen.values() if stack}
+    names = [members[i].name for i in indices]
+    if len(rows) > 1:
+        raise ValueError(f"stage {number} of the residual stream is {sorted(rows)} wide, of {', '.join(names)}")
+    if len(homes) > 1:
+        raise ValueError(
+            f"the matrices of stage {number} of the residual stream lie on different ranks, {sorted(homes)}, of "
+            f"{', '.join(names)}; share = 'matrix', for some or for all, does without"
+        )
+    width, firsts = 0, {}
+    (wide,) = rows
+    for i in indices:
+        stack = seen[i]
+        assert stack is not None
+        firsts[i] = width if members[i].holds and width < wide else -1
+        width += min(stack.columns, wide - width) if firsts[i] >= 0 else 0
+    if width == 0:
+        raise ValueError(f"stage {number} has no matrix but experts, to keep its rotation: {', '.join(names)}")
+    return [(i, InStage(label=f"{number:06d}", width=width, first=firsts[i])) for i in indices]

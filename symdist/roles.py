@@ -53,6 +53,38 @@ WRITES_RESIDUAL = frozenset(("attention_o", "mlp_down", "expert_down"))
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of the residual stream: `number` counts the layers before it, None for the one after the last.
+
+    `tower` is the stack of layers, None where a name does not tell it.
+    """
+
+    tower: str | None
+    number: int | None
+
+
+def residual_stage(name: str, role: str) -> Stage:
+    """Which stage a matrix writes to, or reads from.
+
+    A layer's first number tells which it is: it reads from the stage before it and writes to the one after. An
+    embedding writes to the first stage, a head reads from the last. Raises ValueError where that is not known.
+    """
+    if role in ("embedding", "tied_embedding"):
+        return Stage(tower=None, number=0)
+    if role == "head":
+        return Stage(tower=None, number=None)
+    words = name.split(".")
+    place = next((i for i, word in enumerate(words) if word.isdecimal()), None)
+    if place is None or role not in READS_RESIDUAL | WRITES_RESIDUAL:
+        raise ValueError(
+            f"{name} has role {role!r}: it is not known which stage of the residual stream it belongs to; "
+            "share = 'matrix' needs to know none"
+        )
+    tower = ".".join(word for word in words[:place] if f"{word}." not in _WRAPPERS)
+    return Stage(tower=tower, number=int(words[place]) + (role in WRITES_RESIDUAL))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Site:
     """Where a parameter stands.
 

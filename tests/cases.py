@@ -15,6 +15,9 @@ POLAR = {"rule": "polar"}
 MUON = {"rule": "muon"}
 ADAMW = {"rule": "adamw"}
 ARO = {"rule": "aro"}
+NORMUON = {"rule": "normuon"}
+AURORA = {"rule": "aurora"}
+SCION = {"rule": "scion"}
 
 # Row counts do not divide by 2, 3 and 4 at once; some leave ranks empty (2 and 3 rows on 4 ranks).
 CASES: dict[str, Case] = {
@@ -61,6 +64,23 @@ CASES: dict[str, Case] = {
     "muon_heads_out": ((12, 15), MUON | {"view": {"heads": 3, "dim": 0}}),
     "muon_heads_in": ((15, 12), MUON | {"view": {"heads": 3, "dim": 1}}),
     "muon_experts": ((5, 9, 4), MUON | {"scale": "none"}),
+    "polar_gradient": ((29, 6), POLAR | {"alpha": 1.0, "momentum": 0.0}),
+    "normuon": ((29, 6), NORMUON | {"weight_decay": 0.1}),
+    "normuon_wide": ((6, 29), NORMUON | {"scale": "match_rms"}),
+    "normuon_columns": ((6, 29), NORMUON | {"view": "columns", "beta2": 0.5}),
+    "normuon_heads": ((12, 15), NORMUON | {"view": {"heads": 3, "dim": 0}}),
+    "normuon_stacked": ((22, 4), NORMUON | {"view": "gate_up_stacked"}),
+    "normuon_padding": ((29, 6), NORMUON | {"padding_rows": 4}),
+    "normuon_experts": ((5, 9, 4), NORMUON),
+    "aurora": ((29, 6), AURORA),
+    "aurora_wide": ((6, 29), AURORA | {"scale": "match_rms"}),
+    "aurora_columns": ((6, 29), AURORA | {"view": "columns", "iterations": 3, "beta": 0.25}),
+    "aurora_experts": ((3, 11, 5), AURORA),
+    "scion": ((29, 6), SCION | {"weight_decay": 1.0, "momentum": 0.9}),
+    "scion_wide": ((6, 29), SCION | {"radius": 3.0}),
+    "scion_sign": ((17, 6), SCION | {"norm": "sign"}),
+    "scion_rows": ((17, 6), SCION | {"norm": "row_rms"}),
+    "scion_columns": ((7, 10), SCION | {"norm": "row", "view": "columns"}),
     "aro": ((6, 17), ARO | {"weight_decay": 0.1}),
     "aro_tall": ((11, 5), ARO | {"rounds": 3}),
     "aro_columns": ((17, 6), ARO | {"view": "columns"}),

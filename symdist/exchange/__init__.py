@@ -5,6 +5,7 @@ from symdist.exchange.jobs import Given, Job, Made, Placement, Stack
 from symdist.exchange.placement import Plan, place
 from symdist.exchange.rehearsal import rehearse
 from symdist.exchange.scheduler import Task, run
+from symdist.exchange.stages import InStage
 from symdist.exchange.trail import ExchangeError, Trail
 from symdist.exchange.transport import Collectives, Counting, Transport
 
@@ -14,6 +15,7 @@ __all__ = [
     "ExchangeError",
     "FlatJob",
     "Given",
+    "InStage",
     "Job",
     "Made",
     "Placement",

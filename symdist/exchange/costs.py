@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from symdist.exchange.jobs import Stack
 from symdist.exchange.routes import canonical_shape
 from symdist.exchange.symmetric import packed_size
-from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule
+from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, Stage
 from symdist.views import View
 
 Axis: TypeAlias = Literal["rows", "columns"]
@@ -94,6 +94,8 @@ def _ask(
             else:
                 answer = request.values
                 numbers = request.values.numel()
+            # What a stage shares is not the one matrix's.
+            across = None if isinstance(request, Stage) else request.across
             for axis in axes:
-                summed[axis] += numbers if request.across in (axis, "all") else 0
+                summed[axis] += numbers if across in (axis, "all") else 0
     return Asked(summed=summed, flops=counter.get_total_flops(), root_flops=root_flops)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.exchange.jobs import Begin, Done, Note, Placement, Stack, Tensors, finished, noted, updated
+from symdist.exchange.jobs import (
+    Begin,
+    Done,
+    Note,
+    Placement,
+    Stack,
+    Tensors,
+    alone_but_for_stages,
+    finished,
+    noted,
+    updated,
+)
 from symdist.exchange.requests import Return, Ship
 from symdist.exchange.runs import RunRoute, owned_by
 from symdist.exchange.scheduler import Task
+from symdist.exchange.stages import InStage, Share
 from symdist.layouts import Group
-from symdist.layouts.flat import FlatLayout, runs_of_rows
+from symdist.layouts.flat import FlatLayout, elements_of, matrices_of, runs_of_rows
 from symdist.rules import answer_alone
 from symdist.views import Seen
 
@@ -47,6 +60,10 @@ class FlatJob:
     flight_bytes: float = 0.0
     """What the busiest rank holds while the job is under way."""
     exchange_dtype: torch.dtype = torch.float32
+    stages: tuple[InStage, ...] = ()
+    """Of `everyone`, where their rule couples the matrices of a stage; they are then all put together by owners."""
+    across: tuple[int, ...] = ()
+    """Blocks of columns that the matrices are cut in first."""
 
     @property
     def group(self) -> Group:
@@ -99,6 +116,8 @@ class FlatJob:
         del layers
         if self.summed:
             made = yield from noted(self._updated_in_place(wanted), note, range(len(self.members)), 1)
+        elif self.stages:
+            made = yield from self._updated_in_stages(wanted, note)
         else:
             made = self._updated_alone(wanted, note)
         del wanted
@@ -112,6 +131,20 @@ class FlatJob:
         stacks = [layer.view(len(self.members), *layout.local_shape) for layer in wanted]
         made = yield from updated(self.stack, stacks, layout.box)
         return [tensor.reshape(-1) for tensor in made]
+
+    def _updated_in_stages(self, wanted: list[Tensor], note: Note | None) -> Generator[Any, Any, list[Tensor]]:
+        """All that this rank owns, be it nothing: it still has a part in sums over stages."""
+        stack = self.stack
+        stage_of = dict(zip(self.everyone, self.stages, strict=True))
+        owned = [i for i, (start, stop) in enumerate(self.route.wanted) if stop > start]
+        here = [stage_of[self.members[i]] for i in owned]
+        share = Share.of(here, self.stages, copies=1)
+        shape = stack.layout.shape
+        flat = [layer.view(len(owned), math.prod(shape)) for layer in wanted]
+        stacks = [matrices_of(layer, shape, across=self.across) for layer in flat]
+        asking = updated(stack, stacks, [range(size) for size in shape], share)
+        made = yield from alone_but_for_stages(noted(asking, note, owned, self.group.size))
+        return [elements_of(layer, across=self.across).reshape(-1) for layer in made]
 
     def _updated_alone(self, wanted: list[Tensor], note: Note | None) -> list[Tensor]:
         """Each matrix, or its rows, by itself: those of as many rows in one stack."""

@@ -16,6 +16,7 @@ from symdist.exchange.balance import balance
 from symdist.exchange.costs import FLOPS_PER_BYTE, ask_piece, ask_unit, unit_work
 from symdist.exchange.flat_jobs import FlatJob
 from symdist.exchange.jobs import Placement, Stack, travels_as
+from symdist.exchange.stages import Stages
 from symdist.layouts import Group
 from symdist.layouts.flat import FlatLayout
 
@@ -56,11 +57,14 @@ def place_flat(
     stacks: Mapping[Stack, Sequence[int]],
     *,
     names: Sequence[str],
-    budget: int,
+    budget: float,
     exchange_dtype: torch.dtype | None,
     work: dict[Group, list[float]],
+    stages: Stages,
 ) -> list[FlatJob]:
     """The jobs of the stacks whose layouts are flat; `work` has what ranks do otherwise, and is added to.
+
+    Matrices of `stages` all go to owners, who for those that are whole on a rank are that rank.
 
     Raises ValueError, naming the parameter, where a placement was asked for that its layout does not admit.
     """
@@ -76,7 +80,11 @@ def place_flat(
         # In the order of the model, so that what flies together is cut on many ranks, not on the same few.
         kind.whole.sort(key=lambda item: item[0])
         kind.cut.sort(key=lambda item: item[0])
-    _lighten(list(kinds.values()), work)
+    coupled = [kind for kind in kinds.values() if kind.stack.coupled]
+    for kind in coupled:
+        kind.owners |= {i: layout.sole for i, layout in kind.whole if layout.sole is not None}
+        kind.sent, kind.whole = kind.whole, []
+    _lighten([kind for kind in kinds.values() if not kind.stack.coupled], work)
     placed = [(kind, _choose(kind, exchange_dtype)) for kind in kinds.values()]
     for kind, placement in placed:
         _add_work(kind, placement, work.setdefault(kind.group, [0.0] * kind.group.size))
@@ -86,7 +94,16 @@ def place_flat(
         dtype = travels_as(kind.stack, exchange_dtype)
         jobs += _whole_jobs(kind, budget)
         owned = [*kind.sent, *(kind.cut if placement == "owner" else [])]
-        jobs += _owner_jobs(kind.stack, owned, owners | kind.owners, budget, dtype)
+        for part in stages.parts(owned, lambda item: item[0]) if kind.stack.coupled else [owned]:
+            of_part = _owner_jobs(
+                kind.stack, part, owners | kind.owners, math.inf if kind.stack.coupled else budget, dtype
+            )
+            jobs += [
+                dataclasses.replace(job, stages=stages.of(job.everyone), across=kind.across)
+                if kind.stack.coupled
+                else job
+                for job in of_part
+            ]
         if placement == "reduce":
             jobs += _row_jobs(kind, budget, dtype)
     return jobs
@@ -135,7 +152,8 @@ def _choose(kind: _Kind, exchange_dtype: torch.dtype | None) -> Placement:
     asked = kind.stack.asked
     if not kind.cut:
         return "local"
-    admitted = _admits_rows(kind)
+    # What a stage shares is asked for by owners alone.
+    admitted = not kind.stack.coupled and _admits_rows(kind)
     possible: list[Placement] = ["owner", "reduce"] if admitted else ["owner"]
     if asked != "auto":
         if asked not in possible:
@@ -255,7 +273,7 @@ def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int
     return owners
 
 
-def _whole_jobs(kind: _Kind, budget: int) -> list[FlatJob]:
+def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
     """Of the matrices that are whole on this rank; others need not know."""
     here = [(i, layout) for i, layout in kind.whole if layout.sole == kind.group.index]
     each = 4.0 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
@@ -263,7 +281,9 @@ def _whole_jobs(kind: _Kind, budget: int) -> list[FlatJob]:
     return [_job(kind.stack, here[i : i + step], "local") for i in range(0, len(here), step)]
 
 
-def _owner_jobs(stack: Stack, given: Cut, owners: Mapping[int, int], budget: int, dtype: torch.dtype) -> list[FlatJob]:
+def _owner_jobs(
+    stack: Stack, given: Cut, owners: Mapping[int, int], budget: float, dtype: torch.dtype
+) -> list[FlatJob]:
     size = _layers(stack) * math.prod(stack.layout.shape)
     me = stack.layout.group.index
     jobs = []
@@ -274,7 +294,7 @@ def _owner_jobs(stack: Stack, given: Cut, owners: Mapping[int, int], budget: int
     return jobs
 
 
-def _row_jobs(kind: _Kind, budget: int, dtype: torch.dtype) -> list[FlatJob]:
+def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
     multiple = kind.multiple
     alone: Cut = []
     alike: dict[FlatLayout, Cut] = {}
@@ -302,7 +322,7 @@ def _summed(rows: Stack) -> float:
 
 
 def _cut_in_waves(
-    stack: Stack, given: Cut, budget: int, more: Mapping[int, Mapping[int, float]]
+    stack: Stack, given: Cut, budget: float, more: Mapping[int, Mapping[int, float]]
 ) -> list[tuple[Cut, float]]:
     """Cut parameters, in order, as many at a time as the budget of the busiest rank holds, and the bytes it then holds.
 

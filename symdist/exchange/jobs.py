@@ -11,8 +11,9 @@ from torch import Tensor
 from symdist.exchange.requests import Return, Ship
 from symdist.exchange.routes import Route
 from symdist.exchange.scheduler import Task
+from symdist.exchange.stages import InStage, Share, StageSum, shared
 from symdist.layouts import Group
-from symdist.rules import Matrix, Rule, Sum, answer_alone
+from symdist.rules import Matrix, Rule, Sum
 from symdist.rules.roots import InverseRoot
 from symdist.views import Seen, View
 
@@ -98,6 +99,11 @@ class Stack:
         """What the rule remembers, beside the momentum."""
         return self.rule.remembers(dict(self.options))
 
+    @functools.cached_property
+    def coupled(self) -> bool:
+        """Whether the rule couples the matrices of a stage."""
+        return self.rule.couples(dict(self.options))
+
     @property
     def masked(self) -> bool:
         """Whether some weights may not move."""
@@ -141,6 +147,8 @@ class Job:
     placement: Placement
     owners: tuple[int, ...] = ()
     exchange_dtype: torch.dtype = torch.float32
+    stages: tuple[InStage, ...] = ()
+    """Of the members, where their rule couples the matrices of a stage."""
 
     @property
     def everyone(self) -> tuple[int, ...]:
@@ -164,17 +172,22 @@ class Job:
         batch = self.stack.seen.get("batch")
         ranks = batch.size if batch is not None else 1
         asking = finished(self.stack, noted(self._in_place(begin), note, range(len(self.members)), ranks), done)
-        if self.placement == "local":
+        if self.placement == "local" and not self.stages:
             return Task(asking)
         along: dict[str, Group] = {axis: group for axis, group in self.stack.seen.items() if axis != "batch"}
-        return Task(asking, along=along, home=home, placement="reduce")
+        return Task(asking, along=along, home=home, placement=self.placement)
 
     def _in_place(self, begin: Begin) -> Generator[Any, Any, list[Tensors]]:
         layers = [
             torch.stack(layer) if len(layer) > 1 else layer[0].unsqueeze(0)
             for layer in begin().layers(self.stack.dtype)
         ]
-        made = yield from updated(self.stack, layers, self.stack.layout.box)
+        share = None
+        if self.stages:
+            matrices = self.stack.view.matrices(layers[0]).shape[0] // len(self.members)
+            here = [stage for stage in self.stages for _ in range(matrices)]
+            share = Share.of(here, self.stages, copies=self.stack.layout.replicas)
+        made = yield from updated(self.stack, layers, self.stack.layout.box, share)
         return [list(layer.unbind(0)) for layer in made]
 
     def _at_owners(self, begin: Begin, note: Note | None) -> Generator[Any, Any, list[Tensors]]:
@@ -187,13 +200,18 @@ class Job:
             wholes = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype, like=stack.like)
         del layers
         made = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
-        if route.owned:
+        # Who owns nothing still has a part in sums over stages.
+        if route.owned or self.stages:
             if len(stack.layout.shape) == 1:
                 wholes = [whole.squeeze(-1) for whole in wholes]
-            asking = updated(stack, wholes, [range(size) for size in stack.layout.shape])
             experts = len(self.owners) // len(self.members)
             units = [unit // experts for unit in route.owned_units]
-            made = answer_alone(noted(asking, note, units, route.group.size))
+            share = None
+            if self.stages:
+                here = [self.stages[unit] for unit in units for _ in range(stack.view.count // experts)]
+                share = Share.of(here, self.stages, copies=1)
+            asking = updated(stack, wholes, [range(size) for size in stack.layout.shape], share)
+            made = yield from alone_but_for_stages(noted(asking, note, units, route.group.size))
             if len(stack.layout.shape) == 1:
                 made = [tensor.unsqueeze(-1) for tensor in made]
         del wholes
@@ -215,6 +233,17 @@ def finished(stack: Stack, asking: Generator[Any, Any, list[Tensors]], done: Don
     done(stack.made((yield from asking)))
 
 
+def alone_but_for_stages(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+    """The generator of matrices that are whole here: what it asks answers itself, sums over stages apart."""
+    answer: Any = None
+    while True:
+        try:
+            request = asking.send(answer)
+        except StopIteration as last:
+            return last.value
+        answer = (yield request) if isinstance(request, StageSum) else request.alone()
+
+
 def noted(
     asking: Generator[Any, Any, T], note: Note | None, members: Sequence[int], ranks: float
 ) -> Generator[Any, Any, T]:
@@ -232,11 +261,13 @@ def noted(
             note(answer, members, ranks)
 
 
-def updated(stack: Stack, layers: Sequence[Tensor], box: Sequence[range]) -> Generator[Any, Any, list[Tensor]]:
+def updated(
+    stack: Stack, layers: Sequence[Tensor], box: Sequence[range], share: Share | None = None
+) -> Generator[Any, Any, list[Tensor]]:
     """Run the rule on stacks of pieces or wholes, which are what `box` tells of every stored dimension.
 
     The layers are those of `Given.layers`, and become those of `Made`: the update, where it may move for a stack of
-    which not all does, and the new state.
+    which not all does, and the new state. `share` is given where the rule couples the matrices of a stage.
     """
     shape = tuple(layers[0].shape)
     values, *others = [stack.view.matrices(layer) for layer in layers]
@@ -251,8 +282,10 @@ def updated(stack: Stack, layers: Sequence[Tensor], box: Sequence[range]) -> Gen
         real=real if stack.view.kind == "rows" else None,
         first_column=stack.first_column(box),
         state=dict(zip(stack.state_names, others, strict=True)),
+        places=None if share is None else share.places,
     )
-    update = yield from stack.rule.update(matrix, **dict(stack.options))
+    asking = stack.rule.update(matrix, **dict(stack.options))
+    update = yield from asking if share is None else shared(asking, share)
     update, state = update if isinstance(update, tuple) else (update, {})
     made = [update]
     if stack.masked:

@@ -16,6 +16,7 @@ from symdist.exchange.costs import FLOPS_PER_BYTE, Axis, ask_piece, ask_unit, un
 from symdist.exchange.flat_jobs import FlatJob
 from symdist.exchange.flat_placement import place_flat
 from symdist.exchange.jobs import Job, Placement, Stack, travels_as
+from symdist.exchange.stages import InStage, Stages
 from symdist.layouts import FlatLayout, Group
 
 
@@ -50,6 +51,8 @@ class Plan:
                 found.add(job.stack.layout.group)
             elif job.placement == "reduce":
                 found |= set(_cut(job.stack).values())
+            if job.stages and job.stack.layout.group is not None:
+                found.add(job.stack.layout.group)
         return found
 
     def placements(self) -> dict[int, Placement]:
@@ -63,23 +66,39 @@ def place(
     names: Sequence[str],
     wave_bytes: int,
     exchange_dtype: torch.dtype | None = None,
+    stages: Mapping[int, InStage] | None = None,
 ) -> Plan:
     """Choose where every stack runs, cut waves whose buffers stay below `wave_bytes`, and share out the owned units.
 
     `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks that hold them;
-    `names` are all parameters' names. A single parameter larger than the budget makes a wave of its own. Matrices
-    travel as `exchange_dtype`, or as what they are computed in, as do all whose rules remember something. Raises
-    ValueError, naming the parameter, where a placement was asked for that its layout does not admit.
+    `names` are all parameters' names. `stages` has the parameters that rules couple: those of a stage are in one wave.
+    A single parameter, or stage, larger than the budget makes a wave of its own. Matrices travel as `exchange_dtype`,
+    or as what they are computed in, as do all whose rules remember something. Raises ValueError, naming the parameter,
+    where a placement was asked for that its layout does not admit.
     """
     jobs: list[Job] = []
     # While one wave is computed the next sets out and the one before comes home.
     budget = wave_bytes // 2
+    sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
+    in_stages = Stages.cut(stages or {}, sizes, budget=budget)
     flat = {stack: members for stack, members in stacks.items() if isinstance(stack.layout, FlatLayout)}
     for stack, members in stacks.items():
         if stack in flat:
             continue
         dtype = travels_as(stack, exchange_dtype)
         placement = _choose(stack, len(members), dtype, name=names[members[0]])
+        if stack.coupled:
+            jobs += [
+                Job(
+                    stack=stack,
+                    members=tuple(part),
+                    placement=placement,
+                    exchange_dtype=dtype,
+                    stages=in_stages.of(part),
+                )
+                for part in in_stages.parts(members, lambda member: member)
+            ]
+            continue
         step = max(1, int(budget // max(1.0, _flight_bytes(stack, placement))))
         for start in range(0, len(members), step):
             jobs.append(
@@ -90,10 +109,11 @@ def place(
     work = _work_in_place(jobs)
     every: list[Job | FlatJob] = [
         *_with_owners(jobs, work),
-        *place_flat(flat, names=names, budget=budget, exchange_dtype=exchange_dtype, work=work),
+        *place_flat(flat, names=names, budget=budget, exchange_dtype=exchange_dtype, work=work, stages=in_stages),
     ]
-    local = [job for job in every if job.placement == "local"]
-    return Plan(local=local, waves=_waves([job for job in every if job.placement != "local"], budget), work=work)
+    local = [job for job in every if job.placement == "local" and not job.stages]
+    others = [job for job in every if job.placement != "local" or job.stages]
+    return Plan(local=local, waves=_waves(others, budget, in_stages), work=work)
 
 
 def _cut(stack: Stack) -> dict[Axis, Group]:
@@ -158,17 +178,21 @@ def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
     return sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
 
 
-def _waves(jobs: list[Job | FlatJob], budget: int) -> list[list[Job | FlatJob]]:
+def _waves(jobs: list[Job | FlatJob], budget: int, stages: Stages) -> list[list[Job | FlatJob]]:
     """Jobs of the same ranks together, as many as the budget holds; in an order that all ranks agree on."""
     by_ranks: dict[tuple[int, ...], list[Job | FlatJob]] = {}
     for job in jobs:
-        assert job.stack.layout.group is not None
-        by_ranks.setdefault(job.stack.layout.group.ranks, []).append(job)
+        group = job.stack.layout.group
+        by_ranks.setdefault(() if group is None else group.ranks, []).append(job)
     waves: list[list[Job | FlatJob]] = []
     for ranks in sorted(by_ranks):
         room = 0.0
         wave: list[Job | FlatJob] = []
+        coupled: dict[int, list[Job | FlatJob]] = {}
         for job in by_ranks[ranks]:
+            if job.stages:
+                coupled.setdefault(stages.wave(job.stages), []).append(job)
+                continue
             size = (
                 job.flight_bytes
                 if isinstance(job, FlatJob)
@@ -180,7 +204,17 @@ def _waves(jobs: list[Job | FlatJob], budget: int) -> list[list[Job | FlatJob]]:
                 room = budget
             wave.append(job)
             room -= size
+        waves += [coupled[i] for i in sorted(coupled)]
     return waves
+
+
+def _coupled_bytes(stack: Stack) -> float:
+    """What a parameter whose stage is stepped at once holds on a rank while under way, about: its share of the weight,
+    and of what the stage shares there and back.
+    """
+    ranks = 1 if stack.layout.group is None else stack.layout.group.size
+    share = 8.0 * (1 + len(stack.state_names)) * math.prod(stack.layout.shape) / ranks
+    return (share + 4.0 * stack.rows * min(stack.rows, stack.columns)) * stack.dtype.itemsize
 
 
 def _flight_bytes(stack: Stack, placement: Placement) -> float:

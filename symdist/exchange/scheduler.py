@@ -10,6 +10,7 @@ import torch
 from symdist.exchange.reducing import answer_shared, answer_sums
 from symdist.exchange.requests import Return, Ship
 from symdist.exchange.shipping import answer_returns, answer_ships
+from symdist.exchange.stages import StageSum, answer_stages
 from symdist.exchange.trail import ExchangeError, Mark, Trail
 from symdist.exchange.transport import Handle, Transport
 from symdist.layouts import Group
@@ -20,6 +21,7 @@ _ANSWERS: dict[type, Any] = {
     Sum: answer_sums,
     Root: answer_shared,
     Orthonormal: answer_shared,
+    StageSum: answer_stages,
     Return: answer_returns,
 }
 
@@ -52,7 +54,7 @@ class Task:
         self.pending: Any = None
         self.group: Group | None = None
         """The ranks that the pending request goes to."""
-        self._then: list[Group] = []
+        self._then: list[Group | None] = []
 
     def advance(self, answer: Any = None) -> None:
         """Run to the next request that other ranks must answer, left in `pending`, or to the end."""
@@ -70,7 +72,10 @@ class Task:
         assert len(groups) == 1 or isinstance(request, Sum), "what one rank works on is a sum over one axis"
         self.pending, self.group, self._then = request, groups[0], groups[1:]
 
-    def _asked(self, request: Any) -> list[Group]:
+    def _asked(self, request: Any) -> list[Group | None]:
+        if isinstance(request, StageSum):
+            # To this rank's other tasks, also where there is no other rank.
+            return [self.home]
         if isinstance(request, Ship | Return):
             assert self.home is not None
             return [self.home]
@@ -190,7 +195,9 @@ class _Flight:
         last = [task for task in waiting if isinstance(task.pending, Return)]
         asking = [task for task in waiting if not isinstance(task.pending, Return)]
         # Roots and QRs wait for those still summing, so that all of them share one reduce-scatter.
-        sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal)]
+        sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal | StageSum)]
+        # A stage's sum waits for all that have a part in it.
+        sooner = sooner or [task for task in asking if not isinstance(task.pending, StageSum)]
         self._landing += [_Bucket(tasks, self._way) for tasks in _buckets(last)]
         self._up = [_Bucket(tasks, self._way) for tasks in _buckets(sooner or asking)]
         under_way = {id(task) for task in last}
@@ -200,9 +207,10 @@ class _Flight:
 def _buckets(tasks: list[Task]) -> list[list[Task]]:
     buckets: dict[tuple[Any, ...], list[Task]] = {}
     for task in tasks:
-        buckets.setdefault((list(_ANSWERS).index(type(task.pending)), task.group, *_kind(task.pending)), []).append(
-            task
-        )
+        key: tuple[Any, ...] = (list(_ANSWERS).index(type(task.pending)), task.group, *_kind(task.pending))
+        if isinstance(task.pending, StageSum):
+            key = (*key, task.pending.asked.values.shape[1:], task.pending.asked.orthonormal)
+        buckets.setdefault(key, []).append(task)
     return list(buckets.values())
 
 
@@ -212,6 +220,8 @@ def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
             return request.dtype, request.like.device
         case Root():
             return request.gram.dtype, request.gram.device
+        case StageSum():
+            return request.asked.values.dtype, request.asked.values.device
     return request.values.dtype, request.values.device
 
 
@@ -230,10 +240,9 @@ class _Bucket:
             # What was sent is the buffer's now; the request need not keep it.
             task.pending = None
         group = tasks[0].group
-        assert group is not None
         self._group = group
         more = {}
-        if isinstance(requests[0], Root | Orthonormal):
+        if group is not None and isinstance(requests[0], Root | Orthonormal | StageSum):
             more["loads"] = way.loads.setdefault(group, [0.0] * group.size)
         self._answering = _ANSWERS[type(requests[0])](requests, group=group, transport=way.transport, **more)
         self.handle: Handle | None = None
@@ -265,4 +274,5 @@ class _Bucket:
             self.handle = self._mark = None
             self._answers = finished.value
         else:
+            assert self._group is not None
             self._mark = self._way.trail.started(self._way.wave, self._kind, self._group, self._names, self.handle)

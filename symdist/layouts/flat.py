@@ -83,17 +83,27 @@ class FlatLayout:
 
     def matrix(self, elements: Tensor) -> Tensor:
         """`[k, n]`, all elements of k matrices, as `[k, p, q]`."""
-        if not self.across:
-            return elements.view(-1, *self.shape)
-        rows = self.shape[0]
-        blocks = elements.split([rows * width for width in self.across], dim=1)
-        return torch.cat([block.view(-1, rows, block.shape[1] // rows) for block in blocks], dim=2)
+        return matrices_of(elements, self.shape, across=self.across)
 
     def elements(self, matrices: Tensor) -> Tensor:
         """The inverse of `matrix`."""
-        if not self.across:
-            return matrices.flatten(1)
-        return torch.cat([block.flatten(1) for block in matrices.split(self.across, dim=2)], dim=1)
+        return elements_of(matrices, across=self.across)
+
+
+def matrices_of(elements: Tensor, shape: tuple[int, ...], *, across: tuple[int, ...]) -> Tensor:
+    """`[k, n]`, all elements of k matrices of a shape, as `[k, p, q]`; see `FlatLayout` for `across`."""
+    if not across:
+        return elements.view(elements.shape[0], *shape)
+    rows = shape[0]
+    blocks = elements.split([rows * width for width in across], dim=1)
+    return torch.cat([block.view(-1, rows, block.shape[1] // rows) for block in blocks], dim=2)
+
+
+def elements_of(matrices: Tensor, *, across: tuple[int, ...]) -> Tensor:
+    """The inverse of `matrices_of`."""
+    if not across:
+        return matrices.flatten(1)
+    return torch.cat([block.flatten(1) for block in matrices.split(across, dim=2)], dim=1)
 
 
 def runs_of_rows(layout: Layout) -> tuple[Run, ...]:

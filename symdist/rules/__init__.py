@@ -1,9 +1,9 @@
 """The rules: each is mathematics on a matrix, and none knows how that matrix is sharded."""
 
-from symdist.rules import adamw, aro, hybrid, muon, row_norm, spectral
-from symdist.rules.matrix import Matrix, center_rows
+from symdist.rules import adamw, aro, aurora, hybrid, muon, normuon, row_norm, scion, spectral
+from symdist.rules.matrix import Matrix, Places, center_rows
 from symdist.rules.registry import ACCUMULATOR_STATE, Rule, get_rule, rule, rule_names
-from symdist.rules.requests import Asking, Orthonormal, Request, Root, Sum, answer_alone
+from symdist.rules.requests import Asking, Orthonormal, Request, Root, Stage, Sum, answer_alone
 from symdist.rules.roots import InverseRoot, Numerics, inverse_root
 
 __all__ = [
@@ -13,20 +13,25 @@ __all__ = [
     "Matrix",
     "Numerics",
     "Orthonormal",
+    "Places",
     "Request",
     "Root",
     "Rule",
+    "Stage",
     "Sum",
     "adamw",
     "answer_alone",
     "aro",
+    "aurora",
     "center_rows",
     "get_rule",
     "hybrid",
     "inverse_root",
     "muon",
+    "normuon",
     "row_norm",
     "rule",
     "rule_names",
+    "scion",
     "spectral",
 ]

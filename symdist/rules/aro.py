@@ -8,24 +8,22 @@ from torch import Tensor
 
 from symdist.rules.matrix import Matrix
 from symdist.rules.registry import rule
-from symdist.rules.requests import Asking, Orthonormal, Sum
+from symdist.rules.requests import Asking, Orthonormal, Stage, Sum
 
 Base: TypeAlias = Literal["sinkhorn", "row_norm", "sign", "adam", "identity"]
 
 _ROUNDS = 5
 _BETA2 = 0.95
-# Rows of the rotated momentum below this many roundings of its norm are noise: what R spans beyond the rank of M.
+# What is smaller than this many roundings of a product as long as M has rows is noise, which signs and lengths would
+# magnify: rows of the rotated M beyond its rank, and numbers that are zero but for rounding.
 _NOISE = 10.0
 
 
 def _check(options: Mapping[str, Any]) -> None:
     if options["rounds"] and options["base"] != "sinkhorn":
         raise ValueError(f"rounds={options['rounds']} has no effect with base={options['base']!r}; drop it")
-    if options["beta2"] is not None:
-        if options["base"] != "adam":
-            raise ValueError(f"beta2={options['beta2']} has no effect with base={options['base']!r}; drop it")
-        if not 0 <= options["beta2"] < 1:
-            raise ValueError(f"beta2={options['beta2']!r} must be in [0, 1)")
+    if options["beta2"] is not None and options["base"] != "adam":
+        raise ValueError(f"beta2={options['beta2']} has no effect with base={options['base']!r}; drop it")
     if not options["rms"] > 0:
         raise ValueError(f"rms={options['rms']!r} must be positive")
 
@@ -34,11 +32,16 @@ def _state(options: Mapping[str, Any]) -> tuple[str, ...]:
     return ("rotation", "rotated_sq") if options["base"] == "adam" else ("rotation",)
 
 
-@rule("aro", splits=("columns",), check=_check, state=_state, ordered=True)
+def _coupled(options: Mapping[str, Any]) -> bool:
+    return bool(options["share"] == "stage")
+
+
+@rule("aro", splits=("columns",), check=_check, state=_state, couples=_coupled, ordered=True)
 def aro(
     matrix: Matrix,
     *,
     base: Base = "sinkhorn",
+    share: Literal["matrix", "stage"] = "matrix",
     rounds: int = 0,
     beta2: float | None = None,
     rms: float = 0.2,
@@ -47,22 +50,35 @@ def aro(
 
     `f`, the base map, is "sinkhorn" (rows and columns divided by their norms at once, `rounds` times, 5 unless given),
     "row_norm", "sign", "adam" (over the root of an average of the rotated squares with `beta2`, 0.95 unless given) or
-    "identity". A factor of M changes nothing. Rows are the residual stream's side of the matrix: view "residual"
-    in a recipe. Of the rotation `[m, m]` only the first `k = min(m, n)` columns can matter, and are kept, as state of
-    the parameter's shape and layout.
+    "identity". A factor of M changes nothing. Rows are the residual stream's side of the matrix: view "residual" in a
+    recipe. Of the rotation `[m, m]` only the first `k = min(m, n)` columns can matter, and are kept, as state of the
+    parameter's shape and layout.
+
+    With `share = "stage"` the matrices that write to a stage of the residual stream, and those that read from it, have
+    one rotation, of the sum `Σ M·f(RᵀM)ᵀ` over them, with each f at root mean square 1, "identity" as it is. Its
+    columns are kept by the matrices in turn, those of experts apart.
 
     Equivariant under rotations of the rows with `R_{t−1}` turned along: a common rotation of the residual stream; under
     permutations of the columns; with "row_norm" and "identity", under all rotations of them. "identity" is power
     iteration; at a fixed M "row_norm" converges to the polar factor.
     Under column blocks it moves `m·k` numbers three times (the rotation, and the product there and back) and `k` a
-    round. It takes `6·m·n·k` operations and the QR of an `[m, k]`.
+    round; sharing, `m·k` numbers four times a stage. It takes `6·m·n·k` operations and the QR of an `[m, k]`.
     Source: Gong et al., ARO, arXiv 2602.09006.
     """
-    scale, previous = yield from _remembered(matrix)
+    coupled = share == "stage"
+    scale, previous = yield from _remembered(matrix, coupled=coupled)
     m = matrix.values / torch.where(scale > 0, scale, 1)
     frame = _Frame(matrix, base=base, rounds=rounds or _ROUNDS, beta2=_BETA2 if beta2 is None else beta2)
     ahead, _ = yield from frame.directions(previous, m, scale)
-    found = yield Orthonormal(values=m @ ahead.mT, across="columns")
+    if coupled:
+        weight = scale.square()
+        if base != "identity":
+            ahead_norm = yield Sum(values=ahead.square().sum((-2, -1), keepdim=True), across="columns")
+            numbers = ahead.shape[-2] * matrix.columns
+            weight = scale * (numbers / torch.where(ahead_norm > 0, ahead_norm, 1)).sqrt()
+        found = yield Stage(values=(m * weight) @ ahead.mT, orthonormal=True)
+    else:
+        found = yield Orthonormal(values=m @ ahead.mT, across="columns")
     # Without any momentum there is nothing to turn to.
     rotation = torch.where(found.abs().amax((-2, -1), keepdim=True) > 0, found, previous)
     direction, more = yield from frame.directions(rotation, m, scale)
@@ -71,31 +87,44 @@ def aro(
     return rotation @ (direction * factor), {"rotation": _own(matrix, rotation), **more}
 
 
-def _held(matrix: Matrix) -> range:
-    """Which of the rotation's columns lie here."""
-    k = min(matrix.rows, matrix.columns)
-    stop = min(matrix.first_column + matrix.values.shape[-1], k)
-    return range(min(matrix.first_column, stop), stop)
+def _parts(matrix: Matrix) -> list[tuple[int, slice, slice]]:
+    """Of each matrix, by its place in the stack, which columns of the rotation lie here: in the state, in it."""
+    width = min(matrix.rows, matrix.columns)
+    firsts: tuple[int, ...] = (0,) * matrix.values.shape[0]
+    if matrix.places is not None:
+        width, firsts = matrix.places.width, matrix.places.firsts
+    parts = []
+    for i, first in enumerate(firsts):
+        kept = min(matrix.columns, width - first) if first >= 0 else 0
+        start, stop = matrix.first_column, min(matrix.first_column + matrix.values.shape[-1], kept)
+        if start < stop:
+            parts.append((i, slice(0, stop - start), slice(first + start, first + stop)))
+    return parts
 
 
-def _remembered(matrix: Matrix) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
+def _remembered(matrix: Matrix, *, coupled: bool) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
     """The mean magnitude of M, and the rotation of the step before, `[b, m, k]`: each rank has some of its columns."""
     b, m, _ = matrix.values.shape
-    k, held = min(matrix.rows, matrix.columns), _held(matrix)
+    k = min(m, matrix.columns) if matrix.places is None else matrix.places.width
     whole = matrix.values.new_zeros(b, m, k)
-    whole[..., held.start : held.stop] = matrix.state["rotation"][..., : len(held)]
+    for i, here, there in _parts(matrix):
+        whole[i, :, there] = matrix.state["rotation"][i, :, here]
     magnitude = matrix.values.abs().sum((-2, -1)) / (matrix.rows * matrix.columns)
-    total = yield Sum(values=torch.cat([whole.flatten(1), magnitude[:, None]], dim=1), across="columns")
-    whole = total[:, :-1].view(b, m, k)
+    if coupled:
+        scale = yield Sum(values=magnitude[:, None, None], across="columns")
+        whole = yield Stage(values=whole)
+    else:
+        total = yield Sum(values=torch.cat([whole.flatten(1), magnitude[:, None]], dim=1), across="columns")
+        scale, whole = total[:, -1, None, None], total[:, :-1].view(b, m, k)
     start = torch.eye(m, k, dtype=whole.dtype, device=whole.device)
-    return total[:, -1, None, None], torch.where(whole.abs().amax((-2, -1), keepdim=True) > 0, whole, start)
+    return scale, torch.where(whole.abs().amax((-2, -1), keepdim=True) > 0, whole, start)
 
 
 def _own(matrix: Matrix, rotation: Tensor) -> Tensor:
     """The columns of the rotation that are kept here, in the shape of the matrix; the rest is zero."""
-    held = _held(matrix)
     own = torch.zeros_like(matrix.values)
-    own[..., : len(held)] = rotation[..., held.start : held.stop]
+    for i, here, there in _parts(matrix):
+        own[i, :, here] = rotation[i, :, there]
     return own
 
 
@@ -114,9 +143,10 @@ class _Frame:
         """`f(RᵀM)`, `[b, k, n here]`, up to a factor, and the state it leaves; `m` is M over `scale`."""
         x = rotation.mT @ m
         squares = yield Sum(values=x.square().sum(-1, keepdim=True), across="columns")
-        floor = (_NOISE * torch.finfo(x.dtype).eps) ** 2 * squares.sum(-2, keepdim=True)
-        kept = squares > floor
-        x = torch.where(kept, x, 0)
+        mean = squares.sum(-2, keepdim=True) / (x.shape[-2] * self._matrix.columns)
+        noise = (_NOISE * torch.finfo(x.dtype).eps) ** 2 * self._matrix.rows * mean
+        kept = squares > noise * self._matrix.columns
+        x = torch.where(kept & (x.square() > noise), x, 0)
         match self._base:
             case "identity":
                 return x, {}

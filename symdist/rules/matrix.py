@@ -9,6 +9,18 @@ from torch import Tensor
 from symdist.rules.requests import Sum
 
 
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the matrices of a stack keep what they share with the others of their stage.
+
+    That has `width` columns in all. `firsts` has, of each matrix, which of them is the first that it keeps, in the
+    first columns of its own state; −1 where it keeps none.
+    """
+
+    width: int
+    firsts: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Matrix:
     """A stack of b matrices as far as this rank holds them.
@@ -18,6 +30,7 @@ class Matrix:
     every row is real; padding rows of `values` are zero. `first_column` is where the columns here begin in the whole
     matrix. `state` has what the rule remembers, by the names it was registered with, each laid out like `values` and
     zero at the start; like `values` it must not be written to.
+    `places` is given where a rule couples the matrices of a stage.
     """
 
     values: Tensor
@@ -26,6 +39,7 @@ class Matrix:
     real: Tensor | None = None
     first_column: int = 0
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    places: Places | None = None
 
 
 def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:

@@ -1,7 +1,9 @@
 """Muon: the polar factor of the Nesterov momentum, by the polynomial of the original on the Gram."""
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Generator, Mapping
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
 
 from symdist.rules.matrix import Matrix
 from symdist.rules.registry import Split, rule
@@ -9,27 +11,49 @@ from symdist.rules.requests import Asking
 from symdist.rules.roots import Method, Numerics, polar_in_bfloat16
 from symdist.rules.spectral import Side, polar_factor, spectral_splits
 
+MuonScale: TypeAlias = Literal["spectral", "match_rms", "none"]
+Precision: TypeAlias = Literal["float32", "bfloat16"]
 
-def _splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Split, ...]:
+
+def muon_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Split, ...]:
     """bfloat16 keeps too few digits to square singular values in a Gram, so it needs the matrix itself."""
     return () if options["precision"] == "bfloat16" else spectral_splits(options, rows, columns)
 
 
-def _check(options: Mapping[str, Any]) -> None:
+def check_precision(options: Mapping[str, Any]) -> None:
+    """ValueError where bfloat16 is asked for together with what it has not."""
     if options["precision"] == "bfloat16" and (options["method"] == "exact" or options["damping"]):
         raise ValueError("precision='bfloat16' iterates on the matrix itself: it has no exact method and no damping")
 
 
-@rule("muon", splits=_splits, accumulator="heavy_ball", check=_check)
+def muon_polar(
+    matrix: Matrix, x: Tensor, *, side: Side, method: Method, steps: int, damping: float, precision: Precision
+) -> Generator[Any, Any, Tensor]:
+    """`polar(x)` as Muon takes it, `x` in the layout of `matrix`; see `muon` for the options."""
+    numerics = Numerics(method=method, steps=steps, damping=damping, normalise="matrix")
+    if precision == "bfloat16":
+        return polar_in_bfloat16(x, numerics)
+    u, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics)
+    return u
+
+
+def muon_scale(matrix: Matrix, scale: MuonScale) -> float:
+    """The factor of a polar update of a matrix."""
+    if scale == "spectral":
+        return max(1.0, matrix.rows / matrix.columns) ** 0.5
+    return 0.2 * max(matrix.rows, matrix.columns) ** 0.5 if scale == "match_rms" else 1.0
+
+
+@rule("muon", splits=muon_splits, accumulator="heavy_ball", check=check_precision)
 def muon(
     matrix: Matrix,
     *,
     side: Side = "auto",
-    scale: Literal["spectral", "match_rms", "none"] = "spectral",
+    scale: MuonScale = "spectral",
     method: Method = "polar_express",
     steps: int = 0,
     damping: float = 0.0,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    precision: Precision = "float32",
 ) -> Asking:
     """`U = s·polar(M)`, s = √max(1, m/n) ("spectral"), 0.2·√max(m, n) ("match_rms", AdamW's RMS) or 1 ("none").
 
@@ -40,13 +64,7 @@ def muon(
     Equivariant under O(m) × O(n).
     Source: Jordan et al. 2024 (Muon); Liu et al., arXiv 2502.16982 (match_rms).
     """
-    numerics = Numerics(method=method, steps=steps, damping=damping, normalise="matrix")
-    if precision == "bfloat16":
-        u = polar_in_bfloat16(matrix.values, numerics)
-    else:
-        u, _ = yield from polar_factor(matrix, matrix.values, side=side, numerics=numerics)
-    if scale == "spectral":
-        return u * max(1.0, matrix.rows / matrix.columns) ** 0.5
-    if scale == "match_rms":
-        return u * (0.2 * max(matrix.rows, matrix.columns) ** 0.5)
-    return u
+    u = yield from muon_polar(
+        matrix, matrix.values, side=side, method=method, steps=steps, damping=damping, precision=precision
+    )
+    return u * muon_scale(matrix, scale)

@@ -12,8 +12,8 @@ def orthonormal(a: Tensor) -> Tensor:
     """The Q of `a = Q·R` with R upper triangular and its diagonal positive: `[b, m, k]`, `m ≥ k`, each by itself.
 
     By Cholesky QR, `Q = A·L^{-T}` with `L·Lᵀ = AᵀA + δI`, δ relative to `‖A‖_F²`, and twice more without a shift, all
-    in float64; a matrix of which that does not make an orthonormal one, as one without full rank, by Householder
-    reflections. A zero matrix stays zero. Costs about `9·m·k²` operations.
+    in float64; a matrix of which that does not make an orthonormal one by Householder reflections. Beyond the rank of a
+    matrix, the columns are some that complete the others. A zero matrix stays zero. Costs about `9·m·k²` operations.
 
     Source: Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR for computing the QR factorization
     of ill-conditioned matrices*, SIAM J. Sci. Comput. 42, 2020.

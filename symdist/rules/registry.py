@@ -13,6 +13,7 @@ Split: TypeAlias = Literal["rows", "columns"]
 Accumulator: TypeAlias = Literal["ema", "heavy_ball", "adam"]
 SplitsOf: TypeAlias = Callable[[Mapping[str, Any], int, int], tuple[Split, ...]]
 StateOf: TypeAlias = Callable[[Mapping[str, Any]], tuple[str, ...]]
+Couples: TypeAlias = Callable[[Mapping[str, Any]], bool]
 
 # What each way of accumulating gradients is told, beside the rule's own options.
 ACCUMULATOR_OPTIONS: dict[Accumulator, dict[str, Any]] = {
@@ -33,8 +34,9 @@ class Rule:
 
     `update(matrix, **options)` is a generator: it yields requests and returns the update of `matrix.values`, or that
     and its new state by name. `defaults` are its options. `splits_of(options, rows, columns)` names the splits under
-    which its requests can be answered without moving the matrix. `remembers(options)` names its state. `ordered` says
-    that it goes by the places of columns. `matrices` is False for a coordinate-wise rule.
+    which its requests can be answered without moving the matrix. `remembers(options)` names its state.
+    `couples(options)` says whether it couples the matrices of a stage of the residual stream. `ordered` says that it
+    goes by the places of columns. `matrices` is False for a coordinate-wise rule.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Rule:
     splits_of: SplitsOf
     check: Callable[[Mapping[str, Any]], None]
     remembers: StateOf
+    couples: Couples
     ordered: bool
     matrices: bool
 
@@ -77,7 +80,8 @@ class Rule:
 
 
 _RULES: dict[str, Rule] = {}
-_NOT_NEGATIVE = {"eps", "damping", "alpha", "steps", "momentum"}
+_NOT_NEGATIVE = {"eps", "damping", "alpha", "steps", "momentum", "rounds", "beta2"}
+_BELOW_ONE = {"momentum", "beta2"}
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:
@@ -97,7 +101,7 @@ def _check_value(key: str, value: Any, default: Any) -> None:
         return
     if fits and key in _NOT_NEGATIVE:
         fits, kind = value >= 0, "0 or more"
-    if fits and key == "momentum":
+    if fits and key in _BELOW_ONE:
         fits, kind = value < 1, "in [0, 1)"
     if not fits:
         raise ValueError(f"{key}={value!r} must be {kind}")
@@ -114,6 +118,7 @@ def rule(
     accumulator: Accumulator = "ema",
     check: Callable[[Mapping[str, Any]], None] = lambda options: None,
     state: tuple[str, ...] | StateOf = (),
+    couples: Couples = lambda options: False,
     ordered: bool = False,
     matrices: bool = True,
 ) -> Callable[[Callable[..., Asking]], Callable[..., Asking]]:
@@ -122,8 +127,9 @@ def rule(
     Its keyword-only parameters become the rule's options; one annotated with `Literal` admits only those values.
     `splits` is a tuple, or a function of (options, rows, columns). `state` names what the rule remembers between
     steps, or is a function of the options that does: each is a tensor of the parameter's shape and layout, zero at the
-    start, found in `matrix.state`; the rule then returns `(update, {name: new})`. `ordered` refuses views under which
-    the columns of a piece are not next to each other in the matrix. Raises ValueError for a name already taken.
+    start, found in `matrix.state`; the rule then returns `(update, {name: new})`. Only a rule that `couples` may ask
+    for a `Stage`, and all of a stage ask for the same ones, in one order. `ordered` refuses views under which the
+    columns of a piece are not next to each other in the matrix. Raises ValueError for a name already taken.
     """
 
     def register(update: Callable[..., Asking]) -> Callable[..., Asking]:
@@ -144,6 +150,7 @@ def rule(
             splits_of=splits if callable(splits) else lambda options, rows, columns: splits,
             check=check,
             remembers=state if callable(state) else lambda options: state,
+            couples=couples,
             ordered=ordered,
             matrices=matrices,
         )

@@ -63,7 +63,22 @@ class Orthonormal:
         return orthonormal_operations(*self.values.shape[1:])
 
 
-Request: TypeAlias = Sum | Root | Orthonormal
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Stage:
+    """Add `values` `[b, m, k]` over all matrices of the same stage, and all ranks that hold some of them.
+
+    Answered, for every matrix, with the sum of its stage, or with that sum's columns made orthonormal.
+    """
+
+    values: Tensor
+    orthonormal: bool = False
+
+    def alone(self) -> Tensor:
+        """The answer where every matrix is a stage of its own."""
+        return orthonormal(self.values) if self.orthonormal else self.values
+
+
+Request: TypeAlias = Sum | Root | Orthonormal | Stage
 Asking: TypeAlias = Generator[Any, Any, Any]
 """The type of a running rule: it yields requests, is sent their answers, and returns the update, or that and state."""
 

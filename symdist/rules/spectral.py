@@ -114,9 +114,12 @@ def polar(
     steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
-    """PolarGrad: `U = ν^α·polar(M)`, by the Gram of the side that is named or cheaper.
+    """`U = ν^α·polar(M)`, by the Gram of the side that is named or cheaper.
 
-    Equivariant under O(m) × O(n). Source: Lau, Long & Su, PolarGrad, arXiv 2505.21799.
+    `alpha = 1` is PolarGrad, and without momentum (`momentum = 0`) stochastic spectral descent, `‖G‖_*·polar(G)`; 0 is
+    the plain spectral step. Equivariant under O(m) × O(n). Moves the smaller Gram, or the one named.
+    Source: Lau, Long & Su, PolarGrad, arXiv 2505.21799; Carlson, Cevher & Carin, *Stochastic spectral descent for
+    restricted Boltzmann machines*, AISTATS 2015.
     """
     numerics = Numerics(method=method, steps=steps, damping=damping)
     return (yield from _spectral(matrix, side=side, centered=centered, alpha=alpha, scale=scale, numerics=numerics))

@@ -1,0 +1,60 @@
+"""Aurora: polar updates of tall matrices whose rows are all of one length."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from symdist.rules.matrix import Matrix
+from symdist.rules.muon import MuonScale, Precision, check_precision, muon_polar, muon_scale, muon_splits
+from symdist.rules.registry import Split, rule
+from symdist.rules.requests import Asking, Sum
+from symdist.rules.roots import Method
+from symdist.rules.row_norm import unit_rows
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    check_precision(options)
+    if options["iterations"] < 1:
+        raise ValueError(f"iterations={options['iterations']} must be at least 1")
+    if not 0 < options["beta"] <= 1:
+        raise ValueError(f"beta={options['beta']} must be in (0, 1]")
+
+
+def _splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Split, ...]:
+    return muon_splits({**options, "side": "auto"}, rows, columns)
+
+
+@rule("aurora", splits=_splits, accumulator="heavy_ball", check=_check)
+def aurora(
+    matrix: Matrix,
+    *,
+    iterations: int = 2,
+    beta: float = 0.5,
+    scale: MuonScale = "spectral",
+    method: Method = "polar_express",
+    steps: int = 0,
+    damping: float = 0.0,
+    precision: Precision = "float32",
+) -> Asking:
+    """`U = s·polar(D·M)` of a tall matrix: `D_i = 1/‖M_i‖`, and `iterations` − 1 times `D_i ← D_i·(n/m / ‖U_i‖²)^β`.
+
+    The rows of U come close to the one length √(n/m) that they can all have, while U stays a polar factor; a square or
+    wide matrix has Muon's update, as its rows are of length 1 by themselves. s is Muon's.
+    Equivariant under row permutations and column rotations. Moves, and takes the root of, `iterations` Grams.
+    Source: Dewulf et al., Aurora, arXiv 2606.27715.
+    """
+    polar = partial(muon_polar, matrix, side="auto", method=method, steps=steps, damping=damping, precision=precision)
+    if matrix.rows <= matrix.columns:
+        u = yield from polar(matrix.values)
+        return u * muon_scale(matrix, scale)
+    x = yield from unit_rows(matrix.values, eps=0.0)
+    u = yield from polar(x)
+    for _ in range(iterations - 1):
+        squares = yield Sum(values=u.square().sum(-1, keepdim=True), across="columns")
+        # A row without momentum stays as it is, zero.
+        wanted = matrix.columns / matrix.rows / torch.where(squares > 0, squares, matrix.columns / matrix.rows)
+        x = x * wanted**beta
+        u = yield from polar(x)
+    return u * muon_scale(matrix, scale)

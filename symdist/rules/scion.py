@@ -1,0 +1,57 @@
+"""Scion: steepest descent under a norm that is chosen by what a layer does."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+from symdist.rules.matrix import Matrix
+from symdist.rules.registry import Split, rule
+from symdist.rules.requests import Asking
+from symdist.rules.roots import Method, Numerics
+from symdist.rules.row_norm import unit_rows
+from symdist.rules.spectral import Side, polar_factor, spectral_splits
+
+Norm: TypeAlias = Literal["spectral", "sign", "row_rms", "row"]
+
+
+def _splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Split, ...]:
+    return spectral_splits(options, rows, columns) if options["norm"] == "spectral" else ("rows", "columns")
+
+
+def _check(options: Mapping[str, Any]) -> None:
+    if not options["radius"] > 0:
+        raise ValueError(f"radius={options['radius']!r} must be positive")
+
+
+@rule("scion", splits=_splits, check=_check)
+def scion(
+    matrix: Matrix,
+    *,
+    norm: Norm = "spectral",
+    radius: float = 1.0,
+    side: Side = "auto",
+    method: Method = "polar_express",
+    steps: int = 0,
+    damping: float = 1e-8,
+) -> Asking:
+    """`U = ρ·lmo(M)`, the matrix of norm `radius` ρ that goes furthest along M, seen as `[out, in]` = `[m, n]`.
+
+    "spectral", for hidden layers: √(m/n)·polar(M). "sign", for a head: sign(M)/n. "row_rms", for an embedding: rows of
+    root mean square 1, √n·D(M)·M. "row", for a head as well: rows of length 1/√n. With `weight_decay = 1` a step is
+    `W ← (1−lr)·W − lr·U`, which stays in the ball of radius ρ; without, it is the unconstrained form. What Scion calls
+    α is 1 − `momentum`. `side`, `method`, `steps` and `damping` are those of the polar factor.
+    Equivariant under O(m) × O(n); "sign" under signed permutations of both sides; "row_rms" and "row" under row
+    permutations and column rotations. Moves what `polar`, nothing, and what `row_norm` moves.
+    Source: Pethick et al., arXiv 2502.07529.
+    """
+    m, n = matrix.rows, matrix.columns
+    match norm:
+        case "spectral":
+            numerics = Numerics(method=method, steps=steps, damping=damping)
+            u, _ = yield from polar_factor(matrix, matrix.values, side=side, numerics=numerics)
+            return u * (radius * (m / n) ** 0.5)
+        case "sign":
+            return matrix.values.sign() * (radius / n)
+        case "row_rms":
+            return (yield from unit_rows(matrix.values, eps=0.0)) * (radius * n**0.5)
+        case "row":
+            return (yield from unit_rows(matrix.values, eps=0.0)) * (radius / n**0.5)
