@@ -122,7 +122,7 @@ def test_alone_in_a_stage_a_matrix_has_its_own_rotation(shape: tuple[int, int], 
 
 
 def test_stages_are_those_of_the_residual_stream() -> None:
-    """A layer reads from one and writes to the next; the embedding writes to the first, the head reads from the last."""
+    """A layer reads from one and writes to the next; the embedding writes to the first, the head reads the last."""
     model = build("qwen3-tiny", vocabulary=64, device="meta").to_empty(device="cpu")
     recipe = {
         "default": {"rule": "aro", "view": "residual", "share": "stage", "lr": 0.1},

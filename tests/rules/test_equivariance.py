@@ -18,6 +18,9 @@ HYBRID: Options = {"rule": "hybrid"}
 POLAR = {"rule": "polar"}
 MUON = {"rule": "muon"}
 RATIO: Options = {"alpha": 0.5, "scale": "nuclear_over_frobenius"}
+NORMUON: Options = {"rule": "normuon"}
+AURORA: Options = {"rule": "aurora"}
+SCION: Options = {"rule": "scion"}
 POLAR_FIRST = HYBRID | {"order": "polar_then_row"}
 
 SPECTRAL: dict[str, Options] = {
@@ -30,6 +33,7 @@ SPECTRAL: dict[str, Options] = {
     "polar_cubic": POLAR | {"method": "newton_schulz", "damping": 1e-4},
     "muon": MUON,
     "muon_left": MUON | {"side": "left", "scale": "match_rms"},
+    "scion": SCION | {"radius": 3.0},
 }
 BY_ROWS: dict[str, Options] = {
     "row": ROW,
@@ -37,6 +41,12 @@ BY_ROWS: dict[str, Options] = {
     "hybrid": HYBRID | {"alpha": 1.0},
     "hybrid_left": HYBRID | {"side": "left", "damping": 1e-4} | RATIO,
     "hybrid_polar_first": POLAR_FIRST,
+    "normuon": NORMUON,
+    "normuon_eps": NORMUON | {"eps": 0.1, "scale": "match_rms"},
+    "aurora": AURORA,
+    "aurora_long": AURORA | {"iterations": 4, "beta": 0.25},
+    "scion_row": SCION | {"norm": "row", "radius": 3.0},
+    "scion_row_rms": SCION | {"norm": "row_rms"},
 }
 CENTERED: dict[str, Options] = {
     key: options | {"centered": True}
@@ -105,7 +115,7 @@ def test_spectral_rules_rotate_on_both_sides(name: str, shape: tuple[int, int]) 
     assert distance(step(left @ g @ right, **SPECTRAL[name]), left @ step(g, **SPECTRAL[name]) @ right) < 1e-7
 
 
-@pytest.mark.parametrize("name", ["row", "row_eps", "hybrid", "hybrid_polar_first"])
+@pytest.mark.parametrize("name", ["row", "row_eps", "hybrid", "hybrid_polar_first", "normuon", "aurora", "scion_row"])
 def test_row_rules_know_their_rows(name: str) -> None:
     g, left = normal(12, 5), rotation(12, seed=2)
     assert distance(step(left @ g, **BY_ROWS[name]), left @ step(g, **BY_ROWS[name])) > 0.05
@@ -216,6 +226,11 @@ def test_padding_takes_no_part(name: str) -> None:
         ROW | {"eps": 0.0, "centered": True},
         HYBRID | {"eps": 0.0, "alpha": 1.0},
         POLAR_FIRST,
+        NORMUON,
+        AURORA,
+        SCION,
+        SCION | {"norm": "sign"},
+        SCION | {"norm": "row_rms"},
     ],
 )
 def test_the_gradients_scale_is_forgotten(options: Options, dtype: torch.dtype, scale: float) -> None:
@@ -266,6 +281,80 @@ def test_updates_are_their_formulas(name: str, shape: tuple[int, int], centered:
         assert distance(step(g, **exact, **POLAR_FIRST), project(row_normed(polar_of(m)))) < 1e-6
 
 
+def test_polar_with_alpha_one_is_spectral_descent() -> None:
+    """PolarGrad of the momentum; of the gradient itself, without momentum, stochastic spectral descent."""
+    g, h = normal(9, 5), normal(9, 5, seed=1)
+    for momentum, expected in ((0.5, 0.25 * g + 0.5 * h), (0.0, h)):
+        weight = nn.Parameter(torch.zeros_like(g))
+        optimizer = SymDist(
+            [{"params": [weight], "lr": 1.0, "momentum": momentum, "method": "exact", "alpha": 1.0, **POLAR}]
+        )
+        weight.grad = g
+        optimizer.step()
+        before = weight.detach().clone()
+        weight.grad = h
+        optimizer.step()
+        assert distance(before - weight.detach(), polar_of(expected, 1.0)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scion_has_the_norm_of_its_radius(shape: tuple[int, int]) -> None:
+    m, n = shape
+    g = normal(*shape)
+    exact = SCION | {"radius": 2.0, "method": "exact", "damping": 0.0}
+    assert distance(step(g, **exact), 2 * (m / n) ** 0.5 * polar_of(g)) < 1e-6
+    assert distance(step(g, norm="sign", **exact), 2 * g.sign() / n) < 1e-12
+    rms = step(g, norm="row_rms", **exact).square().mean(1).sqrt()
+    assert (rms - 2).abs().max() < 1e-9
+    lengths = step(g, norm="row", **exact).norm(dim=1)
+    assert (lengths - 2 / n**0.5).abs().max() < 1e-9
+
+
+def test_sign_goes_by_signed_permutations() -> None:
+    g = normal(6, 9)
+    left = permutation(6) * torch.tensor([1.0, -1, 1, 1, -1, 1]).double()
+    right = permutation(9) * torch.tensor([1.0, 1, -1, 1, 1, 1, -1, 1, 1]).double()
+    options = SCION | {"norm": "sign"}
+    assert distance(step(left @ g @ right, **options), left @ step(g, **options) @ right) < 1e-12
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_normuon_is_its_formula(shape: tuple[int, int]) -> None:
+    gradients = [normal(*shape, seed=seed) for seed in range(3)]
+    weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    options = NORMUON | {"method": "exact", "beta2": 0.9, "momentum": 0.5}
+    optimizer = SymDist([{"params": [weight], "lr": 1.0, **options}])
+    buffer, average = torch.zeros(shape).double(), torch.zeros(shape[0], 1).double()
+    for g in gradients:
+        before = weight.detach().clone()
+        weight.grad = g
+        optimizer.step()
+        buffer = 0.5 * buffer + g
+        q = polar_of(g + 0.5 * buffer)
+        average = 0.9 * average + 0.1 * q.square().mean(1, keepdim=True)
+        x = q / (average.sqrt() + 1e-10)
+        expected = x * q.norm() / x.norm() * max(1.0, shape[0] / shape[1]) ** 0.5
+        assert distance(before - weight.detach(), expected) < 1e-6
+
+
+def test_aurora_evens_out_the_rows_of_tall_matrices() -> None:
+    g = torch.diag(torch.linspace(0.1, 3.0, 40).double()) @ normal(40, 6)
+    exact = {"method": "exact", "scale": "none"}
+    uneven = [step(g, **MUON, **exact)] + [step(g, iterations=k, **AURORA, **exact) for k in (1, 2, 6)]
+    spread = [float(u.norm(dim=1).std() / u.norm(dim=1).mean()) for u in uneven]
+    assert spread == sorted(spread, reverse=True)
+    assert spread[2] < 0.5 * spread[0]
+    for u in uneven:
+        assert (u.mT @ u - torch.eye(6)).abs().max() < 1e-6
+    # By hand, with β of the squares.
+    d = 1 / g.norm(dim=1, keepdim=True)
+    u = polar_of(d * g)
+    d = d * (6 / 40 / u.square().sum(1, keepdim=True)) ** 0.5
+    assert distance(uneven[2], polar_of(d * g)) < 1e-6
+    for shape in ((5, 12), (7, 7)):
+        assert distance(step(normal(*shape), **AURORA), step(normal(*shape), **MUON)) < 1e-12
+
+
 def test_damping_is_relative() -> None:
     g = normal(16, 256).float()
     tops = [
@@ -276,17 +365,26 @@ def test_damping_is_relative() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", [*EVERY, "bfloat16", "adamw"])
+@pytest.mark.parametrize("name", [*EVERY, "bfloat16", "adamw", "aro", "aro_adam", "sign"])
 def test_no_rule_writes_to_its_input(name: str, dtype: torch.dtype) -> None:
     options = EVERY | {"bfloat16": MUON | {"precision": "bfloat16"}, "adamw": {"rule": "adamw", "centered": True}}
+    options |= {"aro": {"rule": "aro"}, "aro_adam": {"rule": "aro", "base": "adam"}, "sign": SCION | {"norm": "sign"}}
     given = dict(options[name])
     rule = get_rule(given.pop("rule"))
     values = normal(2, 9, 5).to(dtype)
     before = values.clone()
-    update = answer_alone(rule.update(Matrix(values=values, rows=9, columns=5), **{**rule.defaults, **given}))
+    state = {name: torch.rand(2, 9, 5, dtype=dtype) for name in rule.remembers({**rule.defaults, **given})}
+    kept = {name: held.clone() for name, held in state.items()}
+    update = answer_alone(
+        rule.update(Matrix(values=values, rows=9, columns=5, state=state), **{**rule.defaults, **given})
+    )
+    if isinstance(update, tuple):
+        update, new = update
+        assert all(torch.equal(state[name], held) and not torch.equal(new[name], held) for name, held in kept.items())
     assert torch.equal(values, before)
     assert not torch.equal(update, before)
 
 
 def test_no_rule_is_left_out() -> None:
-    assert {options["rule"] for options in EVERY.values()} | {"adamw"} == set(rule_names())
+    # ARO has a file of its own.
+    assert {options["rule"] for options in EVERY.values()} | {"adamw", "aro"} == set(rule_names())

@@ -12,6 +12,10 @@ HYBRID: dict[str, Any] = {"rule": "hybrid"}
 POLAR: dict[str, Any] = {"rule": "polar"}
 MUON: dict[str, Any] = {"rule": "muon"}
 ADAMW: dict[str, Any] = {"rule": "adamw"}
+ARO: dict[str, Any] = {"rule": "aro", "view": "residual"}
+NORMUON: dict[str, Any] = {"rule": "normuon"}
+AURORA: dict[str, Any] = {"rule": "aurora"}
+SCION: dict[str, Any] = {"rule": "scion"}
 
 # What attention gets, the MLP or the experts, and the router.
 CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
@@ -31,8 +35,16 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ),
     (RIGHT | {"view": "heads", "centered": True}, POLAR | {"method": "newton_schulz", "steps": 20}, POLAR),
     (ROW | {"stale_rows": "hold"}, ROW | {"view": "neurons", "stale_rows": "hold"}, ROW | {"view": "columns"}),
+    (ARO | {"weight_decay": 0.1}, ARO | {"base": "row_norm"}, NORMUON),
+    (
+        NORMUON | {"view": "heads", "weight_decay": 0.1, "cautious_decay": True},
+        AURORA,
+        SCION | {"norm": "row", "radius": 3.0},
+    ),
 ]
-VOCABULARIES: list[dict[str, Any]] = [ROW, RIGHT | {"centered": True}, HYBRID, ADAMW, MUON, ROW | {"centered": True}]
+_OLDER: list[dict[str, Any]] = [ROW, RIGHT | {"centered": True}, HYBRID, ADAMW, MUON, ROW | {"centered": True}]
+# Embeddings, the next ones heads.
+VOCABULARIES = [*_OLDER, *_OLDER, ARO, SCION | {"norm": "sign", "radius": 3.0}]
 
 
 def recipe(case: int) -> dict[str, Any]:

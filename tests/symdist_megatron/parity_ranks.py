@@ -47,6 +47,11 @@ def _options(name: str, how: How, case: int) -> dict[str, Any]:
 def matrices(name: str, full: Tensor, options: dict[str, Any], how: How) -> list[tuple[Tensor, Any]]:
     """The matrices of a full weight as its rule sees them, `[out, in]`, and their views; changes show in `full`."""
     view = options.get("view", "rows")
+    if view == "residual":
+        # Of [out, in]: what writes to the stream has it as rows, what reads from it as columns.
+        view = "rows" if any(part in name for part in ("linear_proj", "linear_fc2", "weight2")) else "columns"
+        if "experts.weight" in name:
+            return [pair for each in full for pair in _of_mlp(name, each.mT, view)]
     if "linear_qkv" in name:
         queries = how.heads // how.groups
         each = full.view(how.groups, (queries + 2) * how.kv_channels, how.hidden)
