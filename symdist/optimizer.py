@@ -263,6 +263,7 @@ class SymDist(torch.optim.Optimizer):
             plan = place_members(self._members, wave_bytes=self.wave_bytes, exchange_dtype=self.exchange_dtype)
             parameters = [member.parameter for member in self._members]
             self._peers = self._world or ranks_that_agree(parameters, replicas=self._replicas)
+            _check_stages(plan, self._peers)
             self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
             self._planned = moving, plan
         return self._planned[1]
@@ -396,6 +397,18 @@ class SymDist(torch.optim.Optimizer):
                 torch._foreach_add_(weights, chosen, alpha=-lr)
             if observer is not None:
                 self._observe(observer, members, torch._foreach_mul(chosen, lr))
+
+
+def _check_stages(plan: Plan, peers: Group | None) -> None:
+    """ValueError where other ranks may hold other matrices of the stages that share rotations here."""
+    home = next((job.stack.layout.group for job in plan.jobs if job.stages), None)
+    coupled = any(job.stages for job in plan.jobs)
+    if coupled and peers is not None and peers.size > 1 and (home is None or set(home.ranks) != set(peers.ranks)):
+        raise ValueError(
+            f"share = 'stage': ranks {peers.ranks} train this model, and the matrices here lie on "
+            f"{home.ranks if home is not None else 'this one alone'}: others may hold more of their stages, as under "
+            "pipelines; use share = 'matrix'. Of plain tensors that are the same on all ranks say so by replicas="
+        )
 
 
 def _group(option: str, ranks: Any) -> Group | None:

@@ -89,6 +89,30 @@ def groups_of(model: nn.Module, **changed: Any) -> list[dict[str, Any]]:
     return [{"params": [(name, named[name]) for name in names], **options} for names, options in rules]
 
 
+def remembering(model: nn.Module) -> list[dict[str, Any]]:
+    """Rules with more to remember than a momentum: rotations, shared and not, averages. The names tell of stages."""
+    named = dict(model.named_parameters())
+    shared = {"rule": "aro", "share": "stage", "lr": 0.02}
+    columns = {"view": "columns"}
+    rules: list[tuple[dict[str, str], dict[str, Any]]] = [
+        ({"embedding.weight": "embedding.weight"}, {"role": "embedding", **shared, **columns}),
+        ({"layers.0.up.weight": "up.weight"}, {"role": "mlp_up", **shared, **columns}),
+        ({"layers.0.down.weight": "down.weight"}, {"role": "mlp_down", "base": "adam", **shared}),
+        ({"head.weight": "head.weight"}, {"role": "head", "base": "row_norm", **shared, **columns}),
+        # Gradients of all experts' rows add up to nothing but rounding: one direction of this one must count as none.
+        ({"router.weight": "router.weight"}, {"rule": "aro", "base": "row_norm", "lr": 0.02, **columns}),
+        ({name: name for name in ("experts.weight", "experts.back")}, {"rule": "normuon", "lr": 0.02}),
+        (
+            {name: name for name in ("up.bias", "down.bias", "norm.weight", "norm.bias")},
+            {"rule": "adamw", "lr": 0.01, "weight_decay": 0.1, "cautious_decay": True},
+        ),
+    ]
+    return [{"params": [(told, named[name]) for told, name in names.items()], **options} for names, options in rules]
+
+
+RULES = {"usual": groups_of, "remembering": remembering}
+
+
 def sharded(mesh: DeviceMesh, kind: str, seed: int = 0, dim: int = 0) -> tuple[nn.Module, DeviceMesh | None]:
     """The model on a mesh, and the data-parallel mesh, None where there is none.
 
@@ -171,28 +195,28 @@ def load(mesh: DeviceMesh, directory: str, model: nn.Module, optimizer: SymDist,
     )
 
 
-def saving(mesh: DeviceMesh, kind: str, dim: int, directory: str, flat: bool) -> list[Weights]:
+def saving(mesh: DeviceMesh, kind: str, dim: int, directory: str, flat: bool, rules: str = "usual") -> list[Weights]:
     """Train, save, and go on."""
     model, data = sharded(mesh, kind, dim=dim)
-    optimizer = SymDist(groups_of(model))
+    optimizer = SymDist(RULES[rules](model))
     train(model, optimizer, BEFORE, data)
     save(mesh, directory, model, optimizer, flat)
     return train(model, optimizer, AFTER, data)
 
 
-def loading(mesh: DeviceMesh, kind: str, dim: int, directory: str, flat: bool) -> list[Weights]:
+def loading(mesh: DeviceMesh, kind: str, dim: int, directory: str, flat: bool, rules: str = "usual") -> list[Weights]:
     """Other weights, other state; load, and go on."""
     model, data = sharded(mesh, kind, seed=1, dim=dim)
-    optimizer = SymDist(groups_of(model))
+    optimizer = SymDist(RULES[rules](model))
     train(model, optimizer, range(9, 10), data)
     load(mesh, directory, model, optimizer, flat)
     return train(model, optimizer, AFTER, data)
 
 
-def alone() -> list[Weights]:
+def alone(rules: str = "usual") -> list[Weights]:
     """The five steps of one process."""
     model = Model()
-    return train(model, SymDist(groups_of(model)), range(BEFORE.start, AFTER.stop))
+    return train(model, SymDist(RULES[rules](model)), range(BEFORE.start, AFTER.stop))
 
 
 def everything(model: nn.Module, optimizer: SymDist) -> list[Any]:

@@ -40,7 +40,16 @@ def test_the_wire_carries_what_the_plan_says(ranks: Ranks, model: str, mesh: str
 
 @pytest.mark.parametrize(
     ("recipe", "exchange_dtype", "wave_bytes"),
-    [("small-moe", torch.bfloat16, ALL_WAVES), ("small-moe", None, 1 << 16), ("muon", None, ALL_WAVES)],
+    [
+        ("small-moe", torch.bfloat16, ALL_WAVES),
+        ("small-moe", None, 1 << 16),
+        ("muon", None, ALL_WAVES),
+        # What remembers travels as it is.
+        ("aro", torch.bfloat16, ALL_WAVES),
+        ("normuon", None, 1 << 16),
+        ("aurora", None, ALL_WAVES),
+        ("scion", None, ALL_WAVES),
+    ],
 )
 def test_in_bfloat16_in_waves_and_with_another_recipe(
     ranks: Ranks, recipe: str, exchange_dtype: torch.dtype | None, wave_bytes: int

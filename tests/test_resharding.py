@@ -38,8 +38,8 @@ MOVES = {
 
 
 @cache
-def alone() -> list[Weights]:
-    return resharding_ranks.alone()
+def alone(rules: str = "usual") -> list[Weights]:
+    return resharding_ranks.alone(rules)
 
 
 def distance(found: Weights, expected: Weights, start: Weights) -> float:
@@ -48,6 +48,18 @@ def distance(found: Weights, expected: Weights, start: Weights) -> float:
     moved = {name: float((expected[name] - start[name]).norm()) for name in expected}
     assert min(moved.values()) > 1e-3
     return max(float((found[name] - expected[name]).norm()) / moved[name] for name in expected)
+
+
+@pytest.mark.parametrize(
+    "move", ["fsdp 4 to one process", "fsdp 4 to fsdp x tp", "fsdp x tp to hsdp", "fsdp 2 to fsdp x tp on 3 x 2"]
+)
+def test_rotations_and_averages_go_along(many: Ranks, tmp_path: Path, move: str) -> None:
+    (there, *kept), (here, *taken) = MOVES[move]
+    uninterrupted = many.run(there, resharding_ranks.saving, *kept, str(tmp_path), False, "remembering")
+    resumed = many.run(here, resharding_ranks.loading, *taken, str(tmp_path), False, "remembering")
+    start, expected = alone("remembering")[len(BEFORE) - 1], alone("remembering")[len(BEFORE) :]
+    for ran in (*uninterrupted, *resumed):
+        assert all(distance(a, b, start) < 1e-8 for a, b in zip(ran, expected, strict=True))
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flattened"])

@@ -22,6 +22,7 @@ from symdist.layouts import FlatLayout, Group, Layout
 from symdist.models import active_parameters
 from symdist.optimizer import WAVE_BYTES
 from symdist.recipes import RecipeLike
+from symdist.rules.orthonormal import OPERATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -197,7 +198,7 @@ def plan_step(
 
 def _costs(pretended: Pretended, rank: int, only: set[int] | None = None) -> Costs:
     counting = Counting()
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as flops:
         peak = peak_bytes(lambda: pretended.step(counting, rank=rank, only=only), device="meta")
     return Costs(sent=counting.sent, collectives=counting.collectives, flops=flops.get_total_flops(), peak_bytes=peak)
 

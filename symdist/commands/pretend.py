@@ -99,6 +99,7 @@ class Pretended:
             stack=dataclasses.replace(job.stack, layout=self.layout(job.stack.layout, rank)),
             members=tuple(job.members[i] for i in kept),
             owners=tuple(owner for i in kept for owner in job.owners[i * units : (i + 1) * units]),
+            stages=tuple(job.stages[i] for i in kept) if job.stages else (),
         )
 
 

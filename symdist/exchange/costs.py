@@ -13,6 +13,7 @@ from symdist.exchange.jobs import Stack
 from symdist.exchange.routes import canonical_shape
 from symdist.exchange.symmetric import packed_size
 from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, Stage
+from symdist.rules.orthonormal import OPERATIONS
 from symdist.views import View
 
 Axis: TypeAlias = Literal["rows", "columns"]
@@ -75,7 +76,7 @@ def _ask(
     summed: dict[Axis, float] = dict.fromkeys(axes, 0.0)
     root_flops = 0.0
     answer: Any = None
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
         while True:
             try:
                 request = asking.send(answer)

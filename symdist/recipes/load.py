@@ -1,5 +1,6 @@
 """A recipe: which rule, with which options, each role of parameter gets. One TOML file a stack."""
 
+import importlib.util
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from symdist.rules.registry import ACCUMULATOR_OPTIONS
 RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
 
 _FOLDER = Path(__file__).parent
+_LOADED: set[Path] = set()
 
 # role -> where its options come from if the recipe has no section of its own. "default" ends every chain.
 FALLBACK: dict[str, str] = {
@@ -144,7 +146,8 @@ def recipe_names() -> list[str]:
 def load_recipe(recipe: RecipeLike) -> Recipe:
     """A recipe by name, from a TOML file, or from a mapping of the same form.
 
-    Raises ValueError for an unknown name, a file that is no TOML, and an unknown section.
+    `rules` of a recipe lists Python files, beside its own, that register rules: they are run. Raises ValueError for an
+    unknown name, a file that is no TOML, or registers no rule, and an unknown section.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -158,16 +161,17 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
                 f"there is no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or a .toml file"
             )
     try:
-        return _parse(tomllib.loads(path.read_text()), name=path.stem)
+        return _parse(tomllib.loads(path.read_text()), name=path.stem, beside=path.parent)
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
 
 
-def _parse(content: dict[str, Any], *, name: str) -> Recipe:
+def _parse(content: dict[str, Any], *, name: str, beside: Path = Path()) -> Recipe:
     content.pop("name", None)
     content.pop("description", None)
+    _load_rules(content.pop("rules", []), beside, name=name)
     schedules = content.pop("schedule", {})
     patterns = tuple(content.pop("patterns", ()))
     for role, options in content.items():
@@ -185,6 +189,27 @@ def _parse(content: dict[str, Any], *, name: str) -> Recipe:
         if "role" in pattern:
             _check_role(pattern["role"], f"recipe {name!r}: pattern {pattern['match']!r}")
     return Recipe(name=name, sections=content, patterns=patterns, schedules=schedules)
+
+
+def _load_rules(files: Any, beside: Path, *, name: str) -> None:
+    """Run the Python files of a recipe that register rules, each once in a process."""
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ValueError(f"recipe {name!r}: rules = {files!r} should list Python files, as in ['my_rules.py']")
+    for file in files:
+        path = (beside / file).resolve()
+        if path in _LOADED:
+            continue
+        spec = importlib.util.spec_from_file_location(f"symdist_rules_{path.stem}_{len(_LOADED)}", path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise ValueError(f"recipe {name!r}: rules file {path} is no Python file that exists")
+        before = set(rule_names())
+        try:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except Exception as error:
+            raise ValueError(f"recipe {name!r}: rules file {path} failed: {type(error).__name__}: {error}") from error
+        if set(rule_names()) == before:
+            raise ValueError(f"recipe {name!r}: rules file {path} registers no rule; mark one with @symdist.rule(…)")
+        _LOADED.add(path)
 
 
 def _check_role(role: str, where: str) -> None:

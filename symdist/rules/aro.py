@@ -16,7 +16,7 @@ _ROUNDS = 5
 _BETA2 = 0.95
 # What is smaller than this many roundings of a product as long as M has rows is noise, which signs and lengths would
 # magnify: rows of the rotated M beyond its rank, and numbers that are zero but for rounding.
-_NOISE = 10.0
+_NOISE = 100.0
 
 
 def _check(options: Mapping[str, Any]) -> None:

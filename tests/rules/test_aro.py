@@ -215,6 +215,10 @@ def test_orthonormal_columns_are_those_of_a_qr() -> None:
     assert (found[:2].mT @ found[:2] - torch.eye(8)).abs().max() < 1e-10
     assert (found[0] - orthonormal(stiff)[0]).abs().max() == 0
     assert (found[1] @ (found[1].mT @ short[0]) - short[0]).abs().max() < 1e-9
+    # Whatever its last digits.
+    for seed in range(5):
+        noisy = short * (1 + 1e-16 * normal(1, 30, 8, seed=seed)) + 1e-16 * normal(1, 30, 8, seed=seed)
+        assert (orthonormal(noisy) - found[1]).abs().max() < 1e-9
     assert not found[2].any()
 
 
