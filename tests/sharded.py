@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
-from symdist import SymDist, clip_grad_norm_
+from symdist import SymDist, build_optimizer, clip_grad_norm_
 from symdist.exchange import Collectives, Counting
 from symdist.exchange.reducing import answer_shared
 from symdist.layouts import layout_of
@@ -286,3 +286,22 @@ def misplaced_gradient(mesh: DeviceMesh) -> list[str]:
         except ValueError as error:
             messages.append(str(error).replace("parameter 0", "weight"))
     return messages
+
+
+def trained_by(mesh: DeviceMesh | None, recipe: str) -> list[list[Tensor]]:
+    """Whole weights before and after each of three steps of a small model by a recipe's file."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.up_proj, model.down_proj = nn.Linear(7, 11).double(), nn.Linear(11, 7).double()
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
+    optimizer = build_optimizer(model, recipe)
+    found = [[full(parameter) for parameter in model.parameters()]]
+    for step in range(3):
+        x = torch.randn(5, 7, generator=torch.Generator().manual_seed(step)).double()
+        # The same on all ranks: their mean is what one process has.
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append([full(parameter) for parameter in model.parameters()])
+    return found

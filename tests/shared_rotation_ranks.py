@@ -119,3 +119,14 @@ def flat_layouts(ranks: Group) -> list[FlatLayout]:
     shapes = [tuple(unit.shape) for unit in flat_units()[1][0]]
     bounds = flat_vector([math.prod(shape) for shape in shapes], ranks=ranks.size)
     return [FlatLayout(shape=shape, group=ranks, bounds=of) for shape, of in zip(shapes, bounds, strict=True)]
+
+
+def on_a_stage(mesh: DeviceMesh) -> str:
+    """What is said where the outer mesh dimension are stages of a pipeline."""
+    weight = nn.Parameter(WAYS["shard0 on 2"].place(draw(3, 0), mesh["inner"]))
+    group = {"rule": "aro", "share": "stage", "lr": LR, "role": "attention_o"}
+    try:
+        SymDist([{"params": [("layers.0.o", weight)], **group}])
+    except ValueError as error:
+        return str(error)
+    return ""

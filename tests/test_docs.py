@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from symdist import SymDist, build_optimizer
-from symdist.recipes import load_recipe
+from symdist import SymDist, build_optimizer, route
+from symdist.models import build
+from symdist.recipes import load, load_recipe
 from symdist.rules import registry
+from tests import sharded
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +31,40 @@ def test_the_rule_a_newcomer_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     weight.grad = torch.full((3, 4), 2.0)
     SymDist([{"params": [weight], "rule": "rms_rows", "lr": 0.5}]).step()
     assert torch.allclose(weight, torch.full((3, 4), -0.5))
+
+
+def test_the_readmes_own_rule(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranks: Ranks) -> None:
+    """The two files as printed: one process, three ranks, and a plan take them by the recipe's path."""
+    (code,) = (block for block in blocks("README.md", "python") if "@rule" in block)
+    (recipe,) = (block for block in blocks("README.md", "toml") if "rules = [" in block)
+    assert len(code.strip().splitlines()) < 12
+    (tmp_path / "my_rules.py").write_text(code)
+    (tmp_path / "mine.toml").write_text(recipe)
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    monkeypatch.setattr(load, "_LOADED", set())
+    expected = sharded.trained_by(None, str(tmp_path / "mine.toml"))
+    assert any((weight - start).norm() > 0.01 for weight, start in zip(expected[-1], expected[0], strict=True))
+    for found in ranks.run(3, sharded.trained_by, str(tmp_path / "mine.toml")):
+        for weights, wanted in zip(found, expected, strict=True):
+            assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(weights, wanted, strict=True))
+    model = build("qwen3-tiny", device="meta", vocabulary=64)
+    assert {group["rule"] for group in route(model, tmp_path / "mine.toml")} == {"rms_rows", "adamw"}
+
+
+def test_what_is_wrong_with_a_rules_file_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    recipe = tmp_path / "mine.toml"
+    for rules, text, said in (
+        ('["gone.py"]', "", "rules file .*gone.py is no Python file that exists"),
+        ('["broken.py"]', "1 / 0", "rules file .*broken.py failed: ZeroDivisionError: division by zero"),
+        ('["empty.py"]', "", r"rules file .*empty.py registers no rule; mark one with @symdist.rule"),
+        ("3", "", "rules = 3 should list Python files"),
+    ):
+        if text or "empty" in rules:
+            (tmp_path / rules.strip('[]"')).write_text(text)
+        recipe.write_text(f"rules = {rules}\n[default]\nrule = 'adamw'\nlr = 0.1\n")
+        with pytest.raises(ValueError, match=said):
+            load_recipe(recipe)
 
 
 def test_the_layout_a_newcomer_adds() -> None:

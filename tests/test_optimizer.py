@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from symdist import SymDist
+from symdist.borrowed import slots
 
 Group = dict[str, Any]
 
@@ -323,3 +324,40 @@ def test_a_rules_option_does_not_change_after_construction(option: str, value: A
     with pytest.raises(ValueError, match=f"'mine': {option} changed after construction"):
         optimizer.step()
     assert torch.equal(parameters(optimizer)[0], before)
+
+
+@pytest.mark.parametrize("options", [{"rule": "muon"}, {"rule": "adamw"}, {"rule": "row_norm", "stale_rows": "hold"}])
+def test_cautious_decay_takes_what_goes_inward(options: dict[str, Any]) -> None:
+    """Decoupled decay of those weights alone that the update does not take away from zero, by the weights before."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    gradient[2] = 0
+    stepped = []
+    for decay, cautious in ((0.0, False), (0.5, True), (0.5, False)):
+        weight = nn.Parameter(start.clone())
+        optimizer = SymDist(
+            [{"params": [weight], "lr": 0.1, "weight_decay": decay, "cautious_decay": cautious, **options}]
+        )
+        weight.grad = gradient.clone()
+        optimizer.step()
+        stepped.append(weight.detach())
+    plain, found, everywhere = stepped
+    held = torch.ones(6, 1, dtype=torch.float64)
+    if "stale_rows" in options:
+        held[2] = 0
+    inward = ((start - plain) * start >= 0).double() * held
+    assert 0 < inward.mean() < 1
+    assert torch.allclose(found, plain - 0.1 * 0.5 * inward * start, rtol=0, atol=1e-12)
+    assert not torch.allclose(found, everywhere)
+
+
+def test_cautious_decay_is_true_or_false() -> None:
+    with pytest.raises(ValueError, match="cautious_decay=1 must be true or false"):
+        SymDist([{"params": [nn.Parameter(torch.zeros(2, 2))], "rule": "muon", "lr": 0.1, "cautious_decay": 1}])
+
+
+def test_engines_keep_two_tensors() -> None:
+    assert slots("adamw") == {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+    assert slots("aro") == {"momentum": "exp_avg", "rotation": "exp_avg_sq"}
+    with pytest.raises(ValueError, match="rule 'aro' remembers momentum, rotation, rotated_sq, and the checkpoints"):
+        slots("aro", {"base": "adam"})

@@ -191,6 +191,12 @@ def test_what_cannot_share_is_told() -> None:
         SymDist([{"params": experts, "role": "expert_up", "view": "columns", **group}])
 
 
+def test_stages_of_a_pipeline_cannot_share(many: Ranks) -> None:
+    for said in many.run((2, 2), shared.on_a_stage):
+        assert "share = 'stage': ranks (0, 1, 2, 3) train this model" in said
+        assert "use share = 'matrix'" in said
+
+
 def test_a_rule_may_be_run_by_itself() -> None:
     """Without stages every matrix is its own."""
     values = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).double()
