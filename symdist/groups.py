@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from symdist.exchange import InStage, Plan, Stack, place
-from symdist.layouts import FlatLayout, Group, Layout, layout_of
+from symdist.layouts import FlatLayout, Group, Layout, check_placements, layout_of, local
 from symdist.roles import Stage, residual_stage
 from symdist.rules import Rule, get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
@@ -255,3 +255,35 @@ def _kept(members: Sequence[Member], indices: Sequence[int], number: int) -> lis
     if width == 0:
         raise ValueError(f"stage {number} has no matrix but experts, to keep its rotation: {', '.join(names)}")
     return [(i, InStage(label=f"{number:06d}", width=width, first=firsts[i])) for i in indices]
+
+
+def check_stages(plan: Plan, peers: Group | None) -> None:
+    """ValueError where other ranks may hold other matrices of the stages that share rotations here."""
+    home = next((job.stack.layout.group for job in plan.jobs if job.stages), None)
+    coupled = any(job.stages for job in plan.jobs)
+    if coupled and peers is not None and peers.size > 1 and (home is None or set(home.ranks) != set(peers.ranks)):
+        raise ValueError(
+            f"share = 'stage': ranks {peers.ranks} train this model, and the matrices here lie on "
+            f"{home.ranks if home is not None else 'this one alone'}: others may hold more of their stages, as under "
+            "pipelines; use share = 'matrix'. Of plain tensors that are the same on all ranks say so by replicas="
+        )
+
+
+def gradient_of(member: Member) -> Tensor:
+    """This rank's gradient of a parameter, zero where it has none or is frozen.
+
+    Raises ValueError, naming the parameter, for one that is sparse, or lies otherwise than the weight.
+    """
+    gradient = member.parameter.grad
+    if gradient is None or not member.parameter.requires_grad:
+        return torch.zeros_like(local(member.parameter))
+    if gradient.is_sparse:
+        raise ValueError(f"{member.name} has a sparse gradient; build its embedding with sparse=False")
+    check_placements(member.name, member.parameter, gradient)
+    here = local(gradient)
+    if tuple(here.shape) != member.layout.local_shape:
+        raise ValueError(
+            f"{member.name}: this rank's gradient has shape {tuple(here.shape)}, its weight "
+            f"{member.layout.local_shape}; gradients must be reduced and placed like their weights before the step"
+        )
+    return here

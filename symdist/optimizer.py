@@ -27,8 +27,8 @@ from symdist.exchange import (
     run,
 )
 from symdist.finite import NonFinite, agree_finite, ranks_that_agree
-from symdist.groups import Member, complete_group, describe_member, place_members
-from symdist.layouts import Group, check_placements, group_from, local
+from symdist.groups import Member, check_stages, complete_group, describe_member, gradient_of, place_members
+from symdist.layouts import Group, group_from, local
 from symdist.partial import finish_partial_gradients
 from symdist.routed import Routed, routed
 from symdist.saved import check_groups, check_state
@@ -175,7 +175,7 @@ class SymDist(torch.optim.Optimizer):
         moving = [member for member in self._members if member.parameter.requires_grad]
         self._trail.before = "summing gradients that ranks hold parts of"
         finish_partial_gradients([member.parameter for member in moving], transport=self.transport)
-        gradients = [_gradient(member) for member in self._members]
+        gradients = [gradient_of(member) for member in self._members]
         names = [member.name for member in self._members]
         self._trail.before = "agreeing on whether gradients are finite"
         finite = agree_finite(gradients, names, self._peers, transport=self.transport, on_failure=self.nonfinite)
@@ -263,7 +263,7 @@ class SymDist(torch.optim.Optimizer):
             plan = place_members(self._members, wave_bytes=self.wave_bytes, exchange_dtype=self.exchange_dtype)
             parameters = [member.parameter for member in self._members]
             self._peers = self._world or ranks_that_agree(parameters, replicas=self._replicas)
-            _check_stages(plan, self._peers)
+            check_stages(plan, self._peers)
             self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
             self._planned = moving, plan
         return self._planned[1]
@@ -399,36 +399,8 @@ class SymDist(torch.optim.Optimizer):
                 self._observe(observer, members, torch._foreach_mul(chosen, lr))
 
 
-def _check_stages(plan: Plan, peers: Group | None) -> None:
-    """ValueError where other ranks may hold other matrices of the stages that share rotations here."""
-    home = next((job.stack.layout.group for job in plan.jobs if job.stages), None)
-    coupled = any(job.stages for job in plan.jobs)
-    if coupled and peers is not None and peers.size > 1 and (home is None or set(home.ranks) != set(peers.ranks)):
-        raise ValueError(
-            f"share = 'stage': ranks {peers.ranks} train this model, and the matrices here lie on "
-            f"{home.ranks if home is not None else 'this one alone'}: others may hold more of their stages, as under "
-            "pipelines; use share = 'matrix'. Of plain tensors that are the same on all ranks say so by replicas="
-        )
-
-
 def _group(option: str, ranks: Any) -> Group | None:
     try:
         return None if ranks is None else group_from(ranks)
     except TypeError as error:
         raise ValueError(f"{option}: {error}") from None
-
-
-def _gradient(member: Member) -> Tensor:
-    gradient = member.parameter.grad
-    if gradient is None or not member.parameter.requires_grad:
-        return torch.zeros_like(local(member.parameter))
-    if gradient.is_sparse:
-        raise ValueError(f"{member.name} has a sparse gradient; build its embedding with sparse=False")
-    check_placements(member.name, member.parameter, gradient)
-    here = local(gradient)
-    if tuple(here.shape) != member.layout.local_shape:
-        raise ValueError(
-            f"{member.name}: this rank's gradient has shape {tuple(here.shape)}, its weight "
-            f"{member.layout.local_shape}; gradients must be reduced and placed like their weights before the step"
-        )
-    return here

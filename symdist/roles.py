@@ -91,7 +91,8 @@ class Site:
     `role` is None where nothing is known of a matrix. `heads` and `head_dim_index` (0 rows, 1 columns of the stored
     matrix) are set where heads lie one after another, `groups` where a fused q, k and v is made of so many query groups
     one after another. `transposed` marks storage as `[in, out]`. `fused` says how a gate and an up projection share one
-    tensor: "stacked" in `blocks`, each with neurons' gates before the same neurons' ups.
+    tensor: "stacked" in `blocks`, each with neurons' gates before the same neurons' ups. `latent` marks projections to
+    and from the latents of attention, whose input counts as their residual stream.
     """
 
     role: str | None
@@ -101,6 +102,7 @@ class Site:
     transposed: bool = False
     fused: Literal["stacked", "interleaved"] | None = None
     blocks: int = 1
+    latent: bool = False
 
 
 def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:
@@ -254,7 +256,7 @@ def _attention_site(word: str, attention: nn.Module, parameter: Tensor) -> Site:
         elif head_dim is None and role != "attention_qkv":
             counts = _KV_COUNTS if role in ("attention_k", "attention_v") else ()
             heads = _count(attention, (*counts, *_COUNTS))
-    return Site(role=role, heads=heads, head_dim_index=index)
+    return Site(role=role, heads=heads, head_dim_index=index, latent=word in _LATENT)
 
 
 def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:

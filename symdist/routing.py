@@ -141,12 +141,12 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
         case None | "apart":
             return "columns" if site.transposed else "rows"
         case "residual":
-            if role not in (*READS_RESIDUAL, *WRITES_RESIDUAL):
+            if not site.latent and role not in READS_RESIDUAL | WRITES_RESIDUAL:
                 raise ValueError(
                     f"{name} has role {role!r}, of which it is not known which side is the residual stream: say view = "
                     '"rows" or "columns", whichever it is of the stored [out, in], in a pattern or section'
                 )
-            return "columns" if (role in READS_RESIDUAL) != site.transposed else "rows"
+            return "rows" if (role in WRITES_RESIDUAL) != site.transposed else "columns"
         case "groups":
             if site.groups is None:
                 raise ValueError(f"{name} has no query groups in one tensor: view 'groups' is for a fused q, k and v")

@@ -104,6 +104,47 @@ def test_decay_reaches_the_scales_of_input_norms_only(family: str) -> None:
         assert torch.equal(parameter, before[name] * (1 - 0.01 * decays[name])), name
 
 
+RESIDUAL = {
+    "default": {"rule": "aro", "view": "residual", "lr": 0.01},
+    "other": {"rule": "adamw", "lr": 0.01},
+    "router": {"rule": "adamw", "lr": 0.01},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "transposed"),
+    [("qwen3-tiny", ()), ("olmoe-tiny", ()), ("gpt-oss-tiny", ("experts.",)), ("deepseek-v3-tiny", ())],
+)
+def test_the_residual_stream_is_the_rows_whatever_the_shape(name: str, transposed: tuple[str, ...]) -> None:
+    """By what a matrix does, not by which of its sides is smaller: what writes to the stream has it as its output."""
+    model = build(name, device="meta")
+    named = dict(model.named_parameters())
+    seen = {
+        parameter: (group["view"], named[parameter])
+        for group in route(model, RESIDUAL)
+        if group["rule"] == "aro"
+        for parameter in group["names"]
+    }
+    assert {"columns", "rows"} <= {view for view, _ in seen.values()}
+    for parameter, (view, weight) in seen.items():
+        writes = any(word in parameter for word in ("o_proj", "down_proj"))
+        flipped = any(word in parameter for word in transposed)
+        assert view == ("rows" if writes != flipped else "columns"), parameter
+        rows = weight.shape[-2] if view == "rows" else weight.shape[-1]
+        if not any(word in parameter for word in ("q_b_proj", "kv_b_proj")):
+            assert rows == model.config.hidden_size, parameter
+
+
+def test_a_matrix_of_unknown_side_is_told() -> None:
+    model = nn.Module()
+    model.gizmo = nn.Linear(4, 4, bias=False)
+    patterns = {"patterns": [{"match": "gizmo.weight", "role": "matrix"}]}
+    with pytest.raises(ValueError, match=r"gizmo.weight has role 'matrix', of which it is not known which side"):
+        route(model, RESIDUAL | patterns)
+    patterns["patterns"][0]["view"] = "rows"
+    assert route(model, RESIDUAL | patterns)[0]["view"] == "rows"
+
+
 def test_kinds_of_norms_are_one_group_unless_the_recipe_tells_them_apart() -> None:
     model = build("gemma3-tiny", device="meta")
     norms = {name for name, role in roles(model).items() if str(role).endswith("norm")}

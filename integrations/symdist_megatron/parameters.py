@@ -301,7 +301,7 @@ def _attention_site(attribute: str, module: Any, *, recipe: Recipe) -> tuple[Sit
     if isinstance(module, MultiLatentAttention):
         # Latent projections have rows of several kinds, not head after head: matrices like any other.
         queries = attribute in ("linear_q_proj", "linear_q_up_proj")
-        return Site(role="attention_q", heads=heads) if queries else Site(role="matrix"), [], 1
+        return Site(role="attention_q", heads=heads) if queries else Site(role="matrix", latent=True), [], 1
     dim = config.kv_channels
     if attribute == "linear_q":
         return Site(role="attention_q", heads=heads), [], 1

@@ -13,7 +13,7 @@ from symdist.exchange.routes import Route
 from symdist.exchange.scheduler import Task
 from symdist.exchange.stages import InStage, Share, StageSum, shared
 from symdist.layouts import Group
-from symdist.rules import Matrix, Rule, Sum
+from symdist.rules import Matrix, Rule, Sum, relayed
 from symdist.rules.roots import InverseRoot
 from symdist.views import Seen, View
 
@@ -235,13 +235,11 @@ def finished(stack: Stack, asking: Generator[Any, Any, list[Tensors]], done: Don
 
 def alone_but_for_stages(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
     """The generator of matrices that are whole here: what it asks answers itself, sums over stages apart."""
-    answer: Any = None
-    while True:
-        try:
-            request = asking.send(answer)
-        except StopIteration as last:
-            return last.value
-        answer = (yield request) if isinstance(request, StageSum) else request.alone()
+
+    def relay(request: Any) -> Generator[Any, Any, Any]:
+        return (yield request) if isinstance(request, StageSum) else request.alone()
+
+    return relayed(asking, relay)
 
 
 def noted(
@@ -249,16 +247,15 @@ def noted(
 ) -> Generator[Any, Any, T]:
     """The generator with every inverse root it is answered told to `note`: of `members`, and for so many `ranks`."""
     if note is None:
-        return (yield from asking)
-    answer: Any = None
-    while True:
-        try:
-            request = asking.send(answer)
-        except StopIteration as last:
-            return last.value
+        return asking
+
+    def relay(request: Any) -> Generator[Any, Any, Any]:
         answer = yield request
         if isinstance(answer, InverseRoot):
             note(answer, members, ranks)
+        return answer
+
+    return relayed(asking, relay)
 
 
 def updated(

@@ -10,7 +10,7 @@ from torch import Tensor
 from symdist.exchange.reducing import answer_shared, answer_sums
 from symdist.exchange.transport import Transport
 from symdist.layouts import Group
-from symdist.rules import Orthonormal, Places, Stage, Sum
+from symdist.rules import Orthonormal, Places, Stage, Sum, relayed
 
 T = TypeVar("T")
 
@@ -97,13 +97,11 @@ class StageSum:
 
 def shared(asking: Generator[Any, Any, Any], share: Share) -> Generator[Any, Any, Any]:
     """The generator with its `Stage` requests made those of `share`."""
-    answer: Any = None
-    while True:
-        try:
-            request = asking.send(answer)
-        except StopIteration as last:
-            return last.value
-        answer = yield StageSum(asked=request, share=share) if isinstance(request, Stage) else request
+
+    def relay(request: Any) -> Generator[Any, Any, Any]:
+        return (yield StageSum(asked=request, share=share) if isinstance(request, Stage) else request)
+
+    return relayed(asking, relay)
 
 
 def answer_stages(

@@ -3,7 +3,7 @@
 from symdist.rules import adamw, aro, aurora, hybrid, muon, normuon, row_norm, scion, spectral
 from symdist.rules.matrix import Matrix, Places, center_rows
 from symdist.rules.registry import ACCUMULATOR_STATE, Rule, get_rule, rule, rule_names
-from symdist.rules.requests import Asking, Orthonormal, Request, Root, Stage, Sum, answer_alone
+from symdist.rules.requests import Asking, Orthonormal, Request, Root, Stage, Sum, answer_alone, relayed
 from symdist.rules.roots import InverseRoot, Numerics, inverse_root
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "inverse_root",
     "muon",
     "normuon",
+    "relayed",
     "row_norm",
     "rule",
     "rule_names",

@@ -87,18 +87,18 @@ def aro(
     return rotation @ (direction * factor), {"rotation": _own(matrix, rotation), **more}
 
 
-def _parts(matrix: Matrix) -> list[tuple[int, slice, slice]]:
-    """Of each matrix, by its place in the stack, which columns of the rotation lie here: in the state, in it."""
-    width = min(matrix.rows, matrix.columns)
-    firsts: tuple[int, ...] = (0,) * matrix.values.shape[0]
+def _parts(matrix: Matrix) -> list[tuple[slice, slice, slice]]:
+    """Of which matrices of the stack which columns of the rotation lie here: in the state, in it."""
+    width, firsts = min(matrix.rows, matrix.columns), [(slice(None), 0)]
     if matrix.places is not None:
-        width, firsts = matrix.places.width, matrix.places.firsts
+        width = matrix.places.width
+        firsts = [(slice(i, i + 1), first) for i, first in enumerate(matrix.places.firsts)]
     parts = []
-    for i, first in enumerate(firsts):
+    for which, first in firsts:
         kept = min(matrix.columns, width - first) if first >= 0 else 0
         start, stop = matrix.first_column, min(matrix.first_column + matrix.values.shape[-1], kept)
         if start < stop:
-            parts.append((i, slice(0, stop - start), slice(first + start, first + stop)))
+            parts.append((which, slice(0, stop - start), slice(first + start, first + stop)))
     return parts
 
 
@@ -107,8 +107,8 @@ def _remembered(matrix: Matrix, *, coupled: bool) -> Generator[Any, Any, tuple[T
     b, m, _ = matrix.values.shape
     k = min(m, matrix.columns) if matrix.places is None else matrix.places.width
     whole = matrix.values.new_zeros(b, m, k)
-    for i, here, there in _parts(matrix):
-        whole[i, :, there] = matrix.state["rotation"][i, :, here]
+    for which, here, there in _parts(matrix):
+        whole[which, :, there] = matrix.state["rotation"][which, :, here]
     magnitude = matrix.values.abs().sum((-2, -1)) / (matrix.rows * matrix.columns)
     if coupled:
         scale = yield Sum(values=magnitude[:, None, None], across="columns")
@@ -123,8 +123,8 @@ def _remembered(matrix: Matrix, *, coupled: bool) -> Generator[Any, Any, tuple[T
 def _own(matrix: Matrix, rotation: Tensor) -> Tensor:
     """The columns of the rotation that are kept here, in the shape of the matrix; the rest is zero."""
     own = torch.zeros_like(matrix.values)
-    for i, here, there in _parts(matrix):
-        own[i, :, here] = rotation[i, :, there]
+    for which, here, there in _parts(matrix):
+        own[which, :, here] = rotation[which, :, there]
     return own
 
 

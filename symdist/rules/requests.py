@@ -1,6 +1,6 @@
 """What a rule may ask of the ranks that hold the rest of its matrix, and what it is told."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -81,6 +81,17 @@ class Stage:
 Request: TypeAlias = Sum | Root | Orthonormal | Stage
 Asking: TypeAlias = Generator[Any, Any, Any]
 """The type of a running rule: it yields requests, is sent their answers, and returns the update, or that and state."""
+
+
+def relayed(asking: Generator[Any, Any, T], relay: Callable[[Any], Generator[Any, Any, Any]]) -> Generator[Any, Any, T]:
+    """A running rule whose every request goes through `relay`, which answers it or passes on what it asks instead."""
+    answer: Any = None
+    while True:
+        try:
+            request = asking.send(answer)
+        except StopIteration as last:
+            return last.value
+        answer = yield from relay(request)
 
 
 def answer_alone(asking: Generator[Any, Any, T]) -> T:
