@@ -235,15 +235,22 @@ def _in_stages(members: Sequence[Member]) -> dict[int, InStage]:
 
 def _kept(members: Sequence[Member], indices: Sequence[int], number: int) -> list[tuple[int, InStage]]:
     seen = {i: members[i].stack for i in indices}
-    rows = {stack.rows for stack in seen.values() if stack is not None}
-    homes = {stack.layout.group.ranks if stack.layout.group is not None else () for stack in seen.values() if stack}
-    names = [members[i].name for i in indices]
+    # One name for each is told: of experts there may be hundreds.
+    rows: dict[int, str] = {}
+    homes: dict[tuple[int, ...], str] = {}
+    for i, stack in seen.items():
+        assert stack is not None
+        group = stack.layout.group
+        rows.setdefault(stack.rows, members[i].name)
+        homes.setdefault(() if group is None else group.ranks, members[i].name)
     if len(rows) > 1:
-        raise ValueError(f"stage {number} of the residual stream is {sorted(rows)} wide, of {', '.join(names)}")
+        told = ", ".join(f"{width} in {name}" for width, name in sorted(rows.items()))
+        raise ValueError(f"stage {number} of the residual stream has several widths, {told}")
     if len(homes) > 1:
+        told = ", ".join(f"{name} on {ranks or 'this rank alone'}" for ranks, name in sorted(homes.items()))
         raise ValueError(
-            f"the matrices of stage {number} of the residual stream lie on different ranks, {sorted(homes)}, of "
-            f"{', '.join(names)}; share = 'matrix', for some or for all, does without"
+            f"the matrices of stage {number} of the residual stream lie on different ranks: {told}; share = 'matrix', "
+            "for some or for all, does without"
         )
     width, firsts = 0, {}
     (wide,) = rows
@@ -253,7 +260,9 @@ def _kept(members: Sequence[Member], indices: Sequence[int], number: int) -> lis
         firsts[i] = width if members[i].holds and width < wide else -1
         width += min(stack.columns, wide - width) if firsts[i] >= 0 else 0
     if width == 0:
-        raise ValueError(f"stage {number} has no matrix but experts, to keep its rotation: {', '.join(names)}")
+        raise ValueError(
+            f"stage {number} has no matrix but experts, to keep its rotation; one is {members[indices[0]].name}"
+        )
     return [(i, InStage(label=f"{number:06d}", width=width, first=firsts[i])) for i in indices]
 
 
