@@ -218,4 +218,4 @@ def test_the_shipped_study_is_valid() -> None:
     shipped = parse(["--config", str(ROOT / "launch/configs/study.toml")], description=None)
     shipped.check()
     shipped.check_stacks()
-    assert len({arm.key for arm in shipped.arms}) == 9
+    assert len({arm.key for arm in shipped.arms}) == 13
