@@ -211,6 +211,17 @@ def test_padding_takes_no_part(name: str) -> None:
     assert not update[9:].any()
 
 
+@pytest.mark.parametrize(
+    "options", [ROW, ROW | {"centered": True}, RIGHT, LEFT, {"rule": "aro"}, NORMUON, AURORA, SCION]
+)
+def test_padding_takes_no_part_as_columns(options: Options) -> None:
+    """A vocabulary's rows are columns where its rule has the other side for rows."""
+    g = normal(17, 5)
+    update = step(g, padding_rows=3, view="columns", **options)
+    assert distance(update[:14], step(g[:14], view="columns", **options)) < 1e-9
+    assert not update[14:].any()
+
+
 @pytest.mark.parametrize("scale", [1e-7, 1e-3, 1e3, 1e7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(

@@ -55,10 +55,10 @@ def test_a_fault_of_one_stage_is_told_on_all(worlds: Worlds) -> None:
 
 
 def test_also_one_that_shows_late(worlds: Worlds) -> None:
-    recipe = GOOD | {"head": {"rule": "row_norm", "view": "columns", "lr": 0.1}}
+    recipe = GOOD | {"head": {"rule": "row_norm", "view": {"heads": 2, "dim": 1}, "lr": 0.1}}
     found = worlds(2).run(2, RANKS + "refused", replace(HOW, pp=2, tied=False), recipe, {}, {"vocabulary": 37})
     assert found[0] == found[1]
-    assert "padding_rows=3 needs a matrix seen by rows" in found[0]
+    assert "padding_rows=3 needs a matrix seen by rows or columns" in found[0]
 
 
 def test_all_ranks_must_train(worlds: Worlds) -> None:
