@@ -77,7 +77,7 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
     ("shape", "group", "message"),
     [
         ((4, 4), {"lr": 0.1, "role": "mine"}, "group 'mine' has no 'rule'.*route"),
-        ((4, 4), ROW | {"rule": "lion"}, "group 'mine': there is no rule 'lion'; the rules are adamw, hybrid"),
+        ((4, 4), ROW | {"rule": "lion"}, "group 'mine': there is no rule 'lion'; the rules are adamw, aro, aurora"),
         ((4, 4), ROW | {"momentun": 0.9}, "group 'mine': rule 'row_norm' knows no option 'momentun'; .*momentum"),
         ((4, 4), ROW | {"alpha": 1.0}, "rule 'row_norm' knows no option 'alpha'"),
         ((4, 4), ROW | {"nesterov": True, "betas": (0, 0)}, "knows no option 'betas', 'nesterov'"),
@@ -105,7 +105,7 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
         ((4, 10), MUON | {"view": {"heads": 0, "dim": 1}}, "does not split into 0 heads"),
         ((4, 10), MUON | {"view": {"heads": 2, "dim": 2}}, "w: view .* should be"),
         ((4, 4), ROW | {"padding_rows": 4}, "w: padding_rows=4 needs a matrix seen by rows"),
-        ((4, 4), ROW | {"padding_rows": 1, "view": "columns"}, "padding_rows=1 .*view 'columns'"),
+        ((4, 4), ROW | {"padding_rows": 1, "view": {"heads": 2, "dim": 0}}, "padding_rows=1 .*view {'heads': 2"),
         ((3, 4, 4), ROW | {"padding_rows": 1}, "w: padding_rows=1"),
         ((4, 4), ROW | {"placement": "owner"}, "w: rule 'row_norm' cannot run with placement 'owner'.*'local'"),
         ((4, 4), ROW | {"placement": "reduce"}, "w: rule 'row_norm' cannot run with placement 'reduce'"),
