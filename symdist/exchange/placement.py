@@ -88,24 +88,20 @@ def place(
         dtype = travels_as(stack, exchange_dtype)
         placement = _choose(stack, len(members), dtype, name=names[members[0]])
         if stack.coupled:
-            jobs += [
-                Job(
-                    stack=stack,
-                    members=tuple(part),
-                    placement=placement,
-                    exchange_dtype=dtype,
-                    stages=in_stages.of(part),
-                )
-                for part in in_stages.parts(members, lambda member: member)
-            ]
-            continue
-        step = max(1, int(budget // max(1.0, _flight_bytes(stack, placement))))
-        for start in range(0, len(members), step):
-            jobs.append(
-                Job(
-                    stack=stack, members=tuple(members[start : start + step]), placement=placement, exchange_dtype=dtype
-                )
+            parts = in_stages.parts(members, lambda member: member)
+        else:
+            step = max(1, int(budget // max(1.0, _flight_bytes(stack, placement))))
+            parts = [list(members[start : start + step]) for start in range(0, len(members), step)]
+        jobs += [
+            Job(
+                stack=stack,
+                members=tuple(part),
+                placement=placement,
+                exchange_dtype=dtype,
+                stages=in_stages.of(part) if stack.coupled else (),
             )
+            for part in parts
+        ]
     work = _work_in_place(jobs)
     every: list[Job | FlatJob] = [
         *_with_owners(jobs, work),
