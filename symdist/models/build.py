@@ -58,7 +58,7 @@ def build(
             memory; `model.to_empty(device=...)` and `model.init_weights()` fill them later. After
             `fully_shard` on CPUs every rank draws its shards by itself: give each rank its own torch seed
             before that, or all shards come out alike.
-        dtype: of the weights.
+        dtype: of the weights, all of them.
         overrides: settings of the transformers config, stronger than the file's. `attn_implementation` and
             `experts_implementation` may be among them; left out, transformers takes scaled dot product
             attention (plain attention for gpt-oss, whose sinks that cannot express) and grouped matrix
@@ -95,7 +95,12 @@ def build(
     with torch.random.fork_rng(devices=forked, enabled=seed is not None), place:
         if seed is not None:
             torch.manual_seed(seed)
-        return model_class._from_config(config, dtype=dtype)
+        model = model_class._from_config(config, dtype=dtype)
+    # Some families make a router in float32 whatever is asked for, and FSDP2 wants one dtype among the weights it
+    # gathers together.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
