@@ -3,6 +3,7 @@
 `Collectives` moves data. `Counting` notes what would be, or is being, moved.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -10,7 +11,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _world
+from torch.distributed import distributed_c10d
 
 from symdist.layouts import Group
 
@@ -85,7 +86,7 @@ class Collectives:
 
 def _existing(group: Group) -> dist.ProcessGroup | None:
     """A process group that numbers the ranks of `group` as it does; the first made, so that all ranks take the same."""
-    known = [group.handle] if group.handle is not None else [dist.group.WORLD, *_world.pg_group_ranks]
+    known = [group.handle] if group.handle is not None else [dist.group.WORLD, *distributed_c10d._world.pg_group_ranks]
     return next((each for each in known if tuple(dist.get_process_group_ranks(each)) == group.ranks), None)
 
 
@@ -95,29 +96,26 @@ def _made(group: Group) -> dist.ProcessGroup:
             f"ranks {group.ranks} have no process group of their own, nor others that connect them. Call "
             f"torch.distributed.new_group({list(group.ranks)}) on all ranks before building the optimizer"
         )
-    # Without the ranks outside, which may never hear of it. PyTorch then names the group by how many groups each rank
-    # is in, and ranks that differ in that would wait for each other for ever: so those in fewer first make some alone.
-    most = torch.tensor([len(_world.pg_names)])
-    for handle in group.through:
-        most = most.to(_device_of(handle))
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=handle)
-    # A default group that is bound to a device would be split for each group, which takes all its ranks.
     world = dist.group.WORLD
     assert world is not None
-    bound, world.bound_device_id = world.bound_device_id, None
+    bound, named = world.bound_device_id, distributed_c10d._process_group_name
+    # A default group that is bound to a device would be split for each group, which takes all its ranks.
+    world.bound_device_id = None
+    # Without the ranks outside, which may never hear of it. PyTorch names a group by a number that each rank counts for
+    # itself: ranks that have made different numbers of groups would wait for each other for ever, here, or, where this
+    # group were counted, at the next group that all of them make. So it has a name of its own, and is not counted.
+    name = f"symdist:{'-'.join(map(str, group.ranks))}:{_times_made[group.ranks]}"
+    _times_made[group.ranks] += 1
+    distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
     try:
-        while len(_world.pg_names) < int(most):
-            dist.new_group([dist.get_rank()], use_local_synchronization=True)
         return dist.new_group(list(group.ranks), use_local_synchronization=True)
     finally:
+        distributed_c10d._process_group_name = named
         world.bound_device_id = bound
 
 
-def _device_of(handle: dist.ProcessGroup) -> torch.device:
-    """Where collectives of a process group want their tensors."""
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend(handle) else torch.device("cpu")
-    )
+_times_made: Counter[tuple[int, ...]] = Counter()
+"""How often each set of ranks was given a group: again only after the process groups have been destroyed."""
 
 
 @dataclass(frozen=True, kw_only=True)
