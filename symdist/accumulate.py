@@ -42,9 +42,11 @@ def adamw_step(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """PyTorch's own AdamW, fused where it has a kernel, on pieces of any layout: it is coordinate-wise."""
+    """PyTorch's own AdamW, fused where it has a kernel, on pieces of any layout and strides: it is coordinate-wise."""
     device = weights[0].device.type
-    # The fused kernels walk memory: a gradient of other strides than its weight's would be paired wrongly.
+    # The fused kernels walk memory: what lies between the rows of a slice would be stepped too, and a gradient of other
+    # strides than its weight's paired wrongly.
+    given, weights = weights, [w if _dense(w) else torch.empty_like(w).copy_(w) for w in weights]
     gradients = [
         gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
         for weight, gradient in zip(weights, gradients, strict=True)
@@ -66,6 +68,19 @@ def adamw_step(
         eps=eps,
         maximize=False,
     )
+    for weight, stepped in zip(given, weights, strict=True):
+        if weight is not stepped:
+            weight.copy_(stepped)
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill the memory from the first to the last, in whatever order of dimensions."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != filled:
+            return False
+        filled *= size
+    return True
 
 
 def inward(weight: Tensor, update: Tensor) -> Tensor:

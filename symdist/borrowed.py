@@ -44,6 +44,9 @@ class BorrowedState(SymDist):
         """Of a piece's states, which of the engine's each lies in."""
         return self._slots[id(piece)]
 
+    def _follow(self) -> None:
+        """Nothing: pieces are the adapter's own, which moves them with the engine's tensors."""
+
     def _new_state(self, member: Member) -> dict[str, Tensor]:
         homes = self._homes[id(member.parameter)]
         found = slots(member.rule.name, self.param_groups[member.group])

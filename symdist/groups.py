@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from symdist.exchange import InStage, Plan, Stack, place
-from symdist.layouts import FlatLayout, Group, Layout, check_placements, layout_of, local
+from symdist.layouts import FlatLayout, Group, Layout, layout_of, local
 from symdist.roles import Stage, residual_stage
 from symdist.rules import Rule, get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
@@ -25,7 +25,15 @@ COMMON: dict[str, Any] = {
     "padding_rows": 0,
     "role": "",
 }
-_READERS = {"params", "names", "lr", "rule", "initial_lr"}
+_READERS = {"params", "names", "lr", "rule"}
+# What trainers and PyTorch's schedulers keep in groups; carried, and no rule's business.
+_BOOKKEEPING = frozenset(
+    (
+        *("param_names", "name", "group_name", "initial_lr", "swa_lr", "base_lr", "max_lr", "min_lr", "pre_lr"),
+        *("lr_mult", "wd_mult", "lr_multiplier", "wd_multiplier", "lr_scale", "wd_scale", "start_wd", "end_wd"),
+        *("base_momentum", "max_momentum", "initial_momentum", "default_config", "is_expert_parallel"),
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +45,8 @@ class Member:
     group: int
     rule: Rule
     layout: Layout | FlatLayout
+    found_as: tuple[object, ...]
+    """What may change of the parameter without a new one: dtype, device and shape."""
     dtype: torch.dtype
     """The dtype of its state and of all arithmetic: float32, or wider where the parameter is."""
     stack: Stack | None
@@ -59,11 +69,14 @@ def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     own = {**ACCUMULATOR_OPTIONS[rule.accumulator], **rule.defaults}
-    unknown = sorted(set(group) - set(own) - set(COMMON) - _READERS)
+    unknown = sorted(
+        key for key in set(group) - set(own) - set(COMMON) - _READERS - _BOOKKEEPING if not key.startswith("_")
+    )
     if unknown:
         raise ValueError(
             f"{where}: rule {rule.name!r} knows no option {', '.join(map(repr, unknown))}; "
-            f"it knows {', '.join(sorted({*own, *COMMON, 'lr'}))}"
+            f"it knows {', '.join(sorted({*own, *COMMON, 'lr'}))}. A trainer's own value may be kept under a name that "
+            "begins with '_'"
         )
     completed = {**COMMON, **rule.options({k: group[k] for k in own if k in group}, where=where), **group}
     _check_common(completed, where)
@@ -74,6 +87,8 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
     lr = group.get("lr")
     if lr is None:
         raise ValueError(f"{where} has no 'lr'; learning rates of different rules have no common default")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"{where}: lr is a tensor of shape {tuple(lr.shape)}; a learning rate is one number")
     if isinstance(lr, bool | str) or not (math.isfinite(float(lr)) and float(lr) >= 0):
         raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
     decay = group["weight_decay"]
@@ -112,10 +127,7 @@ def describe_member(
         raise ValueError(
             f"{name}: this rank's piece has shape {tuple(parameter.shape)}, its layout {layout.local_shape}"
         )
-    if isinstance(layout, FlatLayout) and len(layout.shape) > 2:
-        raise ValueError(
-            f"{name} has shape {layout.shape}: of a stack of matrices in a flat layout, give each by itself"
-        )
+    _check_memory(name, parameter)
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     if rule.matrices and len(layout.shape) < 2:
         raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")
@@ -132,7 +144,10 @@ def describe_member(
     stack = None
     # A view that nothing will look through is still checked; the default is left to tensors of any shape.
     if stacked or group["view"] != COMMON["view"]:
-        view = bind_view(group["view"], layout.shape, name=name)
+        seen = group["view"]
+        if isinstance(layout, Layout) and layout.interleaved:
+            seen = _view_of_interleaved(seen, layout, name=name, padding=padding, ordered=rule.ordered)
+        view = bind_view(seen, layout.shape, name=name)
         if rule.ordered and view.kind.startswith("gate_up"):
             raise ValueError(
                 f"{name}: rule {rule.name!r} goes by the places of columns, which view {group['view']!r} mixes; "
@@ -157,12 +172,46 @@ def describe_member(
         group=index,
         rule=rule,
         layout=layout,
+        found_as=(parameter.dtype, parameter.device, parameter.shape),
         dtype=dtype,
         stack=stack,
         stage=stage,
         # Under expert parallelism ranks have others of them, and what is kept must not hang on that.
         holds=stage is not None and len(layout.shape) == 2 and not str(group["role"]).startswith("expert"),
     )
+
+
+def _check_memory(name: str, parameter: Tensor) -> None:
+    """ValueError for a weight of which several elements are one number in memory: it has no one value to step to."""
+    here = local(parameter)
+    if any(stride == 0 and size > 1 for stride, size in zip(here.stride(), here.shape, strict=True)):
+        raise ValueError(
+            f"{name} is expanded: it has shape {tuple(here.shape)} and strides {here.stride()}, so several of its "
+            "elements are one number in memory; make the parameter of what was expanded, and expand it in forward"
+        )
+
+
+def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, ordered: bool) -> Any:
+    """The view that shows of a tensor as it is stored what `view` shows of it in its own order.
+
+    Rows, and columns, may stand in any order: no rule minds, but for those that go by places. Raises ValueError,
+    naming the parameter, for a view that the order mixes.
+    """
+    for each in layout.interleaved:
+        side = each.dim - (len(layout.shape) - 2)
+        fused = {"gate_up": 1, "dim": side} if side in (0, 1) else None
+        if each.parts == 2 and (view == fused or (view == "gate_up_stacked" and side == 0)):
+            view = {"gate_up": each.ranks, "dim": side}
+            continue
+        across = isinstance(view, Mapping) and view.get("dim") == 1 - side
+        if side < 0 or ((view in ("rows", "columns") or across) and not padding and not ordered):
+            continue
+        raise ValueError(
+            f"{name}: dimension {each.dim} is dealt out to {each.ranks} ranks in {each.parts} parts, one after the other "
+            f"on each, and view {view!r}{', with padding rows,' if padding else ''} needs its own order; use view "
+            "'rows' or 'columns' and a rule that goes by no places, or shard it plainly"
+        )
+    return view
 
 
 def coordinate_wise(options: Mapping[str, Any]) -> bool:
@@ -288,11 +337,12 @@ def gradient_of(member: Member) -> Tensor:
         return torch.zeros_like(local(member.parameter))
     if gradient.is_sparse:
         raise ValueError(f"{member.name} has a sparse gradient; build its embedding with sparse=False")
-    check_placements(member.name, member.parameter, gradient)
+    mine, theirs = getattr(member.parameter, "placements", None), getattr(gradient, "placements", None)
     here = local(gradient)
-    if tuple(here.shape) != member.layout.local_shape:
+    if mine != theirs or tuple(here.shape) != member.layout.local_shape:
         raise ValueError(
-            f"{member.name}: this rank's gradient has shape {tuple(here.shape)}, its weight "
-            f"{member.layout.local_shape}; gradients must be reduced and placed like their weights before the step"
+            f"{member.name}: this rank's gradient has shape {tuple(here.shape)} and placements {theirs}, its weight "
+            f"{member.layout.local_shape} and {mine}; gradients must be reduced and placed like their weights before "
+            "the step"
         )
     return here

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from symdist.accumulate import adamw_step, advance, inward
 from symdist.exchange import (
@@ -26,12 +29,13 @@ from symdist.exchange import (
     rehearse,
     run,
 )
-from symdist.finite import NonFinite, agree_finite, ranks_that_agree
+from symdist.finite import FLAGS, Agreed, NonFinite, agree, not_finite_error, ranks_that_agree, zeroed
 from symdist.groups import Member, check_stages, complete_group, describe_member, gradient_of, place_members
 from symdist.layouts import Group, group_from, local
-from symdist.partial import finish_partial_gradients
+from symdist.partial import bring_home, sum_up
 from symdist.routed import Routed, routed
-from symdist.saved import check_groups, check_state
+from symdist.saved import as_tensor, asked_strictly, check_state, read_saved
+from symdist.takeover import carried, changed, check_shapes, in_model
 
 if TYPE_CHECKING:
     from symdist.diagnostics.steps import StepMonitor
@@ -58,7 +62,12 @@ class SymDist(torch.optim.Optimizer):
     of a pipeline included. `replicas`, a process group or mesh, says that plain tensors are the same on its ranks, as
     under DDP: work on them is then shared out. `exchange_dtype`, bfloat16 say, is what matrices travel as to their
     owners and back; sums and Grams travel as they are. `wave_bytes` bounds the buffers in flight. `transport` replaces
-    the collectives, to count them. A parameter that does not require a gradient does not move.
+    the collectives, to count them. A parameter that does not require a gradient does not move. `model`, where given,
+    is looked at until the first step for parameters that were sharded after the optimizer was made.
+
+    Parameters may be replaced, in the groups or in `model`, as trainers do when they shard a model: at the next call of
+    any method they are described anew, and their state comes along. Weights are read and written where they lie, in
+    any strides, and nothing beside them is.
 
     Raises ValueError, naming group or parameter and the remedy, for anything it cannot run exactly as asked.
     """
@@ -73,6 +82,7 @@ class SymDist(torch.optim.Optimizer):
         world: Any = None,
         replicas: Any = None,
         transport: Transport | None = None,
+        model: nn.Module | None = None,
     ):
         if nonfinite not in ("raise", "skip", "zero"):
             raise ValueError(f"nonfinite={nonfinite!r} is not 'raise', 'skip' or 'zero'")
@@ -97,6 +107,9 @@ class SymDist(torch.optim.Optimizer):
         self._members: list[Member] = []
         self._planned: tuple[list[bool], Plan] | None = None
         self._peers: Group | None = None
+        self._model = None if model is None else ref(model)
+        self._fresh = True
+        """No step has been taken, and nothing loaded: all state is zero."""
         groups = list(params)
         if not all(isinstance(group, Mapping) for group in groups):
             raise ValueError("SymDist takes param groups, dicts with a 'rule'; symdist.route(model, recipe) makes them")
@@ -104,6 +117,7 @@ class SymDist(torch.optim.Optimizer):
         super().__init__(groups, {})
         self.plan()
         self._constructed = True
+        _warn_of_narrow_weights(self._members)
         # Schedulers that cycle momentum look for it here, and write it to every group.
         for key in ("momentum", "betas"):
             if all(key in group for group in self.param_groups):
@@ -115,13 +129,9 @@ class SymDist(torch.optim.Optimizer):
         if "params" not in group:
             raise ValueError(f"a param group needs 'params'; this one has {', '.join(map(repr, group))}")
         params = group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        if params and isinstance(params[0], tuple):
-            group["names"], params = [name for name, _ in params], [parameter for _, parameter in params]
-        if not all(isinstance(parameter, Tensor) for parameter in params):
-            raise ValueError("'params' must be parameters, or (name, parameter) pairs")
+        group["names"], params = _named(params, group)
         first = len(self._members)
-        names = list(group.get("names") or (f"param_{first + i}" for i in range(len(params))))
+        names = list(group["names"] or (f"param_{first + i}" for i in range(len(params))))
         if len(names) != len(params):
             raise ValueError(f"a param group has {len(params)} params but {len(names)} names")
         if not params:
@@ -164,25 +174,20 @@ class SymDist(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow()
         self._check_options()
         observer, self.observer = self.observer, None
         if self._skip_next:
             self._skip_next = False
             self.skipped_steps += 1
             return loss
-        plan = self.plan()
+        plan = self._plan()
         timing = nullcontext if observer is None else observer.timing
-        moving = [member for member in self._members if member.parameter.requires_grad]
-        self._trail.before = "summing gradients that ranks hold parts of"
-        finish_partial_gradients([member.parameter for member in moving], transport=self.transport)
-        gradients = [gradient_of(member) for member in self._members]
-        names = [member.name for member in self._members]
-        self._trail.before = "agreeing on whether gradients are finite"
-        finite = agree_finite(gradients, names, self._peers, transport=self.transport, on_failure=self.nonfinite)
-        self._trail.before = ""
-        if not finite:
+        gradients = self._gradients()
+        if gradients is None:
             self.skipped_steps += 1
             return loss
+        self._fresh = False
 
         def meanwhile() -> None:
             with timing("coordinate"):
@@ -202,6 +207,36 @@ class SymDist(torch.optim.Optimizer):
         )
         return loss
 
+    def _gradients(self) -> list[Tensor] | None:
+        """This rank's, placed like their weights and finite, as all ranks agree; None where the step is left out."""
+        moving = [(member.name, member.parameter) for member in self._members if member.parameter.requires_grad]
+        some = any(parameter.grad is not None for _, parameter in moving)
+        away = {id(parameter) for _, parameter in bring_home(moving)}
+        here = [gradient_of(member) for member in self._members if id(member.parameter) not in away]
+        agreed = self._agree(here, elsewhere=bool(away), some=some)
+        if self._fresh and not agreed.any and moving:
+            raise ValueError(
+                "no parameter of any rank has a gradient in the first step: was the optimizer built before the model "
+                "was sharded (fully_shard, prepare), or of another model? Build it afterwards, with "
+                "symdist.build_optimizer(model, recipe)"
+            )
+        gradients = [gradient_of(member) for member in self._members] if not agreed.elsewhere else []
+        if agreed.elsewhere:
+            self._trail.before = "putting together gradients that lie otherwise than their weights"
+            sum_up(moving, transport=self.transport)
+            gradients = [gradient_of(member) for member in self._members]
+            agreed = self._agree(gradients, elsewhere=False, some=some)
+        self._trail.before = ""
+        if self.nonfinite == "zero":
+            return [zeroed(gradient) for gradient in gradients]
+        if not agreed.finite and self.nonfinite == "raise":
+            raise not_finite_error(gradients, [member.name for member in self._members])
+        return gradients if agreed.finite else None
+
+    def _agree(self, gradients: list[Tensor], *, elsewhere: bool, some: bool) -> Agreed:
+        self._trail.before = "agreeing on whether gradients are finite"
+        return agree(gradients, self._peers, elsewhere=elsewhere, some=some, transport=self.transport)
+
     def skip_next(self, skip: bool = True) -> None:
         """Leave the next step out, gradients and all, as one that is not finite; or not, after all. All ranks call it.
 
@@ -213,6 +248,16 @@ class SymDist(torch.optim.Optimizer):
     def where(self) -> str:
         """Where a step that another thread runs is: its wave, the collective it waits for; empty between steps."""
         return self._trail.where()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's, of the parameters that are trained now."""
+        self._follow()
+        super().zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: complete from construction on."""
+        self._follow()
+        return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: process groups do not copy."""
@@ -231,51 +276,123 @@ class SymDist(torch.optim.Optimizer):
             for i, member in enumerate(self._members)
         ]
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; every tensor keeps the dtype and device it has here.
+    def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool | None = None) -> None:
+        """Load what `state_dict` gave, or `torch.distributed.checkpoint.state_dict`; tensors keep dtype and device.
 
-        Raises ValueError, before anything changes, where groups, rules or state do not match.
+        Parameters are found by their names, whatever wrappers stand in these, or by their order where the saved run
+        gave none. With `strict=False` a parameter that nothing was saved of keeps its state; left out, it is what
+        PyTorch's `StateDictOptions` says, or True.
+
+        Raises ValueError, by name and before anything changes, where groups, rules or state do not match.
         """
-        saved = state_dict["param_groups"]
-        check_groups(self.param_groups, saved)
-        states = [state_dict["state"].get(index, {}) for group in saved for index in group["params"]]
-        for member, theirs in zip(self._members, states, strict=True):
-            # `set_state_dict` leaves out what is frozen here: that keeps the state it has.
-            if theirs or member.parameter.requires_grad:
-                check_state(member.name, self.state[member.parameter], theirs)
-        own = {member.parameter: self.state[member.parameter] for member in self._members}
+        self._follow()
+        strict = asked_strictly() if strict is None else strict
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         names = [group["names"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, mine in zip(self.param_groups, names, strict=True):
-            # The saved ones may be those of a pipeline stage.
-            group["names"] = mine
-        for (parameter, mine), theirs in zip(own.items(), states, strict=True):
-            for key, tensor in mine.items() if theirs else ():
-                # The base class casts state to the parameter's dtype, and leaves `step` on the saved device.
-                local(tensor).copy_(local(theirs[key]))
-            self.state[parameter] = mine
+        saved = read_saved(self.param_groups, names, state_dict, strict=strict)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for member, theirs in zip(self._members, saved.states, strict=True):
+            mine = self.state[member.parameter]
+            # Flattened state has empty values for what was not saved; `set_state_dict` leaves out what is frozen here.
+            theirs = {key: value for key, value in theirs.items() if as_tensor(value) is not None}
+            if theirs or (strict and member.parameter.requires_grad):
+                check_state(member.name, mine, theirs)
+                pairs += [
+                    (tensor, value) for key, tensor in mine.items() if (value := as_tensor(theirs[key])) is not None
+                ]
+        for group, theirs, mine in zip(self.param_groups, saved.groups, names, strict=True):
+            # Names are not loaded: the saved ones may be those of a pipeline stage.
+            group.update({key: value for key, value in theirs.items() if key not in ("params", "names", "param_names")})
+            assert group["names"] is mine
+        for tensor, value in pairs:
+            # A trainer may load what it has just been given: then there is nothing to load.
+            if value is not tensor:
+                local(tensor).copy_(local(value))
+                self._fresh = False
         self._planned = None
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def plan(self) -> Plan:
         """Where everything runs, and in which waves: the same on all ranks that share parameters."""
+        self._follow()
+        return self._plan()
+
+    def _plan(self) -> Plan:
         moving = [member.parameter.requires_grad for member in self._members]
         if self._planned is None or self._planned[0] != moving:
             plan = place_members(self._members, wave_bytes=self.wave_bytes, exchange_dtype=self.exchange_dtype)
-            parameters = [member.parameter for member in self._members]
-            self._peers = self._world or ranks_that_agree(parameters, replicas=self._replicas)
+            self._peers = self._ranks_of(self._members)
             check_stages(plan, self._peers)
             self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
             self._planned = moving, plan
         return self._planned[1]
 
+    def _ranks_of(self, members: list[Member]) -> Group | None:
+        """All ranks that must do alike in a step of these."""
+        if self._world is not None:
+            return self._world
+        others = [member.layout for member in members if not isinstance(member.parameter, DTensor)]
+        return ranks_that_agree([member.parameter for member in members], others, replicas=self._replicas)
+
+    def _follow(self) -> None:
+        """Take over parameters that have been replaced, or laid out anew, since they were described.
+
+        Raises ValueError, on all ranks and before anything changes, where what is to become of them cannot be known.
+        """
+        if not self._constructed:
+            return
+        given = [parameter for group in self.param_groups for parameter in group["params"]]
+        model = self._model() if self._model is not None and self._fresh else None
+        if model is not None and len(given) == len(self._members):
+            given = in_model(model, self._members, given)
+        if len(given) != len(self._members) or any(map(changed, self._members, given)):
+            self._take_over(given)
+
+    @torch.no_grad()
+    def _take_over(self, given: list[Tensor]) -> None:
+        check_shapes(self._members, given)
+        members, states, problem = [], [], None
+        for old, parameter in zip(self._members, given, strict=True):
+            if not changed(old, parameter):
+                members.append(old)
+                states.append(self.state[old.parameter])
+                continue
+            group = self.param_groups[old.group]
+            new = describe_member(parameter, name=old.name, index=old.group, group=group, replicas=self._replicas)
+            members.append(new)
+            try:
+                state = self._new_state(new) if self._fresh else carried(old, new, self.state[old.parameter])
+            except ValueError as error:
+                state, problem = {}, problem or error
+            states.append(state)
+        place_members(members, wave_bytes=self.wave_bytes)
+        # Whether values were kept is each rank's own to see, and all must do alike.
+        failed = torch.tensor([float(problem is not None)], device=given[0].device)
+        peers = self._ranks_of(members)
+        if peers is not None and peers.size > 1:
+            self.transport.prepare({peers})
+            self.transport.all_reduce(failed, group=peers).wait()
+        if problem is not None:
+            raise problem
+        if bool(failed):
+            raise ValueError("another rank could not take over its parameters, and says why")
+        self.state.clear()
+        self.state.update({member.parameter: state for member, state in zip(members, states, strict=True)})
+        place = iter(given)
+        for group in self.param_groups:
+            group["params"] = [next(place) for _ in group["params"]]
+        self._members, self._planned = members, None
+
     def rehearse(self) -> Counting:
         """Every collective of a step on this rank, in order: the step runs on meta tensors, and nothing moves.
 
-        That is for gradients which are nowhere left in parts; summing such takes further collectives.
+        That is for gradients that lie where their weights do; putting others together takes further collectives.
         """
         plan, counting = self.plan(), Counting()
         if self._peers is not None and self._peers.size > 1:
-            counting.all_reduce(torch.empty(1, device="meta"), group=self._peers)
+            counting.all_reduce(torch.empty(FLAGS, device="meta"), group=self._peers)
         rehearse(plan, counting)
         return counting
 
@@ -397,6 +514,43 @@ class SymDist(torch.optim.Optimizer):
                 torch._foreach_add_(weights, chosen, alpha=-lr)
             if observer is not None:
                 self._observe(observer, members, torch._foreach_mul(chosen, lr))
+
+
+def _named(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
+    """Names, none where there are none, and parameters of a group; ValueError for anything but lists of either."""
+    if isinstance(params, set | frozenset):
+        raise ValueError("'params' is a set, whose order differs between ranks and runs; give a list")
+    params = [params] if isinstance(params, Tensor) else list(params)
+    pairs = [each for each in params if isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str)]
+    if pairs and len(pairs) < len(params):
+        stray = next(type(each).__name__ for each in params if not isinstance(each, tuple))
+        raise ValueError(
+            f"'params' mixes (name, parameter) pairs, the first of them {pairs[0][0]!r}, with a {stray} without a "
+            "name; give pairs, or parameters"
+        )
+    names = [name for name, _ in pairs] or list(group.get("names") or group.get("param_names") or ())
+    params = [parameter for _, parameter in pairs] or params
+    if not all(isinstance(parameter, Tensor) for parameter in params):
+        raise ValueError("'params' must be parameters, or (name, parameter) pairs")
+    return names, params
+
+
+def _warn_of_narrow_weights(members: list[Member]) -> None:
+    narrow = [
+        member
+        for member in members
+        if member.parameter.requires_grad and member.parameter.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if not narrow:
+        return
+    kind = str(narrow[0].parameter.dtype).removeprefix("torch.")
+    warnings.warn(
+        f"{len(narrow)} weights, the first of them {narrow[0].name}, are {kind} and have no master copy: at usual "
+        "rates four in five of their elements never move, for an update is below half the distance to the next number. "
+        "Keep them in float32 and compute in bfloat16: FSDP2's MixedPrecisionPolicy(param_dtype=torch.bfloat16), "
+        "torch.autocast, or an engine with masters, as DeepSpeed and Megatron have",
+        stacklevel=3,
+    )
 
 
 def _group(option: str, ranks: Any) -> Group | None:

@@ -1,4 +1,4 @@
-"""Gradients that are still sums in parts: those of weights that tensor parallelism leaves whole on every rank."""
+"""Gradients that lie otherwise than their weights, as tensor parallelism may leave them: brought to where these lie."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,69 +7,141 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from symdist.exchange import Transport
-from symdist.layouts import Group, layout_of
+from symdist.layouts import Box, Group, Layout
+from symdist.layouts.dtensor import dtensor_layout, placed_layout
+
+Named = tuple[str, Tensor]
 
 
-def finish_partial_gradients(parameters: Iterable[Tensor], *, transport: Transport) -> None:
-    """Sum up, in place of each `grad`, gradients that are DTensors with `Partial` placements of weights that are whole.
+def bring_home(parameters: Iterable[Named]) -> list[Named]:
+    """Give every weight a `grad` placed as it is itself, where this rank has all of that; nothing is sent.
 
-    One small all-reduce says which gradients any rank has in parts, one more sums them all up; neither runs where no
-    DTensor is whole on several ranks. A gradient missing on some ranks counts as zero there. Other placements are left
-    as they are. Raises ValueError for a `Partial` that is neither a sum nor a mean.
+    That is so of a gradient that is replicated where its weight is sharded. Returned are the others: sums in parts
+    (`Partial`), and what other ranks have. Raises ValueError, naming the parameter, for a gradient on other ranks.
     """
-    for group, whole in whole_on_several_ranks(parameters):
-        _finish(whole, group, transport)
+    elsewhere: list[Named] = []
+    for name, parameter in parameters:
+        gradient = parameter.grad
+        if not isinstance(parameter, DTensor) or not isinstance(gradient, DTensor) or _as_weight(parameter, gradient):
+            continue
+        found = _layout_of_gradient(name, parameter, gradient)
+        here = gradient.to_local()
+        piece = None if _parts(gradient) else _within(dtensor_layout(parameter, name=name), found, here)
+        if piece is None:
+            elsewhere.append((name, parameter))
+        else:
+            parameter.grad = _placed(piece, parameter)
+    return elsewhere
 
 
-def whole_on_several_ranks(parameters: Iterable[Tensor]) -> list[tuple[Group, list[DTensor]]]:
-    """The parameters whose gradients may be in parts, by the ranks that hold them, in the order of their exchange."""
-    by_group: dict[Group, list[DTensor]] = {}
-    known: dict[int, Group | None] = {}
-    for parameter in parameters:
-        # Only these: what fully_shard holds is sharded, and reduced by it.
-        if isinstance(parameter, DTensor) and all(isinstance(p, Replicate) for p in parameter.placements):
-            mesh = parameter.device_mesh
-            if id(mesh) not in known:
-                known[id(mesh)] = layout_of(parameter, name="a replicated weight").group
-            group = known[id(mesh)]
-            if group is not None:
-                by_group.setdefault(group, []).append(parameter)
-    return [(group, by_group[group]) for group in sorted(by_group, key=lambda group: group.ranks)]
+def sum_up(parameters: Iterable[Named], *, transport: Transport) -> None:
+    """Give every weight a `grad` placed as it is itself, with the help of other ranks: all of them call it.
+
+    One small all-reduce for each set of ranks says which gradients any of them has elsewhere, one more a dtype puts
+    these together whole, each for a moment. A gradient missing on some ranks counts as zero there. Raises ValueError,
+    naming the parameter, for a `Partial` that is neither a sum nor a mean.
+    """
+    by_group: dict[Group, list[tuple[str, DTensor]]] = {}
+    for name, parameter in parameters:
+        if not isinstance(parameter, DTensor):
+            continue
+        group = dtensor_layout(parameter, name=name).group
+        if group is not None:
+            by_group.setdefault(group, []).append((name, parameter))
+    for group in sorted(by_group, key=lambda group: group.ranks):
+        _sum_up(by_group[group], group, transport)
 
 
-def _finish(parameters: Sequence[DTensor], group: Group, transport: Transport) -> None:
-    flags = [float(_is_partial(parameter)) for parameter in parameters]
-    anywhere = torch.tensor(flags, device=parameters[0].device)
+def _sum_up(parameters: Sequence[tuple[str, DTensor]], group: Group, transport: Transport) -> None:
+    flags = [float(_elsewhere(parameter)) for _, parameter in parameters]
+    anywhere = torch.tensor(flags, device=parameters[0][1].device)
     transport.all_reduce(anywhere, group=group).wait()
-    found = [parameter for parameter, flag in zip(parameters, anywhere.tolist(), strict=True) if flag]
-    by_dtype: dict[torch.dtype, list[DTensor]] = {}
-    for parameter in found:
-        by_dtype.setdefault(parameter.dtype, []).append(parameter)
+    by_dtype: dict[torch.dtype, list[tuple[str, DTensor]]] = {}
+    for (name, parameter), flag in zip(parameters, anywhere.tolist(), strict=True):
+        if flag:
+            by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
     for dtype, alike in by_dtype.items():
-        # Each rank's share of the sum; the axes that it is not partial over hold the same, so take it once.
-        buffer = torch.cat([_share(parameter).to(dtype).reshape(-1) for parameter in alike])
+        buffer = torch.cat([_share(name, parameter).to(dtype).reshape(-1) for name, parameter in alike])
         transport.all_reduce(buffer, group=group).wait()
-        for parameter, total in zip(alike, buffer.split([parameter.numel() for parameter in alike]), strict=True):
-            parameter.grad = DTensor.from_local(
-                total.view(parameter.shape), parameter.device_mesh, parameter.placements, run_check=False
-            )
+        for (name, parameter), total in zip(alike, buffer.split([p.numel() for _, p in alike]), strict=True):
+            # A copy: the piece must not keep the whole in memory.
+            piece = dtensor_layout(parameter, name=name).piece(total.view(parameter.shape)).clone()
+            parameter.grad = _placed(piece, parameter)
 
 
-def _is_partial(parameter: DTensor) -> bool:
+def _as_weight(parameter: DTensor, gradient: DTensor) -> bool:
+    return gradient.placements == parameter.placements and gradient.device_mesh == parameter.device_mesh
+
+
+def _elsewhere(parameter: DTensor) -> bool:
     gradient = parameter.grad
-    return isinstance(gradient, DTensor) and any(isinstance(p, Partial) for p in gradient.placements)
+    return isinstance(gradient, DTensor) and not _as_weight(parameter, gradient)
 
 
-def _share(parameter: DTensor) -> Tensor:
-    """What this rank adds to the sum over all ranks of the mesh."""
+def _parts(gradient: DTensor) -> bool:
+    sizes = gradient.device_mesh.mesh.shape
+    return any(isinstance(p, Partial) and size > 1 for p, size in zip(gradient.placements, sizes, strict=True))
+
+
+def _layout_of_gradient(name: str, parameter: DTensor, gradient: DTensor) -> Layout:
+    shape = tuple(parameter.shape)
+    found = placed_layout(gradient.device_mesh, gradient.placements, shape, name=f"the gradient of {name}", parts=True)
+    weight = dtensor_layout(parameter, name=name)
+    mine, theirs = (None if group is None else set(group.ranks) for group in (weight.group, found.group))
+    if mine != theirs:
+        raise ValueError(
+            f"{name}: its gradient lies on ranks {sorted(theirs or ())}, the weight on {sorted(mine or ())}; "
+            "redistribute the gradient to the mesh of the weight before the step"
+        )
+    return found
+
+
+def _within(weight: Layout, found: Layout, here: Tensor) -> Tensor | None:
+    """The piece of a weight out of what is here of its gradient; None where some is not."""
+    if not found.splits:
+        return weight.piece(here)
+    if found.interleaved != weight.interleaved or not all(map(_covers, found.boxes, weight.boxes)):
+        # Some rank has not all it needs, so all of them give what they have.
+        return None
+    return here[tuple(slice(b.start - a.start, b.stop - a.start) for a, b in zip(found.box, weight.box, strict=True))]
+
+
+def _covers(box: Box, wanted: Box) -> bool:
+    return all(a.start <= b.start and b.stop <= a.stop for a, b in zip(box, wanted, strict=True))
+
+
+def _share(name: str, parameter: DTensor) -> Tensor:
+    """What this rank adds to the sum over all ranks, of the shape of the whole."""
     gradient = parameter.grad
+    share = parameter.to_local().new_zeros(tuple(parameter.shape))
     if gradient is None:
-        return torch.zeros_like(parameter.to_local())
+        return share
     assert isinstance(gradient, DTensor)
-    share = gradient.to_local()
-    for axis, placement in enumerate(gradient.placements):
+    found = _layout_of_gradient(name, parameter, gradient)
+    if found.interleaved:
+        raise ValueError(
+            f"{name}: its gradient is placed {gradient.placements}, the weight {parameter.placements}; redistribute "
+            "the gradient to the placements of the weight before the step"
+        )
+    copies = 1
+    for placement, size in zip(gradient.placements, gradient.device_mesh.mesh.shape, strict=True):
         if isinstance(placement, Partial) and placement.reduce_op not in ("sum", "avg"):
-            raise ValueError(f"a gradient is placed {gradient.placements}; only sums and means can be added up")
-        if not isinstance(placement, Partial) or placement.reduce_op == "avg":
-            share = share / gradient.device_mesh.size(axis)
+            raise ValueError(
+                f"{name}: its gradient is placed {gradient.placements}; only sums and means can be added up"
+            )
+        # The axes that it is not partial over hold the same, so it is taken once.
+        averaged = isinstance(placement, Partial) and placement.reduce_op == "avg"
+        copies *= size if averaged or isinstance(placement, Replicate) else 1
+    share[tuple(slice(side.start, side.stop) for side in found.box)] = gradient.to_local() / copies
     return share
+
+
+def _placed(piece: Tensor, parameter: DTensor) -> DTensor:
+    return DTensor.from_local(
+        piece,
+        parameter.device_mesh,
+        parameter.placements,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+        run_check=False,
+    )

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from symdist.layouts.fsdp1 import read_units, whole_shape
+from symdist.names import WRAPPERS, plain_name
+
 _HEADS = {"lm_head", "output", "head", "unembed", "embed_out", "output_layer"}
 # Latent projections have rows of several kinds, not head after head: matrices like any other.
 _LATENT = dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "matrix")
@@ -34,7 +37,6 @@ _NORMS = {
     **dict.fromkeys(("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm", "norm_q", "norm_k"), "qk_norm"),
     **dict.fromkeys(("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"), "qk_norm"),
 }
-_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.")
 _ATTENTION_WORDS = ("attn", "attention")
 _COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
 _KV_COUNTS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
@@ -73,14 +75,14 @@ def residual_stage(name: str, role: str) -> Stage:
         return Stage(tower=None, number=0)
     if role == "head":
         return Stage(tower=None, number=None)
-    words = name.split(".")
+    words = plain_name(name).split(".")
     place = next((i for i, word in enumerate(words) if word.isdecimal()), None)
     if place is None or role not in READS_RESIDUAL | WRITES_RESIDUAL:
         raise ValueError(
             f"{name} has role {role!r}: it is not known which stage of the residual stream it belongs to; "
             "share = 'matrix' needs to know none"
         )
-    tower = ".".join(word for word in words[:place] if f"{word}." not in _WRAPPERS)
+    tower = ".".join(words[:place])
     return Stage(tower=tower, number=int(words[place]) + (role in WRITES_RESIDUAL))
 
 
@@ -103,10 +105,16 @@ class Site:
     fused: Literal["stacked", "interleaved"] | None = None
     blocks: int = 1
     latent: bool = False
+    likely: str = "matrix"
+    """The role to suggest where none is known."""
 
 
 def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:
-    """Every trainable parameter by its name, once, with its site. Tied parameters keep their first name."""
+    """Every trainable parameter by its name, once, with its site. Tied parameters keep their first name.
+
+    Names are those without wrappers, see `symdist.names`. Raises ValueError for what FSDP has made one flat parameter.
+    """
+    read_units(model)
     embedded = {id(weight) for weight in _embedding_weights(model)}
     heads = {id(weight) for weight in _output_weights(model)}
     sites: dict[str, tuple[nn.Parameter, Site]] = {}
@@ -120,19 +128,27 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:
         elif id(parameter) in heads:
             site = Site(role="head")
         else:
-            site = _site(name.rsplit(".", 1)[-1], parameter, chain)
-        sites[name] = (parameter, site)
+            site = _site(name.rsplit(".", 1)[-1], whole_shape(parameter), chain)
+        plain = plain_name(name)
+        sites[plain if plain not in sites else name] = (parameter, site)
     return sites
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
-    """Name, parameter, and the chain of (attribute, module) from the root to the module that holds it."""
+    """Name, parameter, and the chain of (attribute, module) from the root to the module that holds it.
+
+    A wrapper is not in the chain: what it wraps goes by the wrapper's own attribute.
+    """
 
     def descend(module: nn.Module, prefix: str, chain: list[tuple[str, nn.Module]]) -> Any:
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield prefix + leaf, parameter, chain
         for attribute, child in module.named_children():
-            yield from descend(child, f"{prefix}{attribute}.", [*chain, (attribute, child)])
+            link = (attribute, child)
+            if attribute in WRAPPERS or (attribute == "module" and len(list(module.children())) == 1):
+                yield from descend(child, f"{prefix}{attribute}.", [*chain[:-1], (chain[-1][0], child)])
+            else:
+                yield from descend(child, f"{prefix}{attribute}.", [*chain, link])
 
     yield from descend(model, "", [("", model)])
 
@@ -142,55 +158,58 @@ def _embedding_weights(model: nn.Module) -> list[Tensor]:
     return [m.weight for m in embeddings if isinstance(getattr(m, "weight", None), Tensor)]  # type: ignore[misc]
 
 
-def _unwrapped(name: str) -> str:
-    """A module's name without what DDP, torch.compile and their like put before it."""
-    while name.startswith(_WRAPPERS):
-        name = name.partition(".")[2]
-    return name
-
-
 def _output_weights(model: nn.Module) -> list[Tensor]:
-    vocabularies = {weight.shape[0] for weight in _embedding_weights(model)}
-    found = [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and name.rsplit(".", 1)[-1] in _HEADS
-        and (_unwrapped(name) in _HEADS or module.weight.shape[0] in vocabularies)
-    ]
+    vocabularies = {whole_shape(weight)[0] for weight in _embedding_weights(model)}
+    found = []
+    for name, module in model.named_modules():
+        plain = plain_name(name)
+        if isinstance(module, nn.Linear) and plain.rsplit(".", 1)[-1] in _HEADS:
+            weight = module.weight
+            if isinstance(weight, Tensor) and (plain in _HEADS or whole_shape(weight)[0] in vocabularies):
+                found.append(weight)
     declared = getattr(model, "get_output_embeddings", lambda: None)()
     return found + ([declared.weight] if declared is not None else [])
 
 
-def _site(leaf: str, parameter: Tensor, chain: list[tuple[str, nn.Module]]) -> Site:
+def _site(leaf: str, shape: tuple[int, ...], chain: list[tuple[str, nn.Module]]) -> Site:
     attribute, module = chain[-1]
     parent = chain[-2][1] if len(chain) > 1 else module
     kind = type(module).__name__
     router = kind.endswith("Router") or (attribute in ("router", "gate") and hasattr(parent, "experts"))
     if router:
-        return Site(role="router" if parameter.dim() == 2 else "router_bias")
+        return Site(role="router" if len(shape) == 2 else "router_bias")
     if leaf.endswith("bias") or leaf.endswith("_bias"):
         return Site(role="bias")
     if leaf == "sinks":
         return Site(role="sink")
     if "norm" in kind.lower():
         return Site(role=norm_role(attribute, parent))
-    if parameter.dim() < 2:
+    if len(shape) < 2:
         return Site(role="other")
     # A bare parameter (stacked experts, in_proj_weight) names itself; a linear's weight is named by its attribute.
     word, holder = (attribute, parent) if leaf == "weight" else (leaf.removesuffix("_weight"), module)
     if any("experts" in name for name, _ in chain):
-        return _expert_site(word, module, parameter)
+        return _expert_site(word, module, shape)
     transposed = kind == "Conv1D"
     around = [name for name, _ in chain] + [type(m).__name__ for _, m in chain[-2:]]
     if word in _ATTENTION and any(w in text.lower() for text in around for w in _ATTENTION_WORDS):
         # Heads of a weight stored [in, out] are no view there is: a recipe that asks for them is told so.
         if transposed:
             return Site(role=_ATTENTION[word], transposed=True)
-        return _attention_site(word, holder, parameter)
+        return _attention_site(word, holder, shape)
     if word in _MLP:
         return _mlp_site(word, "mlp_", transposed=transposed)
-    return Site(role=None)
+    return Site(role=None, likely=_likely(attribute, module, shape))
+
+
+def _likely(attribute: str, module: nn.Module, shape: tuple[int, ...]) -> str:
+    """What a weight of an unknown kind may be: no matrix where its shape, or a convolution, says so."""
+    convolves = "conv" in type(module).__name__.lower() or "conv" in attribute.lower()
+    if len(shape) > 3 or (len(shape) == 3 and convolves) or 1 in shape[-2:]:
+        return "other"
+    if len(shape) == 2 and shape[0] < shape[1] and any(word in attribute.lower() for word in ("gate", "router")):
+        return "router"
+    return "matrix"
 
 
 def norm_role(name: str, holder: nn.Module) -> str:
@@ -225,10 +244,10 @@ def norm_role(name: str, holder: nn.Module) -> str:
     return _NORMS.get(name, "norm")
 
 
-def _expert_site(word: str, module: nn.Module, parameter: Tensor) -> Site:
+def _expert_site(word: str, module: nn.Module, shape: tuple[int, ...]) -> Site:
     if word not in _MLP:
         return Site(role=None)
-    if parameter.dim() < 3:
+    if len(shape) < 3:
         return _mlp_site(word, "expert_", transposed=type(module).__name__ == "Conv1D")
     # transformers says of stacked experts how they lie; elsewhere [expert, out, in] with gate before up is assumed.
     transposed = bool(getattr(module, "is_transposed", False))
@@ -244,10 +263,10 @@ def _mlp_site(word: str, prefix: str, *, transposed: bool) -> Site:
     return Site(role=prefix + _MLP[word], transposed=transposed, fused=fused)
 
 
-def _attention_site(word: str, attention: nn.Module, parameter: Tensor) -> Site:
+def _attention_site(word: str, attention: nn.Module, shape: tuple[int, ...]) -> Site:
     role = _ATTENTION[word]
     index = 1 if role == "attention_o" else 0
-    size = parameter.shape[index]
+    size = shape[index]
     heads = None
     if word not in _LATENT:
         head_dim = getattr(attention, "head_dim", None)

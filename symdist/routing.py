@@ -1,5 +1,6 @@
 """From a model and a recipe to param groups: every parameter gets a role, and by its role a rule."""
 
+import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from symdist.exchange import Transport
 from symdist.finite import NonFinite
 from symdist.groups import COMMON
+from symdist.layouts.fsdp1 import whole_shape
 from symdist.optimizer import WAVE_BYTES, SymDist
 from symdist.recipes import Recipe, RecipeLike, load_recipe
 from symdist.roles import READS_RESIDUAL, WRITES_RESIDUAL, Site, find_sites
@@ -44,13 +46,21 @@ def route_sites(
     """
     used: set[int] = set() if taken is None else taken
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    lost: list[tuple[str, tuple[int, ...], Site]] = []
     for name, (parameter, site) in sites.items():
-        role, options = _options(name, tuple(parameter.shape), site, recipe, used)
+        shape = whole_shape(parameter) if isinstance(parameter, torch.Tensor) else tuple(parameter.shape)
+        found = _options(name, site, recipe, used)
+        if found is None:
+            lost.append((name, shape, site))
+            continue
+        role, options = found
         options["view"] = _view(name, options, role, site)
         key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
         group = groups.setdefault(key, {"params": [], "names": [], "role": role, **options})
         group["params"].append(parameter)
         group["names"].append(name)
+    if lost:
+        raise ValueError(_advice(lost, recipe))
     if taken is None:
         check_patterns(recipe, used, list(sites))
     return list(groups.values())
@@ -80,7 +90,8 @@ def build_optimizer(
 ) -> SymDist:
     """`SymDist(route(model, recipe, **overrides), …)`; see there for the arguments and for what each raises.
 
-    Where the model is a `DistributedDataParallel`, `replicas` are its ranks.
+    Where the model is a `DistributedDataParallel`, `replicas` are its ranks. Where it is sharded afterwards, before the
+    first step, its shards are found and taken over.
     """
     if replicas is None and isinstance(model, DistributedDataParallel):
         replicas = model.process_group
@@ -92,12 +103,34 @@ def build_optimizer(
         world=world,
         replicas=replicas,
         transport=transport,
+        model=model,
     )
 
 
-def _options(
-    name: str, shape: tuple[int, ...], site: Site, recipe: Recipe, used: set[int]
-) -> tuple[str, dict[str, Any]]:
+def _advice(lost: Sequence[tuple[str, tuple[int, ...], Site]], recipe: Recipe) -> str:
+    """What to say of weights that have no role: all of them, each with a pattern that can be pasted as it is."""
+    patterns = []
+    for name, shape, site in lost:
+        role = site.likely
+        if recipe.options(role) is None:
+            wanted = 'rule = "adamw"\nlr = 1e-3'
+        else:
+            wanted = f'role = "{role}"'
+        match = re.sub(r"([\[*?])", r"[\1]", name)
+        patterns.append(f'[[patterns]]  # {shape}\nmatch = "{match}"\n{wanted}')
+    return (
+        f"{lost[0][0]} {lost[0][1]} has no role: it is a weight of a kind symdist does not know"
+        + (f", and so {'is' if len(lost) == 2 else 'are'} {len(lost) - 1} more" if len(lost) > 1 else "")
+        + ". Name what each is in the recipe, as in these patterns, which are guesses:\n\n"
+        + "\n\n".join(patterns)
+    )
+
+
+def _options(name: str, site: Site, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
+    """Role and options of a parameter; None where its role is not known and no pattern says it.
+
+    Raises ValueError, naming the parameter, for a recipe that has no rule for it, or one that does not exist.
+    """
     role, own = None if site.role is None else recipe.grouped_role(site.role), {}
     for i, pattern in enumerate(recipe.patterns):
         if fnmatchcase(name, pattern["match"]):
@@ -105,11 +138,9 @@ def _options(
             role = pattern.get("role", role)
             own = {key: value for key, value in pattern.items() if key not in ("match", "role")}
             break
-    if role is None:
-        raise ValueError(
-            f"{name} {shape} has no role: it is a matrix of a kind symdist does not know. Name its role in the "
-            f'recipe: [[patterns]] match = "{name}", role = "matrix"'
-        )
+    if role is None and "rule" not in own:
+        return None
+    role = role or "other"
     options = recipe.options(role)
     if options is None and "rule" not in own:
         raise ValueError(f"{name} has role {role!r}, for which recipe {recipe.name!r} has no section and no [default]")

@@ -28,7 +28,7 @@ def group_of(case: dict) -> dict:
         group["view"] = VIEWS[given["orientation"]]
     match case["optimizer"]:
         case "RowNormM":
-            group |= {"rule": "row_norm", "centered": given.get("center_rows", False), "eps": given["eps"]}
+            group |= {"rule": "row_norm", "centered": given.get("center_rows", False), "eps": "reference"}
         case "RightPolarGradM" | "LeftPolarGradM":
             rule = "right_spectral" if case["optimizer"].startswith("Right") else "left_spectral"
             group |= {"rule": rule, "centered": given["center_rows"], "alpha": given["alpha"]}

@@ -359,5 +359,5 @@ def test_cautious_decay_is_true_or_false() -> None:
 def test_engines_keep_two_tensors() -> None:
     assert slots("adamw") == {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
     assert slots("aro") == {"momentum": "exp_avg", "rotation": "exp_avg_sq"}
-    with pytest.raises(ValueError, match="rule 'aro' remembers momentum, rotation, rotated_sq, and the checkpoints"):
+    with pytest.raises(ValueError, match="rule 'aro' remembers momentum, rotation, rotated_rms, and the checkpoints"):
         slots("aro", {"base": "adam"})

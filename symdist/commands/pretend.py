@@ -18,12 +18,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from symdist.exchange import Counting, FlatJob, Job, Plan, rehearse
-from symdist.finite import ranks_that_agree
+from symdist.finite import FLAGS, ranks_that_agree
 from symdist.groups import Member, complete_group, describe_member, place_members
 from symdist.layouts import Group, Layout
 from symdist.models import build, shard
 from symdist.optimizer import WAVE_BYTES
-from symdist.partial import whole_on_several_ranks
 from symdist.recipes import RecipeLike
 from symdist.routing import route
 
@@ -79,12 +78,9 @@ class Pretended:
         taken for directions, and no weight is written. Returned are the operations that all ranks do, by group.
         """
         parameters = [member.parameter for member in self.members]
-        world = ranks_that_agree(parameters)
-        if only is None:
-            for group, whole in whole_on_several_ranks(parameters):
-                counting.all_reduce(torch.empty(len(whole), device="meta"), group=group)
+        world = ranks_that_agree(parameters, [])
         if only is None and world is not None and world.size > 1:
-            counting.all_reduce(torch.empty(1, device="meta"), group=world)
+            counting.all_reduce(torch.empty(FLAGS, device="meta"), group=world)
         return rehearse(self.plan, counting, change=lambda job: self._of(job, rank, only))
 
     def _of(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Job | None:

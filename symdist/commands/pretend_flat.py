@@ -14,6 +14,7 @@ from torch import nn
 
 from symdist.commands.pretend import Pretended, pretend
 from symdist.exchange import Counting, FlatJob, Job, Plan, rehearse
+from symdist.finite import FLAGS
 from symdist.groups import Member, complete_group, describe_member, flat_parts, place_members
 from symdist.layouts import Group
 from symdist.layouts.flat import flat_bounds, flat_vector
@@ -57,7 +58,7 @@ class PretendedFlat(Pretended):
         plan = self.plan if rank == 0 else self.seen_by(rank)[1]
         if only is None and self.ranks > 1:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
-            counting.all_reduce(torch.empty(1, device="meta"), group=everyone)
+            counting.all_reduce(torch.empty(FLAGS, device="meta"), group=everyone)
         return rehearse(plan, counting, change=lambda job: _of(job, only))
 
 

@@ -85,7 +85,7 @@ def _ask(
             if isinstance(request, Root):
                 b, d = request.gram.shape[:2]
                 norm = request.gram.new_empty(b, 1, 1)
-                answer = InverseRoot(request.gram, norms=(norm, norm))
+                answer = InverseRoot(request.gram, norms=(norm, norm)).of_larger(request.unit)
                 root_flops += b * request.numerics.operations(d)
                 numbers = b * packed_size(d)
             elif isinstance(request, Orthonormal):
@@ -94,7 +94,7 @@ def _ask(
                 numbers = answer.numel()
             else:
                 answer = request.values
-                numbers = request.values.numel()
+                numbers = request.values.nbytes / dtype.itemsize
             # What a stage shares is not the one matrix's.
             across = None if isinstance(request, Stage) else request.across
             for axis in axes:

@@ -137,7 +137,7 @@ class FlatJob:
         stack = self.stack
         stage_of = dict(zip(self.everyone, self.stages, strict=True))
         owned = [i for i, (start, stop) in enumerate(self.route.wanted) if stop > start]
-        here = [stage_of[self.members[i]] for i in owned]
+        here = [stage_of[self.members[i]] for i in owned for _ in range(stack.view.count)]
         share = Share.of(here, self.stages, copies=1)
         shape = stack.layout.shape
         flat = [layer.view(len(owned), math.prod(shape)) for layer in wanted]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from symdist.exchange.balance import balance
-from symdist.exchange.costs import FLOPS_PER_BYTE, ask_piece, ask_unit, unit_work
+from symdist.exchange.costs import FLOPS_PER_BYTE, ask_piece, ask_unit, unit_work, units_of
 from symdist.exchange.flat_jobs import FlatJob
 from symdist.exchange.jobs import Placement, Stack, travels_as
 from symdist.exchange.stages import Stages
@@ -50,6 +50,8 @@ class _Kind:
     def multiple(self) -> int:
         """The rows that must stay together: those of a head, or of a block of gates and ups."""
         view = self.stack.view
+        if len(view.stored) > 2:
+            return 1
         return view.unit if view.kind == "heads_0" or (view.kind == "gate_up_stacked" and not view.single) else 1
 
 
@@ -109,6 +111,11 @@ def place_flat(
     return jobs
 
 
+def _work(stack: Stack) -> float:
+    """The operations of the rule on a whole parameter, be it a stack of matrices."""
+    return units_of(stack) * unit_work(stack)
+
+
 def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
     """Let matrices that are whole on the busiest ranks be owned by the idlest, where sending them takes less time.
 
@@ -117,7 +124,7 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
     by_group: dict[Group, list[tuple[float, int, _Kind, FlatLayout]]] = {}
     for kind in kinds:
         sent = 2 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize * FLOPS_PER_BYTE
-        cost = unit_work(kind.stack)
+        cost = _work(kind.stack)
         movable = kind.stack.asked == "auto" and cost > 4 * sent
         by_group.setdefault(kind.group, []).extend((cost * movable, i, kind, layout) for i, layout in kind.whole)
     for group, units in by_group.items():
@@ -126,7 +133,7 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
         for unit in units:
             _, _, kind, layout = unit
             assert layout.sole is not None
-            loads[layout.sole] += unit_work(kind.stack)
+            loads[layout.sole] += _work(kind.stack)
             here.setdefault(layout.sole, []).append(unit)
         mean = sum(loads) / len(loads)
         # At most one move a matrix.
@@ -179,8 +186,7 @@ def _admits_rows(kind: _Kind) -> bool:
         return False
     # Whatever the cut: a view that tears one cut tears them all.
     seen = set(_rows_stack(kind, kind.cut[0][1]).seen)
-    admitted = kind.stack.rule.splits_of(dict(kind.stack.options), kind.stack.rows, kind.stack.view.columns)
-    return "torn" not in seen and seen <= {"batch", *admitted}
+    return "torn" not in seen and seen <= {"batch", *kind.stack.admitted}
 
 
 def _alone(rows: Stack) -> bool:
@@ -212,7 +218,7 @@ def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
     """Of the busiest rank, in bytes sent: its runs to their owners, and back what it owns."""
     size = _layers(kind.stack) * math.prod(kind.stack.layout.shape)
     asked = ask_unit(kind.stack)
-    work = (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
+    work = units_of(kind.stack) * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
     costs = [0.0] * kind.group.size
     for layout, count in Counter(layout for _, layout in kind.cut).items():
         chosen = _candidates(layout)
@@ -238,7 +244,7 @@ def _candidates(layout: FlatLayout) -> list[int]:
 
 def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
     """The operations of every rank on what lies there."""
-    unit = unit_work(kind.stack)
+    unit = _work(kind.stack)
     for _, layout in kind.whole:
         assert layout.sole is not None
         loads[layout.sole] += unit
@@ -246,7 +252,7 @@ def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
         loads[rank] += unit
     if placement == "reduce":
         size = math.prod(kind.stack.layout.shape)
-        flops = ask_unit(kind.stack).flops
+        flops = units_of(kind.stack) * ask_unit(kind.stack).flops
         for layout, count in Counter(layout for _, layout in kind.cut).items():
             for rank, start, stop in layout.runs:
                 loads[rank] += count * flops * (stop - start) / size
@@ -257,7 +263,7 @@ def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int
     owners: dict[int, int] = {}
     by_group: dict[Group, list[tuple[float, int, FlatLayout]]] = {}
     for kind in kinds:
-        by_group.setdefault(kind.group, []).extend((unit_work(kind.stack), i, layout) for i, layout in kind.cut)
+        by_group.setdefault(kind.group, []).extend((_work(kind.stack), i, layout) for i, layout in kind.cut)
     for group, units in by_group.items():
         loads = work[group]
         anywhere = []

@@ -94,6 +94,11 @@ class Stack:
         """The columns of a matrix that are real."""
         return self.view.columns - (self.padding_rows if self.view.kind == "columns" else 0)
 
+    @property
+    def admitted(self) -> tuple[str, ...]:
+        """The splits under which the rule can run where the pieces lie; told of what is real, as the rule itself is."""
+        return self.rule.splits_of(dict(self.options), self.rows, self.columns)
+
     @functools.cached_property
     def state_names(self) -> tuple[str, ...]:
         """What the rule remembers, beside the momentum."""

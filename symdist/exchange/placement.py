@@ -122,10 +122,8 @@ def _choose(stack: Stack, count: int, exchange_dtype: torch.dtype, *, name: str)
     costs: dict[Placement, Callable[[], float]] = {}
     if not cut and "torn" not in stack.seen:
         costs["local"] = lambda: count * _operations(stack) / FLOPS_PER_BYTE
-    elif "torn" not in stack.seen:
-        admitted = stack.rule.splits_of(dict(stack.options), stack.rows, stack.view.columns)
-        if set(cut) <= set(admitted):
-            costs["reduce"] = lambda: _reduce_cost(stack, count, cut)
+    elif "torn" not in stack.seen and set(cut) <= set(stack.admitted):
+        costs["reduce"] = lambda: _reduce_cost(stack, count, cut)
     if stack.layout.group is not None:
         costs["owner"] = lambda: _owner_cost(stack, count, exchange_dtype)
     if stack.asked == "auto":

@@ -65,6 +65,7 @@ class _RootWork:
         self.sent = packed_size(self.edge)
         self.found = self.sent + 2
         self.numerics = request.numerics
+        self.unit = request.unit
         self.operations = request.numerics.operations(self.edge)
 
     def packed(self) -> Tensor:
@@ -76,7 +77,7 @@ class _RootWork:
 
     def answer(self, found: Tensor) -> InverseRoot:
         norms = found[:, -2, None, None], found[:, -1, None, None]
-        return InverseRoot(unpack(found[:, :-2], self.edge), norms=norms)
+        return InverseRoot(unpack(found[:, :-2], self.edge), norms=norms).of_larger(self.unit)
 
 
 class _OrthonormalWork:

@@ -54,6 +54,12 @@ class FlatLayout:
         return (self.size_at(self.group.index),)
 
     @property
+    def mine(self) -> tuple[int, int]:
+        """Where this rank's run begins and ends."""
+        place = self.order.index(self.group.index) if self.order else self.group.index
+        return self.bounds[place], self.bounds[place + 1]
+
+    @property
     def width(self) -> int:
         """The elements of a row."""
         return math.prod(self.shape[1:])

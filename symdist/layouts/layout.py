@@ -1,10 +1,13 @@
 """Where the pieces of a stored tensor lie, said without naming the engine that put them there."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from symdist.layouts.grid import Grid, Group
 
@@ -25,16 +28,36 @@ class Split:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interleaving:
+    """A dimension that is stored in another order: its `parts` equal stretches, gate and up say, dealt to `ranks`.
+
+    Each rank's block has its share of every stretch, one after the other. Rules do not mind in what order rows or
+    columns stand, so the blocks together are what is seen as the tensor.
+    """
+
+    dim: int
+    parts: int
+    ranks: int
+
+    def applied(self, tensor: Tensor) -> Tensor:
+        """A whole tensor in the order in which it is stored."""
+        cut = tensor.unflatten(self.dim, (self.parts, self.ranks, -1))
+        return cut.transpose(self.dim, self.dim + 1).flatten(self.dim, self.dim + 2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layout:
     """A stored tensor of global `shape` on the ranks of a grid; no grid where only this rank is known of.
 
     Every dimension has at most one split, every axis serves at most one. Ranks that differ only along axes that no
-    split uses hold the same piece: they are replicas.
+    split uses hold the same piece: they are replicas. What is said of a dimension that is `interleaved` is said of it
+    in the order in which it is stored.
     """
 
     shape: tuple[int, ...]
     grid: Grid | None = None
     splits: tuple[Split, ...] = ()
+    interleaved: tuple[Interleaving, ...] = ()
 
     @functools.cached_property
     def group(self) -> Group | None:
@@ -93,7 +116,13 @@ class Layout:
         """The layout as the rank `index` of `group` sees it."""
         if self.grid is None:
             return self
-        return Layout(shape=self.shape, grid=self.grid.at(self.grid.order[index]), splits=self.splits)
+        return dataclasses.replace(self, grid=self.grid.at(self.grid.order[index]))
+
+    def piece(self, whole: Tensor) -> Tensor:
+        """This rank's piece of a whole tensor, a view of it where nothing is interleaved."""
+        for each in self.interleaved:
+            whole = each.applied(whole)
+        return whole[tuple(slice(side.start, side.stop) for side in self.box)]
 
     def _box(self, position: int) -> Box:
         box = [range(size) for size in self.shape]

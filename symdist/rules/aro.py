@@ -29,7 +29,7 @@ def _check(options: Mapping[str, Any]) -> None:
 
 
 def _state(options: Mapping[str, Any]) -> tuple[str, ...]:
-    return ("rotation", "rotated_sq") if options["base"] == "adam" else ("rotation",)
+    return ("rotation", "rotated_rms") if options["base"] == "adam" else ("rotation",)
 
 
 def _coupled(options: Mapping[str, Any]) -> bool:
@@ -169,8 +169,10 @@ class _Frame:
 
     def _adam(self, x: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         k = x.shape[-2]
-        average = self._matrix.state["rotated_sq"][..., :k, :].lerp((x * scale).square(), 1 - self._beta2)
-        direction = x * scale / torch.where(average > 0, average, 1).sqrt()
+        # By roots, not squares, which leave float32's range long before the momentum does.
+        before = self._matrix.state["rotated_rms"][..., :k, :]
+        average = torch.hypot(before * self._beta2**0.5, x * scale * (1 - self._beta2) ** 0.5)
+        direction = x * scale / torch.where(average > 0, average, 1)
         kept = torch.zeros_like(self._matrix.values)
         kept[..., :k, :] = average
-        return direction, {"rotated_sq": kept}
+        return direction, {"rotated_rms": kept}

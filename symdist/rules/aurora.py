@@ -46,15 +46,16 @@ def aurora(
     Source: Dewulf et al., Aurora, arXiv 2606.27715.
     """
     polar = partial(muon_polar, matrix, side="auto", method=method, steps=steps, damping=damping, precision=precision)
+    # Rows that are shorter than this in a polar factor are noise, and no factor makes them longer.
+    least = (torch.finfo(matrix.values.dtype).eps ** 2) * matrix.columns / matrix.rows
     if matrix.rows <= matrix.columns:
         u = yield from polar(matrix.values)
         return u * muon_scale(matrix, scale)
-    x = yield from unit_rows(matrix.values, eps=0.0)
-    u = yield from polar(x)
+    x = yield from unit_rows(matrix.values)
+    u = yield from polar(x, unit_scale=True)
     for _ in range(iterations - 1):
         squares = yield Sum(values=u.square().sum(-1, keepdim=True), across="columns")
-        # A row without momentum stays as it is, zero.
-        wanted = matrix.columns / matrix.rows / torch.where(squares > 0, squares, matrix.columns / matrix.rows)
+        wanted = matrix.columns / matrix.rows / torch.where(squares > least, squares, matrix.columns / matrix.rows)
         x = x * wanted**beta
-        u = yield from polar(x)
+        u = yield from polar(x, unit_scale=True)
     return u * muon_scale(matrix, scale)

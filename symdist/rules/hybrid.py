@@ -7,7 +7,7 @@ from symdist.rules.matrix import Matrix, center_rows
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking
 from symdist.rules.roots import Method, Numerics
-from symdist.rules.row_norm import unit_rows
+from symdist.rules.row_norm import Eps, unit_rows
 from symdist.rules.spectral import Scale, Side, check_scale, polar_factor, scaled, spectral_splits
 
 
@@ -29,14 +29,14 @@ def hybrid(
     centered: bool = False,
     alpha: float | None = None,
     scale: Scale = "nuclear",
-    eps: float = 1e-8,
+    eps: Eps = "none",
     method: Method = "polar_express",
     steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
     """`U = ν^α·polar(X)`, `X = D(M)·M`, `ν = ‖X‖_*`; or `U = D(Q)·Q`, `Q = polar(M)`.
 
-    Centred, M is replaced by ΠM, X by ΠX, and the result is projected again. α is 0 unless given.
+    Centred, M is replaced by ΠM, X by ΠX, and the result is projected again. α is 0 unless given, `eps` row-norm's.
     Equivariant under row permutations and column rotations. Moves what its row norms and its Gram move.
     Source: Lau & Su, arXiv 2605.18106.
     """
@@ -46,7 +46,7 @@ def hybrid(
         x = yield from unit_rows(x, eps=eps)
         if centered:
             x = yield from center_rows(matrix, x)
-        u, root = yield from polar_factor(matrix, x, side=side, numerics=numerics)
+        u, root = yield from polar_factor(matrix, x, side=side, numerics=numerics, unit_scale=True)
         u = scaled(u, root, alpha=alpha or 0.0, scale=scale)
     else:
         q, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics)

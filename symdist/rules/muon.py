@@ -27,13 +27,21 @@ def check_precision(options: Mapping[str, Any]) -> None:
 
 
 def muon_polar(
-    matrix: Matrix, x: Tensor, *, side: Side, method: Method, steps: int, damping: float, precision: Precision
+    matrix: Matrix,
+    x: Tensor,
+    *,
+    side: Side,
+    method: Method,
+    steps: int,
+    damping: float,
+    precision: Precision,
+    unit_scale: bool = False,
 ) -> Generator[Any, Any, Tensor]:
-    """`polar(x)` as Muon takes it, `x` in the layout of `matrix`; see `muon` for the options."""
+    """`polar(x)` as Muon takes it, `x` in the layout of `matrix`; see `muon` and `polar_factor` for the options."""
     numerics = Numerics(method=method, steps=steps, damping=damping, normalise="matrix")
     if precision == "bfloat16":
         return polar_in_bfloat16(x, numerics)
-    u, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics)
+    u, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics, unit_scale=unit_scale)
     return u
 
 

@@ -32,16 +32,18 @@ class Sum:
 class Root:
     """Add the partial Grams `[b, d, d]`, take the inverse square root once, and give it to all.
 
-    Answered with an `InverseRoot`.
+    Answered with an `InverseRoot`. `unit` `[b, 1, 1]`, where given, is what the matrices were divided by before, alike
+    on all ranks: the norms that come with a root are of the matrices as they were.
     """
 
     gram: Tensor
     across: Axis
     numerics: Numerics
+    unit: Tensor | None = None
 
     def alone(self) -> InverseRoot:
         """The answer where this rank holds the whole matrix."""
-        return inverse_root(self.gram, self.numerics)
+        return inverse_root(self.gram, self.numerics).of_larger(self.unit)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

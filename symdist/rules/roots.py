@@ -77,29 +77,36 @@ class Numerics:
 class InverseRoot:
     """`matrix` is `C^{-1/2}`, `[b, d, d]`, of a Gram `C` of `M`; the norms of `M` are found when asked for.
 
-    Where the Gram stayed on another rank, its norms come along instead of it.
+    Where the Gram stayed on another rank, its norms come along instead of it. Where M was divided by `unit` first, the
+    norms are those of M before.
     """
 
     def __init__(self, matrix: Tensor, *, gram: Tensor | None = None, norms: tuple[Tensor, Tensor] | None = None):
         self.matrix = matrix
         self._gram = gram
         self._norms = norms
+        self._unit: Tensor | float = 1.0
+
+    def of_larger(self, unit: Tensor | None) -> "InverseRoot":
+        """The same root, with the norms of `unit·M`."""
+        self._unit = 1.0 if unit is None else unit
+        return self
 
     @property
     def nuclear(self) -> Tensor:
         """`‖M‖_* = tr(C·C^{-1/2})`, `[b, 1, 1]`."""
         if self._norms is not None:
-            return self._norms[0]
+            return self._norms[0] * self._unit
         assert self._gram is not None
-        return (self._gram * self.matrix).sum((-2, -1), keepdim=True)
+        return (self._gram * self.matrix).sum((-2, -1), keepdim=True) * self._unit
 
     @property
     def frobenius(self) -> Tensor:
         """`‖M‖_F = √tr C`, `[b, 1, 1]`."""
         if self._norms is not None:
-            return self._norms[1]
+            return self._norms[1] * self._unit
         assert self._gram is not None
-        return _trace(self._gram).clamp_min(0).sqrt()
+        return _trace(self._gram).clamp_min(0).sqrt() * self._unit
 
 
 def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:

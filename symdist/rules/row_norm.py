@@ -1,26 +1,35 @@
 """Row-norm: every row of the momentum scaled to length one."""
 
 from collections.abc import Generator
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from symdist.rules.matrix import Matrix, center_rows
+from symdist.rules.matrix import Matrix, center_rows, row_lengths
 from symdist.rules.registry import rule
-from symdist.rules.requests import Asking, Sum
+from symdist.rules.requests import Asking
+
+Eps: TypeAlias = Literal["none", "reference"]
+
+_REFERENCE_EPS = 1e-8
 
 
-def unit_rows(x: Tensor, *, eps: float) -> Generator[Any, Any, Tensor]:
-    """`D(x)·x` with `D = diag(1/(‖x_i‖₂ + eps))`; a zero row stays zero even where eps is 0."""
-    squares = yield Sum(values=x.square().sum(-1, keepdim=True), across="columns")
-    # Below √tiny squares vanish: such a row counts as that long, and is not magnified beyond one.
-    return x / (squares.sqrt() + eps).clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
+def unit_rows(x: Tensor, *, eps: Eps = "none") -> Generator[Any, Any, Tensor]:
+    """`D(x)·x` with `D = diag(1/‖x_i‖₂)`, or with 1e-8 added to every length, as in the reference code.
+
+    A zero row stays zero, and a denormal one, which has no digits left, counts as long as the smallest normal number.
+    """
+    lengths = yield from row_lengths(x)
+    if eps == "reference":
+        lengths = lengths + _REFERENCE_EPS
+    return x / lengths.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 @rule("row_norm", splits=("rows", "columns"))
-def row_norm(matrix: Matrix, *, centered: bool = False, eps: float = 1e-8) -> Asking:
-    """`U = D(M)·M`; centred, `U = Π·D(ΠM)·ΠM`.
+def row_norm(matrix: Matrix, *, centered: bool = False, eps: Eps = "none") -> Asking:
+    """`U = D(M)·M`; centred, `U = Π·D(ΠM)·ΠM`. `eps="reference"` adds 1e-8 to lengths, which then decides how rare
+    tokens move: the row of one seen once in millions is about as long.
 
     Equivariant under row permutations and column rotations; centred, also invariant to adding `1aᵀ` to M.
     Costs nothing under row blocks, m numbers under column blocks, n numbers twice where centred under row blocks.

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+import torch
+
 from symdist.rules.matrix import Matrix
 from symdist.rules.registry import Split, rule
 from symdist.rules.requests import Asking
@@ -50,8 +52,10 @@ def scion(
             u, _ = yield from polar_factor(matrix, matrix.values, side=side, numerics=numerics)
             return u * (radius * (m / n) ** 0.5)
         case "sign":
-            return matrix.values.sign() * (radius / n)
+            # Of what is denormal a sign is noise.
+            kept = matrix.values.abs() >= torch.finfo(matrix.values.dtype).tiny
+            return matrix.values.sign() * kept * (radius / n)
         case "row_rms":
-            return (yield from unit_rows(matrix.values, eps=0.0)) * (radius * n**0.5)
+            return (yield from unit_rows(matrix.values)) * (radius * n**0.5)
         case "row":
-            return (yield from unit_rows(matrix.values, eps=0.0)) * (radius / n**0.5)
+            return (yield from unit_rows(matrix.values)) * (radius / n**0.5)

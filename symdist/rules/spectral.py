@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from symdist.rules.matrix import Matrix, center_rows
+from symdist.rules.matrix import Matrix, at_unit_scale, center_rows
 from symdist.rules.registry import Split, rule
 from symdist.rules.requests import Asking, Root
 from symdist.rules.roots import InverseRoot, Method, Numerics
@@ -34,13 +34,19 @@ def check_scale(options: Mapping[str, Any]) -> None:
 
 
 def polar_factor(
-    matrix: Matrix, x: Tensor, *, side: Side, numerics: Numerics
+    matrix: Matrix, x: Tensor, *, side: Side, numerics: Numerics, unit_scale: bool = False
 ) -> Generator[Any, Any, tuple[Tensor, InverseRoot]]:
-    """`x·(xᵀx)^{-1/2}` (right) or `(xxᵀ)^{-1/2}·x` (left), and the root with the norms of `x` it carries."""
+    """`x·(xᵀx)^{-1/2}` (right) or `(xxᵀ)^{-1/2}·x` (left), and the root of what `x` was divided by with `x`'s norms.
+
+    `unit_scale` says that the numbers of `x` are about one at most, and nothing need be known of its size first.
+    """
+    unit = None
+    if not unit_scale:
+        x, unit = yield from at_unit_scale(x)
     if gram_side(side, matrix.rows, matrix.columns) == "right":
-        root = yield Root(gram=x.mT @ x, across="rows", numerics=numerics)
+        root = yield Root(gram=x.mT @ x, across="rows", numerics=numerics, unit=unit)
         return x @ root.matrix, root
-    root = yield Root(gram=x @ x.mT, across="columns", numerics=numerics)
+    root = yield Root(gram=x @ x.mT, across="columns", numerics=numerics, unit=unit)
     return root.matrix @ x, root
 
 

@@ -109,7 +109,7 @@ def test_adam_averages_in_the_rotated_frame() -> None:
         v = 0.9 * v + 0.1 * x.square()
         update, state = aro(each[None], state, base="adam", beta2=0.9, rms=0.3)
         assert (update[0] - 0.3 * unit(r @ (x / v.sqrt()))).abs().max() < 1e-9
-        assert (state["rotated_sq"][0] - v).abs().max() < 1e-9 * v.max()
+        assert (state["rotated_rms"][0].square() - v).abs().max() < 1e-9 * v.max()
 
 
 # A square matrix of signs may be singular, and what then completes its Q does not turn: such bases get a wide M.
