@@ -87,7 +87,7 @@ def not_finite_error(gradients: Sequence[Tensor], names: Sequence[str]) -> Float
     here = [name for name, each in zip(names, gradients, strict=True) if not bool((each.abs() <= _largest(each)).all())]
     where = f"of {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "held by another rank"
     return FloatingPointError(
-        f"a gradient {where} is not finite, or beyond {_LARGEST:.0e}; no weight was changed. "
+        f"a gradient {where} is not finite; no weight was changed. Numbers beyond {_LARGEST:.0e} count as such. "
         "nonfinite='skip' leaves such steps out, nonfinite='zero' drops the elements"
     )
 

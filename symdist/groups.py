@@ -207,7 +207,7 @@ def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, 
         if side < 0 or ((view in ("rows", "columns") or across) and not padding and not ordered):
             continue
         raise ValueError(
-            f"{name}: dimension {each.dim} is dealt out to {each.ranks} ranks in {each.parts} parts, one after the other "
+            f"{name}: dimension {each.dim} is dealt out to {each.ranks} ranks, {each.parts} parts one after the other "
             f"on each, and view {view!r}{', with padding rows,' if padding else ''} needs its own order; use view "
             "'rows' or 'columns' and a rule that goes by no places, or shard it plainly"
         )

@@ -32,9 +32,10 @@ from symdist.exchange import (
 from symdist.finite import FLAGS, Agreed, NonFinite, agree, not_finite_error, ranks_that_agree, zeroed
 from symdist.groups import Member, check_stages, complete_group, describe_member, gradient_of, place_members
 from symdist.layouts import Group, group_from, local
+from symdist.layouts.fsdp1 import is_flattened
 from symdist.partial import bring_home, sum_up
 from symdist.routed import Routed, routed
-from symdist.saved import as_tensor, asked_strictly, check_state, read_saved
+from symdist.saved import as_tensor, asked_by_pytorch, check_state, read_saved
 from symdist.takeover import carried, changed, check_shapes, in_model
 
 if TYPE_CHECKING:
@@ -255,9 +256,21 @@ class SymDist(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's: complete from construction on."""
+        """As torch's: complete from construction on.
+
+        Under FSDP1 every parameter has a value for each state that any has, zeros where its rule keeps none:
+        `FSDP.optim_state_dict` puts those of a unit together. They take no memory here, and are not loaded.
+        """
         self._follow()
-        return super().state_dict()
+        found = super().state_dict()
+        pieces = [i for i, member in enumerate(self._members) if is_flattened(member.parameter)]
+        names = {key for i in pieces for key in self.state[self._members[i].parameter]} - {"step"}
+        for i in pieces:
+            zero = torch.zeros(1, dtype=self._members[i].dtype, device=self._members[i].parameter.device)
+            absent = names - set(found["state"][i])
+            fill = dict.fromkeys(sorted(absent), zero.expand(self._members[i].parameter.shape))
+            found["state"][i] = {**found["state"][i], **fill}
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: process groups do not copy."""
@@ -286,17 +299,21 @@ class SymDist(torch.optim.Optimizer):
         Raises ValueError, by name and before anything changes, where groups, rules or state do not match.
         """
         self._follow()
-        strict = asked_strictly() if strict is None else strict
+        by_pytorch = asked_by_pytorch()
+        if strict is None:
+            strict = by_pytorch is not False
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         names = [group["names"] for group in self.param_groups]
-        saved = read_saved(self.param_groups, names, state_dict, strict=strict)
+        saved = read_saved(self.param_groups, names, state_dict, strict=strict, matched=by_pytorch is not None)
         pairs: list[tuple[Tensor, Tensor]] = []
         for member, theirs in zip(self._members, saved.states, strict=True):
             mine = self.state[member.parameter]
             # Flattened state has empty values for what was not saved; `set_state_dict` leaves out what is frozen here.
             theirs = {key: value for key, value in theirs.items() if as_tensor(value) is not None}
-            if theirs or (strict and member.parameter.requires_grad):
+            # Of a parameter that FSDP1 has no piece of here, it has no state here either.
+            nothing = is_flattened(member.parameter) and member.parameter.numel() == 0
+            if theirs or (strict and member.parameter.requires_grad and not nothing):
                 check_state(member.name, mine, theirs)
                 pairs += [
                     (tensor, value) for key, tensor in mine.items() if (value := as_tensor(theirs[key])) is not None

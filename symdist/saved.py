@@ -26,13 +26,19 @@ class Saved:
 
 
 def read_saved(
-    groups: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]], state_dict: Mapping[str, Any], *, strict: bool
+    groups: Sequence[Mapping[str, Any]],
+    names: Sequence[Sequence[str]],
+    state_dict: Mapping[str, Any],
+    *,
+    strict: bool,
+    matched: bool = False,
 ) -> Saved:
     """Match a state dict to `groups`, whose parameters have `names`.
 
     It may be raw, as `Optimizer.state_dict` gives it; by names, as `torch.distributed.checkpoint.state_dict` does; or
     flattened, with one key for each value. Wrappers in names do not count. Without `strict` parameters that it knows
-    nothing of have empty state, and what it knows of others is left out.
+    nothing of have empty state, and what it knows of others is left out. `matched` says that PyTorch has put it in the
+    order of `groups` already, by the model's own names.
 
     Raises ValueError for another form, and, naming the parameters or the group, for what does not match.
     """
@@ -47,8 +53,10 @@ def read_saved(
     mine = [plain_name(name) for of_group in names for name in of_group]
     alike = [len(group["params"]) for group in saved] == [len(of_group) for of_group in names]
     unnamed = any(_UNNAMED.match(name) for name in (*mine, *theirs)) or len(set(theirs)) < len(keys)
-    if unnamed or (theirs == mine and alike):
-        # Nothing but their order tells which is which.
+    if unnamed or (alike and (matched or theirs == mine)):
+        # Their order tells which is which.
+        if matched and not strict:
+            saved = [each if "rule" in each else {**own, **each} for own, each in zip(groups, saved, strict=True)]
         check_groups(groups, saved)
         return Saved(groups=list(saved), states=[states.get(key, {}) for key in keys])
     _check_names(mine, theirs, strict=strict)
@@ -116,10 +124,11 @@ def as_tensor(value: Any) -> Tensor | None:
     return torch.tensor(float(value)) if isinstance(value, int | float) else None
 
 
-def asked_strictly() -> bool:
-    """Whether PyTorch's `set_optimizer_state_dict` was called strictly, where that is what loads.
+def asked_by_pytorch() -> bool | None:
+    """Whether PyTorch's `set_optimizer_state_dict` was called strictly, where that is what loads; else None.
 
-    Flattened state has lost it: of a parameter without any, PyTorch hands over empty values either way.
+    It does not hand this on, and what it hands over is the same either way: of a parameter without state, nothing, or
+    of flattened state empty values.
     """
     frame = sys._getframe(2)
     for _ in range(4):
@@ -129,7 +138,7 @@ def asked_strictly() -> bool:
         if frame.f_back is None:
             break
         frame = frame.f_back
-    return True
+    return None
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,3 @@ def test_bounds_that_cover_nothing_are_refused() -> None:
     layout = FlatLayout(shape=(2, 4), group=ranks, bounds=(0, 5, 8))
     with pytest.raises(ValueError, match=r"w: this rank's piece has shape \(4,\), its layout \(5,\)"):
         SymDist([{"params": [("w", nn.Parameter(torch.ones(4)))], "layouts": [layout], "rule": "row_norm", "lr": 0.1}])
-    stack = FlatLayout(shape=(2, 2, 2), group=ranks, bounds=(0, 5, 8))
-    with pytest.raises(ValueError, match="of a stack of matrices in a flat layout, give each by itself"):
-        SymDist([{"params": [("w", nn.Parameter(torch.ones(5)))], "layouts": [stack], "rule": "row_norm", "lr": 0.1}])

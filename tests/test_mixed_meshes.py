@@ -38,7 +38,7 @@ def plans(model: str) -> dict[str, list[Step]]:
     return {
         "whole": [{}, {}, {}],
         "missing on a rank": [{}, {"hole": 0}, {"hole": LAST[model]}],
-        "missing everywhere": [{"gone": every}, {}, {"gone": every[::2]}, {"gone": every}],
+        "missing everywhere": [{"gone": every[::2]}, {"gone": every}, {}, {"gone": every[::2]}],
         "zero": [{"zero": every}, {}, {"zero": every[1::2]}, {"zero": every}],
     }
 

@@ -112,7 +112,8 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
         ((0, 4), ROW, "w has shape .0, 4. and so no matrix"),
         ((4, 4), ROW | {"padding_rows": 1.5}, "padding_rows=1.5 must be a whole number"),
         ((4, 4), ROW | {"centered": "no"}, "centered='no' must be true or false"),
-        ((4, 4), ROW | {"eps": -1.0}, "eps=-1.0 must be 0 or more"),
+        ((4, 4), ROW | {"eps": 1e-8}, "eps=1e-08 is not one of 'none', 'reference'"),
+        ((4, 4), ROW | {"rule": "normuon", "eps": -1.0}, "eps=-1.0 must be 0 or more"),
         ((4, 4), ROW | {"momentum": "x"}, "momentum='x' must be a finite number"),
         ((4, 4), ROW | {"weight_decay": None}, "weight_decay=None"),
         ((4, 4), MUON | {"steps": -1}, "steps=-1 must be 0 or more"),
@@ -186,7 +187,7 @@ def test_a_bare_list_of_parameters_is_refused() -> None:
     ids=["lambda", "cosine", "one_cycle", "one_cycle_momentum", "plateau"],
 )
 def test_schedulers_set_the_step_taken(build: Callable[[SymDist], Any]) -> None:
-    optimizer = SymDist([{"params": [weight(6, 4)], "rule": "row_norm", "lr": 0.3, "eps": 0.0}])
+    optimizer = SymDist([{"params": [weight(6, 4)], "rule": "row_norm", "lr": 0.3}])
     scheduler = build(optimizer)
     lengths, rates = [], []
     for step in range(4):
@@ -315,7 +316,7 @@ def test_loading_does_not_share_memory_with_what_was_loaded() -> None:
     assert same(snapshot(first), before)
 
 
-@pytest.mark.parametrize(("option", "value"), [("eps", 1.0), ("stale_rows", "hold"), ("padding_rows", 1)])
+@pytest.mark.parametrize(("option", "value"), [("eps", "reference"), ("stale_rows", "hold"), ("padding_rows", 1)])
 def test_a_rules_option_does_not_change_after_construction(option: str, value: Any) -> None:
     optimizer = SymDist([{"params": [weight(4, 4)], **ROW}])
     optimizer.param_groups[0][option] = value

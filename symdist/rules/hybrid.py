@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+
 from symdist.rules.matrix import Matrix, center_rows
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking
 from symdist.rules.roots import Method, Numerics
 from symdist.rules.row_norm import Eps, unit_rows
 from symdist.rules.spectral import Scale, Side, check_scale, polar_factor, scaled, spectral_splits
+
+_NOISE = 100.0
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -50,5 +54,6 @@ def hybrid(
         u = scaled(u, root, alpha=alpha or 0.0, scale=scale)
     else:
         q, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics)
-        u = yield from unit_rows(q, eps=eps)
+        # A row without momentum is one of rounding in a polar factor, whose singular values are about one.
+        u = yield from unit_rows(q, eps=eps, noise=_NOISE * torch.finfo(q.dtype).eps)
     return (yield from center_rows(matrix, u)) if centered else u

@@ -15,12 +15,15 @@ Eps: TypeAlias = Literal["none", "reference"]
 _REFERENCE_EPS = 1e-8
 
 
-def unit_rows(x: Tensor, *, eps: Eps = "none") -> Generator[Any, Any, Tensor]:
+def unit_rows(x: Tensor, *, eps: Eps = "none", noise: float = 0.0) -> Generator[Any, Any, Tensor]:
     """`D(x)·x` with `D = diag(1/‖x_i‖₂)`, or with 1e-8 added to every length, as in the reference code.
 
     A zero row stays zero, and a denormal one, which has no digits left, counts as long as the smallest normal number.
+    Rows no longer than `noise` become zero.
     """
     lengths = yield from row_lengths(x)
+    if noise:
+        x = torch.where(lengths > noise, x, 0)
     if eps == "reference":
         lengths = lengths + _REFERENCE_EPS
     return x / lengths.clamp_min(torch.finfo(x.dtype).tiny)
