@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from symdist.groups import Member
 from symdist.layouts import FlatLayout, Layout, local
-from symdist.layouts.fsdp1 import read_units, whole_shape
+from symdist.layouts.fsdp1 import fsdp1_layout, is_flattened, read_units, whole_shape
 from symdist.names import plain_name
 
 _RESUME = (
@@ -49,10 +49,12 @@ def in_model(model: nn.Module, members: list[Member], given: list[Tensor]) -> li
 
 
 def check_shapes(members: list[Member], given: list[Tensor]) -> None:
-    """ValueError where the new parameters cannot be the old ones laid out anew."""
+    """ValueError where the new parameters cannot be the old ones laid out anew, or do not tell how they are."""
     for member, parameter in zip(members, given, strict=False):
         if parameter.is_meta:
             raise ValueError(f"{member.name} has moved to the meta device; materialise it (to_empty) before going on")
+        if is_flattened(parameter):
+            fsdp1_layout(parameter, name=member.name)
     other = next((m for m, p in zip(members, given, strict=False) if whole_shape(p) != m.layout.shape), None)
     if len(given) == len(members) and other is None:
         return
@@ -63,7 +65,8 @@ def check_shapes(members: list[Member], given: list[Tensor]) -> None:
         else f"there were {len(members)} of them, now there are {len(given)}"
     )
     message = f"the parameters in param_groups are others than those the optimizer was built of: {what}. "
-    if "deepspeed" in sys.modules:
+    # That DeepSpeed is there says little: transformers imports it.
+    if "deepspeed" in sys.modules and all(parameter.dim() == 1 for parameter in given):
         message += (
             "DeepSpeed has put its partitions in their place, which do not tell of matrices; it must make the "
             "optimizer itself. After `import symdist_deepspeed` give it no optimizer object but, in its config, "
