@@ -114,7 +114,6 @@ def refused(mesh: DeviceMesh, kind: str) -> str:
     grid = init_device_mesh("cpu", (2, 2))
     placements: dict[str, list[Placement]] = {
         "partial": [Replicate(), Partial()],
-        "strided by nothing": [Replicate(), _StridedShard(0, split_factor=2)],
         "strided by too much": [_StridedShard(0, split_factor=4), Shard(0)],
         "another piece": [Shard(0), Replicate()],
     }
@@ -264,28 +263,13 @@ def gradients_in_parts(mesh: DeviceMesh, missing: int | None) -> tuple[list[Tens
         weight.grad = DTensor.from_local(part * (rank != missing), mesh, [placement])
         if placement == Replicate():
             weight.grad = DTensor.from_local(part, mesh, [placement])
-    # Momentum of nothing: the first update of row_norm at a huge eps is the gradient, scaled.
     optimizer = SymDist(
-        [{"params": [weight], "rule": "row_norm", "momentum": 0.0, "eps": 1e9, "lr": 1e9} for weight in weights[::2]]
+        [{"params": [weight], "rule": "row_norm", "lr": 0.1} for weight in weights[::2]]
         + [{"params": [weights[1]], "rule": "adamw", "lr": 0.1}],
         transport=counting,
     )
     optimizer.step()
-    return [full(weight) for weight in weights], norm, [moved.kind for moved in counting.log]
-
-
-def misplaced_gradient(mesh: DeviceMesh) -> list[str]:
-    """What the step and clipping say of a weight whose gradient is placed otherwise."""
-    weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Shard(0)]))
-    weight.grad = DTensor.from_local(torch.ones(4 * mesh.size(), 4), mesh, [Replicate()])
-    optimizer = SymDist([{"params": [("weight", weight)], "rule": "row_norm", "lr": 0.1}])
-    messages = []
-    for act in (optimizer.step, lambda: clip_grad_norm_([weight], 1.0)):
-        try:
-            act()
-        except ValueError as error:
-            messages.append(str(error).replace("parameter 0", "weight"))
-    return messages
+    return [full(weight.grad) for weight in weights], norm, [moved.kind for moved in counting.log]
 
 
 def trained_by(mesh: DeviceMesh | None, recipe: str) -> list[list[Tensor]]:
