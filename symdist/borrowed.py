@@ -44,7 +44,7 @@ class BorrowedState(SymDist):
         """Of a piece's states, which of the engine's each lies in."""
         return self._slots[id(piece)]
 
-    def _follow(self) -> None:
+    def _follow(self, *, at_step: bool = False) -> None:
         """Nothing: pieces are the adapter's own, which moves them with the engine's tensors."""
 
     def _new_state(self, member: Member) -> dict[str, Tensor]:

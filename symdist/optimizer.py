@@ -64,7 +64,8 @@ class SymDist(torch.optim.Optimizer):
     under DDP: work on them is then shared out. `exchange_dtype`, bfloat16 say, is what matrices travel as to their
     owners and back; sums and Grams travel as they are. `wave_bytes` bounds the buffers in flight. `transport` replaces
     the collectives, to count them. A parameter that does not require a gradient does not move. `model`, where given,
-    is looked at until the first step for parameters that were sharded after the optimizer was made.
+    is looked at, before the first step and where no gradient comes, for parameters that were sharded after the
+    optimizer was made.
 
     Parameters may be replaced, in the groups or in `model`, as trainers do when they shard a model: at the next call of
     any method they are described anew, and their state comes along. Weights are read and written where they lie, in
@@ -175,7 +176,7 @@ class SymDist(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._follow()
+        self._follow(at_step=True)
         self._check_options()
         observer, self.observer = self.observer, None
         if self._skip_next:
@@ -353,7 +354,7 @@ class SymDist(torch.optim.Optimizer):
         others = [member.layout for member in members if not isinstance(member.parameter, DTensor)]
         return ranks_that_agree([member.parameter for member in members], others, replicas=self._replicas)
 
-    def _follow(self) -> None:
+    def _follow(self, *, at_step: bool = False) -> None:
         """Take over parameters that have been replaced, or laid out anew, since they were described.
 
         Raises ValueError, on all ranks and before anything changes, where what is to become of them cannot be known.
@@ -361,7 +362,9 @@ class SymDist(torch.optim.Optimizer):
         if not self._constructed:
             return
         given = [parameter for group in self.param_groups for parameter in group["params"]]
-        model = self._model() if self._model is not None and self._fresh else None
+        # Later on only where no gradient comes: then the model may have others.
+        look = self._fresh or (at_step and all(parameter.grad is None for parameter in given))
+        model = self._model() if self._model is not None and look else None
         if model is not None and len(given) == len(self._members):
             given = in_model(model, self._members, given)
         if len(given) != len(self._members) or any(map(changed, self._members, given)):

@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16 import unfused_optimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2, utils
 
+from symdist import SymDist
 from symdist_deepspeed.optimizer import DeepSpeedSymDist
 from symdist_deepspeed.options import Options, check_features
 from symdist_deepspeed.partitions import follow_offloads, keep_linked, read_partitions
@@ -91,6 +92,12 @@ def _knowing_the_model(configure: Any) -> Any:
 def _attaching(configure: Any) -> Any:
     @functools.wraps(configure)
     def configured(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        if isinstance(client_optimizer, SymDist):
+            raise ValueError(
+                "DeepSpeed was given a SymDist object, and would step its own partitions with it, which do not tell of "
+                'matrices. Give no optimizer but, in the config, "optimizer": {"type": "SymDist", "params": {"recipe": '
+                '"olmoe"}}'
+            )
         configure(engine, client_optimizer, model_parameters)
         optimizer = engine.basic_optimizer
         if isinstance(optimizer, DeepSpeedSymDist):
