@@ -1,5 +1,6 @@
 """Roles, recipes and groups: the five model families, plain transformers, overrides, and every refusal."""
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -386,8 +387,51 @@ def test_recipe_files_are_read(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-def test_names_survive_wrapping() -> None:
+def test_wrappers_leave_names_as_they_are() -> None:
     wrapped = nn.Module()
     wrapped.module = Plain()
-    assert roles(wrapped)["module.output.weight"] == "head"
-    assert torch.equal(wrapped.module.tok.weight, find_sites(wrapped)["module.tok.weight"][0])
+    assert roles(wrapped)["output.weight"] == "head"
+    assert torch.equal(wrapped.module.tok.weight, find_sites(wrapped)["tok.weight"][0])
+
+
+class Strange(nn.Module):
+    """Weights of kinds that routing does not know, beside one that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(6, 8)
+        self.mixer = nn.ModuleDict(
+            {
+                "conv1d": nn.Conv1d(6, 6, 3, groups=6),
+                "patches": nn.Conv2d(3, 6, 2),
+                "odd_gate": nn.Linear(6, 4, bias=False),
+                "shared_gate": nn.Linear(6, 1, bias=False),
+                "mix[0]": nn.Linear(6, 6, bias=False),
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"matrix": {"rule": "muon", "lr": 0.1}, "router": {"rule": "row_norm", "lr": 0.1}},
+        {"matrix": {"rule": "muon", "lr": 0.1}, "default": {"rule": "adamw", "lr": 0.1}},
+        {"matrix": {"rule": "muon", "lr": 0.1}, "other": {"rule": "adamw", "lr": 0.1}},
+    ],
+    ids=["no default", "default", "other"],
+)
+def test_all_that_has_no_role_is_told_with_patterns_that_work(recipe: dict[str, Any]) -> None:
+    model = Strange()
+    recipe = {**recipe, "bias": {"rule": "adamw", "lr": 0.1}}
+    with pytest.raises(ValueError, match=r"mixer\.conv1d\.weight .* has no role.* and so are 4 more") as error:
+        route(model, recipe)
+    said = str(error.value)
+    assert all(f"mixer.{name}.weight" in said.replace("[[]", "[") for name in model.mixer)
+    patterns = tomllib.loads(said[said.index("[[patterns]]") :])["patterns"]
+    groups = route(model, {**recipe, "patterns": patterns})
+    rules = {name: group["rule"] for group in groups for name in group["names"]}
+    assert set(rules) == {name for name, _ in model.named_parameters()}
+    assert rules["mixer.conv1d.weight"] == rules["mixer.patches.weight"] == rules["mixer.shared_gate.weight"] == "adamw"
+    assert rules["mixer.mix[0].weight"] == rules["fc1.weight"] == "muon"
+    assert rules["mixer.odd_gate.weight"] == ("row_norm" if "router" in recipe else "adamw")
+    build_optimizer(model, {**recipe, "patterns": patterns})

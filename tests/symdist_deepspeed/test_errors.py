@@ -39,7 +39,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nonfinite that is none": (params(nonfinite="ignore"), "nonfinite='ignore' is not 'raise', 'skip' or 'zero'"),
     "no role": (
         params(recipe={"patterns": RECIPE["patterns"][1:], "matrix": RECIPE["matrix"]}),
-        "p0 (17, 6) has no role: it is a matrix of a kind symdist does not know. Name its role in the recipe",
+        "p0 (17, 6) has no role: it is a weight of a kind symdist does not know. Name what each is in the recipe",
     ),
     "rule that does not fit": (
         params(recipe={**RECIPE, "patterns": [*RECIPE["patterns"][:2], {**RECIPE["patterns"][2], "rule": "muon"}]}),
