@@ -317,7 +317,7 @@ def test_plain_modules() -> None:
 
 
 def test_a_gate_that_is_no_router_is_not_guessed() -> None:
-    with pytest.raises(ValueError, match=r"attention\.attn_gate\.weight .* has no role.*\[\[patterns\]\]"):
+    with pytest.raises(ValueError, match=r"(?s)attention\.attn_gate\.weight .* has no role.*\[\[patterns\]\]"):
         route(Plain(), ADAMW)
 
 

@@ -75,7 +75,7 @@ def test_a_layer_more_is_named(form: str) -> None:
         with pytest.raises(ValueError, match=r"mlp\.1\.up_proj\.weight.*strict=False"):
             set_optimizer_state_dict(large, optimizer, state, options=options(form))
     elif form == "by names":
-        with pytest.raises(RuntimeError, match=r"mlp\.1\.up_proj\.weight"):
+        with pytest.raises((RuntimeError, KeyError), match=r"mlp\.1\.up_proj\.weight"):
             set_optimizer_state_dict(large, optimizer, state, options=options(form))
     assert str(before) == str(optimizer.state_dict())
 
