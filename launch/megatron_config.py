@@ -46,7 +46,7 @@ class MegatronRun(Config):
         if self.expert_tensor < 1:
             raise ValueError(f"--expert-tensor-parallel is {self.expert_tensor}; it must be at least 1")
         shape = self.shape()
-        self._check_ranks(shape, ranks)
+        self._check_ranks(ranks)
         self._check_model(shape)
         super().check(ranks=ranks)
         if self.overlap and not self.distributed_optimizer:
@@ -73,7 +73,7 @@ class MegatronRun(Config):
         """The rows of embedding and head for a vocabulary."""
         return math.ceil(vocabulary / self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
 
-    def _check_ranks(self, shape: Shape, ranks: int) -> None:
+    def _check_ranks(self, ranks: int) -> None:
         experts = f"--expert-tensor-parallel {self.expert_tensor} × --expert-parallel {self.expert_parallel}"
         for what, size in (
             (f"--tensor-parallel {self.tensor_parallel}", self.tensor_parallel),
@@ -85,12 +85,6 @@ class MegatronRun(Config):
                     f"{what} × --pipeline-parallel {self.pipeline_parallel} needs a multiple of {needed} ranks, "
                     f"there are {ranks}; start as many, or take smaller ones"
                 )
-        if shape.experts and self.expert_parallel == 1 and self.expert_tensor != self.tensor_parallel:
-            # Megatron then reduces the experts' gradients as it does all others, over the wrong ranks.
-            raise ValueError(
-                f"--expert-tensor-parallel {self.expert_tensor} beside --tensor-parallel {self.tensor_parallel} needs "
-                "--expert-parallel above 1; leave it out, or spread the experts"
-            )
 
     def _check_model(self, shape: Shape) -> None:
         if not shape.experts and (self.expert_parallel > 1 or self.expert_tensor != self.tensor_parallel):

@@ -188,6 +188,5 @@ def _homes(groups: Mapping[str, Any], pg_collection: Any) -> Homes:
     return Homes(
         dense=of_dense,
         expert=of_experts,
-        undivided=find_home(dense, expert_tensor) if expert_tensor.size() <= tensor.size() else of_experts,
         expert_rank=_group(pg_collection, "ep", parallel_state.get_expert_model_parallel_group).rank(),
     )

@@ -43,22 +43,18 @@ class Home:
 
 @dataclass(frozen=True, kw_only=True)
 class Homes:
-    """Those of all kinds of parameters; `expert_rank` is this rank's place among expert parallelism's.
-
-    Without expert parallelism Megatron reduces the gradients of experts like those of dense parameters, over the same
-    data-parallel ranks, though their tensor parallelism is their own: those are `undivided`.
-    """
+    """Those of all kinds of parameters; `expert_rank` is this rank's place among expert parallelism's."""
 
     dense: Home
     expert: Home
-    undivided: Home
     expert_rank: int
 
     def of(self, parameter: Any, *, expert: bool) -> Home:
-        """The home of a parameter, which is one of an expert or not."""
-        if not expert:
-            return self.dense
-        return self.undivided if getattr(parameter, "allreduce", True) else self.expert
+        """The home of a parameter, which is one of an expert or not.
+
+        Without expert parallelism Megatron reduces the gradients of experts like all others, over the same ranks.
+        """
+        return self.expert if expert and not getattr(parameter, "allreduce", True) else self.dense
 
     def tensor_ranks(self, *, expert: bool) -> int:
         """How many ranks share a matrix that tensor parallelism cuts."""

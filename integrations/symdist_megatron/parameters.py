@@ -109,12 +109,19 @@ def _describe(
     name: str, parameter: nn.Parameter, chain: list[tuple[str, nn.Module]], *, homes: Homes, recipe: Recipe
 ) -> Described:
     expert = not getattr(parameter, "allreduce", True) or any(isinstance(module, _EXPERTS) for _, module in chain)
+    ranks, dense = homes.tensor_ranks(expert=expert), homes.tensor_ranks(expert=False)
+    if homes.of(parameter, expert=expert) is homes.dense and ranks != dense:
+        raise ValueError(
+            f"{name}: tensor parallelism is over {dense} ranks for all but experts, and over {ranks} for these, whose "
+            "gradients Megatron then reduces over the wrong ranks where there is no expert parallelism; set "
+            f"expert_tensor_parallel_size={dense}, as tensor_model_parallel_size is, or expert_model_parallel_size "
+            "above 1"
+        )
     if expert and parameter.dim() == 3:
         raise ValueError(
             f"{name} holds all experts in one tensor of shape {tuple(parameter.shape)}: symdist takes them apart only; "
             "set moe_single_grouped_weight=False"
         )
-    ranks = homes.tensor_ranks(expert=expert)
     holder = chain[-1][1]
     if type(holder).__name__ == "GroupedMLP" and isinstance(holder, _EXPERTS):
         units = _grouped(name, parameter, holder, ranks=ranks, homes=homes, recipe=recipe)

@@ -157,7 +157,6 @@ def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
         ({"expert_parallel": 16}, 16, "--expert-parallel 16 does not divide the 8 experts"),
         ({"tensor_parallel": 2, "sequence": 31}, 2, "does not divide the 31 tokens of a sequence"),
         ({"tensor_parallel": 2, "make_vocab_size_divisible_by": 1}, 2, "the 1 rows that --make-vocab-size"),
-        ({"tensor_parallel": 2, "expert_tensor_parallel": 1}, 2, "needs --expert-parallel above 1"),
         ({"model": "qwen3-tiny", "expert_parallel": 2}, 2, "qwen3-tiny has no experts to share"),
         ({"batch": 6}, 4, "--batch 6 does not split over 4 ranks × 1 .* take a multiple of 4"),
         ({"overlap": True, "distributed_optimizer": False}, 2, "leave one of them out"),

@@ -46,6 +46,18 @@ def test_what_is_refused_is_named(worlds: Worlds, what: str) -> None:
     assert re.search(said, found[0]), found[0]
 
 
+@pytest.mark.parametrize(("tp", "etp"), [(2, 1), (1, 2)])
+def test_experts_whose_gradients_megatron_reduces_wrongly(worlds: Worlds, tp: int, etp: int) -> None:
+    """Told by the stage that has none, too; without experts, or with them spread, the layout is a good one."""
+    how = replace(HOW, tp=tp, etp=etp, pp=2)
+    found = worlds(4).run(4, RANKS + "refused", how, GOOD, {}, {})
+    assert len(set(found)) == 1
+    said = f"local_experts.*over {tp} ranks for all but .*over {etp} for these.*set expert_tensor_parallel_size={tp}, "
+    assert re.search(said, found[0]), found[0]
+    for fine in (replace(how, moe=(0, 0)), replace(HOW, tp=tp, etp=etp, ep=2)):
+        assert set(worlds(4).run(4, RANKS + "refused", fine, GOOD, {}, {})) == {"nothing was refused"}
+
+
 def test_a_fault_of_one_stage_is_told_on_all(worlds: Worlds) -> None:
     """The head is on the last stage alone."""
     recipe = GOOD | {"head": {"rule": "row_norm", "view": "heads", "lr": 0.1}}

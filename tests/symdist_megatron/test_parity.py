@@ -14,9 +14,9 @@ Worlds = Callable[[int], Ranks]
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp1": (1, {}),
-    "tp2": (2, {"tp": 2}),
-    "tp4": (4, {"tp": 4}),
-    "tp2 dp2": (4, {"tp": 2}),
+    "tp2": (2, {"tp": 2, "etp": 2}),
+    "tp4": (4, {"tp": 4, "etp": 4}),
+    "tp2 dp2": (4, {"tp": 2, "etp": 2}),
     "ep2": (2, {"ep": 2}),
     "tp2 ep2": (4, {"tp": 2, "ep": 2}),
     "pp2": (2, {"pp": 2}),
@@ -26,12 +26,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 MORE: dict[str, tuple[int, dict[str, Any]]] = {
     "dp3, unevenly": (3, {"bucket": 2000}),
     "experts cut too": (4, {"tp": 2, "etp": 2, "ep": 2}),
-    "experts cut, data parallel": (4, {"tp": 2, "etp": 2, "shared": True}),
-    "fewer query groups than ranks": (4, {"tp": 4, "groups": 2}),
-    "tied": (4, {"tp": 2, "tied": True}),
+    "shared experts": (4, {"tp": 2, "etp": 2, "shared": True}),
+    "fewer query groups than ranks": (4, {"tp": 4, "etp": 4, "groups": 2}),
+    "tied": (4, {"tp": 2, "etp": 2, "tied": True}),
     "tied over stages": (4, {"pp": 2, "tied": True}),
-    "layer by layer": (4, {"tp": 2, "layer_wise": True}),
-    "stages of two": (4, {"tp": 2, "pp": 2, "layers": 4}),
+    "layer by layer": (4, {"tp": 2, "etp": 2, "layer_wise": True}),
+    "stages of two": (4, {"tp": 2, "etp": 2, "pp": 2, "layers": 4}),
 }
 if GROUPED:
     MORE |= {
