@@ -7,13 +7,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from symdist_megatron.peaks import KEPT, KIND, RATES, counterparts
+
 COMMON = "symdist"
 """The key of what all optimizers of the chain have in common."""
 
-# What tells groups apart that another layout has as well; experts are in groups of their own on some layouts only.
-_KIND = ("wd_mult", "lr_mult", "is_decoupled_lr")
-# What a run may change from one part to the next, and tells groups of one kind apart.
-_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 _OWN = ("params", "is_expert_parallel")
 
 
@@ -30,7 +28,7 @@ def common_state(optimizers: Iterable[Any]) -> dict[str, Any]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             groups.setdefault(
-                _kind(group, *_KIND, *_RATES), {key: value for key, value in group.items() if key not in _OWN}
+                _kind(group, *KIND, *RATES), {key: value for key, value in group.items() if key not in _OWN}
             )
     return {"groups": groups}
 
@@ -76,15 +74,13 @@ def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, An
         ]
     saved = common["groups"]
     for group in holder["param_groups"]:
-        alike = [theirs for theirs in saved.values() if _kind(theirs, *_KIND) == _kind(group, *_KIND)]
-        exact = saved.get(_kind(group, *_KIND, *_RATES))
-        found = exact if exact is not None else alike[0] if len(alike) == 1 else None
-        if found is None:
+        alike = counterparts(group, saved.values())
+        if len(alike) != 1:
             raise ValueError(
                 f"the checkpoint has {'several param groups' if alike else 'no param group'} with "
-                f"{_kind(group, *_KIND)}, of {'; '.join(saved)}; use the lr and the config_overrides of the saved run"
+                f"{_kind(group, *KIND)}, of {'; '.join(saved)}; use the lr and the config_overrides of the saved run"
             )
-        group.update({key: value for key, value in found.items() if key not in (*_KIND, *_RATES)})
+        group.update({key: value for key, value in alike[0].items() if key not in (*KIND, *KEPT)})
     return part
 
 

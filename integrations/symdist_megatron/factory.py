@@ -21,6 +21,7 @@ from symdist.recipes import RecipeLike
 from symdist_megatron.homes import Homes, find_home
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options, check_features
+from symdist_megatron.peaks import follow_schedulers
 from symdist_megatron.routing import Routing, route_model
 from symdist_megatron.whole_step import WholeStep
 from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, SymDistLayerWise, stepped_by
@@ -93,6 +94,7 @@ def get_symdist_optimizer(
         if wrapper.optimizer is not None
     ]
     shared = _group(pg_collection, "embd", partial(parallel_state.get_embedding_group, check_initialized=False))
+    follow_schedulers()
     chain.attach(WholeStep(given, routing=routing, homes=homes, options=options, shared=shared))
     return chain
 

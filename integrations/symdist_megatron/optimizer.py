@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from symdist.borrowed import slots
+from symdist_megatron.peaks import KEPT
 from symdist_megatron.routing import Routing
 
 
@@ -60,7 +61,7 @@ class MegatronSymDist(torch.optim.AdamW):
         return int(next((group["step"] for group in self.param_groups), 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, into the tensors that are here.
+        """Load what `state_dict` gave, into the tensors that are here; what groups say to schedulers stays.
 
         Raises ValueError, before anything changes, where groups, rules or state do not match.
         """
@@ -75,12 +76,18 @@ class MegatronSymDist(torch.optim.AdamW):
             self.check_rules(theirs)
             steps = int(theirs.get("step", steps))
         pairs: list[tuple[Tensor, Tensor]] = []
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        if len(state_dict["state"]) > len(tensors):
+            raise ValueError(
+                f"the saved state is of {len(state_dict['state'])} tensors, this optimizer of {len(tensors)}"
+            )
+        # They are counted over all groups. What groups say of them may be another's: Megatron 0.16 takes groups that
+        # differ by their peaks alone for one.
+        for index, tensor in enumerate(tensors):
+            pairs += self._matched(tensor, state_dict["state"].get(index, {}))
+            steps = int(state_dict["state"].get(index, {}).get("step", steps))
         for group, theirs in zip(self.param_groups, saved, strict=True):
-            for tensor, index in zip(group["params"], theirs["params"], strict=True):
-                pairs += self._matched(tensor, state_dict["state"].get(index, {}))
-                steps = int(state_dict["state"].get(index, {}).get("step", steps))
-        for group, theirs in zip(self.param_groups, saved, strict=True):
-            group.update({key: value for key, value in theirs.items() if key not in ("params", "rules")})
+            group.update({key: value for key, value in theirs.items() if key not in ("params", "rules", *KEPT)})
         with torch.no_grad():
             for mine, value in pairs:
                 if mine is not value:

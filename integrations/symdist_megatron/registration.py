@@ -12,6 +12,7 @@ from typing import Any
 import megatron.core
 import megatron.core.optimizer as megatron_optimizer
 from megatron.core.optimizer import distrib_optimizer, optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from symdist_megatron.arguments import NAME, add_arguments, options_of
@@ -34,6 +35,7 @@ _NEEDED: dict[Any, tuple[str, ...]] = {
     ),
     optimizer.Float16OptimizerWithFloat16Params: ("float16_groups", "fp32_from_float16_groups"),
     optimizer.ChainedOptimizer: ("chained_optimizers", "prepare_grads", "step_with_ready_grads"),
+    OptimizerParamScheduler: ("load_state_dict", "override_opt_param_scheduler"),
     ProcessGroupCollection: ("setup_process_groups_for_optimizer", "intra_dp_cp_group", "intra_expt_dp_group"),
 }
 

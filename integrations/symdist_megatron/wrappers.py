@@ -1,6 +1,6 @@
 """Megatron's own wrappers around symdist: what of them must know of state that is not Adam's, and of steps together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from symdist_megatron.checkpoints import (
     without_groups,
 )
 from symdist_megatron.optimizer import MegatronSymDist
+from symdist_megatron.peaks import saved_rates, take_rates
 from symdist_megatron.pieces import Held
 from symdist_megatron.whole_step import Stepped, WholeStep
 
@@ -78,6 +79,7 @@ class SymDistChain(ChainedOptimizer):
     whole: WholeStep
     owned = False
     """Whether each data-parallel rank has parameters of its own."""
+    _saved_rates: Sequence[tuple[dict[str, Any], dict[str, Any]]] = ()
 
     def attach(self, whole: WholeStep) -> None:
         """Take the steps with `whole`."""
@@ -108,7 +110,10 @@ class SymDistChain(ChainedOptimizer):
         Raises ValueError, before anything changes, where groups, rules or state do not match.
         """
         if not (isinstance(state_dict, dict) and COMMON in state_dict):
+            # Megatron puts groups of its own choice in place of these as it loads.
+            saved = [list(part.get("optimizer", part).get("param_groups", ())) for part in self._parts(state_dict)]
             super().load_state_dict(state_dict)
+            self._note(saved)
             return
         common = state_dict[COMMON]
         for each in self.chained_optimizers:
@@ -117,6 +122,28 @@ class SymDistChain(ChainedOptimizer):
         parts = [with_groups(state_dict[i], common) for i in range(len(self.chained_optimizers))]
         for each, part in zip(self.chained_optimizers, parts, strict=True):
             each.load_state_dict(part)
+        self._note([list(common["groups"].values())] * len(parts))
+
+    def take_saved_rates(self) -> None:
+        """Let groups say to schedulers what they said in the checkpoint that was loaded, in place of this run's config.
+
+        Rates of matrices follow in proportion. Megatron's scheduler asks for it, see `peaks.follow_schedulers`.
+        """
+        for group, theirs in self._saved_rates:
+            take_rates(group, theirs)
+
+    def _parts(self, state_dict: Any) -> list[Any]:
+        """A loaded state by optimizer."""
+        if len(self.chained_optimizers) == 1:
+            return [state_dict]
+        return [state_dict[key] for key in sorted(state_dict)] if isinstance(state_dict, dict) else list(state_dict)
+
+    def _note(self, saved: list[list[dict[str, Any]]]) -> None:
+        self._saved_rates = [
+            pair
+            for each, theirs in zip(self.chained_optimizers, saved, strict=True)
+            for pair in zip(each.param_groups, saved_rates(each.param_groups, theirs), strict=True)
+        ]
 
     def rehearse(self) -> Counting:
         """Every collective of symdist's in a step on this rank, in order, with the bytes it sends; nothing moves.
