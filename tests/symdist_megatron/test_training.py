@@ -90,6 +90,11 @@ WAYS: dict[str, list[tuple[int, How]]] = {
         (2, replace(MIXED, distributed=False)),
     ],
     "stages": [(4, replace(FIRST, pp=2, distributed=True)), (2, replace(FIRST, ep=2, distributed=True))],
+    "stages of experts": [(4, replace(FIRST, pp=2, ep=2)), (4, replace(FIRST, ep=4))],
+    "stages of experts, distributed": [
+        (4, replace(FIRST, pp=2, ep=2, distributed=True)),
+        (4, replace(FIRST, ep=4, distributed=True)),
+    ],
     "tied stages": [(2, replace(PLAIN, pp=2, tied=True)), (2, replace(PLAIN, tied=True))],
 }
 
