@@ -1,9 +1,12 @@
 # Sourced: make .venv beside this repository with symdist and the named extras, once, and put it on the PATH.
 #   . launch/environment.sh launch        or        . launch/environment.sh launch,dev
-# PYTHON names the interpreter to make it with (3.11 or newer); TORCH the requirement to install PyTorch by.
+# The versions are those of launch/constraints.txt, on which the tests passed. SYMDIST_NEWEST=1 takes the newest of
+# everything instead, in .venv-newest, and prints what it installed.
+# PYTHON names the interpreter to make it with (3.11 or newer); TORCH another requirement to install PyTorch by.
 
 symdist_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-symdist_venv=${SYMDIST_VENV:-$symdist_root/.venv}
+symdist_newest=${SYMDIST_NEWEST:+-newest}
+symdist_venv=${SYMDIST_VENV:-$symdist_root/.venv$symdist_newest}
 
 symdist_python() {
     local candidate
@@ -18,14 +21,23 @@ symdist_python() {
 }
 
 symdist_install() {
-    local extras=$1 python mark
-    mark=$symdist_venv/.installed-$(cat "$symdist_root/pyproject.toml" "$symdist_root/setup.cfg" | cksum | cut -d' ' -f1)-$extras
-    [ -f "$mark" ] && return
+    local extras=$1 python mark torch pins
+    pins=$symdist_root/launch/constraints.txt
+    mark=$symdist_venv/.installed-$(cat "$symdist_root/pyproject.toml" "$symdist_root/setup.cfg" "$pins" | cksum | cut -d' ' -f1)-$extras
+    [ -f "$mark" ] && [ -z "$symdist_newest" ] && return
     python=$(symdist_python) || return 1
     echo "installing into $symdist_venv" >&2
     [ -x "$symdist_venv/bin/python" ] || "$python" -m venv "$symdist_venv" || return 1
-    "$symdist_venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-        "${TORCH:-torch==2.13.0}" --editable "$symdist_root[$extras]" || return 1
+    if [ -n "$symdist_newest" ]; then
+        "$symdist_venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+            "${TORCH:-torch}" --editable "$symdist_root[$extras]" || return 1
+        "$symdist_venv/bin/python" -m pip freeze --disable-pip-version-check --exclude-editable
+    else
+        torch=$(grep '^torch==' "$pins")
+        # Another PyTorch than the one pinned is its own business.
+        "$symdist_venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --constraint <(grep -v "^torch==" "$pins") "${TORCH:-$torch}" --editable "$symdist_root[$extras]" || return 1
+    fi
     touch "$mark"
 }
 

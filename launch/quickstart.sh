@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a small mixture of experts three times on the same text, under the symmetry stack, under Muon with AdamW, and
 # under AdamW, and set them side by side.
-#   bash launch/quickstart.sh [--nproc 2] [--recipe small-moe] [--steps 300] [--model olmoe-tiny] [any option of pretrain.py]
+#   bash launch/quickstart.sh [--newest] [--nproc 2] [--recipe small-moe] [--steps 300] [--model olmoe-tiny] [any option of pretrain.py]
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -16,6 +16,7 @@ while [ $# -gt 0 ]; do
             if [ "$1" = --nproc ]; then nproc=$2; else recipe=$2; fi
             shift 2
             ;;
+        --newest) export SYMDIST_NEWEST=1; shift ;;
         --nproc=*) nproc=${1#*=}; shift ;;
         --recipe=*) recipe=${1#*=}; shift ;;
         --set)

@@ -127,6 +127,7 @@ class SymDist(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group after construction; nothing is added where it raises ValueError."""
+        self._follow()
         group = dict(param_group)
         if "params" not in group:
             raise ValueError(f"a param group needs 'params'; this one has {', '.join(map(repr, group))}")
@@ -222,7 +223,7 @@ class SymDist(torch.optim.Optimizer):
                 "was sharded (fully_shard, prepare), or of another model? Build it afterwards, with "
                 "symdist.build_optimizer(model, recipe)"
             )
-        gradients = [gradient_of(member) for member in self._members] if not agreed.elsewhere else []
+        gradients = here
         if agreed.elsewhere:
             self._trail.before = "putting together gradients that lie otherwise than their weights"
             sum_up(moving, transport=self.transport)

@@ -55,6 +55,7 @@ CASES: dict[str, Case] = {
     "hybrid_experts": ((3, 5, 14), HYBRID | {"view": "gate_up_interleaved", "alpha": 1.0}),
     "polar_tall": ((29, 6), POLAR | {"alpha": 1.0}),
     "polar_wide": ((6, 29), POLAR),
+    "polar_padding_columns": ((10, 8), POLAR | {"view": "columns", "padding_rows": 3}),
     "polar_cubic": ((29, 6), POLAR | {"method": "newton_schulz", "steps": 20}),
     "polar_exact": ((6, 29), POLAR | {"method": "exact"}),
     "polar_experts": ((3, 11, 5), POLAR),

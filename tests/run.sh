@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
 # Everything a change must pass, from a fresh clone: makes the environment, then lint, types and tests.
-#   bash tests/run.sh [pytest arguments]
+#   bash tests/run.sh [--newest] [pytest arguments]
+# With --newest the environment is another, of the newest release of everything, and what it has is printed.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
+if [ "${1:-}" = --newest ]; then
+    export SYMDIST_NEWEST=1
+    shift
+fi
 . launch/environment.sh launch,deepspeed,megatron,dev
 ruff check .
 ruff format --check .
