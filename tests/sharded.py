@@ -206,11 +206,15 @@ def counted(
     optimizer = SymDist(
         [{"params": parameters, "lr": 0.1, **group}],
         transport=counting,
-        nonfinite="zero",
         exchange_dtype=exchange_dtype,
     )
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    return counting.sent, [moved.kind for moved in counting.log]
+    # The first is the agreement on gradients.
+    (agreement, *log) = counting.log
+    assert agreement.kind == "all_reduce"
+    return sum(moved.sent for moved in log), [moved.kind for moved in log]
 
 
 def counted_mixed(mesh: DeviceMesh, copies: int) -> list[str]:

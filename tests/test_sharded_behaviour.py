@@ -172,12 +172,12 @@ def test_what_rules_send(ranks: Ranks, world: int) -> None:
         assert sent == pytest.approx(2 * n * copies * share)
         assert kinds == ["all_reduce"] * 2
     for sent, kinds in ranks.run(world, sharded.counted, (29, n), RIGHT, copies):
-        # A Gram's triangle there; its root's and two norms back.
-        assert sent == pytest.approx((n * (n + 1) / 2 + 1) * copies * share)
-        assert kinds == ["reduce_scatter", "all_gather"]
+        # How large it is; a Gram's triangle there; its root's and two norms back.
+        assert sent == pytest.approx((n * (n + 1) / 2 + 2) * copies * share)
+        assert kinds == ["all_reduce", "reduce_scatter", "all_gather"]
     one = [sent for sent, _ in ranks.run(world, sharded.counted, (29, n), RIGHT, 1)]
     # A single Gram: its owner also hands the root out. No rank sends more than 2·n² numbers.
-    assert n * n * share / 2 < max(one) <= 2 * (n * n + 2) * 4
+    assert n * n * share / 2 < max(one) <= 2 * (n * n + 3) * 4
 
 
 @pytest.mark.parametrize("exchange_dtype", [None, torch.bfloat16])
