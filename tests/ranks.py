@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = 300
@@ -32,16 +33,21 @@ class Ranks:
     """A set of rank processes; a failure on any rank is raised here with that rank's traceback."""
 
     def __init__(self, size: int, grids: tuple[Shape, ...] = ()):
-        self.size = size
+        self.size, self._grids = size, grids
+        self._start()
+
+    def _start(self) -> None:
+        self._groups = 0
         self._directory = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         store = f"file://{self._directory.name}/store"
         self._pipes: list[Connection] = []
         self._processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, size, grids, store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, self._grids, store, theirs), daemon=True)
             process.start()
+            theirs.close()  # So that the end of the process ends the pipe.
             self._pipes.append(ours)
             self._processes.append(process)
 
@@ -58,9 +64,9 @@ class Ranks:
         else:
             where = (function.__module__, function.__qualname__)
         for pipe in pipes:
-            pipe.send((shape, where, args))
+            pipe.send((shape, where, args, self._groups))
         results: dict[int, Any] = {}
-        errors = []
+        errors, ended = [], False
         while len(results) < len(pipes):
             # After a failure the others may wait for the one that failed: they get a moment to fail too.
             ready = wait([pipe for i, pipe in enumerate(pipes) if i not in results], 10 if errors else TIMEOUT)
@@ -68,10 +74,19 @@ class Ranks:
                 break
             for pipe in ready:
                 rank = pipes.index(pipe)  # type: ignore[arg-type]
-                fine, results[rank] = pipe.recv()  # type: ignore[union-attr]
+                try:
+                    fine, results[rank], groups = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    self._processes[rank].join()
+                    fine, results[rank], groups = False, f"ended with {self._processes[rank].exitcode}", self._groups
+                    ended = True
+                self._groups = max(self._groups, groups)
                 if not fine:
                     errors.append(f"rank {rank} of {shape}:\n{results[rank]}")
         silent = [rank for rank in range(len(pipes)) if rank not in results]
+        if silent or ended:  # Left as they are, they would cost every later test its whole timeout.
+            self._end(patience=0)
+            self._start()
         assert not errors, "\n".join(errors)
         assert not silent, f"no answer from ranks {silent}"
         return [results[rank] for rank in range(len(pipes))]
@@ -80,9 +95,14 @@ class Ranks:
         """End the processes."""
         for pipe in self._pipes:
             pipe.send(None)
+        self._end(patience=10)
+
+    def _end(self, patience: float) -> None:
         for process in self._processes:
-            process.join(10)
+            process.join(patience)
             process.kill()
+        for pipe in self._pipes:
+            pipe.close()
         self._directory.cleanup()
 
 
@@ -103,12 +123,17 @@ def _serve(rank: int, size: int, grids: tuple[Shape, ...], store: str, pipe: Con
         if len(rest):
             DeviceMesh("cpu", rest.view([1] * (len(shape) - 1) + [-1]), mesh_dim_names=NAMES[len(shape)])
     while (message := pipe.recv()) is not None:
-        shape, (module, name), args = message
+        shape, (module, name), args, groups = message
+        # PyTorch names a group by how many this process has heard of. Where the ranks of a smaller mesh have made some,
+        # the others count on from there: names that differ would let the next group that all make wait for ever.
+        named = distributed_c10d._world
+        named.group_count = max(named.group_count, groups)
         try:
             function = getattr(importlib.import_module(module), name)
-            pipe.send((True, function(meshes[shape], *args)))
+            answer = True, function(meshes[shape], *args)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        pipe.send((*answer, named.group_count))
     dist.destroy_process_group()
 
 
