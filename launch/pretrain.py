@@ -1,15 +1,11 @@
-"""Pretrain a language model with a symdist recipe: torchrun --nproc_per_node=2 launch/pretrain.py --help."""
+"""Pretrain a language model with a symdist recipe: torchrun --nproc_per_node=2 -m launch.pretrain --help."""
 
 import sys
-from pathlib import Path
 
-# Run as a script, as torchrun does, Python looks for `launch` beside this file instead of around it.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launch.config import parse_as
-from launch.fsdp_config import FsdpRun
-from launch.fsdp_training import FsdpTraining
-from launch.job import end_with, run
+from launch.engines.fsdp.config import FsdpRun
+from launch.engines.fsdp.training import FsdpTraining
+from launch.loop.config import parse_as
+from launch.loop.job import end_with, run
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a small mixture of experts three times on the same text, under the symmetry stack, under Muon with AdamW, and
 # under AdamW, and set them side by side.
-#   bash launch/quickstart.sh [--newest] [--nproc 2] [--recipe small-moe] [--steps 300] [--model olmoe-tiny] [any option of pretrain.py]
+#   bash launch/quickstart.sh [--newest] [--nproc 2] [--recipe small-moe] [--steps 300] [--model olmoe-tiny] [any option of launch.pretrain]
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ while [ $# -gt 0 ]; do
             shift 2
             ;;
         --output | --output=*)
-            echo "error: quickstart chooses the output folders; use launch/pretrain.py to choose your own" >&2
+            echo "error: quickstart chooses the output folders; use launch.pretrain to choose your own" >&2
             exit 2
             ;;
         -h | --help)
@@ -49,7 +49,7 @@ for stack in "$recipe" muon adamw; do
     run=$folder/$(basename "$stack" .toml)
     [ -d "$run" ] && continue
     echo "== $stack" >&2
-    torchrun --standalone --nproc_per_node="$nproc" launch/pretrain.py --recipe "$stack" --output "$run" \
+    torchrun --standalone --nproc_per_node="$nproc" -m launch.pretrain --recipe "$stack" --output "$run" \
         "${options[@]}" "${settings[@]}"
     settings=()
     finished+=("$run")

@@ -1,9 +1,10 @@
 """symdist: symmetry-compatible optimizers for language-model pretraining on sharded weights."""
 
-from symdist.clipping import clip_grad_norm_
+from symdist.build import build_optimizer
+from symdist.gradients.clipping import clip_grad_norm_
 from symdist.optimizer import SymDist
-from symdist.recipes import load_recipe, recipe_names
-from symdist.routing import build_optimizer, route
+from symdist.routing.recipes import load_recipe, recipe_names
+from symdist.routing.route import route
 from symdist.rules import rule, rule_names
 
 __all__ = [

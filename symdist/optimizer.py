@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from symdist.accumulate import adamw_step, advance, inward
+from symdist.assignment import Routed, routed
 from symdist.exchange import (
     Collectives,
     Counting,
@@ -29,14 +29,14 @@ from symdist.exchange import (
     rehearse,
     run,
 )
-from symdist.finite import FLAGS, Agreed, NonFinite, agree, not_finite_error, ranks_that_agree, zeroed
-from symdist.groups import Member, check_stages, complete_group, describe_member, gradient_of, place_members
+from symdist.gradients.momentum import adamw_step, advance, inward
+from symdist.gradients.nonfinite import FLAGS, Agreed, NonFinite, agree, not_finite_error, ranks_that_agree, zeroed
+from symdist.gradients.partial_sums import bring_home, sum_up
 from symdist.layouts import Group, group_from, local
 from symdist.layouts.fsdp1 import is_flattened
-from symdist.partial import bring_home, sum_up
-from symdist.routed import Routed, routed
-from symdist.saved import as_tensor, asked_by_pytorch, check_state, read_saved
-from symdist.takeover import carried, changed, check_shapes, in_model
+from symdist.param_groups import Member, check_stages, complete_group, describe_member, gradient_of, place_members
+from symdist.replaced_params import carried, changed, check_shapes, in_model
+from symdist.state_checks import as_tensor, asked_by_pytorch, check_state, read_saved
 
 if TYPE_CHECKING:
     from symdist.diagnostics.steps import StepMonitor

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
-from symdist.exchange import Collectives, Counting, flat_placement
+from symdist.exchange import Collectives, Counting
+from symdist.exchange.planning import flat_plan
 from symdist.layouts import FlatLayout, group_from
 from symdist.layouts.flat import flat_bounds, flat_vector
 from tests.cases import CASES, LR, STEPS, tensors
@@ -84,12 +85,12 @@ def put_together(pieces: list[Tensor], given: dict[str, Any]) -> Tensor:
 
 def train_sending(mesh: DeviceMesh, way: str, dtype: torch.dtype) -> tuple[dict, dict]:
     """The same where sending costs nothing, so that whole matrices go to whoever has least to do."""
-    dear = flat_placement.FLOPS_PER_BYTE
-    flat_placement.FLOPS_PER_BYTE = 1e-12
+    dear = flat_plan.FLOPS_PER_BYTE
+    flat_plan.FLOPS_PER_BYTE = 1e-12
     try:
         return train(mesh, way, dtype, {})
     finally:
-        flat_placement.FLOPS_PER_BYTE = dear
+        flat_plan.FLOPS_PER_BYTE = dear
 
 
 def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dict, dict]:

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from symdist import SymDist, build_optimizer, clip_grad_norm_
 from symdist.exchange import Collectives, Counting
-from symdist.models import build, shard
+from symdist.tools.models import build, shard
 
 STEPS = 3
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
 from symdist.exchange import Collectives
-from symdist.exchange.transport import Handle
+from symdist.exchange.collectives.transport import Handle
 from symdist.layouts import Group, local
 from tests.grids import Way
 

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from symdist import build_optimizer
-from symdist.diagnostics.wire import Wire
-from symdist.models import build, shard
+from symdist.diagnostics.collective_counter import Wire
+from symdist.tools.models import build, shard
 
 
 def on_the_wire(

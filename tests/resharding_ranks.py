@@ -16,8 +16,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from symdist import SymDist, build_optimizer
 from symdist.layouts import local
-from symdist.models import shard
-from symdist.models.pieces import cut_parameters
+from symdist.tools.models import shard
+from symdist.tools.models.pieces import cut_parameters
 from tests.models import parallel_ranks
 
 BATCH = 12

@@ -13,7 +13,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from symdist import SymDist, build_optimizer, clip_grad_norm_
 from symdist.exchange import Collectives, Counting
-from symdist.exchange.reducing import answer_shared
+from symdist.exchange.collectives.reduce import answer_shared
 from symdist.layouts import layout_of
 from symdist.rules import Numerics, Root
 from tests import parity

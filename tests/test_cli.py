@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from symdist.cli import main
-from symdist.commands.preview import Routed, preview
-from symdist.commands.yardsticks import ADAMW, parts
-from symdist.models import build, names
+from symdist.tools.baselines import ADAMW, parts
+from symdist.tools.cli import main
+from symdist.tools.models import build, names
+from symdist.tools.preview import Routed, preview
 
 FULL_SIZE = [("olmoe-1b-7b", 8), ("qwen3-moe-30b-a3b", 8), ("qwen3-moe-30b-a3b", 64)]
 

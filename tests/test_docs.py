@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from symdist import SymDist, build_optimizer, route
-from symdist.models import build
-from symdist.recipes import load, load_recipe
+from symdist.routing.recipes import load, load_recipe
 from symdist.rules import registry
+from symdist.tools.models import build
 from tests import sharded
 from tests.ranks import Ranks
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from symdist import SymDist
-from symdist.borrowed import slots
+from symdist.engines.external_state import slots
 
 Group = dict[str, Any]
 

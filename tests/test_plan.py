@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from symdist.cli import main
-from symdist.commands.plan import parse_mesh, plan_step, smaller_meshes
-from symdist.commands.pretend import pretend
 from symdist.exchange import Counting
+from symdist.tools.cli import main
+from symdist.tools.plan import parse_mesh, plan_step, smaller_meshes
+from symdist.tools.simulate import pretend
 from tests import plan_ranks
 from tests.ranks import Ranks
 

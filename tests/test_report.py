@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from symdist.commands.preview import preview
-from symdist.commands.report import follow, live_table, report, run_table, write_page
-from symdist.commands.report_curves import curves, means, thin
-from symdist.commands.report_page import page, summary_columns
-from symdist.commands.runs import EVENTS, LOG, PLAN, ROUTING, RUN, SUMMARY, Reader, in_time, read_run, readers
+from symdist.tools.preview import preview
+from symdist.tools.report import follow, live_table, report, run_table, write_page
+from symdist.tools.report_curves import curves, means, thin
+from symdist.tools.report_page import page, summary_columns
+from symdist.tools.run_log import EVENTS, LOG, PLAN, ROUTING, RUN, SUMMARY, Reader, in_time, read_run, readers
 
 NOW = 1_800_000_000.0
 HOSTILE = "</script><script>throw 1</script><!--"

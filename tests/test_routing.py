@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from symdist import build_optimizer, load_recipe, recipe_names, route
-from symdist.models import build, names
-from symdist.roles import find_sites, norm_role
+from symdist.routing.sites import find_sites, norm_role
+from symdist.tools.models import build, names
 
 BLOCK = {
     "self_attn.q_proj.weight": "attention_q",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from symdist.exchange import Task, run
-from symdist.exchange.requests import Return, Ship
-from symdist.exchange.routes import Route
+from symdist.exchange.collectives.grid_redistribution import Route
+from symdist.exchange.collectives.redistribution import Return, Ship
 from symdist.layouts import Group, cut_along
 from symdist.rules import Sum
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from symdist import SymDist, clip_grad_norm_
-from symdist.exchange.balance import balance
+from symdist.exchange.collectives.balance import balance
 from symdist.rules import Numerics, inverse_root
 from tests import parity, sharded
 from tests.ranks import Ranks

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from symdist import SymDist, build_optimizer
 from symdist.layouts import Group
-from symdist.models import build
 from symdist.rules import Matrix, answer_alone, get_rule
+from symdist.tools.models import build
 from tests import flat_ranks
 from tests import shared_rotation_ranks as shared
 from tests.grids import WAYS

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from symdist.commands.pretend import pretend
-from symdist.commands.yardsticks import ADAMW, NAMES, AllGatherMuon, build_yardstick, describe_yardstick, parts, refusal
-from symdist.diagnostics.wire import Wire
-from symdist.models import build
-from symdist.rules.roots import Numerics, polar_in_bfloat16
+from symdist.diagnostics.collective_counter import Wire
+from symdist.rules.linalg.inverse_root import Numerics, polar_in_bfloat16
+from symdist.tools.baselines import ADAMW, NAMES, AllGatherMuon, build_yardstick, describe_yardstick, parts, refusal
+from symdist.tools.models import build
+from symdist.tools.simulate import pretend
 from tests.ranks import Ranks
 
 SHAPES = [(8, 6), (6, 12), (5, 3), (4, 6, 8), (3, 4, 4)]

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from symdist import build_optimizer, clip_grad_norm_
 from symdist.exchange import Collectives, Counting
-from symdist.models import build, shard
+from symdist.tools.models import build, shard
 from tests.models.parallel_ranks import Mesh, full, mesh_of
 
 STEPS = 50

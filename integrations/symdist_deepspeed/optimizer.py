@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from symdist.borrowed import SLOTS, BorrowedState, slots
-from symdist.groups import flat_parts
+from symdist.engines.external_state import SLOTS, BorrowedState, slots
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
+from symdist.param_groups import flat_parts
 from symdist_deepspeed.options import Options
 from symdist_deepspeed.routing import Routed
 from symdist_deepspeed.transport import transport_for
 
 if TYPE_CHECKING:
-    from symdist_deepspeed.partitions import Part, Stepped
+    from symdist_deepspeed.layout import Part, Stepped
 
 
 class DeepSpeedSymDist(torch.optim.Optimizer):

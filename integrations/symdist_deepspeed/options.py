@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from symdist.optimizer import WAVE_BYTES
-from symdist.recipes import Recipe, load_recipe
+from symdist.routing.recipes import Recipe, load_recipe
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -12,8 +12,8 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
 
 import symdist
-from symdist.groups import complete_group
-from symdist.recipes import Recipe
+from symdist.param_groups import complete_group
+from symdist.routing.recipes import Recipe
 from symdist_deepspeed.options import Options
 from symdist_deepspeed.tensor_parallel import cut_of, tensor_parallel_group
 

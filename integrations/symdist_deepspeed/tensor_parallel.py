@@ -8,7 +8,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from symdist.layouts import FlatLayout, Grid, Layout, Split
-from symdist_deepspeed.partitions import Block, Stepped, ranks_of
+from symdist_deepspeed.layout import Block, Stepped, ranks_of
 
 _META = "ds_autotp_universal_checkpoint_meta"
 

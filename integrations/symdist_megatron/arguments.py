@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from symdist.recipes import parse_overrides
+from symdist.routing.recipes import parse_overrides
 
 NAME = "symdist"
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

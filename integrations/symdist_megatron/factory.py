@@ -15,15 +15,15 @@ from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOpt
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from symdist.finite import NonFinite
+from symdist.gradients.nonfinite import NonFinite
 from symdist.optimizer import WAVE_BYTES
-from symdist.recipes import RecipeLike
-from symdist_megatron.homes import Homes, find_home
+from symdist.routing.recipes import RecipeLike
+from symdist_megatron.joint_step import WholeStep
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options, check_features
 from symdist_megatron.peaks import follow_schedulers
+from symdist_megatron.rank_grid import Homes, find_home
 from symdist_megatron.routing import Routing, route_model
-from symdist_megatron.whole_step import WholeStep
 from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, SymDistLayerWise, stepped_by
 
 WRAPS = "_get_megatron_optimizer_based_on_param_groups"

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.borrowed import slots
+from symdist.engines.external_state import slots
 from symdist_megatron.peaks import KEPT
 from symdist_megatron.routing import Routing
 

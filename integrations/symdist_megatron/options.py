@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from symdist.finite import NonFinite
+from symdist.gradients.nonfinite import NonFinite
 from symdist.optimizer import WAVE_BYTES
-from symdist.recipes import Recipe, RecipeLike, load_recipe
+from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ from megatron.core.transformer.moe import experts, router
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from torch import nn
 
-from symdist.recipes import Recipe
-from symdist.roles import Site, norm_role
-from symdist_megatron.homes import Homes
-from symdist_megatron.windows import Window
+from symdist.routing.recipes import Recipe
+from symdist.routing.sites import Site, norm_role
+from symdist_megatron.rank_grid import Homes
+from symdist_megatron.strided_slice import Window
 
 # megatron-core 0.17 dropped the first.
 _EXPERTS = tuple(

@@ -7,11 +7,11 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from symdist.groups import complete_group, coordinate_wise
-from symdist.routing import check_patterns, route_sites
-from symdist_megatron.homes import Homes
+from symdist.param_groups import complete_group, coordinate_wise
+from symdist.routing.route import check_patterns, route_sites
 from symdist_megatron.options import Options, Scaled, scaled
 from symdist_megatron.parameters import Described, Unit, describe
+from symdist_megatron.rank_grid import Homes
 
 _VOCABULARIES = ("embedding", "tied_embedding", "head")
 

@@ -20,10 +20,10 @@ from symdist_megatron.checkpoints import (
     with_groups,
     without_groups,
 )
+from symdist_megatron.joint_step import Stepped, WholeStep
+from symdist_megatron.layout import Held
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.peaks import saved_rates, take_rates
-from symdist_megatron.pieces import Held
-from symdist_megatron.whole_step import Stepped, WholeStep
 
 
 class SymDistDistributedOptimizer(DistributedOptimizer):

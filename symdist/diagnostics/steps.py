@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from symdist.layouts import FlatLayout, Layout
-from symdist.rules.roots import InverseRoot
+from symdist.rules.linalg.inverse_root import InverseRoot
 
 Sums = dict[str, list[float]]
 

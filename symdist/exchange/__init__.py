@@ -1,13 +1,13 @@
 """The exchange: decides where rules run and answers what they ask of other ranks."""
 
-from symdist.exchange.flat_jobs import FlatJob
-from symdist.exchange.jobs import Given, Job, Made, Placement, Stack
-from symdist.exchange.placement import Plan, place
-from symdist.exchange.rehearsal import rehearse
-from symdist.exchange.scheduler import Task, run
-from symdist.exchange.stages import InStage
-from symdist.exchange.trail import ExchangeError, Trail
-from symdist.exchange.transport import Collectives, Counting, Transport
+from symdist.exchange.collectives.progress import ExchangeError, Trail
+from symdist.exchange.collectives.residual_sums import InStage
+from symdist.exchange.collectives.transport import Collectives, Counting, Transport
+from symdist.exchange.execution.flat_job import FlatJob
+from symdist.exchange.execution.job import Given, Job, Made, Placement, Stack
+from symdist.exchange.execution.scheduler import Task, run
+from symdist.exchange.planning.dry_run import rehearse
+from symdist.exchange.planning.plan import Plan, place
 
 __all__ = [
     "Collectives",

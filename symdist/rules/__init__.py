@@ -1,10 +1,10 @@
 """The rules: each is mathematics on a matrix, and none knows how that matrix is sharded."""
 
 from symdist.rules import adamw, aro, aurora, hybrid, muon, normuon, row_norm, scion, spectral
+from symdist.rules.linalg.inverse_root import InverseRoot, Numerics, inverse_root
 from symdist.rules.matrix import Matrix, Places, center_rows
 from symdist.rules.registry import ACCUMULATOR_STATE, Rule, get_rule, rule, rule_names
 from symdist.rules.requests import Asking, Orthonormal, Request, Root, Stage, Sum, answer_alone, relayed
-from symdist.rules.roots import InverseRoot, Numerics, inverse_root
 
 __all__ = [
     "ACCUMULATOR_STATE",

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import torch
 
+from symdist.rules.linalg.inverse_root import Method, Numerics
 from symdist.rules.matrix import Matrix, center_rows
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking
-from symdist.rules.roots import Method, Numerics
 from symdist.rules.row_norm import Eps, unit_rows
 from symdist.rules.spectral import Scale, Side, check_scale, polar_factor, scaled, spectral_splits
 

@@ -5,10 +5,10 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
+from symdist.rules.linalg.inverse_root import Method, Numerics, polar_in_bfloat16
 from symdist.rules.matrix import Matrix
 from symdist.rules.registry import Split, rule
 from symdist.rules.requests import Asking
-from symdist.rules.roots import Method, Numerics, polar_in_bfloat16
 from symdist.rules.spectral import Side, polar_factor, spectral_splits
 
 MuonScale: TypeAlias = Literal["spectral", "match_rms", "none"]

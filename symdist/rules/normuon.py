@@ -2,11 +2,11 @@
 
 import torch
 
+from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.matrix import Matrix
 from symdist.rules.muon import MuonScale, Precision, check_precision, muon_polar, muon_scale, muon_splits
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking, Sum
-from symdist.rules.roots import Method
 from symdist.rules.spectral import Side
 
 

@@ -6,8 +6,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
-from symdist.rules.orthonormal import orthonormal, orthonormal_operations
-from symdist.rules.roots import InverseRoot, Numerics, inverse_root
+from symdist.rules.linalg.inverse_root import InverseRoot, Numerics, inverse_root
+from symdist.rules.linalg.orthonormal import orthonormal, orthonormal_operations
 
 T = TypeVar("T")
 Axis: TypeAlias = Literal["rows", "columns", "all"]

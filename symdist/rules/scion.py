@@ -5,10 +5,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from symdist.rules.linalg.inverse_root import Method, Numerics
 from symdist.rules.matrix import Matrix
 from symdist.rules.registry import Split, rule
 from symdist.rules.requests import Asking
-from symdist.rules.roots import Method, Numerics
 from symdist.rules.row_norm import unit_rows
 from symdist.rules.spectral import Side, polar_factor, spectral_splits
 

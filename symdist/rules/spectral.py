@@ -6,10 +6,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from symdist.rules.linalg.inverse_root import InverseRoot, Method, Numerics
 from symdist.rules.matrix import Matrix, at_unit_scale, center_rows
 from symdist.rules.registry import Split, rule
 from symdist.rules.requests import Asking, Root
-from symdist.rules.roots import InverseRoot, Method, Numerics
 
 Side: TypeAlias = Literal["auto", "right", "left"]
 Scale: TypeAlias = Literal["nuclear", "nuclear_over_frobenius", "none"]

@@ -14,9 +14,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from symdist import build_optimizer
 from symdist.diagnostics import StepMonitor
 from symdist.exchange import Collectives, ExchangeError
-from symdist.exchange.transport import Handle
+from symdist.exchange.collectives.transport import Handle
 from symdist.layouts import Group
-from symdist.models import shard
+from symdist.tools.models import shard
 from tests.models.parallel_ranks import Mesh
 from tests.training_ranks import batches, mesh_over, small
 

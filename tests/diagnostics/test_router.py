@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import symdist.models as models
+import symdist.tools.models as models
 from symdist.diagnostics import RouterMonitor
 
 MOE = ["gpt-oss-tiny", "olmoe-tiny", "qwen3-moe-tiny"]

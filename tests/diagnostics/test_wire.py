@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from symdist.diagnostics import wire
-from symdist.diagnostics.wire import Passed, Wire
+from symdist.diagnostics import collective_counter
+from symdist.diagnostics.collective_counter import Passed, Wire
 from symdist.exchange import Collectives, Counting
 from symdist.layouts import Group
 from tests.ranks import Ranks
@@ -208,7 +208,9 @@ def test_the_counting_transport_counts_the_same(ranks: Ranks) -> None:
 def test_every_collective_of_this_pytorch_is_known() -> None:
     names = {schema.name for schema in torch._C._jit_get_all_schemas()}
     spaces = ("c10d::", "_c10d_functional::", "_dtensor::")
-    assert {name for name in names if name.startswith(spaces)} <= wire._KNOWN.keys() | wire._NOTHING_SENT
+    assert {
+        name for name in names if name.startswith(spaces)
+    } <= collective_counter._KNOWN.keys() | collective_counter._NOTHING_SENT
 
 
 def test_what_is_not_known_is_refused_before_it_runs() -> None:

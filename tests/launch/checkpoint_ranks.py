@@ -79,7 +79,7 @@ def listing(directory: Path) -> dict[str, str]:
 
 def refusal(call: Callable[[], object]) -> str:
     """Return the message of the CheckpointError that ``call`` raises, or a note that it raised none."""
-    from launch.checkpoint import CheckpointError
+    from launch.checkpoints.sharded import CheckpointError
 
     try:
         call()
@@ -130,7 +130,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def continues(out: Path) -> dict[str, Any]:
     """Save amid training, go on, and go on again from the checkpoint with everything else different."""
-    from launch.checkpoint import load, save
+    from launch.checkpoints.sharded import load, save
 
     model, optimizer = build(1)
     seed_rank(10)
@@ -157,7 +157,7 @@ def continues(out: Path) -> dict[str, Any]:
 
 def refuses(out: Path) -> dict[str, Any]:
     """Try to load damaged copies of a good checkpoint."""
-    from launch.checkpoint import load
+    from launch.checkpoints.sharded import load
 
     good = out / "run" / "step-00000003"
     model, optimizer = build(3)
@@ -195,7 +195,7 @@ def enumerate_state(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.T
 
 def fails_to_write(out: Path) -> dict[str, Any]:
     """Fail on one rank only, in the shards and then in the file of random states; then save for good."""
-    import launch.checkpoint as checkpoint
+    import launch.checkpoints.sharded as checkpoint
 
     model, optimizer = build(4)
 
@@ -237,7 +237,7 @@ def fails_to_write(out: Path) -> dict[str, Any]:
 
 def keeps(out: Path) -> dict[str, Any]:
     """Save five times and keep two; then save again from an earlier step."""
-    from launch.checkpoint import latest, save
+    from launch.checkpoints.sharded import latest, save
 
     model, optimizer = build(5)
     seen: dict[str, Any] = {"none": latest(out / "kept")}

@@ -35,7 +35,7 @@ def torchrun(corpus: Path, output: Path, *more: str, steps: int, ranks: int = 2,
     return [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"),
         *(f"--max-restarts={restarts}", "--monitor-interval=0.05"),
-        *("launch/pretrain.py", *options(corpus, output, steps=steps), *more),
+        *("-m", "launch.pretrain", *options(corpus, output, steps=steps), *more),
     ]
 
 

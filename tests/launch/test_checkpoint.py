@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from launch.checkpoint import CheckpointError, latest, load, save
+from launch.checkpoints.sharded import CheckpointError, latest, load, save
 
 ROOT = Path(__file__).parents[2]
 RANKS = Path(__file__).with_name("checkpoint_ranks.py")
@@ -179,7 +179,7 @@ def test_unserialisable_trainer_value_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_metadata_cannot_run_code(tmp_path: Path) -> None:
-    from launch.checkpoint import _Reader
+    from launch.checkpoints.sharded import _Reader
 
     class Harm:
         def __reduce__(self) -> tuple[Any, ...]:

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import Config, parse_as
-from launch.deepspeed_config import DeepSpeedRun
-from symdist.commands.runs import read_run
+from launch.engines.deepspeed.config import DeepSpeedRun
+from launch.loop.config import Config, parse_as
+from symdist.tools.run_log import read_run
 from tests.launch import netns
 from tests.launch.netns import Node, two_nodes
 from tests.launch.node_stubs import call, python, without_ip
 from tests.launch.runs import ROOT, options, trained, validated, write_corpus
 
 STEPS = 40
-MULTINODE = "launch/multinode.sh"
+MULTINODE = "launch/cluster/multinode.sh"
 OLMOE = "launch/configs/olmoe-tiny.toml"
 PLACE = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "NPROC": "2"}
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*")])
+SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/cluster/*")])
 MODELS = ("olmoe-1b-7b", "qwen3-0.6b", "gemma3-1b", "gpt-oss-small")
 
 
@@ -55,7 +55,7 @@ def test_configs_of_the_paper(model: str) -> None:
     ],
 )
 def test_what_is_missing_or_wrong_is_said(change: dict[str, str], message: str, tmp_path: Path) -> None:
-    done = call(MULTINODE, OLMOE, **({"PYTHON": python(tmp_path)} | PLACE | change))
+    done = call(MULTINODE, "pretrain", OLMOE, **({"PYTHON": python(tmp_path)} | PLACE | change))
     assert (done.returncode, done.stdout) == (2, "")
     assert message in done.stderr
 
@@ -64,17 +64,18 @@ def test_a_config_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     broken = tmp_path / "broken.toml"
     broken.write_text("steps =")
     for config, message in (("missing.toml", "no config missing.toml"), (broken, f"config {broken}:")):
-        done = call(MULTINODE, config, **PLACE, PYTHON=python(tmp_path))
+        done = call(MULTINODE, "pretrain", config, **PLACE, PYTHON=python(tmp_path))
         assert done.returncode == 2
         assert message in done.stderr
-    assert "give a CONFIG" in call(MULTINODE, **PLACE).stderr
+    assert "give a CONFIG" in call(MULTINODE, "pretrain", **PLACE).stderr
+    assert "the first word is 'pretrain_deepsped', not pretrain, " in call(MULTINODE, "pretrain_deepsped").stderr
     assert "MAX_RESTARTS" in call(MULTINODE, "--help").stdout
 
 
-@pytest.mark.parametrize("entry", ["", "_deepspeed", "_megatron"])
+@pytest.mark.parametrize("entry", ["pretrain", "pretrain_deepspeed", "pretrain_megatron"])
 def test_dry_run_prints_every_node_and_starts_nothing(entry: str, tmp_path: Path) -> None:
     output = tmp_path / "out put"
-    words = (f"launch/multinode{entry}.sh", OLMOE, "--output", output, "--dry-run", "--steps", "7")
+    words = (MULTINODE, entry, OLMOE, "--output", output, "--dry-run", "--steps", "7")
     done = call(*words, NNODES="3", NPROC="8", MASTER_ADDR="no.such.host", PYTHON=python(tmp_path))
     assert done.returncode == 0, done.stderr
     assert not output.exists()
@@ -84,9 +85,9 @@ def test_dry_run_prints_every_node_and_starts_nothing(entry: str, tmp_path: Path
         assert f"is_host={'true' if rank == 0 else 'false'},join_timeout=1800" in block
         assert "--nnodes=3 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=no.such.host:29500" in block
         assert f"-{rank} --redirects=3 --tee=0:3" in block
-        assert f"launch/pretrain{entry}.py --config {OLMOE} --output" in block
-        assert ("CUDA_DEVICE_MAX_CONNECTIONS=1" in block) == (entry == "_megatron")
-    assert f"checked NNODES=3 NPROC=8: {ROOT}/launch/pretrain{entry}.py --dry-run --config {OLMOE}" in done.stdout
+        assert f"-m launch.{entry} --config {OLMOE} --output" in block
+        assert ("CUDA_DEVICE_MAX_CONNECTIONS=1" in block) == (entry == "pretrain_megatron")
+    assert f"checked NNODES=3 NPROC=8: -m launch.{entry} --dry-run --config {OLMOE}" in done.stdout
     assert "cannot tell how to reach no.such.host" in done.stderr
 
 
@@ -99,14 +100,14 @@ def test_options_find_the_output_and_resuming_is_added_once(tmp_path: Path) -> N
         ([plain, "--resume", "there", "--output", "given"], "given/logs", 0),
         ([OLMOE], "runs/olmoe-tiny/logs", 0),
     ):
-        done = call(MULTINODE, *words, **PLACE, DRY_RUN="1", PYTHON=python(tmp_path))
+        done = call(MULTINODE, "pretrain", *words, **PLACE, DRY_RUN="1", PYTHON=python(tmp_path))
         command = done.stdout.split("node 0:")[1].split("node 1:")[0]
         assert f"--log-dir={folder}" in command
         assert command.count("--resume auto") == resumes
 
 
 def test_network_choice_is_left_alone_where_it_is_made_or_cannot_be(tmp_path: Path) -> None:
-    words = (MULTINODE, OLMOE, "--output", tmp_path / "run")
+    words = (MULTINODE, "pretrain", OLMOE, "--output", tmp_path / "run")
     given = {"IFACE": "ib0", "NODE_ADDR": "10.9.9.9", "GLOO_SOCKET_IFNAME": "eth7"}
     done = call(*words, **PLACE, **given, OMP_NUM_THREADS="3", PYTHON=python(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -120,7 +121,7 @@ def test_network_choice_is_left_alone_where_it_is_made_or_cannot_be(tmp_path: Pa
 
 
 def test_exit_codes_and_leftover_ranks(tmp_path: Path) -> None:
-    words = (MULTINODE, OLMOE, "--output", tmp_path / "run")
+    words = (MULTINODE, "pretrain", OLMOE, "--output", tmp_path / "run")
     place = PLACE | {"NNODES": "1"}
     assert call(*words, **place, PYTHON=python(tmp_path, torchrun="exit 7")).returncode == 7
     # An agent that is killed leaves ranks behind, in sessions of their own.
@@ -146,7 +147,7 @@ class Cluster:
     def start(self, output: Path, rank: int, *, node: int | None = None) -> subprocess.Popen[bytes]:
         """Start one node of a run; `node`, where it is not of the same number."""
         variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": self.nodes[0].address, "NPROC": "2"}
-        words = ["bash", MULTINODE, str(self.config), *options(self.corpus, output, steps=STEPS)]
+        words = ["bash", MULTINODE, "pretrain", str(self.config), *options(self.corpus, output, steps=STEPS)]
         words += ["--batch", "8", "--checkpoint-every", "5", "--keep", "20", "--resume", "auto"]
         place = self.nodes[rank if node is None else node]
         # Two seconds instead of five, so that the test waits less for a lost node to be struck off.
@@ -201,7 +202,7 @@ def test_address_and_interface_are_those_that_reach_node_0(tmp_path: Path) -> No
         for rank, node in enumerate(nodes):
             log = tmp_path / f"{rank}.log"
             variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": nodes[0].address, "NPROC": "1"}
-            words = ["bash", MULTINODE, OLMOE, "--dry-run"]
+            words = ["bash", MULTINODE, "pretrain", OLMOE, "--dry-run"]
             started = node.start(words, log=log, variables=variables | {"PYTHON": str(python(tmp_path))})
             assert started.wait(timeout=120) == 0, log.read_text()
             block = log.read_text().split(f"node {rank}:")[1].split("node ")[0]

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launch.config import Config, parse_as
-from launch.fsdp_config import FsdpRun, Mesh
-from launch.job import run
-from launch.runlog import check_folder
-from symdist import cli
-from symdist.commands.runs import read_run
+from launch.engines.fsdp.config import FsdpRun, Mesh
+from launch.loop.config import Config, parse_as
+from launch.loop.job import run
+from launch.records.run_log import check_folder
+from symdist.tools import cli
+from symdist.tools.run_log import read_run
 from tests.launch.runs import ROOT, environment, finished, options, run_fsdp, stop, torchrun, trained, write_corpus
 
 STEPS = 30
@@ -252,12 +252,12 @@ def test_a_start_again_goes_on_without_being_told(corpus: Path, whole: Path, tmp
     (output / "summary.json").unlink()
     shutil.rmtree(output / "checkpoints" / "step-00000030")
     lost = "import os, sys; os.environ['TORCHELASTIC_RESTART_COUNT'] = '1'; sys.argv = sys.argv[1:]; import runpy; "
-    start = [sys.executable, "-c", lost + "runpy.run_path(sys.argv[0], run_name='__main__')"]
+    start = [sys.executable, "-c", lost + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "mine"}
     (output / ".launch").write_text("mine")
     done = subprocess.run(
-        [*start, "launch/pretrain.py", *options(corpus, output, steps=STEPS), "--accumulation", "4"],
+        [*start, "launch.pretrain", *options(corpus, output, steps=STEPS), "--accumulation", "4"],
         cwd=ROOT,
         env=environment() | alone,
         capture_output=True,

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 import symdist
-from launch import checkpoint_directory, deepspeed_checkpoint, pretrain_deepspeed
-from launch.checkpoint_directory import CheckpointError, DamagedCheckpoint, describe_files
-from launch.deepspeed_checkpoint import JOB
-from launch.deepspeed_config import DeepSpeedRun, precision, zero_stage
-from symdist.commands.report import report
-from symdist.commands.runs import read_run
-from symdist.models import build, names
-from symdist.recipes import load_recipe
+from launch.checkpoints import directory
+from launch.checkpoints.directory import CheckpointError, DamagedCheckpoint, describe_files
+from launch.engines.deepspeed import checkpoint, entry
+from launch.engines.deepspeed.checkpoint import JOB
+from launch.engines.deepspeed.config import DeepSpeedRun, precision, zero_stage
+from symdist.routing.recipes import load_recipe
+from symdist.tools.models import build, names
+from symdist.tools.report import report
+from symdist.tools.run_log import read_run
 from tests.launch.runs import ROOT, environment, options, stop, trained, validated, write_corpus
 
 if importlib.util.find_spec("deepspeed") is None:
@@ -52,7 +53,7 @@ def job(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         path = folder / f"{len(list(folder.iterdir()))}.json"
         path.write_text(json.dumps(content))
         own = ("--deepspeed", str(path), "--aux-loss", "0.01", *more)
-        return ["launch/pretrain_deepspeed.py", *options(corpus, output, steps=STEPS), *own]
+        return ["-m", "launch.pretrain_deepspeed", *options(corpus, output, steps=STEPS), *own]
 
     return arguments
 
@@ -62,7 +63,7 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The FSDP2 job, from start to end."""
     output = tmp_path_factory.mktemp("runs") / "fsdp"
     own = ("--aux-loss", "0.01", "--keep", "1")
-    done = train(*TORCHRUN, "--nproc_per_node=2", "launch/pretrain.py", *options(corpus, output, steps=STEPS), *own)
+    done = train(*TORCHRUN, "--nproc_per_node=2", "-m", "launch.pretrain", *options(corpus, output, steps=STEPS), *own)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -171,20 +172,20 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
         path = save(f"{name}.writing", **job)
         final = tmp_path / name
         files = describe_files([path / MODEL_STATES])
-        checkpoint_directory.publish(path, final, world=1, identity={"seed": 1}, files=files)
-        deepspeed_checkpoint.point_to(final)
+        directory.publish(path, final, world=1, identity={"seed": 1}, files=files)
+        checkpoint.point_to(final)
         return final
 
     def check(path: Path, *, stage: int = 1, universal: bool = False, seed: int = 1) -> None:
         asked = {"directory": tmp_path, "identity": {"seed": seed}, "rank": 0, "world": 1}
-        deepspeed_checkpoint.checked_job(path, stage=stage, universal=universal, **asked)
+        checkpoint.checked_job(path, stage=stage, universal=universal, **asked)
 
-    assert deepspeed_checkpoint.newest_universal(tmp_path) is None
+    assert checkpoint.newest_universal(tmp_path) is None
     with pytest.raises(DamagedCheckpoint, match="was never finished"):
         check(save("step-00000010.writing"))
     path = publish("step-00000010")
     with pytest.raises(CheckpointError, match="says load_universal, but no checkpoint in"):
-        deepspeed_checkpoint.newest_universal(tmp_path)
+        checkpoint.newest_universal(tmp_path)
     check(path)
     for asked, message in (
         ({"seed": 2}, "seed is 1 there, 2 here"),
@@ -196,7 +197,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     universal = save("converted")
     (universal / "zero").mkdir()
     (tmp_path / "latest_universal").write_text("converted")
-    assert deepspeed_checkpoint.newest_universal(tmp_path) == universal
+    assert checkpoint.newest_universal(tmp_path) == universal
     check(universal, universal=True)
     with pytest.raises(CheckpointError, match="is universal; give the DeepSpeed config"):
         check(universal)
@@ -208,10 +209,10 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
         check(newer)
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="is no checkpoint of DeepSpeed's"):
-        deepspeed_checkpoint.read_job(tmp_path / "other")
+        checkpoint.read_job(tmp_path / "other")
     torch.save({}, tmp_path / "other" / MODEL_STATES)
     with pytest.raises(CheckpointError, match="written by another program"):
-        deepspeed_checkpoint.read_job(tmp_path / "other")
+        checkpoint.read_job(tmp_path / "other")
 
 
 def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
@@ -220,7 +221,7 @@ def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(sys, "argv", arguments)
-    assert pretrain_deepspeed.main() == 2
+    assert entry.main() == 2
     return capsys.readouterr().err
 
 
@@ -316,6 +317,6 @@ def test_configs_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_local_rank_is_taken_from_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     given = ["--local_rank=1", "--steps", "3", "--local-rank", "2"]
-    assert list(pretrain_deepspeed._without_local_rank(given)) == ["--steps", "3"]
+    assert list(entry._without_local_rank(given)) == ["--steps", "3"]
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert list(pretrain_deepspeed._without_local_rank(given)) == ["--steps", "3"]
+    assert list(entry._without_local_rank(given)) == ["--steps", "3"]

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from launch import pretrain_megatron
-from launch.config import parse_as
-from launch.megatron_config import MegatronRun
-from symdist.commands.report import report
-from symdist.commands.runs import read_run
+from launch.engines.megatron import entry
+from launch.engines.megatron.config import MegatronRun
+from launch.loop.config import parse_as
+from symdist.tools.report import report
+from symdist.tools.run_log import read_run
 from tests.launch.runs import ROOT, environment, lines, options, stop, trained, validated, write_corpus
 
 # Not by importing it: the stand-ins for CUDA would have to come before.
@@ -41,8 +41,15 @@ def arguments(corpus: Path, output: Path, layout: str, *more: str) -> list[str]:
     data, *own = LAYOUTS[layout]
     losses = ("--model", "qwen3-moe-tiny", "--aux-loss", "0.01", "--z-loss", "0.001")
     micro = ("--accumulation", MICRO_BATCHES[int(data)])
-    script = "launch/pretrain_megatron.py"
-    return [script, *options(corpus, output, steps=STEPS), *losses, *micro, *map(str, own), *more]
+    return [
+        "-m",
+        "launch.pretrain_megatron",
+        *options(corpus, output, steps=STEPS),
+        *losses,
+        *micro,
+        *map(str, own),
+        *more,
+    ]
 
 
 def train(*command: str) -> subprocess.CompletedProcess[str]:
@@ -58,8 +65,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The FSDP2 job, from start to end."""
     output = tmp_path_factory.mktemp("runs") / "fsdp"
-    _, *rest = arguments(corpus, output, "data")
-    done = train(*TORCHRUN, "launch/pretrain.py", *rest)
+    _, _, *rest = arguments(corpus, output, "data")
+    done = train(*TORCHRUN, "-m", "launch.pretrain", *rest)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -177,16 +184,18 @@ def test_the_batch_splits_over_data_parallel_ranks_alone() -> None:
     assert run.padded(300) == run.padded(384) == 384
 
 
-@pytest.mark.parametrize("missing", ["megatron", "tests.symdist_megatron.on_cpu"])
+@pytest.mark.parametrize("missing", ["megatron", "GPUs"])
 def test_it_says_what_is_missing(
     missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr(sys, "argv", ["pretrain_megatron.py"])
-    assert pretrain_megatron.main() == 2
+    monkeypatch.setattr("torch.cuda.is_available", lambda: missing == "GPUs")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    if missing == "megatron":
+        monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(sys, "argv", ["pretrain_megatron"])
+    assert entry.main() == 2
     expected = "pip install 'symdist[megatron]'" if missing == "megatron" else "Megatron needs CUDA"
     assert expected in capsys.readouterr().err
 
@@ -216,13 +225,12 @@ def test_configs_become_megatrons() -> None:
 
 SAY_SIZES = """
 import json, sys
-sys.path[:0] = [".", "integrations"]
-from tests.symdist_megatron import on_cpu
+from launch.engines.megatron import on_cpu
 on_cpu.install()
 import torch
-from launch.config import parse_as
-from launch.megatron_config import MegatronRun
-from launch.megatron_model import transformer_config
+from launch.loop.config import parse_as
+from launch.engines.megatron.config import MegatronRun
+from launch.engines.megatron.model import transformer_config
 for path in sys.argv[1:]:
     run = parse_as(MegatronRun, ["--config", path])
     made = transformer_config(run.shape(), run, torch.bfloat16)

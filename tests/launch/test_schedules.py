@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from launch.schedules import Schedule, build_scheduler
+from launch.loop.schedules import Schedule, build_scheduler
 
 
 def test_linear_holds_then_falls_to_final() -> None:

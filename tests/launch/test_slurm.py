@@ -14,7 +14,7 @@ from tests.launch.runs import options, trained, write_corpus
 from tests.launch.slurm_fakes import Slurm
 
 OLMOE = "launch/configs/olmoe-tiny.toml"
-ONE, MANY = "launch/slurm/one_node.sbatch", "launch/slurm/many_nodes.sbatch"
+JOB = "launch/cluster/job.sbatch"
 STEPS = 40
 # A rank that leaves well when told to.
 RANK = """
@@ -45,7 +45,7 @@ def test_two_nodes_are_warned_requeued_resumed_and_finish(slurm: Slurm, tmp_path
     words: tuple[str | Path, ...] = (config, *options(corpus, output, steps=STEPS))
     place = {"NPROC": "1", "PYTHON": sys.executable, "MAX_RESTARTS": "1"}
 
-    job = slurm.sbatch(MANY, *words, nodes=2, variables=place)
+    job = slurm.sbatch(JOB, "pretrain", *words, nodes=2, variables=place)
     log = output / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3):
         assert job.poll() is None, output_of(job)
@@ -61,7 +61,7 @@ def test_two_nodes_are_warned_requeued_resumed_and_finish(slurm: Slurm, tmp_path
     assert 3 <= stopped < STEPS
     assert [path.name for path in (output / "checkpoints").iterdir()] == [f"step-{stopped:08}"]
 
-    job = slurm.sbatch(MANY, *words, nodes=2, start=1, variables=place)
+    job = slurm.sbatch(JOB, "pretrain", *words, nodes=2, start=1, variables=place)
     said = output_of(job)
     assert job.returncode == 0, said
     assert f"resumed at step {stopped}" in said
@@ -74,18 +74,18 @@ def test_two_nodes_are_warned_requeued_resumed_and_finish(slurm: Slurm, tmp_path
 
 def test_a_failure_ends_the_job_with_its_code(slurm: Slurm, tmp_path: Path) -> None:
     job = slurm.sbatch(
-        ONE, OLMOE, "--output", tmp_path, nodes=1, variables={"PYTHON": python(tmp_path, torchrun="exit 7")}
+        JOB, "pretrain", OLMOE, "--output", tmp_path, nodes=1, variables={"PYTHON": python(tmp_path, torchrun="exit 7")}
     )
     said = output_of(job)
     assert (job.returncode, slurm.requeues()) == (7, 0), said
-    job = slurm.sbatch(ONE, "missing.toml", nodes=1, variables={"PYTHON": python(tmp_path)})
+    job = slurm.sbatch(JOB, "pretrain", "missing.toml", nodes=1, variables={"PYTHON": python(tmp_path)})
     assert "missing.toml" in output_of(job)
     assert job.returncode == 2
 
 
 def test_a_finished_run_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
     place: dict[str, str | Path] = {"PYTHON": python(tmp_path), "NPROC": "1"}
-    words = (ONE, OLMOE, "--output", tmp_path, "--steps", "7")
+    words = (JOB, "pretrain", OLMOE, "--output", tmp_path, "--steps", "7")
     for steps, requeues in ((7, 0), (5, 1)):
         # The second is the summary of a run that has since been given more steps.
         (tmp_path / "summary.json").write_text(json.dumps({"steps": steps}))
@@ -97,7 +97,7 @@ def test_a_finished_run_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
 def test_requeues_have_a_limit(slurm: Slurm, tmp_path: Path) -> None:
     place: dict[str, str | Path] = {"PYTHON": python(tmp_path), "NPROC": "1", "MAX_REQUEUES": "2"}
     for start, code, requeues in ((1, 0, 1), (2, 1, 1)):
-        job = slurm.sbatch(ONE, OLMOE, "--output", tmp_path, nodes=1, start=start, variables=place)
+        job = slurm.sbatch(JOB, "pretrain", OLMOE, "--output", tmp_path, nodes=1, start=start, variables=place)
         said = output_of(job)
         assert (job.returncode, slurm.requeues()) == (code, requeues), said
     assert "requeued MAX_REQUEUES=2 times already" in said
@@ -113,7 +113,7 @@ def test_a_warned_job_is_requeued_and_a_cancelled_one_is_not(
         "PYTHON": python(tmp_path, torchrun=f"{sys.executable} {rank} {ready}; exit"),
         "NPROC": "1",
     }
-    job = slurm.sbatch(ONE, OLMOE, "--output", tmp_path, nodes=1, variables=place)
+    job = slurm.sbatch(JOB, "pretrain", OLMOE, "--output", tmp_path, nodes=1, variables=place)
     while not ready.exists():
         assert job.poll() is None, output_of(job)
         time.sleep(0.02)
@@ -124,15 +124,15 @@ def test_a_warned_job_is_requeued_and_a_cancelled_one_is_not(
 
 
 def test_outside_slurm_it_shows_what_it_would_run(tmp_path: Path) -> None:
-    done = call(MANY, OLMOE, "--dry-run", PYTHON=python(tmp_path))
+    done = call(JOB, "pretrain", OLMOE, "--dry-run", PYTHON=python(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("is_host=") == 2
+    assert done.stdout.count("is_host=") == 1
     assert "--nproc-per-node=8" in done.stdout
-    assert "checked NNODES=2 NPROC=8" in done.stdout
-    assert call(MANY, OLMOE, "--dry-run", NNODES="5", PYTHON=python(tmp_path)).stdout.count("is_host=") == 5
-    done = call(MANY, OLMOE, PYTHON=python(tmp_path))
+    assert "checked NNODES=1 NPROC=8" in done.stdout
+    assert call(JOB, "pretrain", OLMOE, "--dry-run", NNODES="5", PYTHON=python(tmp_path)).stdout.count("is_host=") == 5
+    done = call(JOB, "pretrain", OLMOE, PYTHON=python(tmp_path))
     assert done.returncode == 2
     assert "submit this with sbatch" in done.stderr
-    elsewhere = call(MANY, OLMOE, SLURM_SUBMIT_DIR=tmp_path)
+    elsewhere = call(JOB, "pretrain", OLMOE, SLURM_SUBMIT_DIR=tmp_path)
     assert elsewhere.returncode == 2
     assert "submit from the repository's folder" in elsewhere.stderr

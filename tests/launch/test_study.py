@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from launch import study
-from launch.study_plan import RECORD, parse
-from launch.study_report import ArmOutcome, Outcome
+from launch.study import runner
+from launch.study.plan import RECORD, parse
+from launch.study.report import ArmOutcome, Outcome
 from tests.launch.runs import ROOT, environment, lines, write_corpus
 
 MULTIPLIERS = (0.5, 1.0)
@@ -72,7 +72,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     (folder / "corpus").mkdir()
     write_corpus(folder / "corpus")
     config, output = write_config(folder), folder / "study"
-    command = [sys.executable, "launch/study.py", "--config", str(config)]
+    command = [sys.executable, "-m", "launch.study", "--config", str(config)]
 
     running = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     while not (ended := list(output.glob("runs/*/*/*/summary.json"))):
@@ -88,7 +88,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
-        assert study.main(command[2:]) == 0
+        assert runner.main(command[2:]) == 0
     assert {path: path.stat().st_mtime_ns for path in ended} == written
     return config, output
 
@@ -140,12 +140,12 @@ def test_runs_had_the_multiplied_rates_and_nothing_else_differed(done: tuple[Pat
 def test_reported_again_and_refused_when_edited(done: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     config, output = done
     (output / "study.md").unlink()
-    assert study.main(["--config", str(config), "--report"]) == 0
+    assert runner.main(["--config", str(config), "--report"]) == 0
     assert "row-norm stack" in capsys.readouterr().out
     assert (output / "study.md").exists()
-    assert study.main(["--config", str(config), "--run.steps", "5"]) == 2
+    assert runner.main(["--config", str(config), "--run.steps", "5"]) == 2
     assert "holds a run of another configuration (steps was 4, is 5" in capsys.readouterr().err
-    assert study.main(["--config", str(config), "--dry-run"]) == 0
+    assert runner.main(["--config", str(config), "--dry-run"]) == 0
     listed = capsys.readouterr().out
     assert listed.count("  done") == 8
     assert "2 arms × (2 + 2) = 8 runs" in listed
@@ -156,9 +156,10 @@ def test_a_failed_run_is_told_and_the_others_go_on(
 ) -> None:
     script = tmp_path / "fails.py"
     script.write_text("print('no luck'); raise SystemExit(3)")
-    monkeypatch.setattr(study, "_PRETRAIN", script)
+    monkeypatch.setattr(runner, "_ENTRY", "fails")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     words = ["--config", str(done[0]), "--output", str(tmp_path / "study"), "--multipliers", "1"]
-    assert study.main(words) == 1
+    assert runner.main(words) == 1
     error = capsys.readouterr().err
     for arm in ("adamw", "stack"):
         log = tmp_path / f"study/runs/olmoe-tiny/{arm}/x1-seed7/output.log"
@@ -209,7 +210,7 @@ def test_what_cannot_run_is_refused_before_anything_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arm: str, words: tuple[str, ...], message: str
 ) -> None:
     config = write_config(tmp_path, arms=f'[[arms]]\nname = "a"\n{arm}\n')
-    assert study.main(["--config", str(config), *words]) == 2
+    assert runner.main(["--config", str(config), *words]) == 2
     assert re.search(re.escape(message), capsys.readouterr().err)
     assert not (tmp_path / "study").exists()
 

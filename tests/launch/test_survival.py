@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.checkpoint_directory import newest_first, verify_sizes
+from launch.checkpoints.directory import newest_first, verify_sizes
 from launch.data import write_shard
-from launch.spikes import SpikeJudge
+from launch.loop.loss_spikes import SpikeJudge
 from tests.launch.runs import ROOT, environment, run_fsdp, torchrun, trained, validated, write_corpus
 
 # How often a run loses a rank; twenty times takes some minutes.
@@ -115,7 +115,7 @@ def children(running: subprocess.Popen[bytes], *, but: set[int]) -> list[int]:
         for tasks in Path(f"/proc/{running.pid}/task").glob("*/children"):
             for word in tasks.read_text().split():
                 line = Path(f"/proc/{word}/cmdline")
-                if int(word) not in but and line.exists() and b"pretrain.py" in line.read_bytes():
+                if int(word) not in but and line.exists() and b"launch.pretrain" in line.read_bytes():
                     found.append(int(word))
         return len(found) == 2
 

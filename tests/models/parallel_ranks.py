@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from symdist.layouts import local
-from symdist.models import build, shard
+from symdist.tools.models import build, shard
 
 Mesh = dict[str, int]
 Settings = dict[str, Any]

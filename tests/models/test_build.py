@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import symdist.models as models
+import symdist.tools.models as models
 
 TINY = ["deepseek-v3-tiny", "gemma3-tiny", "gpt-oss-tiny", "olmoe-tiny", "qwen3-moe-tiny", "qwen3-tiny"]
 
@@ -249,10 +249,10 @@ def test_malformed_file(tmp_path, text: str, message: str):
 def test_import_is_light_and_a_missing_transformers_names_the_extra():
     code = """
 import sys
-import symdist.models
+import symdist.tools.models
 assert "transformers" not in sys.modules
 sys.modules["transformers"] = None
-symdist.models.build("olmoe-tiny")
+symdist.tools.models.build("olmoe-tiny")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ImportError: building a model needs transformers: pip install 'symdist[launch]'" in result.stderr

@@ -3,8 +3,8 @@
 import pytest
 
 from symdist import recipe_names, route
-from symdist.models import build
-from symdist.roles import find_sites
+from symdist.routing.sites import find_sites
+from symdist.tools.models import build
 
 EVERYWHERE = {
     "self_attn.q_a_proj.weight": "matrix",

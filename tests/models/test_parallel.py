@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from symdist.models import active_parameters, build, shard
+from symdist.tools.models import active_parameters, build, shard
 from tests.models import parallel_ranks
 from tests.models.parallel_ranks import MODELS, Mesh, Trained
 from tests.ranks import Ranks

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from symdist import SymDist
 from symdist.rules import Matrix, answer_alone, get_rule
-from symdist.rules.orthonormal import orthonormal
+from symdist.rules.linalg.orthonormal import orthonormal
 
 BASES = ("sinkhorn", "row_norm", "sign", "adam", "identity")
 SHAPES = [(6, 17), (17, 6), (9, 9)]

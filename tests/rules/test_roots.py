@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from symdist.rules import InverseRoot, Numerics, inverse_root
-from symdist.rules.roots import polar_in_bfloat16
+from symdist.rules.linalg.inverse_root import polar_in_bfloat16
 
 METHODS = ["polar_express", "newton_schulz", "exact"]
 # What Muon runs, as published: five steps, written out apart from the code.

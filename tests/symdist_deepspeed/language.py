@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist.exchange import Counting
-from symdist.models import build
+from symdist.tools.models import build
 from tests.symdist_deepspeed.engines import Config, connect, engine_of, over_ranks
 
 VOCABULARY = 96

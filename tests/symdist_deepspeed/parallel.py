@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from symdist.models import build
+from symdist.tools.models import build
 from symdist_deepspeed.tensor_parallel import cut_of
 from tests.symdist_deepspeed.engines import Config, engine_of, over_ranks
 

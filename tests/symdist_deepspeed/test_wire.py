@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from symdist.commands.pretend_flat import pretend_flat
 from symdist.exchange import Counting
+from symdist.tools.simulate_flat import pretend_flat
 from tests.ranks import Ranks
 from tests.symdist_deepspeed import language
 

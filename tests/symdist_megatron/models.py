@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from tests.symdist_megatron import on_cpu
+from launch.engines.megatron import on_cpu
 from tests.symdist_megatron.how import How
 
 on_cpu.install()

@@ -7,7 +7,7 @@ from tests.symdist_megatron.models import build, optimizer_config, parameters
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from symdist.diagnostics.wire import Wire
+from symdist.diagnostics.collective_counter import Wire
 from symdist_megatron import get_symdist_optimizer
 
 Log = list[tuple[str, int, float]]

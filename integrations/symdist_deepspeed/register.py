@@ -1,0 +1,108 @@
+"""Making DeepSpeed know the type, and saying so where this DeepSpeed is another than what we rely on."""
+
+import functools
+import inspect
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.fp16 import unfused_optimizer
+from deepspeed.runtime.zero import stage3, stage_1_and_2, utils
+
+from symdist import SymDist
+from symdist_deepspeed.layout import follow_offloads, keep_linked, read_partitions
+from symdist_deepspeed.optimizer import DeepSpeedSymDist
+from symdist_deepspeed.options import Options, check_features
+from symdist_deepspeed.routing import route_engine
+from symdist_deepspeed.tensor_parallel import with_blocks
+
+TYPE = "SymDist"
+SUPPORTED = "0.16.0 to 0.19.8"
+"""The releases that the tests have passed on."""
+
+# What is called or read, by class: looked for in the source, for most of it is set in constructors.
+_NEEDED: dict[Any, tuple[str, ...]] = {
+    DeepSpeedEngine: ("_configure_basic_optimizer", "_configure_optimizer", "basic_optimizer"),
+    stage_1_and_2.DeepSpeedZeroOptimizer: (
+        "round_robin_bit16_groups",
+        "bit16_groups_flat",
+        "single_partition_of_fp32_groups",
+        "parallel_partitioned_bit16_groups",
+        "partition_size",
+        "real_dp_process_group",
+        "_optimizer_step",
+    ),
+    stage3.DeepSpeedZeroOptimizer_Stage3: (
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "sub_group_to_group_id",
+        "grad_position",
+        "_reassign_or_swap_out_partitioned_parameters",
+    ),
+    bf16_optimizer.BF16_Optimizer: ("bf16_groups", "fp32_groups_flat_partition", "real_dp_process_group"),
+    unfused_optimizer.FP16_UnfusedOptimizer: ("fp16_groups", "fp32_groups"),
+}
+
+
+def register() -> None:
+    """Let `"optimizer": {"type": "SymDist"}` in a DeepSpeed config make a `DeepSpeedSymDist`; again does nothing.
+
+    Raises ImportError, naming what is missing and the releases that have it, where this DeepSpeed lacks anything that
+    symdist relies on.
+    """
+    if getattr(torch.optim, TYPE, None) is DeepSpeedSymDist:
+        return
+    _check_version()
+    # DeepSpeed finds types it does not know here; the engine's own method is what has the model, though.
+    setattr(torch.optim, TYPE, DeepSpeedSymDist)
+    utils.ZERO_SUPPORTED_OPTIMIZERS.append(DeepSpeedSymDist)
+    DeepSpeedEngine._configure_basic_optimizer = _knowing_the_model(DeepSpeedEngine._configure_basic_optimizer)
+    DeepSpeedEngine._configure_optimizer = _attaching(DeepSpeedEngine._configure_optimizer)
+
+
+def _check_version() -> None:
+    missing = []
+    for owner, names in _NEEDED.items():
+        source = inspect.getsource(owner)
+        missing += [f"{owner.__name__}.{name}" for name in names if name not in source]
+    if not hasattr(utils, "ZERO_SUPPORTED_OPTIMIZERS"):
+        missing.append("zero.utils.ZERO_SUPPORTED_OPTIMIZERS")
+    if missing:
+        raise ImportError(
+            f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, which symdist relies on; "
+            f"releases {SUPPORTED} have it"
+        )
+
+
+def _knowing_the_model(configure: Any) -> Any:
+    @functools.wraps(configure)
+    def configured(engine: Any, model_parameters: Any) -> Any:
+        if engine.optimizer_name() != TYPE:
+            return configure(engine, model_parameters)
+        options = Options.from_params(engine.optimizer_params())
+        check_features(engine)
+        groups, routed = route_engine(engine, model_parameters, options)
+        return DeepSpeedSymDist(groups, routed=routed, options=options)
+
+    return configured
+
+
+def _attaching(configure: Any) -> Any:
+    @functools.wraps(configure)
+    def configured(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
+        if isinstance(client_optimizer, SymDist):
+            raise ValueError(
+                "DeepSpeed was given a SymDist object, and would step its own partitions with it, which do not tell of "
+                'matrices. Give no optimizer but, in the config, "optimizer": {"type": "SymDist", "params": {"recipe": '
+                '"olmoe"}}'
+            )
+        configure(engine, client_optimizer, model_parameters)
+        optimizer = engine.basic_optimizer
+        if isinstance(optimizer, DeepSpeedSymDist):
+            stepped = with_blocks(engine, read_partitions(engine), optimizer.names)
+            optimizer.attach(stepped, relink=keep_linked(engine.optimizer))
+            follow_offloads(engine.optimizer, optimizer.follow)
+
+    return configured

@@ -1,0 +1,258 @@
+"""One step of all of a rank's Megatron optimizers: their tensors' pieces under one SymDist."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from symdist.engines.external_state import SLOTS, BorrowedState, slots
+from symdist_megatron.layout import Held, Piece, piece_of
+from symdist_megatron.optimizer import MegatronSymDist
+from symdist_megatron.options import Options
+from symdist_megatron.rank_grid import Home, Homes
+from symdist_megatron.routing import Routed, Routing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped:
+    """A model's parameter and the tensor that Megatron has stepped for it; none where other ranks hold all of it."""
+
+    parameter: Any
+    group: int
+    tensor: Tensor | None
+    held: Held
+
+
+@dataclass(kw_only=True)
+class _Bound:
+    """A stepped tensor with the pieces it is made of, and where it and its state lay when they were bound."""
+
+    parameter: Any
+    base: MegatronSymDist
+    tensor: Tensor
+    address: int
+    state: dict[str, Tensor]
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rate:
+    """Where a group of the SymDist within takes its rates from."""
+
+    base: MegatronSymDist
+    group: int
+    routed: Routed
+
+    def lr(self) -> float:
+        return float(self.base.param_groups[self.group]["lr"]) * self.routed.lr_ratio
+
+    def decay(self) -> float:
+        group = self.base.param_groups[self.group]
+        if self.routed.decay_ratio is None:
+            return self.routed.decay * float(group.get("wd_mult", 1.0))
+        return float(group["weight_decay"]) * self.routed.decay_ratio
+
+
+class WholeStep:
+    """SymDist over the pieces of all tensors that the optimizers of a rank step, dense parameters' and experts'.
+
+    All ranks must make one, with the same options. `stepped` has, for each optimizer, its parameters in an order that
+    is the same on all ranks that hold them; `shared` is the group of the ranks that each have a copy of an embedding
+    which is both the first and the last stage's.
+    """
+
+    def __init__(
+        self,
+        stepped: Sequence[tuple[MegatronSymDist, Sequence[Stepped]]],
+        *,
+        routing: Routing,
+        homes: Homes,
+        options: Options,
+        shared: Any = None,
+    ):
+        self._bases = [base for base, _ in stepped]
+        self._bound: list[_Bound] = []
+        self._rates: list[_Rate] = []
+        self._counted = 0
+        said: str | None = None
+        trains = any(given for _, given in stepped)
+        try:
+            if trains:
+                self.symdist = self._made(stepped, routing, homes, options)
+        except ValueError as error:
+            # Of ranks that hold the same parameters all fail alike, but there are other stages.
+            said = str(error)
+        _agree_to_begin(said, trains)
+        self._let_go()
+        self._twins = _Twins(self._bound, self.symdist.placements(), shared)
+
+    def _made(
+        self,
+        stepped: Sequence[tuple[MegatronSymDist, Sequence[Stepped]]],
+        routing: Routing,
+        homes: Homes,
+        options: Options,
+    ) -> BorrowedState:
+        """The optimizer of the pieces of what is stepped."""
+        groups: dict[tuple[int, int, int], dict[str, Any]] = {}
+        states: dict[int, dict[str, Tensor]] = {}
+        for place, (base, given) in enumerate(stepped):
+            base.complete_state([(each.parameter, each.tensor) for each in given if each.tensor is not None])
+            for each in given:
+                home = homes.of(each.parameter, expert=routing.described[id(each.parameter)].expert)
+                bound = self._bind(base, each, home, routing.routed[id(each.parameter)])
+                for piece, routed in zip(bound.pieces, routing.routed[id(each.parameter)], strict=True):
+                    key = place, each.group, id(routed.options)
+                    if key not in groups:
+                        groups[key] = {**routed.options, "lr": 0.0, "params": [], "layouts": []}
+                        self._rates.append(_Rate(base=base, group=each.group, routed=routed))
+                    groups[key]["params"].append((piece.name, piece.parameter))
+                    groups[key]["layouts"].append(piece.layout)
+                    states[id(piece.parameter)] = {
+                        slot: piece.of(bound.state[slot])
+                        for slot in slots(routed.options["rule"], routed.options).values()
+                    }
+        return BorrowedState(
+            list(groups.values()),
+            homes=states,
+            nonfinite=options.nonfinite,
+            exchange_dtype=options.exchange_dtype,
+            wave_bytes=options.wave_bytes,
+            world=dist.group.WORLD,
+        )
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Step every tensor by its gradient; whether anything was stepped, for gradients that are not finite may skip.
+
+        Raises FloatingPointError on every rank, before anything changes, where that is what was asked for.
+        """
+        self._follow()
+        for group, rate in zip(self.symdist.param_groups, self._rates, strict=True):
+            group["lr"], group["weight_decay"] = rate.lr(), rate.decay()
+        skipped = self.symdist.skipped_steps
+        try:
+            self._take()
+            self.symdist.step()
+        finally:
+            self._let_go(written=True)
+        if self.symdist.skipped_steps > skipped:
+            return False
+        self._counted += 1
+        for base in self._bases:
+            base.count(self._counted)
+        self._twins.agree()
+        return True
+
+    def _bind(self, base: MegatronSymDist, given: Stepped, home: Home, routed: Sequence[Routed]) -> _Bound:
+        tensor, state = given.tensor, {}
+        if tensor is None:
+            dtype = torch.promote_types(given.parameter.dtype, torch.float32)
+            tensor = torch.empty(0, dtype=dtype, device=given.parameter.device)
+            state = dict.fromkeys(SLOTS, tensor)
+        else:
+            state = dict(base.state[tensor])
+        bound = _Bound(parameter=given.parameter, base=base, tensor=tensor, address=tensor.data_ptr(), state=state)
+        for each in routed:
+            piece = piece_of(each.unit, home, given.held, each.options)
+            piece.bind(tensor)
+            bound.pieces.append(piece)
+        self._bound.append(bound)
+        return bound
+
+    def _follow(self) -> None:
+        """Go where Megatron has moved tensors and state to, as it does to offload them, and count as it counts."""
+        for bound in self._bound:
+            now = bound.base.state.get(bound.tensor, bound.state)
+            moved = any(now[key] is not bound.state[key] for key in bound.state)
+            if moved or bound.tensor.data_ptr() != bound.address:
+                bound.state, bound.address = dict(now), bound.tensor.data_ptr()
+                for piece in bound.pieces:
+                    if not piece.copied:
+                        piece.bind(bound.tensor)
+                        self._fill_state(bound, piece)
+        steps = self._bases[0].steps
+        if steps != self._counted:
+            self._counted = steps
+            for state in self.symdist.state.values():
+                if "step" in state:
+                    state["step"].fill_(steps)
+
+    def _take(self) -> None:
+        """Give the pieces their gradients, and those that are no views their values."""
+        for bound in self._bound:
+            gradient = bound.tensor.grad
+            for piece in bound.pieces:
+                if piece.copied:
+                    piece.parameter.data = piece.of(bound.tensor)
+                    self._fill_state(bound, piece)
+                piece.parameter.grad = None if gradient is None else piece.of(gradient)
+
+    def _let_go(self, *, written: bool = False) -> None:
+        """Let the gradients go, and what was copied, after writing it back."""
+        for bound in self._bound:
+            for piece in bound.pieces:
+                piece.parameter.grad = None
+                if piece.copied:
+                    state = self.symdist.state[piece.parameter]
+                    held = self.symdist.slots(piece.parameter)
+                    if written:
+                        piece.put(bound.tensor, piece.parameter.data)
+                        for key, slot in held.items():
+                            piece.put(bound.state[slot], state[key])
+                    piece.parameter.data = piece.parameter.data.new_empty(0)
+                    state.update({key: state[key].new_empty(0) for key in held})
+
+    def _fill_state(self, bound: _Bound, piece: Piece) -> None:
+        state = self.symdist.state[piece.parameter]
+        for key, slot in self.symdist.slots(piece.parameter).items():
+            state[key] = piece.of(bound.state[slot])
+
+
+class _Twins:
+    """Embeddings that the first and the last stage of a pipeline both have, and step by equal gradients.
+
+    Where their rule sums over ranks, the order of summing may differ between the stages, and so the last digit: the
+    first stage's weights then go to the others.
+    """
+
+    def __init__(self, bound: Sequence[_Bound], placements: Mapping[str, str], group: Any):
+        self._group = group
+        self._tensors: list[Tensor] = []
+        if group is None or dist.get_world_size(group) == 1:
+            return
+        mine = [each for each in bound if getattr(each.parameter, "shared_embedding", False)]
+        summed = any(placements[piece.name] != "local" for each in mine for piece in each.pieces)
+        sizes = [each.tensor.numel() for each in mine]
+        found: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(found, (summed, sizes), group=group)
+        if not any(theirs for theirs, _ in found):
+            return
+        if any(theirs != sizes for _, theirs in found):
+            raise ValueError(
+                "symdist: the stages that share an embedding hold unequal parts of it, and its rule sums over ranks; "
+                "under layer_wise, which shares whole parameters out stage by stage, use the distributed optimizer"
+            )
+        self._tensors = [each.tensor for each in mine if each.tensor.numel()]
+
+    def agree(self) -> None:
+        """Let all have the first stage's weights."""
+        for tensor in self._tensors:
+            dist.broadcast(tensor.detach(), src=dist.get_process_group_ranks(self._group)[0], group=self._group)
+
+
+def _agree_to_begin(said: str | None, trains: bool) -> None:
+    """ValueError on all ranks for what one has to say, or where one has nothing to step: it would stay out of steps."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (said, trains))
+    for theirs, _ in found:
+        if theirs is not None:
+            raise ValueError(theirs)
+    if idle := [rank for rank, (_, theirs) in enumerate(found) if not theirs]:
+        raise ValueError(
+            f"symdist: ranks {idle} train no parameter. Where all of a stage are frozen, cut the model in fewer; "
+            "where layer_wise leaves some data-parallel ranks without any, use the distributed optimizer"
+        )

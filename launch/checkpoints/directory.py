@@ -1,0 +1,245 @@
+"""The directory of a checkpoint: its manifest, its checks, and the housekeeping among its neighbours.
+
+No function here communicates; ``launch.checkpoints.sharded`` decides which rank calls what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FORMAT = "symdist-checkpoint"
+VERSION = 1
+CHOOSE = "choose another checkpoint, or start the run afresh"
+
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED = re.compile(r"step-\d{8,}\.(writing|removing)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or must not be read; says which one, why, and what to do."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint of this run cannot be read: another one may do."""
+
+
+def latest(directory: Path) -> Path | None:
+    """Return the finished checkpoint of the highest step in ``directory``, or None; reads no checksum."""
+    return next(iter(newest_first(directory)), None)
+
+
+def newest_first(directory: Path) -> list[Path]:
+    """Return all finished checkpoints in ``directory``, that of the highest step first; reads no checksum."""
+    named = (path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
+    return sorted((path for path in named if (path / _MANIFEST).exists()), key=_step, reverse=True)
+
+
+def check_mixing(directory: Path, path: Path) -> None:
+    """ValueError where ``directory`` has a newer checkpoint than ``path``, which a run from it would mix with."""
+    newest = latest(directory)
+    if newest is not None and newest != path and newest.parent.resolve() == path.parent.resolve():
+        raise ValueError(
+            f"{directory} goes on to {newest.name}, which a run from {path.name} would mix with; give another --output"
+        )
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint so that it no longer counts; its new name. Nothing is removed."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(aside)
+    return aside
+
+
+def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
+    """Make ``writing`` anew beside where ``final`` will be, and clear what interrupted saves left there.
+
+    What has the name of ``final`` and is no readable checkpoint is set aside.
+
+    Raises:
+        CheckpointError: where the directory holds another run's checkpoints.
+        OSError: where a directory cannot be made or removed.
+    """
+    directory = final.parent
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.iterdir():
+        if _UNFINISHED.fullmatch(leftover.name):
+            shutil.rmtree(leftover)
+    own = _finished(directory, identity=identity)
+    if final.exists() and final not in own:
+        set_aside(final)
+    writing.mkdir()
+
+
+def describe_files(paths: Sequence[Path]) -> dict[str, Any]:
+    """Return each file's size in bytes and its SHA-256, by name, as the manifest holds them, once it is on the disk."""
+    for path in paths:
+        with open(path, "rb") as stream:
+            os.fsync(stream.fileno())
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+
+
+def publish(writing: Path, final: Path, *, world: int, identity: dict[str, Any], files: dict[str, Any]) -> None:
+    """Complete ``writing`` with its manifest, put it on the disk for good, and give it its final name."""
+    manifest = {"format": FORMAT, "version": VERSION, "step": _step(final), "world_size": world}
+    manifest |= {"identity": identity, "files": files}
+    write_json(writing / _MANIFEST, manifest | {"sha256": _digest(manifest)})
+    _sync_directory(writing)
+    replaced = _leave(final) if final.exists() else None
+    writing.rename(final)
+    _sync_directory(final.parent)
+    if replaced is not None:
+        shutil.rmtree(replaced)
+
+
+def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) -> None:
+    """Remove the oldest checkpoints before ``final`` so that ``keep`` are left, itself included.
+
+    Those of steps that ``keep_every`` divides stay; 0 is for none.
+    """
+    older = [path for path in _finished(final.parent, identity=identity) if _step(path) < _step(final)]
+    for path in older[: max(0, len(older) - (keep - 1))]:
+        if not (keep_every and _step(path) % keep_every == 0):
+            remove(path)
+
+
+def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> int:
+    """Check the manifest, and sizes and checksums of the files that fall to ``rank``.
+
+    Returns:
+        The number of ranks that wrote the checkpoint.
+
+    Raises:
+        DamagedCheckpoint: where anything is missing or damaged.
+        CheckpointError: where it is another run's or program's.
+    """
+    manifest = _read_manifest(path)
+    check_identity(path, manifest["identity"], identity)
+    for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
+        file = path / name
+        if index % world != rank:
+            continue
+        if not file.exists():
+            problem = "is missing"
+        elif file.stat().st_size != entry["bytes"]:
+            problem = f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
+        elif _sha256(file) != entry["sha256"]:
+            problem = "does not match its checksum"
+        else:
+            continue
+        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} {problem}; {CHOOSE}")
+    return manifest["world_size"]
+
+
+def verify_sizes(path: Path) -> None:
+    """Check the manifest and every file's size; CheckpointError as `verify`'s, whatever run it is of."""
+    for name, entry in _read_manifest(path)["files"].items():
+        file = path / name
+        if not file.exists() or file.stat().st_size != entry["bytes"]:
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing or cut; {CHOOSE}")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write ``value`` to ``path`` and wait until it is on the disk."""
+    with open(path, "w") as stream:
+        json.dump(value, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _finished(directory: Path, *, identity: dict[str, Any]) -> list[Path]:
+    """Return this run's finished checkpoints, oldest first; refuse a directory shared with another run."""
+    found = []
+    for path in directory.glob("step-*"):
+        try:
+            manifest = _read_manifest(path)
+        except CheckpointError:
+            continue  # not ours to count or to remove
+        if _NAME.fullmatch(path.name):
+            check_identity(path, manifest["identity"], identity)
+            found.append(path)
+    return sorted(found, key=_step)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint directory {path}; check the path")
+    if not (path / _MANIFEST).exists():
+        raise DamagedCheckpoint(
+            f"{path} has no {_MANIFEST}: it was never finished, or is no symdist checkpoint; {CHOOSE}"
+        )
+    try:
+        manifest = json.loads((path / _MANIFEST).read_bytes())
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path / _MANIFEST} is damaged ({error}); {CHOOSE}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"{path} is not a {FORMAT} directory but some other program's; {CHOOSE}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise DamagedCheckpoint(f"{path / _MANIFEST} is damaged (its checksum does not match); {CHOOSE}")
+    if manifest.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has format version {manifest.get('version')}, this program reads {VERSION}; "
+            "load it with the release that wrote it"
+        )
+    return manifest
+
+
+def check_identity(path: Path, theirs: dict[str, Any], identity: dict[str, Any]) -> None:
+    """CheckpointError, naming every difference, where the checkpoint at `path` says it is another run's."""
+    identity = json.loads(json.dumps(identity))  # tuples to lists, as stored
+    differing = [
+        f"{key} is {theirs.get(key)!r} there, {identity.get(key)!r} here"
+        for key in sorted(theirs.keys() | identity.keys())
+        if theirs.get(key) != identity.get(key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"checkpoint {path} belongs to another run: {'; '.join(differing)}; "
+            "give this run its own directory, or set it up as that one was"
+        )
+
+
+def _step(path: Path) -> int:
+    matched = _NAME.fullmatch(path.name)
+    assert matched is not None
+    return int(matched[1])
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint, so that at no moment a part of it passes for one."""
+    shutil.rmtree(_leave(path))
+
+
+def _leave(path: Path) -> Path:
+    """Take a checkpoint's name away; what it is called then."""
+    leaving = path.with_name(f"{path.name}.removing")
+    path.rename(leaving)
+    return leaving
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # in chunks
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Engines: what shards the model, one folder each."""

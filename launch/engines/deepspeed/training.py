@@ -1,0 +1,260 @@
+"""Training under DeepSpeed: its engine shards, accumulates, clips, steps and saves; symdist is its optimizer."""
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import deepspeed.ops
+import torch
+from deepspeed.checkpoint.constants import (
+    UNIVERSAL_CHECKPOINT_INFO,
+    UNIVERSAL_CHECKPOINT_VERSION_KEY,
+    UNIVERSAL_CHECKPOINT_VERSION_VALUE,
+)
+from torch import Tensor, nn
+from transformers.integrations import deepspeed as transformers_deepspeed
+
+import symdist
+from launch.checkpoints.directory import (
+    CHOOSE,
+    CheckpointError,
+    describe_files,
+    write_json,
+)
+from launch.checkpoints.publish import publish_together
+from launch.checkpoints.rng import rng_state, set_rng_state
+from launch.data import Corpus
+from launch.engines.deepspeed import checkpoint
+from launch.engines.deepspeed.checkpoint import JOB, rng_file
+from launch.engines.deepspeed.config import TYPE, DeepSpeedRun, loads_universal, precision, zero_stage
+from launch.loop.schedules import build_scheduler
+from launch.loop.training import Training
+from launch.runtime.agreement import together
+from launch.runtime.distributed import Ranks
+from launch.runtime.watchdog import Watchdog
+from symdist.routing.recipes import Recipe
+from symdist_deepspeed.options import Options
+
+
+class DeepSpeedTraining(Training):
+    """A run whose model is in a DeepSpeed engine; `config` must have been checked for this number of ranks."""
+
+    config: DeepSpeedRun
+    launcher = "deepspeed"
+
+    def __init__(self, config: DeepSpeedRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog):
+        self.settings = config.settings(ranks=ranks.world)
+        self.stage = zero_stage(self.settings)
+        self.optimizer_type = str(self.settings["optimizer"]["type"])
+        super().__init__(config, corpus, ranks, watchdog)
+
+    def _load_recipe(self) -> Recipe:
+        if self.optimizer_type != TYPE:
+            return super()._load_recipe()
+        return Options.from_params(self.settings["optimizer"]["params"]).scaled()[0]
+
+    def _build(self, outline: nn.Module) -> Any:
+        if self.ranks.device.type == "cpu":
+            # It would compile C++ for a minute, to speed up a collective that is none of ours.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        schedule = None
+        if "scheduler" not in self.settings:
+            schedule = partial(build_scheduler, schedules=self._schedules(), total=self.config.steps)
+        model = self._build_model()
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            # A copy: DeepSpeed takes out of it what it has read.
+            config=copy.deepcopy(self.settings),
+            lr_scheduler=schedule,
+        )
+        if getattr(self.engine.checkpoint_engine, "is_decoupled", bool)():
+            raise ValueError(
+                f"{self.config.deepspeed}: checkpoints that are written while training goes on are not whole when the "
+                "job goes on from saving them; leave the decoupled writer out of the file"
+            )
+        return self.engine
+
+    def _build_model(self) -> Any:
+        config = self.config
+        if self._drawn_whole():
+            # On every rank the same weights, drawn whole: a run starts alike at any world size.
+            return self._make_model(seed=config.seed)
+        if self.stage < 3:
+            if config.initialize == "sharded":
+                raise ValueError(
+                    f"--initialize sharded needs ZeRO stage 3, {config.deepspeed} has stage {self.stage}: below it, "
+                    "every rank holds all weights anyway"
+                )
+            # Where they will lie: quicker than on the CPU, whose memory all ranks of a machine share.
+            return self._make_model(seed=config.seed, device=self.ranks.device)
+        told = _Sharding(self.settings)
+        transformers_deepspeed.set_hf_deepspeed_config(told)
+        try:
+            return self._make_model(seed=config.seed)
+        finally:
+            transformers_deepspeed.unset_hf_deepspeed_config()
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        # Divides by the number of micro-batches, too.
+        self.engine.backward(loss)
+        if not last:
+            # Counts it; what is done at the last one is `_update`.
+            self.engine.step()
+
+    def _update(self) -> tuple[Tensor | float | None, float]:
+        norm = None
+        if self.engine.optimizer is self.engine.basic_optimizer:
+            # At stage 0 without masters DeepSpeed clips without telling what it found; gradients are whole there.
+            norm = symdist.clip_grad_norm_(self.engine.module.parameters(), float("inf"))
+        stepping = self._clock()
+        # With DeepSpeed's own part: norm and clipping, and gathering the weights that were stepped.
+        self.engine.step()
+        seconds = self._clock() - stepping
+        return self.engine.get_global_grad_norm() if norm is None else norm, seconds
+
+    @property
+    def symdist(self) -> symdist.SymDist | None:
+        """See `Training`."""
+        return self.engine.basic_optimizer.symdist if self.optimizer_type == TYPE else None
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """See `Training`."""
+        return {"zero_stage": self.stage, "dp": self.ranks.world}
+
+    @property
+    def low_precision(self) -> bool:
+        """See `Training`."""
+        return precision(self.settings) == "bfloat16"
+
+    @property
+    def left_out(self) -> int:
+        """See `Training`."""
+        return super().left_out + self.engine.skipped_steps
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Training`; an optimizer of another type is told by its section of the DeepSpeed config."""
+        if self.optimizer_type == TYPE:
+            return super().identity
+        return super().identity | {"recipe": None, "optimizer": self.settings["optimizer"]}
+
+    def found(self) -> list[Path]:
+        """See `Training`; of universal ones only the newest is known."""
+        if not loads_universal(self.settings):
+            return super().found()
+        path = checkpoint.newest_universal(self.checkpoints)
+        return [] if path is None else [path]
+
+    def check_mixing(self, path: Path) -> None:
+        """See `Training`; `load` looks at it."""
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """See `Training`."""
+        universal = loads_universal(self.settings)
+
+        def checked() -> dict[str, Any]:
+            return checkpoint.checked_job(
+                path,
+                directory=self.checkpoints,
+                identity=self.identity,
+                stage=self.stage,
+                rank=self.ranks.rank,
+                world=self.ranks.world,
+                universal=universal,
+            )
+
+        failed = f"cannot read {path}"
+        job = together(checked, failed, CHOOSE)
+        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        if loaded is None:
+            raise CheckpointError(f"DeepSpeed found nothing to load in {path}; choose another checkpoint")
+        if not universal:
+            set_rng_state(json.loads(rng_file(path, self.ranks.rank).read_text()))
+        return job
+
+    def save(self, *, wait: bool) -> Path:
+        """See `Training`; it is always waited for."""
+        rank, world = self.ranks.rank, self.ranks.world
+        # Identities are compared as JSON has them.
+        identity = json.loads(json.dumps(self.identity))
+        job = self.job() | {"identity": identity, "stage": self.stage, "ranks": world}
+
+        def write(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
+            def describe_share() -> dict[str, Any]:
+                files = sorted(path for path in writing.rglob("*") if path.is_file())
+                return describe_files(files[rank::world])
+
+            self._write(writing, job, failed, remedy)
+            return together(describe_share, failed, remedy)
+
+        return publish_together(
+            self.checkpoints,
+            self.step,
+            write,
+            identity=identity,
+            keep=self.kept,
+            keep_every=self.config.keep_every,
+            after=checkpoint.point_to,
+        )
+
+    def _write(self, writing: Path, job: dict[str, Any], failed: str, remedy: str) -> None:
+        """Have DeepSpeed write its files, and this rank's state of random numbers beside them."""
+        engine = self.engine.checkpoint_engine
+        write, failures = engine.save, []
+
+        def write_or_note(*arguments: Any, **options: Any) -> Any:
+            # Raised here, it would leave the other ranks waiting at DeepSpeed's barriers.
+            try:
+                return write(*arguments, **options)
+            except Exception as error:
+                failures.append(error)
+
+        def own_part() -> None:
+            if failures:
+                raise failures[0]
+            write_json(rng_file(writing, self.ranks.rank), rng_state())
+
+        engine.save = write_or_note
+        try:
+            self.engine.save_checkpoint(
+                str(writing.parent),
+                tag=writing.name,
+                client_state={
+                    JOB: job,
+                    "iteration": self.step,
+                    # The converter to universal checkpoints asks for it.
+                    UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE},
+                },
+                # DeepSpeed's first rank would name it before it knows that the others have written theirs.
+                save_latest=False,
+            )
+        finally:
+            del engine.save
+        together(own_part, failed, remedy)
+
+    def _summary(self, measures: dict[str, float]) -> dict[str, Any]:
+        symmetric = self.optimizer_type == TYPE
+        return super()._summary(measures) | {
+            "recipe": self.recipe.name if symmetric else None,
+            "optimizer": self.optimizer_type,
+            "zero_stage": self.stage,
+            "precision": precision(self.settings),
+            "scheduler": self.settings.get("scheduler", {}).get("type", "recipe"),
+            "deepspeed": deepspeed.__version__,
+        }
+
+
+class _Sharding:
+    """Tells transformers to build a model under `deepspeed.zero.Init`, and to draw its weights one module at a time."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.config = settings
+
+    def is_zero3(self) -> bool:
+        return True

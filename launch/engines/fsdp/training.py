@@ -1,0 +1,129 @@
+"""Training under FSDP2: the model's shards, symdist's own optimizer and clipping, DCP checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import symdist
+from launch.checkpoints import sharded
+from launch.checkpoints.background import BackgroundSaver
+from launch.checkpoints.directory import CheckpointError
+from launch.engines.fsdp.config import FsdpRun
+from launch.loop.schedules import build_scheduler
+from launch.loop.training import Training
+from symdist.tools.models import shard
+
+
+class FsdpTraining(Training):
+    """A run whose model lies on a mesh: FSDP2, with replicas, tensor and expert parallelism as the mesh says."""
+
+    config: FsdpRun
+    launcher = "fsdp2"
+
+    def _build(self, outline: nn.Module) -> Any:
+        config = self.config
+        model = self._build_model(outline)
+        self.optimizer = symdist.build_optimizer(model, self.recipe, nonfinite=config.nonfinite)
+        self.scheduler = build_scheduler(self.optimizer, self._schedules(), config.steps)
+        self._saver = None
+        if config.background_checkpoints:
+            self._saver = BackgroundSaver(self.checkpoints, keep_every=config.keep_every, timeout=config.timeout)
+        return model
+
+    def _build_model(self, outline: nn.Module) -> Any:
+        config = self.config
+        sizes = self.mesh
+        # FSDP2's own dimension stays even where it is of one rank: mixed precision comes with it.
+        names = tuple(name for name, size in sizes.items() if size > 1 or name == "dp_shard")
+        shape = tuple(sizes[name] for name in names)
+        mesh = init_device_mesh(self.ranks.device.type, shape, mesh_dim_names=names)
+        low = self.low_precision
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
+        )
+        if self._drawn_whole():
+            # On every rank the same weights, drawn whole: a run starts alike at any world size.
+            return shard(self._make_model(seed=config.seed), mesh, policy=policy)
+        on_cpu = self.ranks.device.type == "cpu"
+        if on_cpu and sizes["tp"] > 1:
+            raise ValueError(
+                "weights drawn in shards come out wrong under tp on the CPU; leave out --mesh.tp, or give "
+                "--initialize whole"
+            )
+        model: Any = outline
+        shard(model, mesh, policy=policy).to_empty(device=self.ranks.device)
+        # On the CPU each rank draws its own shards, replicas the same; on GPUs DTensor sees to both by itself.
+        shards = self.ranks.world // sizes["dp_replicate"]
+        torch.manual_seed(config.seed + (self.ranks.rank % shards if on_cpu else 0))
+        model.init_weights()
+        return model
+
+    def _data_share(self) -> tuple[int, int]:
+        tp = self.mesh["tp"]
+        return self.ranks.rank // tp, self.ranks.world // tp
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        # Gradients meet once a step, however many micro-batches it has.
+        self.model.set_requires_gradient_sync(last)
+        super()._backward(loss, last=last)
+
+    def _update(self) -> tuple[Tensor | float | None, float]:
+        norm = symdist.clip_grad_norm_(self.model.parameters(), self.config.clip or float("inf"))
+        stepping = self._clock()
+        self.optimizer.step()
+        seconds = self._clock() - stepping
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+        return norm, seconds
+
+    @property
+    def symdist(self) -> symdist.SymDist:
+        """See `Training`."""
+        return self.optimizer
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """See `Training`."""
+        return self.config.mesh.sizes(self.ranks.world)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """See `Training`."""
+        job = sharded.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
+        self.scheduler.load_state_dict(job["scheduler"])
+        return job
+
+    def save(self, *, wait: bool) -> Path:
+        """See `Training`."""
+        trainer = self.job() | {"scheduler": self.scheduler.state_dict()}
+        if self._saver is not None:
+            return self._saver.start(
+                self.step,
+                model=self.model,
+                optimizer=self.optimizer,
+                trainer=trainer,
+                identity=self.identity,
+                keep=self.kept,
+            )
+        return sharded.save(
+            self.checkpoints,
+            self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            trainer=trainer,
+            identity=self.identity,
+            keep=self.kept,
+            keep_every=self.config.keep_every,
+        )
+
+    @property
+    def background(self) -> bool:
+        """See `Training`."""
+        return self._saver is not None
+
+    def saved(self, *, wait: bool) -> tuple[Path, CheckpointError | None] | None:
+        """See `Training`."""
+        return None if self._saver is None else self._saver.outcome(wait=wait)

@@ -1,0 +1,156 @@
+"""Checkpoints of a Megatron run: megatron-core's own format, written whole or not at all, read at any layout.
+
+A checkpoint is a directory ``step-00000100`` of ``megatron.core.dist_checkpointing``'s files and a ``job.json`` of what
+the loop must know, with the manifest of `launch.checkpoints.directory`, written last. A run draws no random numbers
+after its first weights, so the state of no generator is kept.
+"""
+
+import json
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from launch.checkpoints.directory import (
+    CHOOSE,
+    CheckpointError,
+    describe_files,
+    verify,
+    write_json,
+)
+from launch.checkpoints.publish import publish_together
+from launch.runtime.agreement import together, with_dcp
+
+# In this form the state of a distributed optimizer can be read at another number of data-parallel ranks.
+_FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
+_JOB = "job.json"
+
+
+def save(
+    directory: Path,
+    step: int,
+    *,
+    model: Any,
+    optimizer: Any,
+    job: dict[str, Any],
+    identity: dict[str, Any],
+    keep: int,
+    keep_every: int,
+) -> Path:
+    """Write ``directory/step-XXXXXXXX``, then remove the oldest earlier ones; called by all ranks.
+
+    `model` is the bare GPTModel, `job` JSON-able values that are the same on all ranks. Raises CheckpointError on all
+    ranks, where the directory belongs to another run or cannot be written; earlier checkpoints are then as they were.
+    """
+    rank = dist.get_rank()
+
+    def write(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
+        def describe_own() -> dict[str, Any]:
+            if failures:
+                raise failures[0]
+            own = list(writing.glob(f"__{rank}_*"))
+            if rank == 0:
+                write_json(writing / _JOB, job)
+                own += [path for path in writing.iterdir() if not path.name.startswith("__")]
+            return describe_files(own)
+
+        _keep_helper()
+        state = _state(model, optimizer, loading=False)
+        with _noting_failures() as failures:
+            _with_megatron(lambda: dist_checkpointing.save(state, str(writing)), failed, remedy)
+        return together(describe_own, failed, remedy)
+
+    return publish_together(directory, step, write, identity=identity, keep=keep, keep_every=keep_every)
+
+
+def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any]) -> dict[str, Any]:
+    """Restore a checkpoint, written at any layout, into the bare GPTModel and its optimizer; the `job` given to `save`.
+
+    Called by all ranks. Raises CheckpointError on all of them where the checkpoint is missing, damaged, another run's,
+    or of other tensors.
+    """
+    failed = f"cannot read {path}"
+
+    def read_job() -> dict[str, Any]:
+        verify(path, identity=identity, rank=dist.get_rank(), world=dist.get_world_size())
+        return json.loads((path / _JOB).read_text())
+
+    job = together(read_job, failed, CHOOSE)
+    loaded: dict[str, Any] = {}
+
+    def read() -> None:
+        loaded.update(dist_checkpointing.load(_state(model, optimizer, loading=True), str(path)))
+
+    _with_megatron(read, failed, CHOOSE)
+    model.load_state_dict(loaded["model"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    return job
+
+
+def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    weights = model.sharded_state_dict(metadata=_FORM)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_FORM),
+    }
+
+
+@contextmanager
+def _noting_failures() -> Iterator[list[Exception]]:
+    """Note what goes wrong with what the first rank alone writes: raised there, it would leave the others waiting."""
+    failures: list[Exception] = []
+    make = getattr(serialization, "get_default_save_common_strategy", None)
+    if make is None:
+        # Of releases after 0.16, which write it another way.
+        yield failures
+        return
+    strategy = make()
+    write = strategy.save_common
+
+    def write_or_note(*arguments: Any, **options: Any) -> None:
+        try:
+            write(*arguments, **options)
+        except Exception as error:
+            failures.append(error)
+
+    strategy.save_common = write_or_note
+    serialization.get_default_save_common_strategy = lambda *arguments, **options: strategy
+    try:
+        yield failures
+    finally:
+        serialization.get_default_save_common_strategy = make
+        del strategy.save_common
+
+
+def _keep_helper() -> None:
+    """Make the process through which Megatron's writers answer, and have it live through signals.
+
+    Launchers signal all processes of a rank, and Megatron's own helper, once made, would not be there for the
+    checkpoint that the signal asks for.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(_ignore_signals)
+        filesystem_async._results_queue = manager.Queue()
+
+
+def _ignore_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _with_megatron(function: Callable[[], object], failed: str, remedy: str) -> None:
+    """Run a collective of Megatron's, whose complaints about a checkpoint come up on all ranks alike."""
+    try:
+        with_dcp(function, failed, remedy)
+    except CheckpointingException as error:
+        raise CheckpointError(f"{failed}: {error}; {remedy}") from error

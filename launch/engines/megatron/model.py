@@ -1,0 +1,173 @@
+"""The Megatron counterpart of a preset's model: its configuration, its modules on this rank, and what wraps them."""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal
+from torch import Tensor, nn
+from torch.nn import functional
+
+from launch.engines.megatron.config import MegatronRun
+from launch.engines.megatron.shape import Shape
+from launch.engines.megatron.weights import take_weights
+
+TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
+"""Whether layers are Transformer Engine's, which has kernels for experts' grouped matrix products; else torch's."""
+
+
+def transformer_config(shape: Shape, run: MegatronRun, dtype: torch.dtype) -> TransformerConfig:
+    """Megatron's configuration of a model of that shape.
+
+    Auxiliary losses are weighted as in the other jobs, where they are means over layers; Megatron sums over them.
+    """
+    normal = init_method_normal(shape.deviation)
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn,
+        gated_linear_unit=True,
+        activation_func=functional.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.epsilon,
+        qk_layernorm=shape.head_norms,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method=normal,
+        output_layer_init_method=normal,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        tensor_model_parallel_size=run.tensor_parallel,
+        pipeline_model_parallel_size=run.pipeline_parallel,
+        expert_model_parallel_size=run.expert_parallel,
+        expert_tensor_parallel_size=run.expert_tensor,
+        sequence_parallel=run.tensor_parallel > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        **(_experts(shape, run) if shape.experts else {}),
+    )
+
+
+def build_chunk(
+    shape: Shape, run: MegatronRun, dtype: torch.dtype, *, vocabulary: int, whole: Callable[[], Any] | None
+) -> DistributedDataParallel:
+    """This rank's part of the model in DistributedDataParallel, on its device.
+
+    `whole` makes the model of transformers that first weights are taken from; without it every rank draws its own.
+    Raises ValueError for tensor parallelism on GPUs without Transformer Engine.
+    """
+    if run.tensor_parallel > 1 and torch.cuda.is_available() and not TRANSFORMER_ENGINE:
+        raise ValueError(
+            "--tensor-parallel needs the norms of Transformer Engine, since those of torch cannot share a sequence: "
+            "pip install 'transformer-engine[pytorch]', or leave it out"
+        )
+    # Stages draw apart; the ranks of a stage draw alike what each has a copy of, and Megatron keeps the rest apart.
+    torch.manual_seed(run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    if torch.cuda.is_available():
+        tensor_parallel.model_parallel_cuda_manual_seed(run.seed)
+    config = transformer_config(shape, run, dtype)
+    model: Any = GPTModel(
+        config,
+        get_gpt_decoder_block_spec(config, use_transformer_engine=TRANSFORMER_ENGINE),
+        run.padded(vocabulary),
+        run.sequence,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+        rotary_base=shape.theta,
+    )
+    if whole is not None:
+        # In place of those it has drawn: only where it draws does Megatron mark how a weight is cut.
+        take_weights(model, whole(), shape)
+    _leave_out_padding(model, vocabulary)
+    model.cuda()
+    if dtype == torch.bfloat16:
+        model = Float16Module(config, model)
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=dtype == torch.bfloat16,
+        use_distributed_optimizer=run.distributed_optimizer,
+        overlap_grad_reduce=run.overlap,
+        overlap_param_gather=run.overlap,
+    )
+    chunk = DistributedDataParallel(config, ddp, model)
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = chunk.no_sync if run.overlap else None
+    return chunk
+
+
+def bare(model: nn.Module) -> Any:
+    """The GPTModel within what wraps it."""
+    while not isinstance(model, GPTModel):
+        model = model.module  # type: ignore[assignment]
+    return model
+
+
+def count_parameters(model: nn.Module, *, padding: int) -> tuple[int, int]:
+    """Weights of this rank's part that no other rank counts: all of them, and those of experts.
+
+    The `padding` rows that fill up the vocabulary do not count.
+    """
+    tensor, data = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
+    total = of_experts = 0
+    module = bare(model)
+    copied = module.shared_embedding_or_output_weight() if not module.pre_process and module.post_process else None
+    for name, parameter in module.named_parameters():
+        if parameter is copied and module.share_embeddings_and_output_weights:
+            continue
+        if ".experts." in name:
+            counted = parallel_state.get_expert_data_parallel_rank() == 0
+            of_experts += counted * parameter.numel()
+        else:
+            counted = data == 0 and (tensor == 0 or bool(getattr(parameter, "tensor_model_parallel", False)))
+        total += counted * parameter.numel()
+        if counted and tensor == 0 and any(word in name for word in ("word_embeddings", "output_layer")):
+            total -= padding * parameter.shape[1]
+    return total, of_experts
+
+
+def _experts(shape: Shape, run: MegatronRun) -> dict[str, Any]:
+    layers = sum(shape.moe_layers)
+    return {
+        "num_moe_experts": shape.experts,
+        "moe_layer_freq": [int(moe) for moe in shape.moe_layers],
+        "moe_ffn_hidden_size": shape.expert_ffn,
+        "moe_router_topk": shape.top_k,
+        "moe_router_pre_softmax": not shape.normalized,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "aux_loss" if run.aux_loss else "none",
+        "moe_aux_loss_coeff": run.aux_loss / layers,
+        "moe_z_loss_coeff": run.z_loss / layers if run.z_loss else None,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": TRANSFORMER_ENGINE,
+    }
+
+
+def _leave_out_padding(model: Any, vocabulary: int) -> None:
+    """Keep the logits of rows that fill up the vocabulary out of the loss: Megatron's cross-entropy counts all."""
+    if not model.post_process:
+        return
+    here = model.output_layer.output_size_per_partition
+    real = vocabulary - parallel_state.get_tensor_model_parallel_rank() * here
+    if real >= here:
+        return
+    padding = torch.arange(here) >= real
+    model.output_layer.register_forward_hook(partial(_masked, padding))
+
+
+def _masked(padding: Tensor, module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    logits, bias = outputs
+    lowest = torch.finfo(logits.dtype).min
+    return logits.masked_fill(padding.to(logits.device), lowest), bias

@@ -1,0 +1,149 @@
+"""What a run would do and whether it can, found without ranks, weights or GPUs."""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from launch.checkpoints.directory import CheckpointError, latest, verify_sizes
+from launch.data import survey
+from launch.loop.config import Config
+from launch.records.run_log import already_finished, check_folder
+from symdist.routing.recipes import Recipe, load_recipe
+from symdist.rules import get_rule
+from symdist.tools.plan import plan_step
+from symdist.tools.plan_tables import plan_table, summary
+from symdist.tools.preview import Preview, preview
+from symdist.tools.tables import in_bytes, route_table, totals
+
+_FILE_WIDTH = 200
+
+
+def dry_run(config: Config) -> None:
+    """Check configuration, data, disk and checkpoint directory, and print routing and plan.
+
+    NNODES and NPROC in the environment say how many ranks there would be, one by default. Raises ValueError or
+    CheckpointError for what the run would stop at.
+    """
+    ranks = _count("NNODES") * _count("NPROC")
+    config.check(ranks=ranks)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_FILE_WIDTH)
+
+    def say(*lines: Any) -> None:
+        for line in lines:
+            console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+
+    data_ranks = config.data_ranks(ranks)
+    micro = config.batch // (data_ranks * config.accumulation)
+    say(
+        f"config: {config.model}, recipe {config.recipe}, {config.steps:,} steps of {config.batch} × {config.sequence} "
+        f"tokens on {ranks} ranks: {data_ranks} data-parallel, {config.accumulation} micro-batches of {micro}",
+        f"data: {_data(config)}",
+    )
+    recipe = load_recipe(config.recipe).overridden(config.overrides())
+    layout = config.pretended(ranks)
+    built = {
+        "vocabulary": config.data.vocabulary,
+        "overrides": config.model_settings(),
+    }
+    found = preview(config.model, recipe, built=built, **(layout or {"mesh": {"dp_shard": 1}}))
+    say(*(f"checkpoints: {line}" for line in _checkpoints(config, _checkpoint_bytes(found))))
+    say(route_table(found, title=f"{config.model}, recipe {recipe.name}", fold=True))
+    if layout is None:
+        say("Placements and plan are not known beforehand for this engine: optimizer.rehearse() tells them in the job.")
+        return
+    say(totals(found), *_plan(config, recipe, built, layout))
+    say("nothing was started")
+
+
+def _count(name: str) -> int:
+    text = os.environ.get(name, "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{name}={text!r} in the environment must be a number of 1 or more")
+    return int(text)
+
+
+def _data(config: Config) -> str:
+    text, tokens = survey(config.data)
+    if tokens is None:
+        return text
+    needed = config.steps * config.batch * config.sequence
+    if tokens < config.batch * (config.sequence + 1):
+        raise ValueError(
+            f"the corpus has {tokens:,} training tokens, a step takes {config.batch * config.sequence:,}; give more "
+            "text or a smaller --batch"
+        )
+    return f"{text}; the run reads {needed:,}, {needed / tokens:.2f} times the corpus"
+
+
+def _checkpoint_bytes(found: Preview) -> int:
+    """Weights and state in float32."""
+    total = 0
+    for each in found.parameters:
+        kept = 1 + len(get_rule(each.rule).state_names())
+        total += 4 * kept * math.prod(each.shape)
+    return total
+
+
+def _checkpoints(config: Config, size: int) -> list[str]:
+    """What is there, whether it can be written to, and whether there is room."""
+    if config.resume == "auto" and already_finished(config.output, steps=config.steps):
+        return [f"{config.output} has come to its {config.steps} steps already; there is nothing to do"]
+    check_folder(config.output, resume=config.resume)
+    folder = config.output / "checkpoints"
+    place = _writable(folder)
+    free = shutil.disk_usage(place).free
+    saved = -(-config.steps // config.checkpoint_every) if config.checkpoint_every else 1
+    kept = min(saved, config.keep)
+    if config.checkpoint_every and config.keep_every:
+        kept += config.steps // math.lcm(config.checkpoint_every, config.keep_every)
+    # One more than are kept, while it is being written.
+    needed = size * (kept + 1)
+    if free < 2 * size:
+        raise ValueError(
+            f"{place} has {in_bytes(free)} free, and a checkpoint takes {in_bytes(size)} beside the one before; free "
+            "space or give another --output"
+        )
+    lines = [f"{in_bytes(size)} each, in {folder}, which can be written to"]
+    lines.append(f"{kept} kept and one being written take {in_bytes(needed)}, {in_bytes(free)} are free")
+    if free < needed:
+        lines.append("the disk will be full before the run ends; free space, or lower --keep or --keep-every")
+    return [*lines, _going_on(config, folder)]
+
+
+def _going_on(config: Config, folder: Path) -> str:
+    if config.resume is None:
+        return "none to go on from"
+    path = latest(folder) if config.resume == "auto" else Path(config.resume)
+    if path is None:
+        return "none yet: the run starts from the beginning"
+    try:
+        verify_sizes(path)
+    except CheckpointError as error:
+        if config.resume != "auto":
+            raise
+        return f"{error}; the run would set it aside and take the one before"
+    return f"the run goes on from {path}"
+
+
+def _writable(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there; ValueError where nothing can be written to it."""
+    place = next(each for each in (folder, *folder.resolve().parents) if each.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".symdist-"):
+            pass
+    except OSError as error:
+        raise ValueError(f"{place} cannot be written to ({error.strerror}); give another --output") from None
+    return place
+
+
+def _plan(config: Config, recipe: Recipe, built: Mapping[str, Any], layout: Mapping[str, Any]) -> list[Any]:
+    plan = plan_step(config.model, recipe, built=built, **layout)
+    return [plan_table(plan), *summary(plan)[:2]]

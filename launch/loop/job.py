@@ -1,0 +1,141 @@
+"""A pretraining job from its command line to its exit code, whatever shards the model."""
+
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from launch.checkpoints.directory import CheckpointError
+from launch.data import Corpus, prepare
+from launch.loop.config import Config
+from launch.loop.dry_run import dry_run
+from launch.loop.training import Training
+from launch.records.run_log import RunLog, already_finished, check_folder
+from launch.runtime.distributed import Agreed, Ranks, connect, launched
+from launch.runtime.watchdog import Watchdog
+
+C = TypeVar("C", bound=Config)
+
+# Names the launch that last began a run in the folder.
+_LAUNCH = ".launch"
+
+
+def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog], Training]) -> int:
+    """Run; the exit code: 0 at the end or after a clean stop, 2 for what the user can mend.
+
+    `configure` reads the command line, in the same way on all ranks; `start` builds what is trained once the ranks are
+    connected. Both may raise ValueError.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        config = configure()
+        if config.dry_run:
+            dry_run(config)
+            return 0
+        rank, world = launched()
+        config.check(ranks=world)
+    except (ValueError, CheckpointError) as error:
+        # All ranks meet the same fault; one tells.
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _pretrain(config, start, rank=rank)
+    except (ValueError, CheckpointError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        elif not isinstance(error, Agreed | CheckpointError):
+            # Perhaps this rank's alone.
+            print(f"error: rank {rank}: {error}", file=sys.stderr)
+        return 2
+
+
+def end_with(main: Callable[[], int]) -> NoReturn:
+    """End the process at once with what `main` returns, or leaves with."""
+    try:
+        code = main()
+    except SystemExit as leaving:
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: gloo's threads, still held by meshes and tensors, can abort a process whose interpreter is torn down
+    # (pytorch#190489), and torchrun would take a finished run for a failed one.
+    os._exit(code)
+
+
+def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training], *, rank: int) -> int:
+    """Prepare the data, connect and train; see `run`."""
+    log = RunLog(config.output, steps=config.steps, write=rank == 0)
+    if config.resume == "auto" and already_finished(config.output, steps=config.steps):
+        log.say(f"{config.output} has come to its {config.steps} steps already")
+        return 0
+
+    def first() -> None:
+        prepare(config.data, progress=log.say)
+
+    watchdog = Watchdog(config.timeout, rank=rank, report=lambda text: log.event(0, "timeout", text))
+    with connect(timeout=config.timeout, first=first, watch=watchdog.start) as ranks:
+        if not _started_before(ranks, config.output):
+            ranks.restarts = 0
+            # Together: the first rank's log must not be there before all have looked.
+            ranks.everywhere(lambda: check_folder(config.output, resume=config.resume))
+            _note_start(ranks, config.output)
+        corpus = ranks.everywhere(lambda: prepare(config.data))
+        try:
+            training = start(config, corpus, ranks, watchdog)
+            resumed_at = training.resume(log)
+            log.begin(resumed_at)
+            _tell_of_start(log, training, resumed_at, output=config.output)
+            summary = None
+            try:
+                summary = training.run(log)
+            finally:
+                log.finish(summary)
+        except CheckpointError:
+            raise
+        except RuntimeError as error:
+            # Whatever it is, where it came up is half of what there is to know of it.
+            print(f"error: rank {rank} in {watchdog.where()}: {error}", file=sys.stderr, flush=True)
+            raise
+        watchdog.doing("leaving", slow=True)
+        if summary is not None:
+            log.event(config.steps, "finish", f"finished {config.steps} steps")
+    watchdog.stop()
+    return 0
+
+
+def _started_before(ranks: Ranks, output: Path) -> bool:
+    """Whether the launcher starts ranks again that had begun this run, and not some that were refused."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    path = output / _LAUNCH
+    noted = ranks.gather(path.read_text() if path.exists() else None)[0]
+    return ranks.restarts > 0 and run is not None and noted == run
+
+
+def _note_start(ranks: Ranks, output: Path) -> None:
+    if ranks.rank == 0:
+        with contextlib.suppress(OSError):
+            output.mkdir(parents=True, exist_ok=True)
+            (output / _LAUNCH).write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
+
+
+def _tell_of_start(log: RunLog, training: Training, resumed_at: int | None, *, output: Path) -> None:
+    ranks = training.ranks
+    again = f", after {ranks.restarts} restarts" if ranks.restarts else ""
+    if resumed_at is not None:
+        log.event(resumed_at, "resume", f"resumed at step {resumed_at} on {ranks.world} ranks{again}")
+    else:
+        log.event(0, "start", f"started on {ranks.world} ranks{again}, in {output}")

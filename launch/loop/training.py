@@ -1,0 +1,353 @@
+"""The training loop: data in, forward, backward, step; validation, logs and checkpoints at their intervals."""
+
+import dataclasses
+import statistics
+import time
+from abc import abstractmethod
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from launch.data import Corpus, TokenLoader, validation_batches
+from launch.loop.config import Config
+from launch.loop.metrics import Measures, flops_per_token, peak_flops
+from launch.loop.resumption import Resumable
+from launch.loop.schedules import Schedule
+from launch.records.run_log import RunLog
+from launch.records.run_metadata import describe
+from launch.runtime.distributed import Ranks
+from launch.runtime.watchdog import Watchdog
+from symdist import SymDist
+from symdist.diagnostics import RouterMonitor
+from symdist.routing.recipes import Recipe, load_recipe
+from symdist.tools.models import active_parameters, build
+
+# Above this many weights no rank draws the whole model to keep its shard of it.
+_DRAWN_WHOLE = 200_000_000
+
+
+class Training(Resumable):
+    """A run on all ranks: model, data, loop and measures. What shards the model says how to step and to save."""
+
+    launcher: str
+    """What shards the model."""
+
+    def __init__(self, config: Config, corpus: Corpus, ranks: Ranks, watchdog: Watchdog):
+        self.config, self.corpus, self.ranks, self.watchdog = config, corpus, ranks, watchdog
+        self.recipe = self._load_recipe()
+        self._make_model = partial(
+            build,
+            config.model,
+            vocabulary=corpus.vocabulary,
+            overrides=config.model_settings(),
+        )
+        outline = self._make_model(device="meta")
+        self.parameters = sum(parameter.numel() for parameter in outline.parameters())
+        self.active_parameters = active_parameters(outline)
+        self.flops_per_token = flops_per_token(outline, active=self.active_parameters, sequence=config.sequence)
+        watchdog.doing("building the model", slow=True)
+        self.model = self._build(outline)
+        watchdog.detail = lambda: "" if self.symdist is None else self.symdist.where()
+        # After the build: what shards a model may put hooks of its own on the routers, and these see what those return.
+        self.monitor = self._watch()
+        self.measures = Measures(ranks, self.symdist)
+        self.data_rank, self.data_ranks = self._data_share()
+        self.loader = TokenLoader(
+            corpus.train,
+            sequence=config.sequence,
+            batch=config.batch // (self.data_ranks * config.accumulation),
+            rank=self.data_rank,
+            world=self.data_ranks,
+            seed=config.seed,
+            vocabulary=corpus.vocabulary,
+        )
+        if self.loader.windows < config.batch:
+            raise ValueError(
+                f"the corpus has {self.loader.windows} training sequences of {config.sequence} tokens, a step takes "
+                f"{config.batch}; give more text or a smaller --batch"
+            )
+        self.start_counting(config.spike_sigma)
+        self._step_times: list[float] = []
+        self._optimizer_times: list[float] = []
+
+    @abstractmethod
+    def _build(self, outline: nn.Module) -> Any:
+        """Make the sharded model, which is returned, and what steps it; `outline` is the model on meta tensors."""
+
+    def _watch(self) -> RouterMonitor:
+        """The measures of the model's routers."""
+        return RouterMonitor(self.model)
+
+    def _data_share(self) -> tuple[int, int]:
+        """Which share of the data this rank takes, and how many there are: every rank its own."""
+        return self.ranks.rank, self.ranks.world
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        """Gradients of a micro-batch of `accumulation`; `last` of the step."""
+        (loss / self.config.accumulation).backward()
+
+    @abstractmethod
+    def _update(self) -> tuple[Tensor | float | None, float]:
+        """Clip and step; the norm of the gradient before, where it is known, and the seconds the optimizer took."""
+
+    @property
+    @abstractmethod
+    def symdist(self) -> SymDist | None:
+        """The optimizer at work, where it is one of symdist's."""
+
+    @property
+    @abstractmethod
+    def mesh(self) -> dict[str, int]:
+        """How the ranks divide model and data, for the reader."""
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether forward and backward are in bfloat16."""
+        asked = self.config.precision
+        able = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return asked == "bfloat16" or (asked == "auto" and able)
+
+    @property
+    def left_out(self) -> int:
+        """Steps that were left out, since this process began; what the engine leaves out is counted as well."""
+        return 0 if self.symdist is None else self.symdist.skipped_steps
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to belong to this run."""
+        config = self.config
+        return {
+            "model": config.model,
+            "model_overrides": config.model_overrides,
+            "recipe": {role: dict(options) for role, options in self.recipe.sections.items()},
+            "corpus": self.corpus.fingerprint,
+            "vocabulary": self.corpus.vocabulary,
+            "sequence": config.sequence,
+            "batch": config.batch,
+            "seed": config.seed,
+        }
+
+    def run(self, log: RunLog) -> dict[str, Any] | None:
+        """Train to the end, or until a signal; the summary, or None where it was stopped early.
+
+        Raises Diverged where the run was taken back as often as it may be, CheckpointError where the last checkpoint
+        cannot be written.
+        """
+        config = self.config
+        log.describe(
+            describe(
+                config,
+                launcher=self.launcher,
+                mesh=self.mesh,
+                numbers={
+                    "ranks": self.ranks.world,
+                    "device": self._device_name(),
+                    "parameters": self.parameters,
+                    "active_parameters": self.active_parameters,
+                },
+                optimizer=self.symdist,
+            )
+        )
+        if self.step == config.steps:
+            # Lost between its last checkpoint and its summary.
+            return self._summary(self.validate())
+        while self.step < config.steps:
+            loss, norm, stopping = self._train_step(log)
+            self._tell(log, wait=False)
+            if config.rollback_after and self.left_out_in_a_row >= config.rollback_after:
+                self._roll_back(log)
+                continue
+            log.advance(self.step)
+            last = self.step == config.steps
+            if self.step % config.log_every == 0 or last:
+                log.step(self.step, "train", self._measures(loss, norm))
+            if self.step % config.validate_every == 0 or last:
+                self.watchdog.doing(f"step {self.step}, validation")
+                measures = self.validate()
+                log.step(self.step, "validation", measures)
+            due = config.checkpoint_every and self.step % config.checkpoint_every == 0
+            # Weights that no step moves any more are none to go back to.
+            if last or stopping or (due and not self.left_out_in_a_row):
+                self._checkpoint(log, wait=last or stopping)
+            if last:
+                return self._summary(measures)
+            if stopping:
+                log.event(self.step, "stop", f"told to stop: saved step {self.step}; --resume auto goes on from there")
+                return None
+        raise ValueError(f"the checkpoint is of step {self.step}, the run has {config.steps}; give more --steps")
+
+    def _train_step(self, log: RunLog) -> tuple[float, Tensor | float | None, bool]:
+        """Take a step; the loss of the whole batch, the gradient's norm, and whether any rank was told to stop."""
+        number = self.step + 1
+        # The first one compiles, and connects what was not connected yet.
+        self.watchdog.doing(f"step {number}, forward and backward", slow=not self._step_times)
+        started = self._clock()
+        self.model.train()
+        if number % self.config.log_every == 0 or number == self.config.steps:
+            self.measures.arm()
+        # What all ranks must know before the step, in one number each.
+        told = torch.tensor([float(self._gradients()), float(self.ranks.stopping)], device=self.ranks.device)
+        total, stopping = self.ranks.sum(told.double()).tolist()
+        loss = total / self.ranks.world
+        spike = self.spikes.judge(loss)
+        if spike:
+            assert self.symdist is not None, "the configuration was checked"
+            self.symdist.skip_next()
+        self.watchdog.doing(f"step {number}, optimizer")
+        before = self.left_out
+        norm, seconds = self._update()
+        if spike and self.symdist is not None:
+            # An engine that leaves out the step itself does not come to it.
+            self.symdist.skip_next(False)
+        self.step = number
+        self._optimizer_times.append(seconds)
+        self._step_times.append(self._clock() - started)
+        self.elapsed += self._step_times[-1]
+        self._count(log, loss, spike=spike, left_out=self.left_out > before)
+        return loss, norm, stopping > 0
+
+    def _count(self, log: RunLog, loss: float, *, spike: bool, left_out: bool) -> None:
+        self.left_out_in_a_row = self.left_out_in_a_row + 1 if left_out else 0
+        if not left_out:
+            return
+        self.counts["skipped_steps"] += 1
+        if spike:
+            self.counts["spikes"] += 1
+            text = f"step {self.step}: a loss of {loss:.4g} is a spike; the step was left out"
+        else:
+            text = f"step {self.step}: a gradient was not finite; the step was left out"
+        log.event(self.step, "spike" if spike else "nonfinite", text)
+
+    def _gradients(self) -> Tensor:
+        """Gradients of a step; the loss of this rank's part of the batch, whose mean over the ranks is the batch's."""
+        config = self.config
+        total = torch.zeros((), device=self.ranks.device)
+        for micro in range(config.accumulation):
+            tokens = next(self.loader).to(self.ranks.device)
+            loss = self._losses(tokens).mean()
+            total += loss.detach() / config.accumulation
+            if self.monitor.layers:
+                self.monitor.accumulate()
+                if config.aux_loss or config.z_loss:
+                    balance, z = self.monitor.losses()
+                    loss = loss + config.aux_loss * balance + config.z_loss * z
+            self._backward(loss, last=micro + 1 == config.accumulation)
+        return total
+
+    def _losses(self, tokens: Tensor) -> Tensor:
+        """Cross-entropy of each next token: `[batch, sequence]` of tokens `[batch, sequence + 1]`, in nats."""
+        logits = self.model(input_ids=tokens[:, :-1]).logits
+        self.measures.logits.see(logits)
+        return functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
+
+    def _measures(self, loss: float, norm: Tensor | float | None) -> dict[str, float]:
+        config = self.config
+        values = {"loss": loss}
+        if norm is not None:
+            values["gradient_norm"] = float(norm)
+        speed = config.batch * config.sequence / statistics.median(self._step_times[-config.log_every :])
+        values["tokens_per_second"] = speed
+        if self._peak_flops is not None:
+            values["mfu"] = speed * self.flops_per_token / (self.ranks.world * self._peak_flops)
+        values["optimizer_share"] = self._optimizer_share(config.log_every)
+        values["optimizer_ms"] = 1000 * statistics.median(self._optimizer_times[-config.log_every :])
+        values |= {name: count for name, count in self.counts.items() if count}
+        return values | self._router_measures() | self.measures.take()
+
+    @cached_property
+    def _peak_flops(self) -> float | None:
+        return peak_flops(self.config.peak_tflops, self.ranks.device, low=self.low_precision)
+
+    def _device_name(self) -> str:
+        device = self.ranks.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+    def _router_measures(self) -> dict[str, float]:
+        if not self.monitor.layers:
+            return {}
+        mean = self.monitor.summary(self.ranks.sum)["mean"]
+        self.monitor.reset()
+        return {f"router_{name}": value for name, value in mean.items()}
+
+    def _optimizer_share(self, last: int) -> float:
+        return statistics.median(self._optimizer_times[-last:]) / statistics.median(self._step_times[-last:])
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean next-token loss on the validation set, and how its tokens load the routers."""
+        self.model.eval()
+        self.monitor.reset()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        config = self.config
+        batches = validation_batches(
+            self.corpus.validation,
+            sequence=config.sequence,
+            batch=config.batch // (self.data_ranks * config.accumulation),
+            rank=self.data_rank,
+            world=self.data_ranks,
+            limit=config.validation_sequences,
+        )
+        for tokens, weight in batches:
+            self.watchdog.doing(f"step {self.step}, validation")
+            losses = self._losses(tokens.to(self.ranks.device))
+            weight = weight.to(losses)[:, None]
+            totals += torch.stack([(losses * weight).sum().double(), weight.sum().double() * losses.shape[1]])
+            if self.monitor.layers:
+                self.monitor.accumulate()
+        self.ranks.sum(totals)
+        return {"loss": float(totals[0] / totals[1])} | self._router_measures()
+
+    def _summary(self, measures: dict[str, float]) -> dict[str, Any]:
+        config = self.config
+        return {
+            "model": config.model,
+            "recipe": self.recipe.name,
+            "steps": config.steps,
+            "ranks": self.ranks.world,
+            "tokens": config.steps * config.batch * config.sequence,
+            "parameters": self.parameters,
+            "active_parameters": self.active_parameters,
+            **self._speeds(),
+            "training_seconds": self.elapsed,
+            **self.counts,
+            **{f"validation_{name}": value for name, value in measures.items()},
+        }
+
+    def _speeds(self) -> dict[str, float]:
+        config = self.config
+        if not self._step_times:
+            # Of the parts of the run before this one no more is known.
+            return {"tokens_per_second": config.steps * config.batch * config.sequence / max(self.elapsed, 1e-9)}
+        return {
+            "tokens_per_second": config.batch * config.sequence / statistics.median(self._step_times),
+            "optimizer_share": self._optimizer_share(len(self._step_times)),
+            "optimizer_ms": 1000 * statistics.median(self._optimizer_times),
+        }
+
+    def _clock(self) -> float:
+        self.ranks.synchronize()
+        return time.perf_counter()
+
+    def _load_recipe(self) -> Recipe:
+        return load_recipe(self.config.recipe).overridden(self.config.overrides())
+
+    def _schedules(self) -> dict[str, Schedule]:
+        given = self.recipe.schedules or {"default": {"shape": "linear"}}
+        try:
+            schedules = {key: Schedule(**options) for key, options in given.items()}
+        except TypeError as error:
+            raise ValueError(f"recipe {self.recipe.name!r}: [schedule] {error}") from None
+        # A trial run of a few steps should warm up too, and still get somewhere.
+        limit = self.config.steps // 4
+        return {
+            key: dataclasses.replace(schedule, warmup=min(schedule.warmup, limit))
+            for key, schedule in schedules.items()
+        }
+
+    def _drawn_whole(self) -> bool:
+        """Whether every rank draws all weights."""
+        asked = self.config.initialize
+        return asked == "whole" or (asked == "auto" and self.parameters <= _DRAWN_WHOLE)

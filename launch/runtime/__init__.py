@@ -1,0 +1,1 @@
+"""Ranks: connected, watched, and agreed with each other."""

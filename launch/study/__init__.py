@@ -1,0 +1,1 @@
+"""A study: many runs, tuned and set side by side."""

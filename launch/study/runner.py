@@ -1,0 +1,222 @@
+"""Compare stacks at equal tuning budgets: a sweep of learning rates for every arm, then further seeds at its best.
+
+python -m launch.study --config launch/configs/study.toml [--report | --dry-run]
+
+Every run is a launch.pretrain of its own. A stopped study goes on by the same command, in the middle of a run too.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launch.data import prepare
+from launch.study.plan import RECORD, Run, Study, outcomes, parse, words
+from launch.study.report import read_outcome, write
+
+OUTPUT = "output.log"
+_ENTRY = "launch.pretrain"
+
+
+class Runner:
+    """Runs of a study, `jobs` at a time, until there is none left or a signal says to stop."""
+
+    def __init__(self, study: Study, lock: int):
+        from rich.console import Console
+
+        self.study, self._lock = study, lock
+        self.failed: dict[str, Path] = {}
+        self.stopped_by: int | None = None
+        self._running: dict[Run, subprocess.Popen[bytes]] = {}
+        self._console = Console(stderr=True)
+        self._total = len(study.arms) * (len(study.multipliers) + len(study.seeds))
+        self._before = self._done()
+        self._started = time.monotonic()
+
+    def go(self) -> None:
+        """Run; what failed is in `failed`, the signal in `stopped_by`."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        before = [signal.signal(number, self._stop) for number in numbers]
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
+            bar = progress.add_task("starting", total=self._total, completed=self._before)
+            try:
+                while self._step():
+                    progress.update(bar, completed=self._done(), description=self._left())
+            finally:
+                if self._running:
+                    self._say(f"stopping {len(self._running)} runs, which save first")
+                    self._end()
+                for number, handler in zip(numbers, before, strict=True):
+                    signal.signal(number, handler)
+
+    def _step(self) -> bool:
+        """Start what there is room for, and wait for a run to end; whether there is more to do."""
+        due = [run for run in self._due() if run not in self._running]
+        for run in due[: self.study.jobs - len(self._running)]:
+            self._start(run)
+            self._say(f"started {run.name}")
+        ended: list[Run] = []
+        while self._running and not ended:
+            if self.stopped_by is not None:
+                return False
+            time.sleep(0.2)
+            ended = self._collect()
+        for run in ended:
+            told = "failed" if run.name in self.failed else self._loss(run)
+            self._say(f"[{self._done()}/{self._total}] {run.name}: {told}; {self._left()}")
+        return bool(ended)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _due(self) -> Iterator[Run]:
+        """What is left to run and can run now, in the order of the arms."""
+        for arm, outcome in zip(self.study.arms, outcomes(self.study), strict=True):
+            runs = self.study.sweep(arm) if outcome.best is None else self.study.further(arm, outcome.best)
+            yield from (run for run in runs if not self.study.finished(run) and run.name not in self.failed)
+
+    def _done(self) -> int:
+        return sum(len(arm.sweep) + len(arm.further) for arm in outcomes(self.study))
+
+    def _start(self, run: Run) -> None:
+        study, folder = self.study, self.study.folder(run)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(json.dumps(study.record(run), indent=2) + "\n")
+        environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        if not study.run.data.source.startswith("datasets:"):
+            # Models come from their configurations, so nothing is to be looked up.
+            environment["HF_HUB_OFFLINE"] = "1"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={study.nproc}"]
+        command += ["-m", _ENTRY, *words(dataclasses.asdict(study.config(run)), prefix="--")]
+        with (folder / OUTPUT).open("ab") as output:
+            self._running[run] = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment,
+                # Ctrl-C is for the study, which tells its runs; a run that outlives it keeps the lock.
+                start_new_session=True,
+                pass_fds=(self._lock,),
+            )
+
+    def _collect(self) -> list[Run]:
+        ended = [run for run, process in self._running.items() if process.poll() is not None]
+        for run in ended:
+            del self._running[run]
+            if not self._tidied(run):
+                self.failed[run.name] = self.study.folder(run) / OUTPUT
+        return ended
+
+    def _tidied(self, run: Run) -> bool:
+        """Whether the run has come to its end; if so, its checkpoints go: the log is what counts then."""
+        finished = self.study.finished(run)
+        if finished:
+            shutil.rmtree(self.study.folder(run) / "checkpoints", ignore_errors=True)
+        return finished
+
+    def _end(self) -> None:
+        for process in self._running.values():
+            # torchrun hands it on to the ranks, which save a checkpoint.
+            process.terminate()
+        deadline = time.monotonic() + 90
+        for run, process in self._running.items():
+            try:
+                process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self._tidied(run)
+
+    def _stop(self, number: int, frame: object) -> None:
+        self.stopped_by = number
+
+    def _loss(self, run: Run) -> str:
+        outcome = read_outcome(self.study.folder(run), multiplier=run.multiplier, seed=run.seed)
+        return "diverged" if outcome.diverged else f"loss {outcome.loss:.3f}, {outcome.seconds:.0f} s of training"
+
+    def _left(self) -> str:
+        done = self._done()
+        if done == self._before:
+            return "no run done yet"
+        minutes = (time.monotonic() - self._started) / (done - self._before) * (self._total - done) / 60
+        return f"about {minutes:.0f} min left"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Hold the study's folder; ValueError where another study, or a run it left behind, does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"a study, or a run that it started, is at work in {folder}; wait or stop it") from None
+        yield file.fileno()
+
+
+def _list(study: Study) -> None:
+    for arm, outcome in zip(study.arms, outcomes(study), strict=True):
+        for run in study.sweep(arm):
+            print(f"{run.name}{'  done' if study.finished(run) else ''}  {' '.join(arm.settings(run.multiplier))}")
+        for seed in study.seeds:
+            at = "best" if outcome.best is None else f"{outcome.best:g}"
+            done = any(run.seed == seed for run in outcome.further)
+            print(f"{arm.key}/x{at}-seed{seed}{'  done' if done else ''}")
+    each = len(study.multipliers) + len(study.seeds)
+    print(f"{len(study.arms)} arms × ({len(study.multipliers)} + {len(study.seeds)}) = {len(study.arms) * each} runs")
+
+
+def _execute(study: Study) -> int:
+    with _locked(study.output) as lock:
+        prepare(study.run.data, progress=lambda text: print(text, file=sys.stderr, flush=True))
+        runner = Runner(study, lock)
+        runner.go()
+    if runner.stopped_by is None:
+        _report(study)
+    for name, log in runner.failed.items():
+        print(f"failed: {name}, see {log}", file=sys.stderr)
+    if runner.stopped_by is not None:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 128 + runner.stopped_by
+    return 1 if runner.failed else 0
+
+
+def _report(study: Study) -> None:
+    write(outcomes(study), study.output, settings=dataclasses.asdict(study))
+
+
+def main(arguments: list[str]) -> int:
+    """Run, list or report; the exit code: 0, 1 where runs failed, 2 for what the user can mend, 128 + a signal."""
+    try:
+        study = parse(arguments, description=__doc__)
+        study.check()
+        if study.report:
+            _report(study)
+            return 0
+        study.check_stacks()
+        for arm in study.arms:
+            for multiplier in study.multipliers:
+                for run in (*study.sweep(arm), *study.further(arm, multiplier)):
+                    study.check_folder(run)
+        if study.dry_run:
+            _list(study)
+            return 0
+        return _execute(study)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped before the first run; the same command goes on from here", file=sys.stderr)
+        return 128 + signal.SIGINT

@@ -1,0 +1,1 @@
+"""Collectives: what moves between ranks, and how it is packed."""

@@ -1,0 +1,108 @@
+"""Pieces to their owners and updates back: one all-to-all each way for all the parameters that ask."""
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symdist.exchange.collectives.redistribution import Return, Ship
+from symdist.exchange.collectives.transport import Transport
+from symdist.layouts import Group
+
+
+def answer_ships(
+    requests: Sequence[Ship], *, group: Group, transport: Transport
+) -> Generator[Any, None, list[list[Tensor]]]:
+    """Every rank receives the pieces of what it owns and puts them together."""
+    likes = [request.like for request in requests]
+    routes = [(request.route, len(request.layers)) for request in requests]
+    kept = [[request.route.kept(layer) for layer in request.layers] for request in requests]
+    moving = _all_to_all(
+        [_merged([request.route.sent_pieces(layer) for layer in request.layers]) for request in requests],
+        [_times(route.received_pieces(), layers) for route, layers in routes],
+        like=likes[0].to(requests[0].dtype),
+        group=group,
+        transport=transport,
+    )
+    # From here on the buffer has it all.
+    del requests
+    received = yield from moving
+    return [
+        [
+            route.wholes(parts, like=like, kept=here)
+            for parts, here in zip(_layers(received.pop(0), layers), kept.pop(0), strict=True)
+        ]
+        for (route, layers), like in zip(routes, likes, strict=True)
+    ]
+
+
+def answer_returns(
+    requests: Sequence[Return], *, group: Group, transport: Transport
+) -> Generator[Any, None, list[list[list[Tensor]]]]:
+    """Every owner cuts what it made and sends each rank its piece."""
+    likes = [request.like for request in requests]
+    routes = [(request.route, len(request.layers), request.shape) for request in requests]
+    kept = [[request.route.kept_home(layer) for layer in request.layers] for request in requests]
+    moving = _all_to_all(
+        [_merged([request.route.sent_home(layer) for layer in request.layers]) for request in requests],
+        [_times(route.received_home(), layers) for route, layers, _ in routes],
+        like=likes[0].to(requests[0].dtype),
+        group=group,
+        transport=transport,
+    )
+    del requests
+    received = yield from moving
+    return [
+        [
+            route.home(parts, shape=shape, like=like, kept=here)
+            for parts, here in zip(_layers(received.pop(0), layers), kept.pop(0), strict=True)
+        ]
+        for (route, layers, shape), like in zip(routes, likes, strict=True)
+    ]
+
+
+def _merged(layers: list[dict[int, list[Tensor]]]) -> dict[int, list[Tensor]]:
+    """What goes to each rank, one layer after another."""
+    return {rank: [tensor for layer in layers for tensor in layer[rank]] for rank in layers[0]}
+
+
+def _times(counts: dict[int, int], layers: int) -> dict[int, int]:
+    return {rank: count * layers for rank, count in counts.items()}
+
+
+def _layers(received: dict[int, Tensor], layers: int) -> list[dict[int, Tensor]]:
+    """The inverse of `_merged`, on what arrived: by rank, each layer's share of one flat buffer."""
+    return [{rank: flat.chunk(layers)[i] for rank, flat in received.items()} for i in range(layers)]
+
+
+def _all_to_all(
+    sent: list[dict[int, list[Tensor]]],
+    expected: list[dict[int, int]],
+    *,
+    like: Tensor,
+    group: Group,
+    transport: Transport,
+) -> Generator[Any, None, list[dict[int, Tensor]]]:
+    """For each request: send rank i the tensors `sent[i]`, receive `expected[i]` numbers from it, flat, by rank."""
+    outgoing = [[tensor for of_request in sent for tensor in of_request.get(rank, ())] for rank in range(group.size)]
+    counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+    buffer = like.new_empty(sum(counts))
+    flat = [tensor for tensors in outgoing for tensor in tensors]
+    places = buffer.split([tensor.numel() for tensor in flat])
+    # Copied one by one, not concatenated: so each is converted on its way, and needs to be contiguous nowhere.
+    if flat:
+        torch._foreach_copy_([place.view(t.shape) for place, t in zip(places, flat, strict=True)], flat)
+    del outgoing, flat, places, sent
+    incoming = [[of_request.get(rank, 0) for of_request in expected] for rank in range(group.size)]
+    out = like.new_empty(sum(map(sum, incoming)))
+    yield transport.all_to_all(out, buffer, received=list(map(sum, incoming)), sent=counts, group=group)
+    del buffer
+    parts = iter(out.split([size for of_rank in incoming for size in of_rank]))
+    found: list[dict[int, Tensor]] = [{} for _ in expected]
+    for rank, of_rank in enumerate(incoming):
+        for request, size in zip(found, of_rank, strict=True):
+            part = next(parts)
+            if size:
+                request[rank] = part
+    return found

@@ -1,0 +1,261 @@
+"""Sums, Gram roots and QRs over a group: every matrix that asks at once travels in one buffer."""
+
+import functools
+import itertools
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from symdist.exchange.collectives.balance import balance
+from symdist.exchange.collectives.transport import Transport
+from symdist.exchange.collectives.triangles import pack, packed_size, unpack
+from symdist.layouts import Group
+from symdist.rules import InverseRoot, Orthonormal, Root, Sum, inverse_root
+from symdist.rules.linalg.orthonormal import orthonormal
+
+# Reduce-scatter wants equal chunks. Padding every owner to the fullest one saves two all-to-alls; beyond this
+# factor (few Grams, many ranks) it moves more than they would.
+_PADDING = 1.25
+
+
+def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) -> Generator[Any, None, list[Tensor]]:
+    """One all-reduce for all of them."""
+    # cat of a single tensor may alias it, and no request's values may be written to.
+    buffer = (
+        torch.cat([r.values.reshape(-1) for r in requests])
+        if len(requests) > 1
+        else (requests[0].values.reshape(-1).clone())
+    )
+    yield transport.all_reduce(buffer, group=group)
+    parts = buffer.split([r.values.numel() for r in requests])
+    return [part.view(r.values.shape) for part, r in zip(parts, requests, strict=True)]
+
+
+class _Work(Protocol):
+    """What a request has one rank do with the sum of each matrix, as numbers in a row."""
+
+    sent: int
+    """Numbers of the sum of a matrix."""
+    found: int
+    """Numbers of the answer of a matrix."""
+    operations: float
+    """On one matrix."""
+    parts: Tensor
+    """This rank's part of every sum, `[b, …]`."""
+
+    def packed(self) -> Tensor:
+        """`[b, sent]`."""
+
+    def solved(self, sums: Tensor) -> Tensor:
+        """`[u, sent]` as `[u, found]`."""
+
+    def answer(self, found: Tensor) -> Any:
+        """Of `[b, found]`."""
+
+
+class _RootWork:
+    """Of a Gram one triangle travels, of its root too, and the two norms that a root knows of its matrix."""
+
+    def __init__(self, request: Root):
+        self.parts = request.gram
+        self.edge = request.gram.shape[-1]
+        self.sent = packed_size(self.edge)
+        self.found = self.sent + 2
+        self.numerics = request.numerics
+        self.unit = request.unit
+        self.operations = request.numerics.operations(self.edge)
+
+    def packed(self) -> Tensor:
+        return pack(self.parts)
+
+    def solved(self, sums: Tensor) -> Tensor:
+        root = inverse_root(unpack(sums, self.edge), self.numerics)
+        return torch.cat([pack(root.matrix), root.nuclear.flatten(1), root.frobenius.flatten(1)], dim=1)
+
+    def answer(self, found: Tensor) -> InverseRoot:
+        norms = found[:, -2, None, None], found[:, -1, None, None]
+        return InverseRoot(unpack(found[:, :-2], self.edge), norms=norms).of_larger(self.unit)
+
+
+class _OrthonormalWork:
+    """The matrix there, and its Q back."""
+
+    def __init__(self, request: Orthonormal):
+        self.parts = request.values
+        self.shape = request.values.shape[1:]
+        self.sent = self.found = self.shape.numel()
+        self.operations = request.operations()
+
+    def packed(self) -> Tensor:
+        return self.parts.flatten(1)
+
+    def solved(self, sums: Tensor) -> Tensor:
+        return orthonormal(sums.unflatten(1, self.shape)).flatten(1)
+
+    def answer(self, found: Tensor) -> Tensor:
+        return found.unflatten(1, self.shape)
+
+
+def answer_shared(
+    requests: Sequence[Root | Orthonormal], *, group: Group, transport: Transport, loads: list[float] | None = None
+) -> Generator[Any, None, list[Any]]:
+    """Reduce-scatter the parts of each matrix's sum, work on it on one rank, all-gather what that found.
+
+    `loads` are the operations that the ranks have done or will do otherwise; these are added.
+
+    The volume is that of one all-reduce. Where the matrices do not spread evenly over the ranks, the sums are cut into
+    equal chunks regardless of the matrices' borders, and an all-to-all each way completes them on their owners.
+    """
+    works: list[_Work] = [_RootWork(r) if isinstance(r, Root) else _OrthonormalWork(r) for r in requests]
+    like = works[0].parts
+    of_unit = [work for work in works for _ in range(work.parts.shape[0])]
+    owners = balance([work.operations for work in of_unit], parts=group.size, loads=loads)
+
+    sizes = [work.sent for work in of_unit]
+    aligned = _spread_evenly(sizes, owners, group.size)
+    sums = _slots(sizes, owners, group.size, aligned=aligned)
+    buffer = like.new_zeros(sums.chunk * group.size)
+    unit = 0
+    for work in works:
+        for packed in work.packed():
+            buffer[sums.starts[unit] : sums.starts[unit] + sums.sizes[unit]] = packed
+            unit += 1
+    chunk = like.new_empty(sums.chunk)
+    yield transport.reduce_scatter(chunk, buffer, group=group)
+    del buffer
+    owned = yield from _to_owners(chunk, sums, group=group, transport=transport)
+
+    slots = _slots([work.found for work in of_unit], owners, group.size, aligned=aligned)
+    answers: dict[int, Tensor] = {}
+    for work in works:
+        mine = [u for u in owned if of_unit[u] is work]
+        if mine:
+            found = work.solved(torch.stack([owned[u] for u in mine]))
+            answers.update(zip(mine, found.to(like.dtype), strict=True))
+    chunk = yield from _from_owners(answers, slots, like=like, group=group, transport=transport)
+    buffer = like.new_empty(slots.chunk * group.size)
+    yield transport.all_gather(buffer, chunk, group=group)
+
+    answered = []
+    unit = 0
+    for work in works:
+        b = work.parts.shape[0]
+        rows = [buffer[slots.starts[u] : slots.starts[u] + slots.sizes[u]] for u in range(unit, unit + b)]
+        # Without a matrix among these ranks, as where their experts are none, there is nothing to stack.
+        answered.append(work.answer(torch.stack(rows) if rows else like.new_empty((0, work.found))))
+        unit += b
+    return answered
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Slots:
+    """Where each unit lies in a buffer of equal chunks, one a rank."""
+
+    chunk: int
+    starts: list[int]
+    sizes: list[int]
+    owners: list[int]
+    aligned: bool
+    """Every unit lies in its owner's chunk."""
+
+    def overlap(self, *, holder: int, owner: int) -> list[tuple[int, int, int]]:
+        """`(unit, start, stop)`, in buffer coordinates, of what `holder`'s chunk has of the units of `owner`."""
+        return self._parts.get((holder, owner), [])
+
+    @functools.cached_property
+    def _parts(self) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+        # Once for all ranks: asked for one by one, many units over many ranks take long.
+        parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for unit, (start, size, owner) in enumerate(zip(self.starts, self.sizes, self.owners, strict=True)):
+            for holder in range(start // self.chunk, -(-(start + size) // self.chunk)):
+                low, high = holder * self.chunk, (holder + 1) * self.chunk
+                parts.setdefault((holder, owner), []).append((unit, max(start, low), min(start + size, high)))
+        return parts
+
+
+def _loads(sizes: list[int], owners: list[int], ranks: int) -> list[int]:
+    loads = [0] * ranks
+    for size, owner in zip(sizes, owners, strict=True):
+        loads[owner] += size
+    return loads
+
+
+def _spread_evenly(sizes: list[int], owners: list[int], ranks: int) -> bool:
+    """Whether padding every owner's chunk to the fullest moves less than completing cut units would."""
+    return max(_loads(sizes, owners, ranks)) * ranks <= _PADDING * sum(sizes)
+
+
+def _slots(sizes: list[int], owners: list[int], ranks: int, *, aligned: bool) -> _Slots:
+    loads = _loads(sizes, owners, ranks)
+    chunk = max(loads) if aligned else -(-sum(sizes) // ranks)
+    free = [rank * chunk for rank in range(ranks)] if aligned else [0, *itertools.accumulate(loads[:-1])]
+    starts = []
+    for size, owner in zip(sizes, owners, strict=True):
+        starts.append(free[owner])
+        free[owner] += size
+    return _Slots(chunk=chunk, starts=starts, sizes=sizes, owners=owners, aligned=aligned)
+
+
+def _to_owners(
+    chunk: Tensor, slots: _Slots, *, group: Group, transport: Transport
+) -> Generator[Any, None, dict[int, Tensor]]:
+    """The whole units this rank owns, from the chunks that every rank holds."""
+    me, base = group.index, group.index * slots.chunk
+    if slots.aligned:
+        return {unit: chunk[lo - base : hi - base] for unit, lo, hi in slots.overlap(holder=me, owner=me)}
+    outgoing = [slots.overlap(holder=me, owner=rank) for rank in range(group.size)]
+    incoming = [slots.overlap(holder=rank, owner=me) for rank in range(group.size)]
+    cut = {rank: [chunk[lo - base : hi - base] for _, lo, hi in outgoing[rank]] for rank in range(group.size)}
+    out = chunk.new_empty(_length(incoming))
+    yield transport.all_to_all(
+        out,
+        torch.cat([chunk.new_empty(0), *(part for parts in cut.values() for part in parts)]),
+        received=[_length([ranges]) for ranges in incoming],
+        sent=[_length([ranges]) for ranges in outgoing],
+        group=group,
+    )
+    parts: dict[int, list[Tensor]] = {}
+    position = 0
+    for unit, lo, hi in (part for ranges in incoming for part in ranges):
+        parts.setdefault(unit, []).append(out[position : position + hi - lo])
+        position += hi - lo
+    return {unit: torch.cat(pieces) for unit, pieces in parts.items()}
+
+
+def _from_owners(
+    answers: dict[int, Tensor], slots: _Slots, *, like: Tensor, group: Group, transport: Transport
+) -> Generator[Any, None, Tensor]:
+    """This rank's chunk, from the whole units that every owner holds."""
+    me, base = group.index, group.index * slots.chunk
+    chunk = like.new_zeros(slots.chunk)
+    if slots.aligned:
+        for unit, answer in answers.items():
+            chunk[slots.starts[unit] - base : slots.starts[unit] - base + slots.sizes[unit]] = answer
+        return chunk
+    outgoing = [slots.overlap(holder=rank, owner=me) for rank in range(group.size)]
+    incoming = [slots.overlap(holder=me, owner=rank) for rank in range(group.size)]
+    cut = [
+        answers[unit][lo - slots.starts[unit] : hi - slots.starts[unit]]
+        for ranges in outgoing
+        for unit, lo, hi in ranges
+    ]
+    out = like.new_empty(_length(incoming))
+    yield transport.all_to_all(
+        out,
+        torch.cat([like.new_empty(0), *cut]),
+        received=[_length([ranges]) for ranges in incoming],
+        sent=[_length([ranges]) for ranges in outgoing],
+        group=group,
+    )
+    position = 0
+    for _, lo, hi in (part for ranges in incoming for part in ranges):
+        chunk[lo - base : hi - base] = out[position : position + hi - lo]
+        position += hi - lo
+    return chunk
+
+
+def _length(ranges: list[list[tuple[int, int, int]]]) -> int:
+    return sum(hi - lo for of_rank in ranges for _, lo, hi in of_rank)

@@ -1,0 +1,1 @@
+"""Execution: jobs, and the scheduler that runs them."""

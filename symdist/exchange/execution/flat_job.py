@@ -1,0 +1,184 @@
+"""A job over flat layouts: matrices of which ranks hold runs of elements, put together by rows or as wholes."""
+
+import functools
+import itertools
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symdist.exchange.collectives.flat_redistribution import RunRoute, owned_by
+from symdist.exchange.collectives.redistribution import Return, Ship
+from symdist.exchange.collectives.residual_sums import InStage, Share
+from symdist.exchange.execution.job import (
+    Begin,
+    Done,
+    Note,
+    Placement,
+    Stack,
+    Tensors,
+    alone_but_for_stages,
+    finished,
+    noted,
+    updated,
+)
+from symdist.exchange.execution.scheduler import Task
+from symdist.layouts import Group
+from symdist.layouts.flat import FlatLayout, elements_of, matrices_of, runs_of_rows
+from symdist.matrix_views import Seen
+from symdist.rules import answer_alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlatJob:
+    """Some parameters of one kind in flat layouts, and where their rule runs.
+
+    "local": each is whole on this rank. "owner": `owners` has who puts each together, by group index. "reduce": rows
+    that are cut are completed; then either the rule needs nothing from other rows (`alone`), and the parameters may be
+    cut each in its own way, or all are cut alike and what it asks is summed, as the layout of `stack` says.
+
+    `members` are indices into the optimizer's list of parameters: of those that this rank has a share in, for all
+    others have nothing to send or to sum here. `everyone` has them all.
+    """
+
+    stack: Stack
+    members: tuple[int, ...]
+    everyone: tuple[int, ...]
+    layouts: tuple[FlatLayout, ...]
+    """Of `members`."""
+    placement: Placement
+    owners: tuple[int, ...] = ()
+    """Of `members`."""
+    multiple: int = 1
+    """How many rows stay together."""
+    alone: bool = False
+    travels: bool = True
+    """Whether any rank sends anything to complete rows."""
+    flight_bytes: float = 0.0
+    """What the busiest rank holds while the job is under way."""
+    exchange_dtype: torch.dtype = torch.float32
+    stages: tuple[InStage, ...] = ()
+    """Of `everyone`, where their rule couples the matrices of a stage; they are then all put together by owners."""
+    across: tuple[int, ...] = ()
+    """Blocks of columns that the matrices are cut in first."""
+
+    @property
+    def group(self) -> Group:
+        """All ranks among which the parameters are cut."""
+        assert self.stack.layout.group is not None
+        return self.stack.layout.group
+
+    @property
+    def summed(self) -> dict[Seen, Group]:
+        """What the rule's sums run across."""
+        in_place = self.placement == "reduce" and not self.alone
+        return {axis: group for axis, group in self.stack.seen.items() if axis != "batch"} if in_place else {}
+
+    @functools.cached_property
+    def route(self) -> RunRoute:
+        """How runs become whole rows or matrices."""
+        have = [layout.runs for layout in self.layouts]
+        if self.placement == "owner":
+            want = [owned_by(owner, layout.shape) for owner, layout in zip(self.owners, self.layouts, strict=True)]
+        else:
+            want = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
+        return RunRoute(self.group, have=have, want=want)
+
+    def task(self, begin: Begin, done: Done, *, note: Note | None = None) -> Task:
+        """The job as a task, see `Job.task`."""
+        if self.placement == "local":
+            asking = noted(self._here(begin), note, range(len(self.members)), self.group.size)
+            return Task(finished(self.stack, asking, done))
+        along: dict[str, Group] = dict(self.summed.items())
+        together = finished(self.stack, self._together(begin, note), done)
+        return Task(together, along=along, home=self.group, placement=self.placement)
+
+    def _here(self, begin: Begin) -> Generator[Any, Any, list[Tensors]]:
+        shape = self.stack.layout.shape
+        layers = [
+            (torch.stack(layer) if len(layer) > 1 else layer[0]).view(-1, *shape)
+            for layer in begin().layers(self.stack.dtype)
+        ]
+        made = yield from updated(self.stack, layers, [range(size) for size in shape])
+        return [list(layer.flatten(1)) for layer in made]
+
+    def _together(self, begin: Begin, note: Note | None) -> Generator[Any, Any, list[Tensors]]:
+        stack, route = self.stack, self.route
+        # Whether a row was touched is known only where the row is whole, so that travels too.
+        layers = begin().layers(stack.dtype)
+        if self.travels:
+            wanted = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype, like=stack.like)
+        else:
+            wanted = [route.wholes({}, like=stack.like, kept=route.kept(layer)) for layer in layers]
+        del layers
+        if self.summed:
+            made = yield from noted(self._updated_in_place(wanted), note, range(len(self.members)), 1)
+        elif self.stages:
+            made = yield from self._updated_in_stages(wanted, note)
+        else:
+            made = self._updated_alone(wanted, note)
+        del wanted
+        if self.travels:
+            return (yield Return(layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=()))
+        return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(layer)) for layer in made]
+
+    def _updated_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
+        """All are cut alike: one stack, whose sums run over the other ranks."""
+        layout = self.stack.layout
+        stacks = [layer.view(len(self.members), *layout.local_shape) for layer in wanted]
+        made = yield from updated(self.stack, stacks, layout.box)
+        return [tensor.reshape(-1) for tensor in made]
+
+    def _updated_in_stages(self, wanted: list[Tensor], note: Note | None) -> Generator[Any, Any, list[Tensor]]:
+        """All that this rank owns, be it nothing: it still has a part in sums over stages."""
+        stack = self.stack
+        stage_of = dict(zip(self.everyone, self.stages, strict=True))
+        owned = [i for i, (start, stop) in enumerate(self.route.wanted) if stop > start]
+        here = [stage_of[self.members[i]] for i in owned for _ in range(stack.view.count)]
+        share = Share.of(here, self.stages, copies=1)
+        shape = stack.layout.shape
+        flat = [layer.view(len(owned), math.prod(shape)) for layer in wanted]
+        stacks = [matrices_of(layer, shape, across=self.across) for layer in flat]
+        asking = updated(stack, stacks, [range(size) for size in shape], share)
+        made = yield from alone_but_for_stages(noted(asking, note, owned, self.group.size))
+        return [elements_of(layer, across=self.across).reshape(-1) for layer in made]
+
+    def _updated_alone(self, wanted: list[Tensor], note: Note | None) -> list[Tensor]:
+        """Each matrix, or its rows, by itself: those of as many rows in one stack."""
+        stack = self.stack
+        made = [torch.empty_like(wanted[0]) for _ in range(1 + stack.masked + len(stack.state_names))]
+        row = self.layouts[0].width if self.layouts else 1
+        alike: dict[tuple[int, int], dict[int, slice]] = {}
+        place = 0
+        for member, (start, stop) in enumerate(self.route.wanted):
+            if stop > start:
+                # Where rows start matters to padding alone.
+                key = (start if stack.padding_rows else 0, stop - start)
+                alike.setdefault(key, {})[member] = slice(place, place + stop - start)
+            place += stop - start
+        for (start, size), of_members in alike.items():
+            places = list(of_members.values())
+            rows = range(start // row, (start + size) // row)
+            shape = (len(places), len(rows), *stack.layout.shape[1:])
+            flat = [_stacked(layer, places).view(len(places), -1) for layer in wanted]
+            # Blocks of columns are put side by side where the matrix is whole, and only there.
+            stacks = [
+                self.layouts[0].matrix(layer) if self.placement == "owner" else layer.view(shape) for layer in flat
+            ]
+            asking = updated(stack, stacks, [rows, *(range(size) for size in stack.layout.shape[1:])])
+            found = answer_alone(noted(asking, note, list(of_members), self.group.size))
+            for layer, tensor in zip(made, found, strict=True):
+                back = self.layouts[0].elements(tensor) if self.placement == "owner" else tensor.flatten(1)
+                for at, one in zip(places, back, strict=True):
+                    layer[at] = one
+        return made
+
+
+def _stacked(layer: Tensor, places: list[slice]) -> Tensor:
+    """The parts of a vector; without a copy where they follow each other."""
+    if all(a.stop == b.start for a, b in itertools.pairwise(places)):
+        return layer[places[0].start : places[-1].stop]
+    return torch.stack([layer[place] for place in places])

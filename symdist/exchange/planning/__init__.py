@@ -1,0 +1,1 @@
+"""Planning: where each rule runs, and what it costs."""

@@ -1,0 +1,102 @@
+"""What a rule asks of a rank, found by running it on meta tensors: so costs follow from the rule itself."""
+
+import functools
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from symdist.exchange.collectives.grid_redistribution import canonical_shape
+from symdist.exchange.collectives.triangles import packed_size
+from symdist.exchange.execution.job import Stack
+from symdist.matrix_views import View
+from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, Stage
+from symdist.rules.linalg.orthonormal import OPERATIONS
+
+Axis: TypeAlias = Literal["rows", "columns"]
+
+# How many operations a rank does in the time it sends one byte: the order of an H100 in fp32 on 50 GB/s links, and of
+# a CPU core on a fast loopback. Only the choice among placements hangs on it, and that seldom is close.
+FLOPS_PER_BYTE = 1000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a rule asks for one piece: numbers summed across each axis, the triangles of its Grams among them, and
+    operations, apart from those of roots and QRs, which one rank takes for all.
+    """
+
+    summed: Mapping[Axis, float]
+    flops: float
+    root_flops: float
+
+
+def ask_piece(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()) -> Asked:
+    """What the rule of a stack asks for a stored piece of `shape`, where other ranks have more of it along `axes`."""
+    # Without its layout: a cache must not keep process groups alive.
+    counts = stack.rows, stack.columns
+    return _ask(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes))
+
+
+def ask_unit(stack: Stack) -> Asked:
+    """What the rule of a stack asks for one whole unit: an expert, or a parameter that is no stack of them."""
+    shape = stack.layout.shape
+    return ask_piece(stack, (1, *shape[1:]) if len(shape) == 3 else shape)
+
+
+def unit_work(stack: Stack) -> float:
+    """The operations that the rule of a stack takes on one whole unit."""
+    asked = ask_unit(stack)
+    # A rule without products still costs a pass over its numbers.
+    return asked.flops + asked.root_flops + math.prod(stack.layout.shape) / units_of(stack)
+
+
+def units_of(stack: Stack) -> int:
+    """How many units a parameter of the stack is."""
+    return canonical_shape(stack.layout.shape)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def _ask(
+    rule: Rule,
+    options: tuple[tuple[str, Any], ...],
+    view: View,
+    counts: tuple[int, int],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    axes: frozenset[Axis],
+) -> Asked:
+    values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
+    state = dict.fromkeys(rule.remembers(dict(options)), values)
+    matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
+    asking = rule.update(matrix, **dict(options))
+    summed: dict[Axis, float] = dict.fromkeys(axes, 0.0)
+    root_flops = 0.0
+    answer: Any = None
+    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
+        while True:
+            try:
+                request = asking.send(answer)
+            except StopIteration:
+                break
+            if isinstance(request, Root):
+                b, d = request.gram.shape[:2]
+                norm = request.gram.new_empty(b, 1, 1)
+                answer = InverseRoot(request.gram, norms=(norm, norm)).of_larger(request.unit)
+                root_flops += b * request.numerics.operations(d)
+                numbers = b * packed_size(d)
+            elif isinstance(request, Orthonormal):
+                answer = request.values
+                root_flops += answer.shape[0] * request.operations()
+                numbers = answer.numel()
+            else:
+                answer = request.values
+                numbers = request.values.nbytes / dtype.itemsize
+            # What a stage shares is not the one matrix's.
+            across = None if isinstance(request, Stage) else request.across
+            for axis in axes:
+                summed[axis] += numbers if across in (axis, "all") else 0
+    return Asked(summed=summed, flops=counter.get_total_flops(), root_flops=root_flops)

@@ -1,0 +1,49 @@
+"""A step without its numbers: all arithmetic and every collective on meta tensors, which a transport counts."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+
+from symdist.exchange.collectives.transport import Counting
+from symdist.exchange.execution.flat_job import FlatJob
+from symdist.exchange.execution.job import Given, Job
+from symdist.exchange.execution.scheduler import Task, run
+from symdist.exchange.planning.plan import Plan
+from symdist.layouts import Group
+
+AnyJob: TypeAlias = Job | FlatJob
+
+
+def rehearse(
+    plan: Plan, counting: Counting, *, change: Callable[[AnyJob], AnyJob | None] = lambda job: job
+) -> dict[Group, list[float]]:
+    """Run the jobs of a plan; gradients are taken for directions, and no weight is written.
+
+    `change` may replace a job, or leave it out. Returned are the operations that all ranks do, by group.
+    """
+
+    def task(job: AnyJob) -> Task | None:
+        changed = change(job)
+        if changed is None:
+            return None
+        meta = dataclasses.replace(changed, stack=dataclasses.replace(changed.stack, device=torch.device("meta")))
+        return meta.task(partial(_pieces, meta), lambda made: None)
+
+    waves = [[found for job in wave if (found := task(job))] for wave in plan.waves]
+
+    def meanwhile() -> None:
+        for job in plan.local:
+            if found := task(job):
+                found.advance()
+
+    return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=plan.work)
+
+
+def _pieces(job: AnyJob) -> Given:
+    layouts = job.layouts if isinstance(job, FlatJob) else [job.stack.layout] * len(job.members)
+    pieces = [torch.empty(layout.local_shape, dtype=job.stack.dtype, device="meta") for layout in layouts]
+    gradients = pieces if job.stack.hold else None
+    return Given(directions=pieces, gradients=gradients, states=tuple(pieces for _ in job.stack.state_names))

@@ -1,0 +1,388 @@
+"""Where the rules of flat parameters run: where a matrix is whole, by completed rows, or at an owner.
+
+What counts is the busiest rank, as for other layouts. Parameters of one kind share their jobs however each is cut, for
+in a ZeRO partition no two are cut alike.
+"""
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from symdist.exchange.collectives.balance import balance
+from symdist.exchange.collectives.residual_sums import Stages
+from symdist.exchange.execution.flat_job import FlatJob
+from symdist.exchange.execution.job import Placement, Stack, travels_as
+from symdist.exchange.planning.costs import FLOPS_PER_BYTE, ask_piece, ask_unit, unit_work, units_of
+from symdist.layouts import Group
+from symdist.layouts.flat import FlatLayout
+
+Cut = list[tuple[int, FlatLayout]]
+
+_EVEN = 1.02
+"""The load of the busiest rank over the mean at which nothing more is moved."""
+
+
+@dataclass
+class _Kind:
+    """Parameters that differ in nothing but how they are cut; `stack` has the ranks, and no cuts."""
+
+    stack: Stack
+    name: str
+    across: tuple[int, ...]
+    """Blocks of columns that the matrices are cut in first."""
+    whole: Cut = field(default_factory=list)
+    cut: Cut = field(default_factory=list)
+    sent: Cut = field(default_factory=list)
+    """Whole on a rank that has too much to do."""
+    owners: dict[int, int] = field(default_factory=dict)
+    """Of those that are sent, by their index."""
+
+    @property
+    def group(self) -> Group:
+        assert self.stack.layout.group is not None
+        return self.stack.layout.group
+
+    @property
+    def multiple(self) -> int:
+        """The rows that must stay together: those of a head, or of a block of gates and ups."""
+        view = self.stack.view
+        if len(view.stored) > 2:
+            return 1
+        return view.unit if view.kind == "heads_0" or (view.kind == "gate_up_stacked" and not view.single) else 1
+
+
+def place_flat(
+    stacks: Mapping[Stack, Sequence[int]],
+    *,
+    names: Sequence[str],
+    budget: float,
+    exchange_dtype: torch.dtype | None,
+    work: dict[Group, list[float]],
+    stages: Stages,
+) -> list[FlatJob]:
+    """The jobs of the stacks whose layouts are flat; `work` has what ranks do otherwise, and is added to.
+
+    Matrices of `stages` all go to owners, who for those that are whole on a rank are that rank.
+
+    Raises ValueError, naming the parameter, where a placement was asked for that its layout does not admit.
+    """
+    kinds: dict[tuple[Stack, tuple[int, ...]], _Kind] = {}
+    for stack, members in stacks.items():
+        assert isinstance(stack.layout, FlatLayout)
+        everywhere, across = dataclasses.replace(stack, layout=stack.layout.everywhere), stack.layout.across
+        kind = kinds.setdefault((everywhere, across), _Kind(stack=everywhere, name=names[members[0]], across=across))
+        (kind.whole if stack.layout.sole is not None and not across else kind.cut).extend(
+            (i, stack.layout) for i in members
+        )
+    for kind in kinds.values():
+        # In the order of the model, so that what flies together is cut on many ranks, not on the same few.
+        kind.whole.sort(key=lambda item: item[0])
+        kind.cut.sort(key=lambda item: item[0])
+    coupled = [kind for kind in kinds.values() if kind.stack.coupled]
+    for kind in coupled:
+        kind.owners |= {i: layout.sole for i, layout in kind.whole if layout.sole is not None}
+        kind.sent, kind.whole = kind.whole, []
+    _lighten([kind for kind in kinds.values() if not kind.stack.coupled], work)
+    placed = [(kind, _choose(kind, exchange_dtype)) for kind in kinds.values()]
+    for kind, placement in placed:
+        _add_work(kind, placement, work.setdefault(kind.group, [0.0] * kind.group.size))
+    owners = _owners([kind for kind, placement in placed if placement == "owner"], work)
+    jobs: list[FlatJob] = []
+    for kind, placement in placed:
+        dtype = travels_as(kind.stack, exchange_dtype)
+        jobs += _whole_jobs(kind, budget)
+        owned = [*kind.sent, *(kind.cut if placement == "owner" else [])]
+        for part in stages.parts(owned, lambda item: item[0]) if kind.stack.coupled else [owned]:
+            of_part = _owner_jobs(
+                kind.stack, part, owners | kind.owners, math.inf if kind.stack.coupled else budget, dtype
+            )
+            jobs += [
+                dataclasses.replace(job, stages=stages.of(job.everyone), across=kind.across)
+                if kind.stack.coupled
+                else job
+                for job in of_part
+            ]
+        if placement == "reduce":
+            jobs += _row_jobs(kind, budget, dtype)
+    return jobs
+
+
+def _work(stack: Stack) -> float:
+    """The operations of the rule on a whole parameter, be it a stack of matrices."""
+    return units_of(stack) * unit_work(stack)
+
+
+def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
+    """Let matrices that are whole on the busiest ranks be owned by the idlest, where sending them takes less time.
+
+    Partitions hold equal numbers of elements, not equal work: a rank with an embedding alone has next to none.
+    """
+    by_group: dict[Group, list[tuple[float, int, _Kind, FlatLayout]]] = {}
+    for kind in kinds:
+        sent = 2 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize * FLOPS_PER_BYTE
+        cost = _work(kind.stack)
+        movable = kind.stack.asked == "auto" and cost > 4 * sent
+        by_group.setdefault(kind.group, []).extend((cost * movable, i, kind, layout) for i, layout in kind.whole)
+    for group, units in by_group.items():
+        loads = list(work.get(group, [0.0] * group.size))
+        here: dict[int, list[tuple[float, int, _Kind, FlatLayout]]] = {}
+        for unit in units:
+            _, _, kind, layout = unit
+            assert layout.sole is not None
+            loads[layout.sole] += _work(kind.stack)
+            here.setdefault(layout.sole, []).append(unit)
+        mean = sum(loads) / len(loads)
+        # At most one move a matrix.
+        for _ in units:
+            busiest, idlest = loads.index(max(loads)), loads.index(min(loads))
+            room = loads[busiest] - loads[idlest]
+            fitting = [unit for unit in here.get(busiest, []) if 0 < unit[0] < room]
+            if loads[busiest] <= _EVEN * mean or not fitting:
+                break
+            # The one that leaves both most alike.
+            moved = min(fitting, key=lambda unit: (abs(room - 2 * unit[0]), unit[1]))
+            here[busiest].remove(moved)
+            cost, i, kind, layout = moved
+            loads[busiest] -= cost
+            loads[idlest] += cost
+            kind.whole.remove((i, layout))
+            kind.sent.append((i, layout))
+            kind.owners[i] = idlest
+
+
+def _choose(kind: _Kind, exchange_dtype: torch.dtype | None) -> Placement:
+    """What to do with those that are cut."""
+    asked = kind.stack.asked
+    if not kind.cut:
+        return "local"
+    # What a stage shares is asked for by owners alone.
+    admitted = not kind.stack.coupled and _admits_rows(kind)
+    possible: list[Placement] = ["owner", "reduce"] if admitted else ["owner"]
+    if asked != "auto":
+        if asked not in possible:
+            raise ValueError(
+                f"{kind.name}: rule {kind.stack.rule.name!r} cannot run with placement {asked!r} on this layout; "
+                f"it can with {', '.join(map(repr, possible))} or 'auto'"
+            )
+        return "owner" if asked == "owner" else "reduce"
+    if not admitted:
+        return "owner"
+    if all(_alone(_rows_stack(kind, layout)) for _, layout in kind.cut):
+        return "reduce"
+    dtype = travels_as(kind.stack, exchange_dtype)
+    return "reduce" if _reduce_cost(kind) <= _owner_cost(kind, dtype) else "owner"
+
+
+def _rows_stack(kind: _Kind, layout: FlatLayout) -> Stack:
+    return dataclasses.replace(kind.stack, layout=layout.by_rows(multiple=kind.multiple))
+
+
+def _admits_rows(kind: _Kind) -> bool:
+    if kind.across:
+        return False
+    # Whatever the cut: a view that tears one cut tears them all.
+    seen = set(_rows_stack(kind, kind.cut[0][1]).seen)
+    return "torn" not in seen and seen <= {"batch", *kind.stack.admitted}
+
+
+def _alone(rows: Stack) -> bool:
+    """Whether whole rows are all the rule needs."""
+    axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+    if not axes:
+        return True
+    if rows.hold and "columns" in axes:
+        return False
+    summed = ask_piece(rows, rows.layout.largest_shape, axes).summed
+    return not any(summed.values())
+
+
+def _reduce_cost(kind: _Kind) -> float:
+    """Of any rank, in bytes sent: every sum runs over all ranks, whoever holds the matrix."""
+    cost = 0.0
+    ranks = kind.group.size
+    for layout, count in Counter(layout for _, layout in kind.cut).items():
+        rows = _rows_stack(kind, layout)
+        axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+        asked = ask_piece(rows, rows.layout.largest_shape, axes)
+        sent = 2 * count * sum(asked.summed.values()) * (ranks - 1) / ranks * kind.stack.dtype.itemsize
+        roots = asked.root_flops * -(-count // ranks)
+        cost += sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
+    return cost
+
+
+def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
+    """Of the busiest rank, in bytes sent: its runs to their owners, and back what it owns."""
+    size = _layers(kind.stack) * math.prod(kind.stack.layout.shape)
+    asked = ask_unit(kind.stack)
+    work = units_of(kind.stack) * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
+    costs = [0.0] * kind.group.size
+    for layout, count in Counter(layout for _, layout in kind.cut).items():
+        chosen = _candidates(layout)
+        share = -(-count // len(chosen))
+        for rank, start, stop in layout.runs:
+            costs[rank] += count * _layers(kind.stack) * (stop - start) * dtype.itemsize
+        # Where there are fewer matrices than candidates, the first few take one each.
+        for rank in chosen[:count]:
+            costs[rank] += share * ((size - 2 * _layers(kind.stack) * layout.size_at(rank)) * dtype.itemsize + work)
+    return max(costs)
+
+
+def _layers(stack: Stack) -> int:
+    """How many tensors of a matrix travel to its owner and back: it, and what its rule remembers."""
+    return 1 + len(stack.state_names)
+
+
+def _candidates(layout: FlatLayout) -> list[int]:
+    """The ranks that hold about as much of a matrix as any: to own it they receive least."""
+    most = max(stop - start for _, start, stop in layout.runs)
+    return [rank for rank, start, stop in layout.runs if 2 * (stop - start) >= most]
+
+
+def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
+    """The operations of every rank on what lies there."""
+    unit = _work(kind.stack)
+    for _, layout in kind.whole:
+        assert layout.sole is not None
+        loads[layout.sole] += unit
+    for rank in kind.owners.values():
+        loads[rank] += unit
+    if placement == "reduce":
+        size = math.prod(kind.stack.layout.shape)
+        flops = units_of(kind.stack) * ask_unit(kind.stack).flops
+        for layout, count in Counter(layout for _, layout in kind.cut).items():
+            for rank, start, stop in layout.runs:
+                loads[rank] += count * flops * (stop - start) / size
+
+
+def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int]:
+    """Who owns each parameter, by its index: of those that hold most of it, who has least to do; costliest first."""
+    owners: dict[int, int] = {}
+    by_group: dict[Group, list[tuple[float, int, FlatLayout]]] = {}
+    for kind in kinds:
+        by_group.setdefault(kind.group, []).extend((_work(kind.stack), i, layout) for i, layout in kind.cut)
+    for group, units in by_group.items():
+        loads = work[group]
+        anywhere = []
+        for cost, i, layout in sorted(units, key=lambda unit: (-unit[0], unit[1])):
+            chosen = _candidates(layout)
+            if 2 * len(chosen) > group.size:
+                anywhere.append((cost, i))
+                continue
+            owners[i] = min(chosen, key=lambda rank: (loads[rank], rank))
+            loads[owners[i]] += cost
+        parts = balance([cost for cost, _ in anywhere], parts=group.size, loads=loads)
+        owners.update((i, part) for (_, i), part in zip(anywhere, parts, strict=True))
+    return owners
+
+
+def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
+    """Of the matrices that are whole on this rank; others need not know."""
+    here = [(i, layout) for i, layout in kind.whole if layout.sole == kind.group.index]
+    each = 4.0 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
+    step = max(1, int(budget // max(1.0, each)))
+    return [_job(kind.stack, here[i : i + step], "local") for i in range(0, len(here), step)]
+
+
+def _owner_jobs(
+    stack: Stack, given: Cut, owners: Mapping[int, int], budget: float, dtype: torch.dtype
+) -> list[FlatJob]:
+    size = _layers(stack) * math.prod(stack.layout.shape)
+    me = stack.layout.group.index
+    jobs = []
+    for cut, flight in _cut_in_waves(stack, given, budget, {i: {owners[i]: 7.0 * size} for i, _ in given}):
+        mine = [(i, layout) for i, layout in cut if _held_here(layout) or owners[i] == me]
+        job = _job(stack, mine, "owner", everyone=cut, flight=flight, dtype=dtype)
+        jobs.append(dataclasses.replace(job, owners=tuple(owners[i] for i, _ in mine)))
+    return jobs
+
+
+def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
+    multiple = kind.multiple
+    alone: Cut = []
+    alike: dict[FlatLayout, Cut] = {}
+    for i, layout in kind.cut:
+        if _alone(_rows_stack(kind, layout)):
+            alone.append((i, layout))
+        else:
+            alike.setdefault(layout, []).append((i, layout))
+    jobs = []
+    for cut, flight in _cut_in_waves(kind.stack, alone, budget, {}):
+        mine = [(i, layout) for i, layout in cut if _held_here(layout) or _rows_here(layout, multiple)]
+        job = _job(kind.stack, mine, "reduce", everyone=cut, flight=flight, dtype=dtype, multiple=multiple)
+        jobs.append(dataclasses.replace(job, alone=True))
+    for layout, cut in alike.items():
+        stack = _rows_stack(kind, layout)
+        summed = {i: dict.fromkeys(range(kind.group.size), 6.0 * _summed(stack)) for i, _ in cut}
+        for part, flight in _cut_in_waves(stack, cut, budget, summed):
+            jobs.append(_job(stack, part, "reduce", flight=flight, dtype=dtype, multiple=multiple))
+    return jobs
+
+
+def _summed(rows: Stack) -> float:
+    axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+    return sum(ask_piece(rows, rows.layout.largest_shape, axes).summed.values())
+
+
+def _cut_in_waves(
+    stack: Stack, given: Cut, budget: float, more: Mapping[int, Mapping[int, float]]
+) -> list[tuple[Cut, float]]:
+    """Cut parameters, in order, as many at a time as the budget of the busiest rank holds, and the bytes it then holds.
+
+    A piece is held, copied, updated and copied again; `more` has numbers that ranks hold besides, for each parameter.
+    """
+    waves: list[Cut] = []
+    flights: list[float] = []
+    loads: dict[int, float] = {}
+    for i, layout in given:
+        needed = {rank: 6.0 * _layers(stack) * (stop - start) for rank, start, stop in layout.runs}
+        for rank, numbers in more.get(i, {}).items():
+            needed[rank] = needed.get(rank, 0.0) + numbers
+        needed = {rank: numbers * stack.dtype.itemsize for rank, numbers in needed.items()}
+        if not waves or any(loads.get(rank, 0.0) + size > budget for rank, size in needed.items()):
+            waves.append([])
+            flights.append(0.0)
+            loads = {}
+        waves[-1].append((i, layout))
+        for rank, size in needed.items():
+            loads[rank] = loads.get(rank, 0.0) + size
+            flights[-1] = max(flights[-1], loads[rank])
+    return list(zip(waves, flights, strict=True))
+
+
+def _held_here(layout: FlatLayout) -> bool:
+    return layout.size_at(layout.group.index) > 0
+
+
+def _rows_here(layout: FlatLayout, multiple: int) -> bool:
+    return layout.by_rows(multiple=multiple).local_shape[0] > 0
+
+
+def _job(
+    stack: Stack,
+    members: Cut,
+    placement: Placement,
+    *,
+    everyone: Cut | None = None,
+    flight: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    multiple: int = 1,
+) -> FlatJob:
+    everyone = members if everyone is None else everyone
+    travels = placement == "owner" or any(
+        bound % (layout.width * multiple) for _, layout in everyone for bound in layout.bounds
+    )
+    return FlatJob(
+        stack=stack,
+        members=tuple(i for i, _ in members),
+        everyone=tuple(i for i, _ in everyone),
+        layouts=tuple(layout for _, layout in members),
+        placement=placement,
+        multiple=multiple,
+        travels=travels,
+        flight_bytes=flight,
+        exchange_dtype=dtype,
+    )

@@ -1,0 +1,270 @@
+"""Where each rule runs: local, reduce or owner, decided from shapes and groups alone.
+
+What counts is the busiest rank: everyone waits for it.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from symdist.exchange.collectives.balance import balance
+from symdist.exchange.collectives.residual_sums import InStage, Stages
+from symdist.exchange.execution.flat_job import FlatJob
+from symdist.exchange.execution.job import Job, Placement, Stack, travels_as
+from symdist.exchange.planning.costs import FLOPS_PER_BYTE, Axis, ask_piece, ask_unit, unit_work, units_of
+from symdist.exchange.planning.flat_plan import place_flat
+from symdist.layouts import FlatLayout, Group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The jobs of a step: those that need no other rank, and the waves of those that do.
+
+    `work` has, for each set of ranks, the operations that every one of them does in a step, but for inverse roots of
+    sums: those go to whoever has least to do.
+    """
+
+    local: list[Job | FlatJob]
+    waves: list[list[Job | FlatJob]]
+    work: dict[Group, list[float]] = field(default_factory=dict)
+
+    @property
+    def jobs(self) -> list[Job | FlatJob]:
+        """All of them."""
+        return self.local + [job for wave in self.waves for job in wave]
+
+    @property
+    def largest_unit(self) -> float:
+        """The most operations that one rank must do by itself: those on the costliest unit."""
+        return max((unit_work(job.stack) for job in self.jobs if job.placement != "reduce"), default=0.0)
+
+    def groups(self) -> set[Group]:
+        """All sets of ranks that talk in a step."""
+        found: set[Group] = set()
+        for job in self.jobs:
+            if job.placement == "owner" or (isinstance(job, FlatJob) and job.placement == "reduce"):
+                assert job.stack.layout.group is not None
+                found.add(job.stack.layout.group)
+            elif job.placement == "reduce":
+                found |= set(_cut(job.stack).values())
+            if job.stages and job.stack.layout.group is not None:
+                found.add(job.stack.layout.group)
+        return found
+
+    def placements(self) -> dict[int, Placement]:
+        """The placement of every parameter, by its index."""
+        return {member: job.placement for job in self.jobs for member in job.everyone}
+
+
+def place(
+    stacks: Mapping[Stack, Sequence[int]],
+    *,
+    names: Sequence[str],
+    wave_bytes: int,
+    exchange_dtype: torch.dtype | None = None,
+    stages: Mapping[int, InStage] | None = None,
+) -> Plan:
+    """Choose where every stack runs, cut waves whose buffers stay below `wave_bytes`, and share out the owned units.
+
+    `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks that hold them;
+    `names` are all parameters' names. `stages` has the parameters that rules couple: those of a stage are in one wave.
+    A single parameter, or stage, larger than the budget makes a wave of its own. Matrices travel as `exchange_dtype`,
+    or as what they are computed in, as do all whose rules remember something. Raises ValueError, naming the parameter,
+    where a placement was asked for that its layout does not admit.
+    """
+    jobs: list[Job] = []
+    # While one wave is computed the next sets out and the one before comes home.
+    budget = wave_bytes // 2
+    sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
+    in_stages = Stages.cut(stages or {}, sizes, budget=budget)
+    flat = {stack: members for stack, members in stacks.items() if isinstance(stack.layout, FlatLayout)}
+    for stack, members in stacks.items():
+        if stack in flat:
+            continue
+        dtype = travels_as(stack, exchange_dtype)
+        placement = _choose(stack, len(members), dtype, name=names[members[0]])
+        if stack.coupled:
+            parts = in_stages.parts(members, lambda member: member)
+        else:
+            step = max(1, int(budget // max(1.0, _flight_bytes(stack, placement))))
+            parts = [list(members[start : start + step]) for start in range(0, len(members), step)]
+        jobs += [
+            Job(
+                stack=stack,
+                members=tuple(part),
+                placement=placement,
+                exchange_dtype=dtype,
+                stages=in_stages.of(part) if stack.coupled else (),
+            )
+            for part in parts
+        ]
+    work = _work_in_place(jobs)
+    every: list[Job | FlatJob] = [
+        *_with_owners(jobs, work),
+        *place_flat(flat, names=names, budget=budget, exchange_dtype=exchange_dtype, work=work, stages=in_stages),
+    ]
+    local = [job for job in every if job.placement == "local" and not job.stages]
+    others = [job for job in every if job.placement != "local" or job.stages]
+    return Plan(local=local, waves=_waves(others, budget, in_stages), work=work)
+
+
+def _cut(stack: Stack) -> dict[Axis, Group]:
+    """The splits that cut the matrices themselves, and over which ranks."""
+    return {seen: group for seen, group in stack.seen.items() if seen in ("rows", "columns")}
+
+
+def _choose(stack: Stack, count: int, exchange_dtype: torch.dtype, *, name: str) -> Placement:
+    cut = _cut(stack)
+    costs: dict[Placement, Callable[[], float]] = {}
+    if not cut and "torn" not in stack.seen:
+        costs["local"] = lambda: count * _operations(stack) / FLOPS_PER_BYTE
+    elif "torn" not in stack.seen and set(cut) <= set(stack.admitted):
+        costs["reduce"] = lambda: _reduce_cost(stack, count, cut)
+    if stack.layout.group is not None:
+        costs["owner"] = lambda: _owner_cost(stack, count, exchange_dtype)
+    if stack.asked == "auto":
+        return min(costs, key=lambda placement: costs[placement]()) if len(costs) > 1 else next(iter(costs))
+    if stack.asked not in costs:
+        raise ValueError(
+            f"{name}: rule {stack.rule.name!r} cannot run with placement {stack.asked!r} on this layout; "
+            f"it can with {', '.join(map(repr, costs))} or 'auto'"
+        )
+    return stack.asked
+
+
+def _operations(stack: Stack) -> float:
+    """Operations on the largest piece, where it is a whole number of matrices."""
+    if 0 in stack.layout.largest_shape:
+        return 0.0
+    asked = ask_piece(stack, stack.layout.largest_shape)
+    return asked.flops + asked.root_flops
+
+
+def _owner_cost(stack: Stack, count: int, exchange_dtype: torch.dtype) -> float:
+    """Of the busiest rank, in bytes sent: all its pieces there, its share of updates back to every copy."""
+    layout = stack.layout
+    assert layout.group is not None
+    ranks, copies = layout.group.size, layout.replicas
+    units = count * units_of(stack)
+    share = -(-units // ranks)
+    unit = math.prod(layout.shape) / units_of(stack)
+    cells = ranks // copies
+    layers = 1 + len(stack.state_names)
+    there = layers * count * math.prod(layout.largest_shape) * (cells - 1) / cells / copies
+    back = layers * share * unit * (copies - 1 / cells)
+    asked = ask_unit(stack)
+    return (there + back) * exchange_dtype.itemsize + share * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
+
+
+def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
+    asked = ask_piece(stack, stack.layout.largest_shape, tuple(cut))
+    sent = sum(
+        2 * count * asked.summed[axis] * (group.size - 1) / group.size * stack.dtype.itemsize
+        for axis, group in cut.items()
+    )
+    ranks = max(group.size for group in cut.values())
+    matrices = count * stack.view.count
+    roots = asked.root_flops * count * -(-matrices // ranks) / matrices
+    return sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
+
+
+def _waves(jobs: list[Job | FlatJob], budget: int, stages: Stages) -> list[list[Job | FlatJob]]:
+    """Jobs of the same ranks together, as many as the budget holds; in an order that all ranks agree on."""
+    by_ranks: dict[tuple[int, ...], list[Job | FlatJob]] = {}
+    for job in jobs:
+        group = job.stack.layout.group
+        by_ranks.setdefault(() if group is None else group.ranks, []).append(job)
+    waves: list[list[Job | FlatJob]] = []
+    for ranks in sorted(by_ranks):
+        room = 0.0
+        wave: list[Job | FlatJob] = []
+        coupled: dict[int, list[Job | FlatJob]] = {}
+        for job in by_ranks[ranks]:
+            if job.stages:
+                coupled.setdefault(stages.wave(job.stages), []).append(job)
+                continue
+            size = (
+                job.flight_bytes
+                if isinstance(job, FlatJob)
+                else len(job.members) * _flight_bytes(job.stack, job.placement)
+            )
+            if not wave or size > room:
+                wave = []
+                waves.append(wave)
+                room = budget
+            wave.append(job)
+            room -= size
+        waves += [coupled[i] for i in sorted(coupled)]
+    return waves
+
+
+def _coupled_bytes(stack: Stack) -> float:
+    """What a parameter whose stage is stepped at once holds on a rank while under way, about: its share of the weight,
+    and of what the stage shares there and back.
+    """
+    ranks = 1 if stack.layout.group is None else stack.layout.group.size
+    share = 8.0 * (1 + len(stack.state_names)) * math.prod(stack.layout.shape) / ranks
+    return (share + 4.0 * stack.rows * min(stack.rows, stack.columns)) * stack.dtype.itemsize
+
+
+def _flight_bytes(stack: Stack, placement: Placement) -> float:
+    """What one parameter holds on a rank while under way, at most, but for what a single unit needs.
+
+    In place: direction, its copy in the stack, update, and as much again in between; and of every Gram the sum's
+    triangle there and back, and the matrix and its root. At owners: pieces there and back, and of the owned share the
+    parts received, put together, updated and sent, and what the rule needs in between. Not from this rank's piece but
+    from the largest: all ranks must cut alike.
+    """
+    piece = math.prod(stack.layout.largest_shape)
+    states = len(stack.state_names)
+    if placement != "owner":
+        summed = (
+            ask_piece(stack, stack.layout.largest_shape, tuple(_cut(stack))).summed if placement == "reduce" else {}
+        )
+        return ((4.0 + 3.0 * states) * piece + 6.0 * sum(summed.values())) * stack.dtype.itemsize
+    assert stack.layout.group is not None
+    share = math.prod(stack.layout.shape) / stack.layout.group.size
+    layers = 1 + states
+    return layers * (2.0 * piece + (6.0 + stack.layout.replicas) * share) * stack.dtype.itemsize
+
+
+def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
+    """The operations of every rank on the pieces that lie there, for each set of ranks."""
+    work: dict[Group, list[float]] = {}
+    for job in jobs:
+        group = job.stack.layout.group
+        if group is None:
+            continue
+        loads = work.setdefault(group, [0.0] * group.size)
+        if job.placement != "owner":
+            for rank, box in enumerate(job.stack.layout.boxes):
+                shape = tuple(map(len, box))
+                if 0 not in shape:
+                    asked = ask_piece(job.stack, shape)
+                    roots = asked.root_flops if job.placement == "local" else 0.0
+                    loads[rank] += len(job.members) * (asked.flops + roots)
+    return work
+
+
+def _with_owners(jobs: list[Job], work: dict[Group, list[float]]) -> list[Job]:
+    """Every job with its owners: balanced by operations over all jobs that the same ranks share.
+
+    Units of one cost go round the ranks in order, so that each wave is balanced about as well as the whole.
+    """
+    by_group: dict[Group, list[Job]] = {}
+    for job in jobs:
+        if job.placement == "owner":
+            assert job.stack.layout.group is not None
+            by_group.setdefault(job.stack.layout.group, []).append(job)
+    owners: dict[int, tuple[int, ...]] = {}
+    for group, owned in by_group.items():
+        counts = [len(job.members) * units_of(job.stack) for job in owned]
+        costs = [cost for job, count in zip(owned, counts, strict=True) for cost in [unit_work(job.stack)] * count]
+        parts = iter(balance(costs, parts=group.size, loads=work[group]))
+        for job, count in zip(owned, counts, strict=True):
+            owners[id(job)] = tuple(itertools.islice(parts, count))
+    return [dataclasses.replace(job, owners=owners.get(id(job), ())) for job in jobs]

@@ -1,0 +1,122 @@
+"""Parameters that were replaced since the optimizer was made: described anew, their state carried along.
+
+Trainers shard a model after its optimizer is made, and put the new parameters into the groups (accelerate does) or
+leave that to the optimizer (`fully_shard` after `build_optimizer`).
+"""
+
+import sys
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from symdist.layouts import FlatLayout, Layout, local
+from symdist.layouts.fsdp1 import fsdp1_layout, is_flattened, read_units, whole_shape
+from symdist.param_groups import Member
+from symdist.param_names import plain_name
+
+_RESUME = (
+    "save the state before with torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, build the optimizer "
+    "anew, and load it with set_optimizer_state_dict"
+)
+
+
+def changed(member: Member, parameter: Tensor) -> bool:
+    """Whether a group's parameter is another than was described, or has become another under the same name."""
+    return parameter is not member.parameter or member.found_as != found_as(parameter)
+
+
+def found_as(parameter: Tensor) -> tuple[object, ...]:
+    """What a description hangs on and may change without a new parameter."""
+    return parameter.dtype, parameter.device, parameter.shape
+
+
+def in_model(model: nn.Module, members: list[Member], given: list[Tensor]) -> list[Tensor]:
+    """The parameters that a model has by the members' names now, in place of those of the groups.
+
+    Only where a model has shards in place of what was whole: while FSDP2 has gathered its weights, a model shows these
+    and not what is to be stepped.
+    """
+    read_units(model)
+    now = {plain_name(name): each for name, each in model.named_parameters(remove_duplicate=False)}
+    found = []
+    for member, parameter in zip(members, given, strict=True):
+        other = now.get(plain_name(member.name), parameter)
+        gathered = isinstance(parameter, DTensor) and not isinstance(other, DTensor)
+        found.append(parameter if gathered or other.is_meta else other)
+    return found
+
+
+def check_shapes(members: list[Member], given: list[Tensor]) -> None:
+    """ValueError where the new parameters cannot be the old ones laid out anew, or do not tell how they are."""
+    for member, parameter in zip(members, given, strict=False):
+        if parameter.is_meta:
+            raise ValueError(f"{member.name} has moved to the meta device; materialise it (to_empty) before going on")
+        if is_flattened(parameter):
+            fsdp1_layout(parameter, name=member.name)
+    other = next((m for m, p in zip(members, given, strict=False) if whole_shape(p) != m.layout.shape), None)
+    if len(given) == len(members) and other is None:
+        return
+    what = (
+        f"{other.name}, of shape {other.layout.shape}, has become one of shape "
+        f"{next(tuple(p.shape) for m, p in zip(members, given, strict=False) if m is other)}"
+        if other is not None
+        else f"there were {len(members)} of them, now there are {len(given)}"
+    )
+    message = f"the parameters in param_groups are others than those the optimizer was built of: {what}. "
+    # That DeepSpeed is there says little: transformers imports it.
+    if "deepspeed" in sys.modules and all(parameter.dim() == 1 for parameter in given):
+        message += (
+            "DeepSpeed has put its partitions in their place, which do not tell of matrices; it must make the "
+            "optimizer itself. After `import symdist_deepspeed` give it no optimizer object but, in its config, "
+            '"optimizer": {"type": "SymDist", "params": {"recipe": "…"}}'
+        )
+    else:
+        message += "Build the optimizer after whatever replaces them, with symdist.build_optimizer(model, recipe)"
+    raise ValueError(message)
+
+
+def carried(old: Member, new: Member, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a parameter that has been stepped, laid out as the new one is.
+
+    That is known where nothing moved, and where a rank had the whole, of which its new piece can be cut; if, that is,
+    the values are the old ones. Raises ValueError, naming the parameter and the remedy, for anything else.
+    """
+    same = new.parameter is old.parameter
+    if not _cut_from(old.layout, new.layout):
+        raise ValueError(
+            f"{old.name} was laid out anew after steps were taken, in pieces that this rank's state does not have; "
+            f"{_RESUME}"
+        )
+    before = old.parameter.detach()
+    if not same:
+        freed = local(before).untyped_storage().size() == 0 and local(before).numel() > 0
+        was = None if freed else _piece(local(before), old.layout, new.layout).to(new.parameter)
+        if was is None or not torch.equal(was, local(new.parameter.detach())):
+            raise ValueError(
+                f"{old.name} was replaced, after steps were taken, by a parameter of other values, and its state may "
+                f"not be that one's; {_RESUME}"
+            )
+    found = {}
+    for key, value in state.items():
+        if key == "step":
+            found[key] = value.to(new.parameter.device)
+            continue
+        found[key] = torch.zeros_like(new.parameter, dtype=new.dtype, requires_grad=False)
+        local(found[key]).copy_(_piece(local(value), old.layout, new.layout))
+    return found
+
+
+def _cut_from(old: Layout | FlatLayout, new: Layout | FlatLayout) -> bool:
+    return old == new or (isinstance(old, Layout) and not old.splits)
+
+
+def _piece(whole: Tensor, old: Layout | FlatLayout, new: Layout | FlatLayout) -> Tensor:
+    """This rank's new piece, of what it had."""
+    if old == new:
+        return whole
+    if isinstance(new, Layout):
+        return new.piece(whole)
+    start, stop = new.mine
+    return new.elements(whole.unsqueeze(0))[0, start:stop]

@@ -1,0 +1,1 @@
+"""Routing: from a model and a recipe to param groups."""

@@ -1,0 +1,6 @@
+"""Recipes: stacks of rules, one TOML file each, and how they are read."""
+
+from symdist.routing.recipes.load import Recipe, RecipeLike, load_recipe, recipe_names, schedule_key
+from symdist.routing.recipes.overrides import parse_overrides, parse_value
+
+__all__ = ["Recipe", "RecipeLike", "load_recipe", "parse_overrides", "parse_value", "recipe_names", "schedule_key"]

@@ -1,0 +1,217 @@
+"""A recipe: which rule, with which options, each role of parameter gets. One TOML file a stack."""
+
+import importlib.util
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from symdist.param_groups import COMMON
+from symdist.rules import get_rule, rule_names
+from symdist.rules.registry import ACCUMULATOR_OPTIONS
+
+RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
+
+_FOLDER = Path(__file__).parent
+_LOADED: set[Path] = set()
+
+# role -> where its options come from if the recipe has no section of its own. "default" ends every chain.
+FALLBACK: dict[str, str] = {
+    "embedding": "default",
+    "tied_embedding": "embedding",
+    "head": "default",
+    "router": "default",
+    "matrix": "default",
+    "attention": "matrix",
+    "attention_q": "attention",
+    "attention_k": "attention",
+    "attention_v": "attention",
+    "attention_qkv": "attention",
+    "attention_o": "attention",
+    "mlp": "matrix",
+    "mlp_gate": "mlp",
+    "mlp_up": "mlp",
+    "mlp_gate_up": "mlp",
+    "mlp_down": "mlp",
+    "experts": "matrix",
+    "expert_gate": "experts",
+    "expert_up": "experts",
+    "expert_gate_up": "experts",
+    "expert_down": "experts",
+    "other": "default",
+    "norm": "other",
+    "input_norm": "norm",
+    "output_norm": "norm",
+    "qk_norm": "norm",
+    "bias": "other",
+    "router_bias": "other",
+    "sink": "other",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """`sections` maps a role to its options, `patterns` are ordered overrides by parameter name.
+
+    A pattern is `{"match": "layers.*.weird.weight", "role": …}` and may carry options of its own; the first that
+    matches a name wins. `schedules` maps a role, a rule or "default" to a learning-rate schedule, for a training loop.
+    """
+
+    name: str
+    sections: Mapping[str, Mapping[str, Any]]
+    patterns: tuple[Mapping[str, Any], ...] = ()
+    schedules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def options(self, role: str) -> dict[str, Any] | None:
+        """The options of the nearest section up the role's chain, or None where there is none."""
+        return next((dict(self.sections[at]) for at in roles_up(role) if at in self.sections), None)
+
+    def grouped_role(self, role: str) -> str:
+        """The role that parameters are grouped by: a kind of norm that the recipe says nothing of is a "norm"."""
+        spoken_of = role in self.sections or role in self.schedules
+        return "norm" if FALLBACK.get(role) == "norm" and not spoken_of else role
+
+    def kind_of(self, role: str, rule: str) -> tuple[int, str | None]:
+        """What parameters must share to lie in one vector of an engine: how much state they have, and the schedule."""
+        return len(get_rule(rule).state_names()), schedule_key(self.schedules, role, rule)
+
+    def at_rate(self, lr: float | None) -> tuple["Recipe", float]:
+        """The recipe with all rates in the proportion that gives its matrices `lr`, and that rate.
+
+        Without `lr` the rates are as they are. Raises ValueError where the matrices have none to tell others by.
+        """
+        own = (self.options("matrix") or {}).get("lr")
+        if own is None:
+            own = next((float(section["lr"]) for section in self.sections.values() if "lr" in section), 1.0)
+        if not own > 0:
+            raise ValueError(
+                f"recipe {self.name!r}: lr={own!r} of its matrices must be positive: all rates are told by it"
+            )
+        base = own if lr is None else float(lr)
+        return self.multiplied("lr", base / own), base
+
+    def multiplied(self, option: str, factor: float) -> "Recipe":
+        """The recipe with a number multiplied wherever it is given."""
+
+        def changed(options: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: value * factor if key == option else value for key, value in options.items()}
+
+        return replace(
+            self,
+            sections={role: changed(section) for role, section in self.sections.items()},
+            patterns=tuple(changed(pattern) for pattern in self.patterns),
+        )
+
+    def overridden(self, overrides: Mapping[str, Mapping[str, Any]]) -> "Recipe":
+        """The recipe with options of some roles replaced.
+
+        A role without a section of its own first takes over the one it falls back to. Where an override names
+        another rule, options that this rule does not know are left behind; every other unknown option is an error
+        later. Raises ValueError for an unknown role.
+        """
+        sections = {role: dict(options) for role, options in self.sections.items()}
+        for role, changes in overrides.items():
+            _check_role(role, f"recipe {self.name!r}: override")
+            if not isinstance(changes, Mapping):
+                raise ValueError(f"override of {role!r} is {changes!r}; give its options, like {{'lr': 0.01}}")
+            base = self.options(role) or {}
+            if "rule" in changes and changes["rule"] != base.get("rule"):
+                rule = get_rule(changes["rule"])
+                known = {*rule.defaults, *ACCUMULATOR_OPTIONS[rule.accumulator], *COMMON, "lr"}
+                base = {key: value for key, value in base.items() if key in known}
+            sections[role] = {**base, **changes}
+        return replace(self, sections=sections)
+
+
+def roles_up(role: str) -> Iterator[str]:
+    """A role and those that it falls back to, the nearest first."""
+    at: str | None = role
+    while at is not None:
+        yield at
+        at = FALLBACK.get(at)
+
+
+def schedule_key(schedules: Mapping[str, Any], role: str, rule: str) -> str | None:
+    """The key a schedule is found under: the nearest role up the chain, else the rule, else "default"."""
+    roles = (at for at in roles_up(role) if at != "default")
+    return next((key for key in (*roles, rule, "default") if key in schedules), None)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with symdist, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load_recipe(recipe: RecipeLike) -> Recipe:
+    """A recipe by name, from a TOML file, or from a mapping of the same form.
+
+    `rules` of a recipe lists Python files, beside its own, that register rules: they are run. Raises ValueError for an
+    unknown name, a file that is no TOML, or registers no rule, and an unknown section.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return _parse(dict(recipe), name=str(recipe.get("name", "given")))
+    path = Path(recipe)
+    if path.suffix != ".toml":
+        path = _FOLDER / f"{recipe}.toml"
+        if not path.exists():
+            raise ValueError(
+                f"there is no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or a .toml file"
+            )
+    try:
+        return _parse(tomllib.loads(path.read_text()), name=path.stem, beside=path.parent)
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path} does not exist") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
+
+
+def _parse(content: dict[str, Any], *, name: str, beside: Path = Path()) -> Recipe:
+    content.pop("name", None)
+    content.pop("description", None)
+    _load_rules(content.pop("rules", []), beside, name=name)
+    schedules = content.pop("schedule", {})
+    patterns = tuple(content.pop("patterns", ()))
+    for role, options in content.items():
+        _check_role(role, f"recipe {name!r}")
+        if not isinstance(options, Mapping):
+            raise ValueError(f"recipe {name!r}: {role!r} should be a section of options, not {options!r}")
+    if not isinstance(schedules, Mapping) or not all(isinstance(value, Mapping) for value in schedules.values()):
+        raise ValueError(f"recipe {name!r}: [schedule] should hold sections, like [schedule.default]")
+    for key in schedules:
+        if key not in (*FALLBACK, *rule_names(), "default"):
+            raise ValueError(f"recipe {name!r}: [schedule.{key}] names neither a role nor a rule nor default")
+    for pattern in patterns:
+        if not isinstance(pattern.get("match"), str):
+            raise ValueError(f"recipe {name!r}: pattern {dict(pattern)!r} has no 'match'")
+        if "role" in pattern:
+            _check_role(pattern["role"], f"recipe {name!r}: pattern {pattern['match']!r}")
+    return Recipe(name=name, sections=content, patterns=patterns, schedules=schedules)
+
+
+def _load_rules(files: Any, beside: Path, *, name: str) -> None:
+    """Run the Python files of a recipe that register rules, each once in a process."""
+    if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+        raise ValueError(f"recipe {name!r}: rules = {files!r} should list Python files, as in ['my_rules.py']")
+    for file in files:
+        path = (beside / file).resolve()
+        if path in _LOADED:
+            continue
+        spec = importlib.util.spec_from_file_location(f"symdist_rules_{path.stem}_{len(_LOADED)}", path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise ValueError(f"recipe {name!r}: rules file {path} is no Python file that exists")
+        before = set(rule_names())
+        try:
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except Exception as error:
+            raise ValueError(f"recipe {name!r}: rules file {path} failed: {type(error).__name__}: {error}") from error
+        if set(rule_names()) == before:
+            raise ValueError(f"recipe {name!r}: rules file {path} registers no rule; mark one with @symdist.rule(…)")
+        _LOADED.add(path)
+
+
+def _check_role(role: str, where: str) -> None:
+    if role not in FALLBACK and role != "default":
+        raise ValueError(f"{where} names {role!r}, which is no role; the roles are {', '.join([*FALLBACK, 'default'])}")

@@ -1,0 +1,166 @@
+"""From a model and a recipe to param groups: every parameter gets a role, and by its role a rule."""
+
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from symdist.layouts.fsdp1 import whole_shape
+from symdist.param_groups import COMMON
+from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
+from symdist.routing.residual_stream import READS_RESIDUAL, WRITES_RESIDUAL
+from symdist.routing.sites import Site, find_sites
+from symdist.rules import get_rule
+
+_LOOKED_UP = ("embedding", "tied_embedding")
+
+
+def route(model: nn.Module, recipe: RecipeLike, **overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The param groups of a model: one for each role and set of options, parameters in the model's order.
+
+    `recipe` is a name, a TOML file or a mapping; `overrides` replace options by role, as in
+    `router={"rule": "left_spectral"}`. Frozen parameters are left out. Beside the views a group knows, a recipe may
+    say "heads" (head by head), "neurons" (rows are the hidden neurons of an MLP), "residual" (rows are the residual
+    stream), "apart" (what shares one tensor, as
+    gate and up do, each by itself) or nothing (`[out, in]`), and each parameter gets the view that means.
+
+    Raises ValueError for a matrix without a role, a role without a section, a pattern that nothing takes, and a view
+    that does not fit; always with the parameter's name and what to do.
+    """
+    return route_sites(find_sites(model), load_recipe(recipe).overridden(overrides))
+
+
+def route_sites(
+    sites: Mapping[str, tuple[Any, Site]], recipe: Recipe, *, taken: set[int] | None = None
+) -> list[dict[str, Any]]:
+    """As `route`, of whatever is at known sites: anything that has a `shape`, by its name.
+
+    Where the sites are one part of a model, such as the stage of a pipeline, `taken` collects which patterns take
+    something, for `check_patterns` when all parts are known.
+    """
+    used: set[int] = set() if taken is None else taken
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    lost: list[tuple[str, tuple[int, ...], Site]] = []
+    for name, (parameter, site) in sites.items():
+        shape = whole_shape(parameter) if isinstance(parameter, Tensor) else tuple(parameter.shape)
+        found = _options(name, site, recipe, used)
+        if found is None:
+            lost.append((name, shape, site))
+            continue
+        role, options = found
+        options["view"] = _view(name, options, role, site)
+        key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
+        group = groups.setdefault(key, {"params": [], "names": [], "role": role, **options})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if lost:
+        raise ValueError(_advice(lost, recipe))
+    if taken is None:
+        check_patterns(recipe, used, list(sites))
+    return list(groups.values())
+
+
+def check_patterns(recipe: Recipe, taken: set[int], names: Sequence[str]) -> None:
+    """ValueError where a pattern of the recipe is not among those taken; `names` of parameters are shown to compare."""
+    unused = [pattern["match"] for i, pattern in enumerate(recipe.patterns) if i not in taken]
+    if unused:
+        raise ValueError(
+            f"recipe {recipe.name!r}: pattern {unused[0]!r} takes no parameter (none matches, or an earlier pattern "
+            "took them); names look like " + ", ".join(names[:3])
+        )
+
+
+def _advice(lost: Sequence[tuple[str, tuple[int, ...], Site]], recipe: Recipe) -> str:
+    """What to say of weights that have no role: all of them, each with a pattern that can be pasted as it is."""
+    patterns = []
+    for name, shape, site in lost:
+        role = site.likely
+        if recipe.options(role) is None:
+            wanted = 'rule = "adamw"\nlr = 1e-3'
+        else:
+            wanted = f'role = "{role}"'
+        match = re.sub(r"([\[*?])", r"[\1]", name)
+        patterns.append(f'[[patterns]]  # {shape}\nmatch = "{match}"\n{wanted}')
+    return (
+        f"{lost[0][0]} {lost[0][1]} has no role: it is a weight of a kind symdist does not know"
+        + (f", and so {'is' if len(lost) == 2 else 'are'} {len(lost) - 1} more" if len(lost) > 1 else "")
+        + ". Name what each is in the recipe, as in these patterns, which are guesses:\n\n"
+        + "\n\n".join(patterns)
+    )
+
+
+def _options(name: str, site: Site, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
+    """Role and options of a parameter; None where its role is not known and no pattern says it.
+
+    Raises ValueError, naming the parameter, for a recipe that has no rule for it, or one that does not exist.
+    """
+    role, own = None if site.role is None else recipe.grouped_role(site.role), {}
+    for i, pattern in enumerate(recipe.patterns):
+        if fnmatchcase(name, pattern["match"]):
+            used.add(i)
+            role = pattern.get("role", role)
+            own = {key: value for key, value in pattern.items() if key not in ("match", "role")}
+            break
+    if role is None and "rule" not in own:
+        return None
+    role = role or "other"
+    options = recipe.options(role)
+    if options is None and "rule" not in own:
+        raise ValueError(f"{name} has role {role!r}, for which recipe {recipe.name!r} has no section and no [default]")
+    options = {**(options or {}), **own}
+    if "rule" not in options:
+        raise ValueError(f"recipe {recipe.name!r} names no rule for role {role!r} ({name})")
+    try:
+        get_rule(options["rule"])
+    except ValueError as error:
+        raise ValueError(f"recipe {recipe.name!r}, role {role!r} ({name}): {error}") from None
+    if role in _LOOKED_UP and options.get("centered"):
+        raise ValueError(
+            f"{name}: an {role.replace('_', ' ')} must not be centred, for a look-up changes when all rows shift; "
+            "remove centered = true"
+        )
+    return role, options
+
+
+def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
+    view = options.get("view")
+    if not get_rule(options["rule"]).matrices:
+        # Coordinate-wise rules see no matrix, so a section shared with them may name any view.
+        return COMMON["view"]
+    match view:
+        case "apart" if site.fused is not None:
+            if site.fused != "stacked" or site.transposed:
+                raise ValueError(f"{name}: view 'apart' needs gate and up one after the other in rows, as [2r, d]")
+            return {"heads": 2, "dim": 0}
+        case None | "apart":
+            return "columns" if site.transposed else "rows"
+        case "residual":
+            if not site.latent and role not in READS_RESIDUAL | WRITES_RESIDUAL:
+                raise ValueError(
+                    f"{name} has role {role!r}, of which it is not known which side is the residual stream: say view = "
+                    '"rows" or "columns", whichever it is of the stored [out, in], in a pattern or section'
+                )
+            return "rows" if (role in WRITES_RESIDUAL) != site.transposed else "columns"
+        case "groups":
+            if site.groups is None:
+                raise ValueError(f"{name} has no query groups in one tensor: view 'groups' is for a fused q, k and v")
+            return {"heads": site.groups, "dim": 0}
+        case "heads":
+            if site.heads is None:
+                raise ValueError(
+                    f"{name}: view 'heads' needs the number of heads, which its module does not tell; "
+                    "say view = { heads = h, dim = 0 or 1 } in a pattern or section, or leave the view out"
+                )
+            return {"heads": site.heads, "dim": site.head_dim_index}
+        case "neurons":
+            kind = role.partition("_")[2]
+            if role.partition("_")[0] not in ("mlp", "expert") or not kind:
+                raise ValueError(f"{name} has role {role!r}: view 'neurons' is for MLP and expert matrices")
+            if site.fused == "stacked" and (site.blocks > 1 or site.transposed):
+                return {"gate_up": site.blocks, "dim": 1 if site.transposed else 0}
+            if site.fused is not None:
+                return f"gate_up_{site.fused}"
+            return "columns" if (kind == "down") != site.transposed else "rows"
+    return view

@@ -1,0 +1,240 @@
+"""What part a parameter plays in a transformer, found from the modules around it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from symdist.layouts.fsdp1 import read_units, whole_shape
+from symdist.param_names import WRAPPERS, plain_name
+
+_HEADS = {"lm_head", "output", "head", "unembed", "embed_out", "output_layer"}
+# Latent projections have rows of several kinds, not head after head: matrices like any other.
+_LATENT = dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "matrix")
+_ATTENTION = {
+    **_LATENT,
+    **dict.fromkeys(("q_proj", "wq", "query", "q_b_proj", "to_q"), "attention_q"),
+    **dict.fromkeys(("k_proj", "wk", "key", "to_k"), "attention_k"),
+    **dict.fromkeys(("v_proj", "wv", "value", "to_v"), "attention_v"),
+    **dict.fromkeys(("o_proj", "wo", "out_proj", "dense", "c_proj", "proj"), "attention_o"),
+    **dict.fromkeys(("qkv_proj", "qkv", "c_attn", "in_proj", "Wqkv", "query_key_value"), "attention_qkv"),
+}
+_MLP = {
+    **dict.fromkeys(("gate_proj", "w1", "wg"), "gate"),
+    **dict.fromkeys(("up_proj", "w3", "fc1", "c_fc", "linear1", "dense_h_to_4h", "fc_in"), "up"),
+    **dict.fromkeys(("down_proj", "w2", "fc2", "c_proj", "linear2", "dense_4h_to_h", "fc_out", "wo"), "down"),
+    "gate_up_proj": "gate_up",
+}
+# A norm's place decides whether decay of its scale helps (arXiv 2605.26895): before a linear map, or after one.
+_NORMS = {
+    **dict.fromkeys(("input_layernorm", "pre_self_attn_layernorm", "pre_cross_attn_layernorm"), "input_norm"),
+    **dict.fromkeys(("pre_mlp_layernorm", "pre_feedforward_layernorm", "pre_ff_layernorm"), "input_norm"),
+    **dict.fromkeys(("q_a_layernorm", "kv_a_layernorm", "kv_layernorm", "enorm", "hnorm"), "input_norm"),
+    "layer_norm_weight": "input_norm",
+    **dict.fromkeys(("post_self_attn_layernorm", "post_cross_attn_layernorm"), "output_norm"),
+    "post_feedforward_layernorm": "output_norm",
+    **dict.fromkeys(("q_norm", "k_norm", "qk_norm", "query_norm", "key_norm", "norm_q", "norm_k"), "qk_norm"),
+    **dict.fromkeys(("q_layernorm", "k_layernorm", "query_layernorm", "key_layernorm"), "qk_norm"),
+}
+_ATTENTION_WORDS = ("attn", "attention")
+_COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads")
+_KV_COUNTS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where a parameter stands.
+
+    `role` is None where nothing is known of a matrix. `heads` and `head_dim_index` (0 rows, 1 columns of the stored
+    matrix) are set where heads lie one after another, `groups` where a fused q, k and v is made of so many query groups
+    one after another. `transposed` marks storage as `[in, out]`. `fused` says how a gate and an up projection share one
+    tensor: "stacked" in `blocks`, each with neurons' gates before the same neurons' ups. `latent` marks projections to
+    and from the latents of attention, whose input counts as their residual stream.
+    """
+
+    role: str | None
+    heads: int | None = None
+    head_dim_index: int = 0
+    groups: int | None = None
+    transposed: bool = False
+    fused: Literal["stacked", "interleaved"] | None = None
+    blocks: int = 1
+    latent: bool = False
+    likely: str = "matrix"
+    """The role to suggest where none is known."""
+
+
+def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:
+    """Every trainable parameter by its name, once, with its site. Tied parameters keep their first name.
+
+    Names are those without wrappers, see `symdist.param_names`. Raises ValueError for what FSDP has made one flat
+    parameter.
+    """
+    read_units(model)
+    embedded = {id(weight) for weight in _embedding_weights(model)}
+    heads = {id(weight) for weight in _output_weights(model)}
+    sites: dict[str, tuple[nn.Parameter, Site]] = {}
+    seen: set[int] = set()
+    for name, parameter, chain in _walk(model):
+        if id(parameter) in seen or not parameter.requires_grad:
+            continue
+        seen.add(id(parameter))
+        if id(parameter) in embedded:
+            site = Site(role="tied_embedding" if id(parameter) in heads else "embedding")
+        elif id(parameter) in heads:
+            site = Site(role="head")
+        else:
+            site = _site(name.rsplit(".", 1)[-1], whole_shape(parameter), chain)
+        plain = plain_name(name)
+        sites[plain if plain not in sites else name] = (parameter, site)
+    return sites
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
+    """Name, parameter, and the chain of (attribute, module) from the root to the module that holds it.
+
+    A wrapper is not in the chain: what it wraps goes by the wrapper's own attribute.
+    """
+
+    def descend(module: nn.Module, prefix: str, chain: list[tuple[str, nn.Module]]) -> Any:
+        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield prefix + leaf, parameter, chain
+        for attribute, child in module.named_children():
+            link = (attribute, child)
+            if attribute in WRAPPERS or (attribute == "module" and len(list(module.children())) == 1):
+                yield from descend(child, f"{prefix}{attribute}.", [*chain[:-1], (chain[-1][0], child)])
+            else:
+                yield from descend(child, f"{prefix}{attribute}.", [*chain, link])
+
+    yield from descend(model, "", [("", model)])
+
+
+def _embedding_weights(model: nn.Module) -> list[Tensor]:
+    embeddings = (m for m in model.modules() if isinstance(m, nn.Embedding) or type(m).__name__.endswith("Embedding"))
+    return [m.weight for m in embeddings if isinstance(getattr(m, "weight", None), Tensor)]  # type: ignore[misc]
+
+
+def _output_weights(model: nn.Module) -> list[Tensor]:
+    vocabularies = {whole_shape(weight)[0] for weight in _embedding_weights(model)}
+    found = []
+    for name, module in model.named_modules():
+        plain = plain_name(name)
+        if isinstance(module, nn.Linear) and plain.rsplit(".", 1)[-1] in _HEADS:
+            weight = module.weight
+            if isinstance(weight, Tensor) and (plain in _HEADS or whole_shape(weight)[0] in vocabularies):
+                found.append(weight)
+    declared = getattr(model, "get_output_embeddings", lambda: None)()
+    return found + ([declared.weight] if declared is not None else [])
+
+
+def _site(leaf: str, shape: tuple[int, ...], chain: list[tuple[str, nn.Module]]) -> Site:
+    attribute, module = chain[-1]
+    parent = chain[-2][1] if len(chain) > 1 else module
+    kind = type(module).__name__
+    router = kind.endswith("Router") or (attribute in ("router", "gate") and hasattr(parent, "experts"))
+    if router:
+        return Site(role="router" if len(shape) == 2 else "router_bias")
+    if leaf.endswith("bias") or leaf.endswith("_bias"):
+        return Site(role="bias")
+    if leaf == "sinks":
+        return Site(role="sink")
+    if "norm" in kind.lower():
+        return Site(role=norm_role(attribute, parent))
+    if len(shape) < 2:
+        return Site(role="other")
+    # A bare parameter (stacked experts, in_proj_weight) names itself; a linear's weight is named by its attribute.
+    word, holder = (attribute, parent) if leaf == "weight" else (leaf.removesuffix("_weight"), module)
+    if any("experts" in name for name, _ in chain):
+        return _expert_site(word, module, shape)
+    transposed = kind == "Conv1D"
+    around = [name for name, _ in chain] + [type(m).__name__ for _, m in chain[-2:]]
+    if word in _ATTENTION and any(w in text.lower() for text in around for w in _ATTENTION_WORDS):
+        # Heads of a weight stored [in, out] are no view there is: a recipe that asks for them is told so.
+        if transposed:
+            return Site(role=_ATTENTION[word], transposed=True)
+        return _attention_site(word, holder, shape)
+    if word in _MLP:
+        return _mlp_site(word, "mlp_", transposed=transposed)
+    return Site(role=None, likely=_likely(attribute, module, shape))
+
+
+def _likely(attribute: str, module: nn.Module, shape: tuple[int, ...]) -> str:
+    """What a weight of an unknown kind may be: no matrix where its shape, or a convolution, says so."""
+    convolves = "conv" in type(module).__name__.lower() or "conv" in attribute.lower()
+    if len(shape) > 3 or (len(shape) == 3 and convolves) or 1 in shape[-2:]:
+        return "other"
+    if len(shape) == 2 and shape[0] < shape[1] and any(word in attribute.lower() for word in ("gate", "router")):
+        return "router"
+    return "matrix"
+
+
+def norm_role(name: str, holder: nn.Module) -> str:
+    """What kind of norm a block calls by a name: "input_norm", "output_norm", "qk_norm", or "norm" where unknown.
+
+    `holder` is the module that has it, for what lies beside it tells names apart that models use for several kinds.
+    """
+
+    def beside(*names: str) -> bool:
+        return any(getattr(holder, each, None) is not None for each in names)
+
+    if "Swin" in type(holder).__name__ or getattr(holder, "norm_after", False):
+        # Chameleon's and Molmo 2's blocks then norm what comes out, under the names for what goes in.
+        return "norm"
+    match name:
+        case "norm" | "final_norm" | "final_layernorm" | "final_layer_norm":
+            # The last of a stack, or before the head of a prediction further ahead; elsewhere the names say nothing.
+            return "input_norm" if beside("layers", "eh_proj") else "norm"
+        case "post_attention_layernorm":
+            if beside("pre_feedforward_layernorm", "pre_mlp_layernorm", "post_feedforward_layernorm"):
+                return "output_norm"
+            # Blocks with no norm before attention have it after the residual sum.
+            return "input_norm" if beside("input_layernorm") else "norm"
+        case "post_mlp_layernorm":
+            return "output_norm" if beside("pre_mlp_layernorm", "post_self_attn_layernorm") else "norm"
+        case "q_layernorm" if beside("kv_layernorm"):
+            # The latent of multi-head latent attention, which an up projection takes.
+            return "input_norm"
+        case "q_norm" if beside("kv_norm"):
+            # Of DeepSeek's own code, where this too may be a latent's.
+            return "norm"
+    return _NORMS.get(name, "norm")
+
+
+def _expert_site(word: str, module: nn.Module, shape: tuple[int, ...]) -> Site:
+    if word not in _MLP:
+        return Site(role=None)
+    if len(shape) < 3:
+        return _mlp_site(word, "expert_", transposed=type(module).__name__ == "Conv1D")
+    # transformers says of stacked experts how they lie; elsewhere [expert, out, in] with gate before up is assumed.
+    transposed = bool(getattr(module, "is_transposed", False))
+    stacked = bool(getattr(module, "is_concatenated", True))
+    fused: Literal["stacked", "interleaved"] | None = None
+    if word == "gate_up_proj":
+        fused = "stacked" if stacked else "interleaved"
+    return Site(role=f"expert_{_MLP[word]}", transposed=transposed, fused=fused)
+
+
+def _mlp_site(word: str, prefix: str, *, transposed: bool) -> Site:
+    fused: Literal["stacked"] | None = "stacked" if word == "gate_up_proj" and not transposed else None
+    return Site(role=prefix + _MLP[word], transposed=transposed, fused=fused)
+
+
+def _attention_site(word: str, attention: nn.Module, shape: tuple[int, ...]) -> Site:
+    role = _ATTENTION[word]
+    index = 1 if role == "attention_o" else 0
+    size = shape[index]
+    heads = None
+    if word not in _LATENT:
+        head_dim = getattr(attention, "head_dim", None)
+        if isinstance(head_dim, int) and size % head_dim == 0:
+            heads = size // head_dim
+        elif head_dim is None and role != "attention_qkv":
+            counts = _KV_COUNTS if role in ("attention_k", "attention_v") else ()
+            heads = _count(attention, (*counts, *_COUNTS))
+    return Site(role=role, heads=heads, head_dim_index=index, latent=word in _LATENT)
+
+
+def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    counts = (getattr(module, name, None) for name in names)
+    return next((count for count in counts if isinstance(count, int)), None)

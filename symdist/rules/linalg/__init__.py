@@ -1,0 +1,1 @@
+"""Linear algebra of the rules: inverse roots and orthonormal columns."""

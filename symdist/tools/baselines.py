@@ -1,0 +1,207 @@
+"""Optimizers one would pick instead, for `compare` to set beside recipes.
+
+Each gets a model under FSDP2, takes the hidden matrices that the recipe `muon` takes, and leaves the rest to AdamW.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from symdist.layouts import local
+from symdist.routing.route import route
+from symdist.rules.linalg.inverse_root import Numerics, polar_in_bfloat16
+
+Name: TypeAlias = Literal["torch.optim.Muon", "muon-fsdp2", "all-gather-muon"]
+
+ADAMW = "torch.optim.AdamW"
+NAMES: tuple[Name, ...] = get_args(Name)
+_LR = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A model's parameters by name: hidden matrices, stacks of them (experts), and the rest."""
+
+    matrices: dict[str, nn.Parameter]
+    stacks: dict[str, nn.Parameter]
+    rest: dict[str, nn.Parameter]
+
+    @property
+    def hidden(self) -> dict[str, nn.Parameter]:
+        """Matrices and stacks."""
+        return {**self.matrices, **self.stacks}
+
+
+def parts(model: nn.Module) -> Parts:
+    """What the recipe `muon` takes for matrices, and the rest. Raises ValueError for a matrix of an unknown role."""
+    found = Parts(matrices={}, stacks={}, rest={})
+    for group in route(model, "muon"):
+        for name, parameter in zip(group["names"], group["params"], strict=True):
+            if group["rule"] != "muon":
+                found.rest[name] = parameter
+            elif parameter.dim() == 2:
+                found.matrices[name] = parameter
+            else:
+                found.stacks[name] = parameter
+    return found
+
+
+def build_yardstick(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The optimizers of a yardstick, or of `ADAMW`, to be stepped one after another. Raises KeyError for others."""
+    if name == ADAMW:
+        return [_adamw(dict(model.named_parameters()))]
+    return _YARDSTICKS[name].build(parts(model))
+
+
+def describe_yardstick(name: str, model: nn.Module) -> str:
+    """What a yardstick, or `ADAMW`, steps by what. Raises KeyError for other names."""
+    if name == ADAMW:
+        return "all parameters by torch.optim.AdamW, fused"
+    return _YARDSTICKS[name].describe(parts(model))
+
+
+def refusal(name: str, model: nn.Module, ranks: int) -> str | None:
+    """Why a yardstick cannot step this model, sharded over `ranks` on meta tensors; None where it can.
+
+    Found before any rank starts: in the middle of a step, a rank that fails leaves the others waiting for it.
+    Raises KeyError for a name that is none.
+    """
+    return _YARDSTICKS[name].refuse(parts(model), ranks)
+
+
+class AllGatherMuon(torch.optim.Optimizer):
+    """Muon as it is first written for shards: every rank gathers each momentum whole, steps it, and keeps its piece.
+
+    For DTensors of two dimensions, or three (stacks of matrices), however they are cut. The polar step is that of
+    symdist's own rule in bfloat16, five quintic steps on the matrix.
+    """
+
+    def __init__(self, params: Any, *, lr: float = _LR, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Step every parameter that has a gradient; all ranks must have the same ones."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, group)
+        return loss
+
+    def _step(self, parameter: DTensor, group: dict[str, Any]) -> None:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        state = self.state[parameter]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        # On this rank's pieces where that is all there is to do, for every operation on a DTensor costs some time.
+        grad, momentum = local(cast(Tensor, parameter.grad)), local(state["momentum_buffer"])
+        momentum.lerp_(grad, 1 - group["momentum"])
+        nesterov = grad.lerp(momentum, group["momentum"])
+        whole = DTensor.from_local(
+            nesterov, mesh, placements, shape=parameter.shape, stride=parameter.stride()
+        ).full_tensor()
+        update = polar_in_bfloat16(whole, Numerics(normalise="matrix"))
+        # From copies to shards nothing is sent: each rank cuts out its own.
+        piece = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, placements)
+        scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
+        local(parameter).add_(local(piece), alpha=-group["lr"] * scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Yardstick:
+    """How to build it, what it steps by what, and why it cannot, if so."""
+
+    build: Callable[[Parts], list[torch.optim.Optimizer]]
+    describe: Callable[[Parts], str]
+    refuse: Callable[[Parts, int], str | None]
+
+
+def _adamw(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters.values(), lr=_LR, fused=True)
+
+
+def _torch_muon(found: Parts) -> list[torch.optim.Optimizer]:
+    return [torch.optim.Muon(found.matrices.values(), lr=_LR), _adamw(found.stacks | found.rest)]
+
+
+def _refuse_torch_muon(found: Parts, ranks: int) -> str | None:
+    """DTensor works out alike on all ranks, from shapes, whether it can do what torch.optim.Muon does."""
+    tried: set[torch.Size] = set()
+    for name, parameter in found.matrices.items():
+        if parameter.shape in tried:
+            continue
+        tried.add(parameter.shape)
+        trial = nn.Parameter(torch.empty_like(parameter))
+        trial.grad = torch.empty_like(parameter)
+        try:
+            torch.optim.Muon([trial]).step()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            return f"{name} {list(parameter.shape)} cannot be stepped on {ranks} ranks: {reason}"
+    return None
+
+
+def _muon_fsdp2(found: Parts) -> list[torch.optim.Optimizer]:
+    # It compiles a few small functions: no pool of processes for that, which this rank would leave behind.
+    importlib.import_module("torch._inductor.config").compile_threads = 1  # type: ignore[attr-defined]
+    muon = importlib.import_module("muon_fsdp2").Muon
+    # Scaled by the ratio of the last two dimensions: the package's other scale takes the number of experts for rows.
+    hidden = {"params": list(found.hidden.values()), "lr": _LR, "use_muon": True, "rms_scale": False}
+    return [muon([hidden, {"params": list(found.rest.values()), "lr": _LR, "use_muon": False}])]
+
+
+def _refuse_muon_fsdp2(found: Parts, ranks: int) -> str | None:
+    if importlib.util.find_spec("muon_fsdp2") is None:
+        return "not installed: pip install muon-fsdp2"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
+        return f"it runs under torch.compile, which finds no {compiler}: install one, or set TORCHDYNAMO_DISABLE=1"
+    for name, parameter in found.hidden.items():
+        if parameter.shape[0] % ranks:
+            return f"it gathers equal shards only, and {name} {list(parameter.shape)} is uneven on {ranks} ranks"
+    return None
+
+
+def _counted(found: Parts) -> str:
+    stacks = f" and {len(found.stacks)} stacks of experts" if found.stacks else ""
+    return f"{len(found.matrices)} hidden matrices{stacks}"
+
+
+_YARDSTICKS: dict[str, _Yardstick] = {
+    "torch.optim.Muon": _Yardstick(
+        build=_torch_muon,
+        describe=lambda found: (
+            f"{len(found.matrices)} hidden matrices by torch.optim.Muon on DTensors; the other "
+            f"{len(found.stacks) + len(found.rest)}, {'experts included, ' if found.stacks else ''}"
+            "by torch.optim.AdamW, fused"
+        ),
+        refuse=_refuse_torch_muon,
+    ),
+    "muon-fsdp2": _Yardstick(
+        build=_muon_fsdp2,
+        describe=lambda found: (
+            f"{_counted(found)} by the package's Muon, each gathered to one rank, rms_scale off; "
+            f"the other {len(found.rest)} by its AdamW"
+        ),
+        refuse=_refuse_muon_fsdp2,
+    ),
+    "all-gather-muon": _Yardstick(
+        build=lambda found: [AllGatherMuon(found.hidden.values()), _adamw(found.rest)],
+        describe=lambda found: (
+            f"{_counted(found)} by Muon in bfloat16, each gathered to all ranks; "
+            f"the other {len(found.rest)} by torch.optim.AdamW, fused"
+        ),
+        refuse=lambda found, ranks: None,
+    ),
+}

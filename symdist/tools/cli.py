@@ -1,0 +1,241 @@
+"""The command `symdist`: shows what a recipe does to a model, measures what it costs, and reports on runs.
+
+A subcommand is a dataclass of its arguments with a method `run`, listed in `_COMMANDS`.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, Union, cast
+
+from symdist.tools.baselines import NAMES, Name
+
+_FILE_WIDTH = 200
+_EXTRA = ("matplotlib", "rich", "tyro")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """Show the role, rule, view and placement of every parameter of a model. Nothing is materialised."""
+
+    model: str
+    """A preset, or a TOML file of the same form."""
+    recipe: str = "small-moe"
+    """A recipe, or a TOML file of the same form."""
+    ranks: int = 2
+    """Ranks to shard over, as FSDP2 does."""
+    set: tuple[str, ...] = ()
+    """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
+    all: bool = False
+    """Show every parameter, not one row for all layers alike."""
+
+    def run(self) -> None:
+        """Print the table and a line of totals."""
+        from symdist.routing.recipes import load_recipe, parse_overrides
+        from symdist.tools.preview import preview
+        from symdist.tools.tables import route_table, totals
+
+        recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set))
+        if self.ranks < 1:
+            raise ValueError(f"ranks={self.ranks} must be 1 or more")
+        found = preview(self.model, recipe, mesh={"dp_shard": self.ranks})
+        _show(
+            route_table(found, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
+            totals(found),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Show what a step sends, computes and needs on a mesh of any size. Nothing is materialised."""
+
+    model: str
+    """A preset, or a TOML file of the same form."""
+    mesh: str
+    """Sizes of dp_replicate, dp_shard (or dp), ep and tp, as in dp=64,tp=8."""
+    zero: Literal[1, 2, 3] | None = None
+    """Weights in the partitions of a ZeRO stage, over dp alone, instead of in shards."""
+    recipe: str = "small-moe"
+    """A recipe, or a TOML file of the same form."""
+    set: tuple[str, ...] = ()
+    """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
+    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What matrices travel as to their owners and back."""
+    wave_mb: float = 1000.0
+    """Megabytes of buffers in flight."""
+    bandwidth: float = 50.0
+    """GB/s that a rank sends."""
+    tflops: float = 60.0
+    """Tflop/s of the optimizer's float32 products."""
+    model_tflops: float = 400.0
+    """Tflop/s of forward and backward, as achieved."""
+    tokens: int = 16384
+    """Tokens of a data-parallel rank and step."""
+    compare: bool = False
+    """Show beside it what other ways would move."""
+    json: Path | None = None
+    """File for the same numbers as JSON."""
+    picture: Path | None = None
+    """File for a picture of bytes by role, over numbers of ranks up to the mesh's."""
+
+    def run(self) -> None:
+        """Print the tables, and write the files that are asked for."""
+        import torch
+
+        from symdist.routing.recipes import load_recipe, parse_overrides
+        from symdist.tools.plan import Machine, StepPlan, parse_mesh, plan_step, smaller_meshes
+        from symdist.tools.plan_tables import alternatives_table, draw, plan_table, summary
+
+        recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set))
+        machine = Machine(
+            bandwidth=self.bandwidth * 1e9,
+            flops=self.tflops * 1e12,
+            model_flops=self.model_tflops * 1e12,
+            tokens=self.tokens,
+        )
+        if self.wave_mb <= 0:
+            raise ValueError(f"wave_mb={self.wave_mb} must be positive")
+
+        def planned(mesh: dict[str, int]) -> StepPlan:
+            return plan_step(
+                self.model,
+                recipe,
+                mesh=mesh,
+                zero=self.zero,
+                machine=machine,
+                wave_bytes=int(self.wave_mb * 1e6),
+                exchange_dtype=getattr(torch, self.exchange_dtype),
+                alternatives=self.compare,
+            )
+
+        mesh = parse_mesh(self.mesh)
+        found = planned(mesh)
+        _show(plan_table(found), *summary(found), *([alternatives_table(found)] if self.compare else []))
+        if self.json is not None:
+            found.write(self.json)
+        if self.picture is not None:
+            draw([*map(planned, smaller_meshes(mesh)), found], self.picture)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Train recipes and other optimizers side by side on random tokens, and show time, traffic and memory."""
+
+    model: str = "olmoe-tiny"
+    """A preset, or a TOML file of the same form."""
+    recipes: tuple[str, ...] = ("small-moe", "muon", "adamw")
+    """Recipes, or TOML files of the same form."""
+    against: tuple[Name, ...] = NAMES
+    """Optimizers beside torch.optim.AdamW, which is always there; muon-fsdp2 is a package of its own."""
+    ranks: tuple[int, ...] = (2,)
+    """Numbers of processes, one table each: on GPUs where there are as many, else on the CPU."""
+    steps: int = 12
+    """Steps measured, after two that are not."""
+    batch: int = 8
+    """Sequences a rank and step."""
+    sequence: int = 128
+    """Tokens a sequence."""
+    json: Path | None = None
+    """File for the same numbers as JSON."""
+
+    def run(self) -> None:
+        """Measure, print a table a number of ranks, and write the JSON file where one is asked for."""
+        from symdist.tools.compare import compare, write
+        from symdist.tools.tables import compare_notes, compare_table
+
+        found = []
+        for comparison in compare(
+            self.model,
+            self.recipes,
+            against=self.against,
+            ranks=self.ranks,
+            steps=self.steps,
+            batch=self.batch,
+            sequence=self.sequence,
+        ):
+            found.append(comparison)
+            _show(compare_table(comparison), *compare_notes(comparison))
+        if self.json is not None:
+            write(self.json, found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Show runs of the pretraining jobs side by side: a table, and a page of curves, routing and plan in one file."""
+
+    runs: tuple[Path, ...]
+    """Folders of runs, finished or not."""
+    output: Path = Path("report.html")
+    """File for the page."""
+    picture: Path | None = None
+    """File for a picture of losses and router balance."""
+    live: bool = False
+    """Go on until all runs are finished, or Ctrl-C."""
+    every: float = 5.0
+    """Seconds between two readings of runs that are followed."""
+
+    def run(self) -> None:
+        """Print the table, and write the page and the picture."""
+        from symdist.tools.report import follow, report
+
+        if self.live:
+            shown = follow(self.runs, output=self.output, picture=self.picture, every=self.every)
+        else:
+            shown = report(self.runs, output=self.output, picture=self.picture)
+        _show(*shown)
+
+
+_COMMANDS = {"route": Route, "plan": Plan, "compare": Compare, "report": Report}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the subcommand that `arguments`, by default the process's own, name.
+
+    Exits with code 2 and one line on stderr where a name, option or layout is refused, or an extra is not installed.
+    """
+    try:
+        _parse(arguments).run()
+    except (ValueError, FileNotFoundError) as error:
+        _refuse(str(error))
+    except ImportError as error:
+        if error.name in _EXTRA:
+            _refuse(f"this needs {error.name}: pip install symdist[launch]")
+        if error.name is not None:
+            raise
+        # Raised by symdist itself, which says what to install.
+        _refuse(str(error))
+
+
+def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
+    import tyro
+
+    # --set may be repeated; the lists of other subcommands are given in one go, runs without a word before them.
+    marks: dict[str, Any] = dict.fromkeys(("route", "plan"), tyro.conf.UseAppendAction)
+    marks["report"] = tyro.conf.PositionalRequiredArgs
+    commands = tuple(
+        Annotated[command, tyro.conf.subcommand(name), *filter(None, [marks.get(name)])]
+        for name, command in _COMMANDS.items()
+    )
+    kinds = cast(Any, Union[commands])  # noqa: UP007
+    return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def _show(*lines: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        # In a file or a pipe a row is a line.
+        console = Console(width=_FILE_WIDTH)
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+
+
+def _refuse(message: str) -> NoReturn:
+    print(f"symdist: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

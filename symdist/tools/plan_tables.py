@@ -1,0 +1,104 @@
+"""Plans as tables for the terminal, and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from symdist.tools.plan import Costs, StepPlan
+from symdist.tools.tables import in_bytes
+
+_HEADINGS = ("sent\na rank", "collectives", "operations\na rank", "peak extra\na rank")
+
+
+def plan_table(plan: StepPlan) -> Table:
+    """A row a role and the whole step."""
+    mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    table = Table(title=f"{plan.model}, recipe {plan.recipe}, {mesh}", title_justify="left", box=SIMPLE)
+    table.add_column("role", no_wrap=True)
+    for heading in ("rule", "placement"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("parameters", "weights", *_HEADINGS):
+        table.add_column(heading, justify="right")
+    for role in plan.roles:
+        placed = ", ".join(f"{placement} {count}" for placement, count in role.placements.items())
+        weights = f"{role.weights:,}"
+        table.add_row(role.role, ", ".join(role.rules), placed, str(role.parameters), weights, *_cells(role.costs))
+    parameters, weights = (sum(getattr(role, key) for role in plan.roles) for key in ("parameters", "weights"))
+    table.add_section()
+    table.add_row("step", "", "", str(parameters), f"{weights:,}", *_cells(plan.busiest))
+    return table
+
+
+def summary(plan: StepPlan) -> list[str]:
+    """Lines on what the table cannot show."""
+    machine = plan.machine
+    seen = "all ranks" if plan.looked_at == plan.ranks else f"{plan.looked_at} of {plan.ranks:,} ranks looked at"
+    milliseconds = [
+        f"{seconds * 1e3:,.2f} ms" for seconds in (plan.communication_seconds, plan.compute_seconds, plan.model_seconds)
+    ]
+    return [
+        f"The step's row is the most of {seen}; they send {in_bytes(plan.mean_sent)} on average. A role's row is that "
+        "role alone, on the rank that sends most; roles share collectives.",
+        f"{plan.waves} waves. Work of the busiest rank over the mean: {plan.balance:.3f}; no assignment of whole "
+        f"matrices can go below {max(1.0, plan.indivisible):.3f}.",
+        f"At {machine.bandwidth / 1e9:g} GB/s, {machine.flops / 1e12:g} Tflop/s (float32 products) and "
+        f"{machine.model_flops / 1e12:g} Tflop/s achieved on {machine.tokens:,} tokens a data-parallel rank: "
+        f"communication {milliseconds[0]}, compute {milliseconds[1]}, forward and backward {milliseconds[2]}; "
+        f"the optimizer takes {plan.share:.1%} of a step if nothing overlaps.",
+    ]
+
+
+def alternatives_table(plan: StepPlan) -> Table:
+    """The plan beside what else could step the same matrices."""
+    table = Table(title="The same matrices by other ways, a rank and step", title_justify="left", box=SIMPLE)
+    table.add_column("way")
+    for heading in ("sent", "collectives", "operations"):
+        table.add_column(heading, justify="right")
+    for way in plan.alternatives:
+        table.add_row(way.name, in_bytes(way.sent), str(way.collectives), _operations(way.flops))
+    return table
+
+
+def draw(plans: Sequence[StepPlan], path: Path) -> None:
+    """Bytes that the busiest sender sends a step, stacked by role, over the number of ranks."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    roles = [role.role for role in plans[-1].roles]
+    bottom = [0.0] * len(plans)
+    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for i, name in enumerate(roles):
+        sent = [sum(role.costs.sent for role in plan.roles if role.role == name) for plan in plans]
+        if any(sent):
+            axes.bar(range(len(plans)), sent, bottom=bottom, label=name, color=colours[i % len(colours)])
+            bottom = [below + more for below, more in zip(bottom, sent, strict=True)]
+    axes.set_xticks(range(len(plans)), [f"{plan.ranks:,}" for plan in plans])
+    axes.set_xlabel("ranks")
+    axes.set_ylabel("sent by a rank in a step")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes(value)))
+    axes.set_title(f"{plans[-1].model}, recipe {plans[-1].recipe}", loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(bottom):
+        axes.legend(frameon=False, ncols=2, fontsize="small")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _cells(costs: Costs) -> tuple[str, ...]:
+    return in_bytes(costs.sent), str(costs.collectives), _operations(costs.flops), in_bytes(costs.peak_bytes)
+
+
+def _operations(count: float) -> str:
+    for unit in ("", "k", "M", "G", "T"):
+        if count < 1000:
+            return f"{count:.3g} {unit}flop"
+        count /= 1000
+    return f"{count:.3g} Pflop"

@@ -1,0 +1,146 @@
+"""The curves of a report's page: which panel each measure is in, and points few enough to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from symdist.tools.run_log import Run, at_step
+
+# Points of all curves together, and of one: some megabytes, and more than a screen has pixels.
+_POINTS = 200_000
+_POINTS_A_CURVE = (160, 2400)
+_CLOCK_POINTS = 200
+_GROUPS = ("Loss", "Optimizer", "Roles", "Routers", "Logits", "Throughput and memory", "Other")
+# Group and title of what jobs write; others find their place by the start of their name.
+_MEASURES = {
+    "loss": ("Loss", "Loss, nats a token"),
+    "gradient_norm": ("Loss", "Gradient norm"),
+    "spikes": ("Loss", "Spikes so far"),
+    "skipped_steps": ("Loss", "Skipped steps so far"),
+    "optimizer_share": ("Optimizer", "Optimizer's share of a step"),
+    "optimizer_ms": ("Optimizer", "Optimizer, ms a step"),
+    "sent_mb": ("Optimizer", "Sent by a rank, MB a step"),
+    "update_rms": ("Roles", "RMS of updates"),
+    "weight_rms": ("Roles", "RMS of weights"),
+    "nu": ("Roles", "ν"),
+    "router_load_cv": ("Routers", "Load CV, mean over layers"),
+    "router_load_entropy": ("Routers", "Load entropy"),
+    "router_dead": ("Routers", "Share of dead experts"),
+    "router_top_load": ("Routers", "Load of the busiest expert"),
+    "router_top_expert": ("Routers", "Busiest expert"),
+    "router_z": ("Routers", "z-loss"),
+    "router_balance": ("Routers", "Balance loss"),
+    "logit_rms": ("Logits", "RMS of logits"),
+    "logit_max": ("Logits", "Largest logit"),
+    "tokens_per_second": ("Throughput and memory", "Tokens a second"),
+    "mfu": ("Throughput and memory", "Model flop utilization"),
+    "memory_gb": ("Throughput and memory", "Peak memory, GB"),
+}
+_BEGINNINGS = {
+    "loss": "Loss",
+    "optimizer": "Optimizer",
+    "router": "Routers",
+    "logit": "Logits",
+    "memory": "Throughput and memory",
+    "tokens": "Throughput and memory",
+}
+
+
+def curves(runs: Sequence[Run]) -> tuple[dict[str, Any], int]:
+    """What the script draws, and how many lines became two points, 0 where all became points."""
+    count = sum(len(run.measures) for run in runs)
+    limit = min(max(_POINTS // max(count, 1), _POINTS_A_CURVE[0]), _POINTS_A_CURVE[1])
+    thinned = 0
+    panels: dict[str, dict[str, Any]] = {}
+    for i, run in enumerate(runs):
+        for (kind, measure), (steps, values) in run.measures.items():
+            key, _, part = measure.partition("/")
+            # A measure and its parts, as optimizer_ms and optimizer_ms/local, are panels apart.
+            group, title = _place(key)
+            panel = panels.setdefault(
+                key + "/" * bool(part), {"key": key, "group": group, "title": title, "parts": [], "curves": []}
+            )
+            if part and part not in panel["parts"]:
+                panel["parts"].append(part)
+            width = max(1, -(-2 * len(steps) // limit)) if len(steps) > limit else 1
+            thinned = max(thinned, width if width > 1 else 0)
+            curve = {"run": i, "kind": kind, "part": part, **_encoded(*thin(steps, values, width))}
+            if width > 1 and (kind, measure) == ("train", "loss"):
+                curve["mean"] = _encoded(*means(steps, values, width))
+            panel["curves"].append(curve)
+    order = {key: i for i, key in enumerate(_MEASURES)}
+    placed = sorted(
+        panels.values(),
+        key=lambda panel: (_GROUPS.index(panel["group"]), order.get(panel["key"], len(order)), panel["title"]),
+    )
+    if any(curve["kind"] != "train" for curve in panels.get("loss", {"curves": []})["curves"]):
+        apart = [curve for curve in panels["loss"]["curves"] if curve["kind"] == "validation"]
+        place = placed.index(panels["loss"]) + 1
+        placed.insert(place, {**panels["loss"], "key": "validation", "title": "Validation loss", "curves": apart})
+    data = {
+        "groups": _GROUPS,
+        "panels": placed,
+        "runs": [
+            {"name": run.name, "tokens": run.tokens_per_step, "clock": _clock(run), "last": run.last_step}
+            for run in runs
+        ],
+    }
+    return data, thinned
+
+
+def thin(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
+    """Of each `width` points, the lowest and the highest, in their order, and one not finite; of all, the ends."""
+    if width < 2:
+        return list(steps), list(values)
+    kept = {0, len(steps) - 1}
+    for start in range(0, len(steps), width):
+        bucket = range(start, min(start + width, len(steps)))
+        finite = [i for i in bucket if math.isfinite(values[i])]
+        if finite:
+            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
+        if len(finite) < len(bucket):
+            kept.add(next(i for i in bucket if not math.isfinite(values[i])))
+    chosen = sorted(kept)
+    return [steps[i] for i in chosen], [values[i] for i in chosen]
+
+
+def means(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
+    """The last step and the mean of each `width` points."""
+    found: tuple[list[int], list[float]] = ([], [])
+    for start in range(0, len(steps), width):
+        finite = [value for value in values[start : start + width] if math.isfinite(value)]
+        found[0].append(steps[min(start + width, len(steps)) - 1])
+        found[1].append(sum(finite) / len(finite) if finite else math.nan)
+    return found
+
+
+def _encoded(steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
+    # Differences of steps are short numbers, which a page of many curves is mostly made of.
+    jumps = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+    return {"steps": jumps, "values": [_short(value) for value in values]}
+
+
+def _short(value: float) -> float | None:
+    if not math.isfinite(value):
+        return None
+    return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.5g}")
+
+
+def _clock(run: Run) -> dict[str, Any] | None:
+    steps, seconds = run.clock
+    if not steps:
+        return None
+    # The last line may be of a validation, which comes after the last throughput logged.
+    end = max(run.last_step, steps[-1])
+    marks = sorted({round(end * i / _CLOCK_POINTS) for i in range(_CLOCK_POINTS + 1)})
+    return {"steps": marks, "seconds": [_short(at_step(steps, seconds, step)) for step in marks]}
+
+
+def _place(measure: str) -> tuple[str, str]:
+    if measure in _MEASURES:
+        return _MEASURES[measure]
+    words = measure.replace("_", " ")
+    title = words[:1].upper() + words[1:]
+    return next((group for start, group in _BEGINNINGS.items() if measure.startswith(start)), "Other"), title

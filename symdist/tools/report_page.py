@@ -1,0 +1,328 @@
+"""The page of a report: one HTML file that holds its data, style and script, and loads nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from symdist.tools.report_curves import curves
+from symdist.tools.run_log import Run
+from symdist.tools.tables import in_bytes, route_table
+
+_EVENTS = 400
+
+# Differ between any two runs and say nothing.
+_OWN = ("output", "started")
+
+_CONTROLS = """
+<div class="controls" role="toolbar" aria-label="Curves">
+<div class="legend" role="group" aria-label="Runs shown">{legend}</div>
+<fieldset><legend>x axis</legend>
+<label><input type="radio" name="axis" value="step" checked>step</label>
+<label><input type="radio" name="axis" value="tokens">tokens</label>
+<label><input type="radio" name="axis" value="time">training time</label></fieldset>
+<label><input type="checkbox" id="log"> log y</label>
+<label class="slider">smooth loss <input type="range" id="smooth" min="0" max="0.99" step="0.01" value="0">
+<output id="smoothed">0</output></label>
+<label id="split-label">roles <select id="split"><option value="run">a panel for each run</option>
+<option value="part">a panel for each role</option></select></label>
+<button type="button" id="zoom" hidden>whole range</button>
+<button type="button" id="pause" hidden aria-pressed="false">pause</button>
+</div>
+"""
+
+
+def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
+    """The page as text; with `live` it reloads itself every so many seconds."""
+    names = ", ".join(run.name for run in runs)
+    legend = "".join(
+        f'<button type="button" class="chip" data-run="{i}" aria-pressed="true">{_swatch(i)}{escape(run.name)}</button>'
+        for i, run in enumerate(runs)
+    )
+    body = [
+        f"<header><h1>{escape(names if len(runs) < 4 else f'{len(runs)} runs')}</h1>"
+        f"<p>{escape(_subtitle(runs))}</p></header>",
+        _section("Runs", _summary(runs, now), key="runs"),
+        _CONTROLS.format(legend=legend),
+        '<noscript><p class="note">The curves are drawn by a script, which this browser does not run.</p></noscript>',
+        '<div id="curves"></div><div id="readout" role="status" hidden></div>',
+        _section("Events", _events(runs), key="events"),
+        _section("Configuration", _configuration(runs), key="configuration"),
+        _section("Routing", _routing(runs), key="routing"),
+        _section("Plan of a step", _plans(runs), key="plan"),
+    ]
+    drawn, thinned = curves(runs)
+    data = {**drawn, "live": live, "every": every, "events": _marks(runs)}
+    note = (
+        "Every line of the logs is drawn. "
+        if not thinned
+        else (
+            f"Long curves are thinned to the lowest and highest of each {thinned} lines or fewer: no extreme is lost. "
+        )
+    )
+    # A script ends at the first "</script", whatever the string it stands in; no "<" at all is left in the data.
+    script = "".join(map(_asset, ("axes.js", "plots.js", "switches.js")))
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+            "script-src 'unsafe-inline'; img-src data:\">",
+            f'<link rel="icon" href="data:,"><title>{escape(names)}</title>',
+            f"<style>\n{_asset('style.css')}</style></head><body><main>",
+            *body,
+            f"<footer>{note}Not-a-number and infinite values are gaps. Training time is what the logged throughput "
+            "comes to; validation and checkpoints are not in it. "
+            f'Written <time data-ago="{now:.0f}"></time>.</footer></main>',
+            f"<script>\nconst DATA = {text};\n{script}</script></body></html>\n",
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of runs: its heading, and a run's cell, empty where not known."""
+
+    heading: str
+    cells: tuple[str, ...]
+
+
+def summary_columns(runs: Sequence[Run], now: float) -> list[Column]:
+    """The runs side by side; columns that no run has a figure for are left out."""
+
+    def figures(heading: str, form: str, measure: str, kind: str = "train") -> Column:
+        values = [run.figure(measure, kind) for run in runs]
+        return Column(heading, tuple("" if value is None else form.format(value) for value in values))
+
+    shared = [
+        Column("run", tuple(run.name for run in runs)),
+        Column("state", tuple(run.state(now).text for run in runs)),
+        Column("step", tuple(f"{run.last_step:,}" + (f" of {run.steps:,}" if run.steps else "") for run in runs)),
+        figures("training loss", "{:.3f}", "loss"),
+        figures("validation loss", "{:.3f}", "loss", "validation"),
+        figures("router load CV", "{:.2f}", "router_load_cv", "validation"),
+        figures("dead experts", "{:.0%}", "router_dead", "validation"),
+        figures("tokens/s", "{:,.0f}", "tokens_per_second"),
+        figures("optimizer share", "{:.1%}", "optimizer_share"),
+        figures("MFU", "{:.1%}", "mfu"),
+        figures("memory GB", "{:.1f}", "memory_gb"),
+        figures("skipped", "{:.0f}", "skipped_steps"),
+        figures("spikes", "{:.0f}", "spikes"),
+    ]
+    return [column for column in shared if any(column.cells)]
+
+
+def model_line(runs: Sequence[Run]) -> str:
+    """What the runs have in common: model, parameters, tokens, ranks."""
+
+    def common(key: str) -> Any:
+        found = [run.fact(key) for run in runs]
+        return found[0] if all(value == found[0] for value in found) else None
+
+    said = [common("model") or "several models"]
+    if parameters := common("parameters"):
+        active = common("active_parameters")
+        part = f" ({_si(active)} active)" if active and active != parameters else ""
+        said.append(f"{_si(parameters)} parameters{part}")
+    steps, tokens = common("steps"), {run.tokens_per_step for run in runs}
+    if steps and len(tokens) == 1 and (step_tokens := tokens.pop()):
+        said.append(f"{_si(steps * step_tokens)} tokens")
+    if ranks := common("ranks"):
+        said.append("1 rank" if ranks == 1 else f"{ranks:,} ranks")
+    return ", ".join(said) if len(said) > 1 or common("model") else ""
+
+
+def _subtitle(runs: Sequence[Run]) -> str:
+    launchers = sorted({run.facts["launcher"] for run in runs if run.facts.get("launcher")})
+    return ", ".join(filter(None, [model_line(runs), *launchers]))
+
+
+def _marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    return [
+        {"run": i, "step": event["step"], "event": str(event["event"]), "text": str(event.get("text", ""))}
+        for i, run in enumerate(runs)
+        for event in run.events[-_EVENTS:]
+        if isinstance(event.get("step"), int) and event.get("event")
+    ]
+
+
+def _summary(runs: Sequence[Run], now: float) -> str:
+    columns = summary_columns(runs, now)
+    rows = []
+    for i, cells in enumerate(zip(*(column.cells for column in columns), strict=True)):
+        state = runs[i].state(now).kind
+        name, said, *rest = map(escape, cells)
+        rows.append([f"{_swatch(i)}{name}", f'<span class="state {state}">{said}</span>', *rest])
+    return _table([column.heading for column in columns], rows, numbers=2)
+
+
+def _events(runs: Sequence[Run]) -> str:
+    rows = []
+    for i, run in enumerate(runs):
+        for event in run.events[-_EVENTS:]:
+            kind = escape(str(event.get("event", "")))
+            when = event.get("time")
+            stamp = f'<time data-at="{float(when):.0f}"></time>' if isinstance(when, int | float) else ""
+            cells = [stamp, f"{_swatch(i)}{escape(run.name)}", escape(str(event.get("step", "")))]
+            rows.append(
+                (when or 0, [*cells, f'<span class="event {kind}">{kind}</span>', escape(str(event.get("text", "")))])
+            )
+    notes = []
+    for run in runs:
+        if len(run.events) > _EVENTS:
+            notes.append(f"{run.name}: the last {_EVENTS} of {len(run.events):,} events are shown.")
+        if run.torn_events:
+            notes.append(f"{run.name}: {run.torn_events} incomplete lines of events are left out.")
+    if not rows:
+        return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+    rows.sort(key=lambda row: row[0])
+    text = _table(["time", "run", "step", "event", ""], [row for _, row in rows])
+    if len(rows) > 12:
+        text = _details(f"{len(rows)} events", text, key="all-events")
+    return text + "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+
+
+def _configuration(runs: Sequence[Run]) -> str:
+    flat = [dict(_flat(_settings(run))) for run in runs]
+    # One that tells nothing would differ in everything.
+    told = [i for i, run in enumerate(runs) if run.facts]
+    keys = dict.fromkeys(key for i in told for key in flat[i] if key.rpartition(".")[2] not in _OWN)
+    differing = [key for key in keys if len({flat[i].get(key) for i in told}) > 1]
+    text = ""
+    if differing:
+        heads = ["", *(f"{_swatch(i)}{escape(runs[i].name)}" for i in told)]
+        rows = [[escape(key), *(escape(flat[i].get(key, "–")) for i in told)] for key in differing]
+        text = "<h3>Where the runs differ</h3>" + _table(heads, rows, raw_heads=True)
+    elif len(told) > 1:
+        text = '<p class="note">The runs were given the same configuration.</p>'
+    silent = [run.name for run in runs if not run.facts]
+    if silent:
+        text += f'<p class="note">No run.json: {escape(", ".join(silent))}. Only what the summary says is known.</p>'
+    for i, run in enumerate(runs):
+        if flat[i]:
+            rows = [[escape(key), escape(value)] for key, value in flat[i].items()]
+            text += _details(
+                f"{_swatch(i)}{escape(run.name)}", _table(["setting", "value"], rows), key=f"config-{i}", raw=True
+            )
+    return text
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    if run.facts:
+        config = run.facts.get("config") or {}
+        # Jobs repeat some of their configuration beside it.
+        return {key: value for key, value in run.facts.items() if config.get(key) != value}
+    keys = ("model", "recipe", "steps", "ranks", "parameters", "active_parameters")
+    return {key: run.summary[key] for key in keys if key in run.summary} if run.summary else {}
+
+
+def _flat(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(settings, dict) and settings:
+        for name, value in settings.items():
+            yield from _flat(value, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, settings if isinstance(settings, str) else json.dumps(settings)
+
+
+def _routing(runs: Sequence[Run]) -> str:
+    from symdist.assignment import Routed
+    from symdist.tools.preview import Preview
+
+    def told(run: Run) -> str:
+        if not run.routing:
+            return ""
+        parameters = [Routed(**{**row, "shape": tuple(row["shape"])}) for row in run.routing]
+        # The table that `symdist route` shows, so that both fold and word alike.
+        shown = Preview(parameters=parameters, groups=0, stacks=0, collectives=0, sent=0)
+        table = route_table(shown, title="", fold=True)
+        cells = zip(*([escape(str(cell)) for cell in column.cells] for column in table.columns), strict=True)
+        return _table([str(column.header) for column in table.columns], [list(row) for row in cells])
+
+    return _alike(runs, told, key="route")
+
+
+def _plans(runs: Sequence[Run]) -> str:
+    def told(run: Run) -> str:
+        plan = run.plan
+        if not plan:
+            return ""
+        kinds = [
+            [escape(str(kind["kind"])), f"{kind['ranks']:,}", f"{kind['count']:,}", in_bytes(kind["sent"])]
+            for kind in plan.get("kinds", [])
+        ]
+        roles = [
+            [
+                escape(role["role"]),
+                escape(", ".join(role["rules"])),
+                escape(", ".join(f"{place} {count}" for place, count in role["placements"].items())),
+                f"{role['parameters']:,}",
+                f"{role['weights']:,}",
+            ]
+            for role in plan.get("roles", [])
+        ]
+        return (
+            f"<p>A rank's step starts {plan['collectives']:,} collectives in {plan['waves']:,} waves and sends "
+            f"{in_bytes(plan['sent'])}.</p>"
+            + (_table(["collective", "ranks", "count", "sent by a rank"], kinds, numbers=1) if kinds else "")
+            + (_table(["role", "rules", "placement", "parameters", "weights"], roles, numbers=3) if roles else "")
+        )
+
+    return _alike(runs, told, key="plan")
+
+
+def _alike(runs: Sequence[Run], told: Any, *, key: str) -> str:
+    """What each run has to say, once for those that say the same."""
+    said: dict[str, list[int]] = {}
+    for i, run in enumerate(runs):
+        try:
+            said.setdefault(told(run), []).append(i)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{run.folder}: {key} file is not of the form expected: {error!r}") from None
+    said.pop("", None)
+    return "".join(
+        _details(" ".join(f"{_swatch(i)}{escape(runs[i].name)}" for i in who), text, key=f"{key}-{who[0]}", raw=True)
+        for text, who in said.items()
+    )
+
+
+def _section(title: str, content: str, *, key: str) -> str:
+    return f'<section id="{key}"><h2>{title}</h2>{content}</section>' if content else ""
+
+
+def _details(summary: str, content: str, *, key: str, raw: bool = False) -> str:
+    return f'<details id="{key}"><summary>{summary if raw else escape(summary)}</summary>{content}</details>'
+
+
+def _table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int | None = None, raw_heads: bool = False
+) -> str:
+    """A table of cells that are HTML; columns from `numbers` on are set to the right."""
+
+    def cell(tag: str, i: int, text: str) -> str:
+        return f"<{tag}{' class=n' if numbers is not None and i >= numbers else ''}>{text}</{tag}>"
+
+    head = "".join(cell("th", i, text if raw_heads else escape(text)) for i, text in enumerate(heads))
+    body = "".join("<tr>" + "".join(cell("td", i, text) for i, text in enumerate(row)) + "</tr>" for row in rows)
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _swatch(i: int) -> str:
+    return f'<i class="swatch" style="--run:var(--c{i % 8})"{" data-second" if i >= 8 else ""}></i>'
+
+
+def _si(count: float) -> str:
+    for unit in ("", " k", " M", " B"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} T"
+
+
+def _asset(name: str) -> str:
+    return files("symdist.tools").joinpath("page", name).read_text(encoding="utf-8")

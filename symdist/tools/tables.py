@@ -1,0 +1,121 @@
+"""Previews and comparisons as tables for the terminal."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from symdist.assignment import Routed
+from symdist.tools.compare import Comparison
+from symdist.tools.preview import Preview
+
+
+def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
+    """A row a parameter; with `fold`, one row for all that differ only in the numbers in their names."""
+    rows: dict[tuple[str, ...], int] = {}
+    for parameter in preview.parameters:
+        row = _route_row(parameter, fold=fold)
+        rows[row] = rows.get(row, 0) + 1
+    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table.add_column("parameter", overflow="fold", min_width=12)
+    if fold:
+        table.add_column("count", justify="right", no_wrap=True)
+    # Where the terminal is narrow, what has spaces wraps; names of roles and placements stay whole.
+    for heading in ("shape", "role", "rule", "lr", "view", "placement"):
+        wraps = heading in ("shape", "rule", "view")
+        table.add_column(heading, justify="right" if heading == "lr" else "left", no_wrap=not wraps)
+    for (name, *cells), count in rows.items():
+        table.add_row(name, *([str(count)] if fold else []), *cells)
+    return table
+
+
+def totals(preview: Preview) -> str:
+    """One line on the whole of a preview."""
+    weights = sum(math.prod(parameter.shape) for parameter in preview.parameters)
+    return (
+        f"{weights:,} weights in {len(preview.parameters)} parameters, {preview.groups} groups, "
+        f"{preview.stacks} stacks; a rank's step starts {preview.collectives} collectives "
+        f"and sends {in_bytes(preview.sent)}"
+    )
+
+
+def compare_table(comparison: Comparison) -> Table:
+    """A row an arm."""
+    run = comparison
+    ranks = "1 rank" if run.ranks == 1 else f"{run.ranks} ranks"
+    table = Table(
+        title=f"{run.model}, {ranks} ({run.backend}, {run.device}, threads a rank: {run.threads}), "
+        f"{run.batch} × {run.sequence} tokens a rank, median of {run.steps} steps",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    table.add_column("optimizer", overflow="fold")
+    for heading in (
+        "step\nms",
+        "step\n× AdamW",
+        "optimizer\nms",
+        "optimizer\n× AdamW",
+        "share of\nstep",
+        "collectives\na step",
+        "sent\na rank",
+        "state\na rank",
+        "peak extra\na rank",
+    ):
+        table.add_column(heading, justify="right")
+    for arm in run.arms:
+        table.add_row(
+            arm.name,
+            f"{arm.step_seconds * 1e3:.1f}",
+            f"{arm.step_ratio:.2f}",
+            f"{arm.optimizer_seconds * 1e3:.2f}",
+            f"{arm.optimizer_ratio:.2f}",
+            f"{arm.share:.1%}",
+            str(arm.collectives),
+            in_bytes(arm.sent_bytes),
+            in_bytes(arm.state_bytes),
+            in_bytes(arm.peak_bytes),
+        )
+    for name in run.refused:
+        table.add_row(name, *["—"] * 9)
+    return table
+
+
+def compare_notes(comparison: Comparison) -> list[str]:
+    """A line an arm: what it steps by what, or why it was not run."""
+    return [
+        *(f"{arm.name}: {arm.note}" for arm in comparison.arms),
+        *(f"{name}: {reason}" for name, reason in comparison.refused.items()),
+    ]
+
+
+def in_bytes(count: float) -> str:
+    """Bytes with a unit, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _route_row(parameter: Routed, *, fold: bool) -> tuple[str, ...]:
+    name = re.sub(r"(?<=\.)\d+(?=\.)", "*", parameter.name) if fold else parameter.name
+    return (
+        name,
+        " × ".join(map(str, parameter.shape)),
+        parameter.role,
+        " ".join([parameter.rule, *(_option(key, value) for key, value in parameter.options.items())]),
+        f"{parameter.lr:g}",
+        _view(parameter.view),
+        parameter.placement,
+    )
+
+
+def _option(key: str, value: Any) -> str:
+    return key if value is True else f"{key}={value}"
+
+
+def _view(view: Any) -> str:
+    return f"{view['heads']} heads, dim {view['dim']}" if isinstance(view, Mapping) else str(view)
