@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a change must pass, from a fresh clone: makes the environment, then lint, types and tests.
+# Everything a change must pass, from a fresh clone: makes the environment, then lint, types, layers and tests.
 #   bash tests/run.sh [--newest] [pytest arguments]
 # With --newest the environment is another, of the newest release of everything, and what it has is printed.
 set -euo pipefail
@@ -13,6 +13,7 @@ fi
 ruff check .
 ruff format --check .
 mypy
+lint-imports
 # One thread, for several ranks share the cores; and no test looks anything up.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 python -m pytest "$@"
