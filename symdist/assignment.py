@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from symdist.exchange import Placement
-from symdist.param_groups import COMMON, Member
+from symdist.param_groups import COMMON, ParamSpec
 from symdist.rules import get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routed:
+class Assignment:
     """One parameter: what it is, and how and where it is stepped.
 
-    `shape` is that of the whole tensor. `options` are those of its rule, and the decay, stale and padding rows, that
-    are not at their defaults.
+    `shape` is that of the whole tensor. `options` are those of its rule, and the decay, rows skipped and padding rows,
+    that are not at their defaults.
     """
 
     name: str
@@ -30,14 +30,14 @@ class Routed:
     placement: Placement
 
 
-def routed(member: Member, group: Mapping[str, Any], placement: Placement) -> Routed:
+def routed(member: ParamSpec, group: Mapping[str, Any], placement: Placement) -> Assignment:
     """A member of a param group as its reader sees it."""
     defaults = {
         **{key: value for key, value in COMMON.items() if key not in ("view", "placement", "role")},
         **ACCUMULATOR_OPTIONS[member.rule.accumulator],
         **get_rule(group["rule"]).defaults,
     }
-    return Routed(
+    return Assignment(
         name=member.name,
         shape=member.layout.shape,
         role=group["role"],

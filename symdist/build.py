@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from symdist.exchange import Transport
 from symdist.gradients.nonfinite import NonFinite
-from symdist.optimizer import WAVE_BYTES, SymDist
+from symdist.optimizer import BUCKET_BYTES, SymDist
 from symdist.routing.recipes import RecipeLike
 from symdist.routing.route import route
 
@@ -19,8 +19,8 @@ def build_optimizer(
     recipe: RecipeLike,
     *,
     nonfinite: NonFinite = "raise",
-    wave_bytes: int = WAVE_BYTES,
-    exchange_dtype: torch.dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    communication_dtype: torch.dtype | None = None,
     world: Any = None,
     replicas: Any = None,
     transport: Transport | None = None,
@@ -36,8 +36,8 @@ def build_optimizer(
     return SymDist(
         route(model, recipe, **overrides),
         nonfinite=nonfinite,
-        wave_bytes=wave_bytes,
-        exchange_dtype=exchange_dtype,
+        bucket_bytes=bucket_bytes,
+        communication_dtype=communication_dtype,
         world=world,
         replicas=replicas,
         transport=transport,

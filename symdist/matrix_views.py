@@ -11,14 +11,14 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from symdist.layouts import Split
+from symdist.layouts import DimSplit
 
 Kind: TypeAlias = Literal[
-    "rows", "columns", "gate_up_stacked", "gate_up_stacked_1", "gate_up_interleaved", "heads_0", "heads_1"
+    "as_stored", "transposed", "gate_up_stacked", "gate_up_stacked_1", "gate_up_interleaved", "heads_0", "heads_1"
 ]
-Seen: TypeAlias = Literal["batch", "rows", "columns", "torn"]
+SplitKind: TypeAlias = Literal["batch", "rows", "columns", "unaligned"]
 
-_NAMED = ("rows", "columns", "gate_up_stacked", "gate_up_interleaved")
+_NAMED = ("as_stored", "transposed", "gate_up_stacked", "gate_up_interleaved")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +47,9 @@ class View:
         b = math.prod(tensor.shape[:-2])
         p, q = tensor.shape[-2:]
         match self.kind:
-            case "rows":
+            case "as_stored":
                 return tensor.reshape(b, p, q)
-            case "columns":
+            case "transposed":
                 return tensor.reshape(b, p, q).mT
             case "gate_up_stacked":
                 pairs = tensor.reshape(b, p // self.unit, 2, self.unit // 2, q)
@@ -65,16 +65,16 @@ class View:
                 h = q // self.unit
                 return tensor.reshape(b, p, h, self.unit).transpose(1, 2).reshape(b * h, p, self.unit)
 
-    def stored_form(self, matrices: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def to_stored(self, matrices: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `matrices`: `[b, m, n]` back as `shape`, that of the stack the matrices were seen in."""
         if len(self.stored) == 1:
             return matrices.reshape(shape)
         b = math.prod(shape[:-2])
         p, q = shape[-2:]
         match self.kind:
-            case "rows" | "heads_0":
+            case "as_stored" | "heads_0":
                 return matrices.reshape(shape)
-            case "columns":
+            case "transposed":
                 return matrices.mT.reshape(shape)
             case "gate_up_stacked":
                 pairs = matrices.reshape(b, p // self.unit, self.unit // 2, 2, q)
@@ -87,10 +87,10 @@ class View:
             case "heads_1":
                 return matrices.reshape(b, q // self.unit, p, self.unit).transpose(1, 2).reshape(shape)
 
-    def seen(self, split: Split) -> Seen:
+    def seen(self, split: DimSplit) -> SplitKind:
         """What a split of the stored tensor is to these matrices.
 
-        "batch": it runs between them; "rows", "columns": it cuts each of them so; "torn": the pieces are no blocks
+        "batch": it runs between them; "rows", "columns": it cuts each of them so; "unaligned": the pieces are no blocks
         of the matrices, and the rule can only run where they are put together.
         """
         dim = split.dim - len(self.stored)
@@ -103,26 +103,26 @@ class View:
         unit = self.unit if self.unit > 1 else 2
         whole_units = all(start % unit == stop % unit == 0 for start, stop in split.ranges if start < stop)
         match self.kind:
-            case "rows":
+            case "as_stored":
                 return across
-            case "columns":
+            case "transposed":
                 return along
             case "gate_up_stacked":
-                return "columns" if dim == -1 else ("rows" if whole_units and not self.single else "torn")
+                return "columns" if dim == -1 else ("rows" if whole_units and not self.single else "unaligned")
             case "gate_up_stacked_1":
-                return "columns" if dim == -2 else ("rows" if whole_units and not self.single else "torn")
+                return "columns" if dim == -2 else ("rows" if whole_units and not self.single else "unaligned")
             case "gate_up_interleaved":
-                return "columns" if dim == -2 else ("rows" if whole_units else "torn")
+                return "columns" if dim == -2 else ("rows" if whole_units else "unaligned")
             case "heads_0":
-                return across if dim == -1 else ("batch" if whole_units or self.unit == 1 else "torn")
+                return across if dim == -1 else ("batch" if whole_units or self.unit == 1 else "unaligned")
             case "heads_1":
-                return across if dim == -2 else ("batch" if whole_units or self.unit == 1 else "torn")
+                return across if dim == -2 else ("batch" if whole_units or self.unit == 1 else "unaligned")
 
 
 def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
     """The view an option names, bound to a stored shape.
 
-    `view` is "rows", "columns", "gate_up_stacked" (`[…, 2r, d]`), "gate_up_interleaved" (`[…, d, 2r]`),
+    `view` is "as_stored", "transposed", "gate_up_stacked" (`[…, 2r, d]`), "gate_up_interleaved" (`[…, d, 2r]`),
     `{"gate_up": b, "dim": 0 | 1}` (b blocks along that dimension, each with gates before ups) or
     `{"heads": h, "dim": 0 | 1}`. Raises ValueError, naming the parameter, where the shape does not fit.
     """
@@ -137,9 +137,9 @@ def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
     if isinstance(view, Mapping):
         return _bind_heads(view, shape, batch, p, q, name)
     match view:
-        case "rows":
+        case "as_stored":
             rows, columns = p, q
-        case "columns":
+        case "transposed":
             rows, columns = q, p
         case "gate_up_stacked":
             rows, columns = p // 2, 2 * q
@@ -150,7 +150,7 @@ def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
                 f"{name}: view {view!r} is not one of {', '.join(map(repr, _NAMED))}, {{'heads': h, 'dim': 0 or 1}} "
                 "or {'gate_up': blocks, 'dim': 0 or 1}"
             )
-    if len(shape) == 1 and view != "rows":
+    if len(shape) == 1 and view != "as_stored":
         raise ValueError(f"{name}: a vector has no view {view!r}")
     if (view == "gate_up_stacked" and p % 2) or (view == "gate_up_interleaved" and q % 2):
         raise ValueError(f"{name}: {view} needs an even number of gate and up neurons, the shape is {shape}")

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from symdist.assignment import Routed, routed
+from symdist.assignment import Assignment, routed
 from symdist.exchange import (
-    Collectives,
-    Counting,
+    CountingTransport,
     FlatJob,
-    Given,
     Job,
-    Made,
     Placement,
     Plan,
+    StepInputs,
+    StepOutputs,
+    StepProgress,
     Task,
-    Trail,
+    TorchTransport,
     Transport,
-    rehearse,
+    dry_run,
     run,
 )
 from symdist.gradients.momentum import adamw_step, advance, inward
@@ -34,24 +34,24 @@ from symdist.gradients.nonfinite import FLAGS, Agreed, NonFinite, agree, not_fin
 from symdist.gradients.partial_sums import bring_home, sum_up
 from symdist.layouts import Group, group_from, local
 from symdist.layouts.fsdp1 import is_flattened
-from symdist.param_groups import Member, check_stages, complete_group, describe_member, gradient_of, place_members
+from symdist.param_groups import ParamSpec, check_stages, describe_member, gradient_of, place_members, with_defaults
 from symdist.replaced_params import carried, changed, check_shapes, in_model
 from symdist.state_checks import as_tensor, asked_by_pytorch, check_state, read_saved
 
 if TYPE_CHECKING:
     from symdist.diagnostics.steps import StepMonitor
 
-WAVE_BYTES = 1 << 30
+BUCKET_BYTES = 1 << 30
 
 
 class SymDist(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` over groups that each name a rule.
 
     A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`,
-    `cautious_decay` (decay only those weights that their update takes towards zero, too), `view`,
-    `stale_rows`, `placement`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A 3-D
-    parameter is a stack of matrices. `layouts`, where given, has for each parameter None or where it lies; of
-    a `FlatLayout` every rank gives its piece, an empty vector where it holds nothing.
+    `cautious_weight_decay` (decay only those weights that their update takes towards zero, too), `view`,
+    `skip_zero_grad_rows`, `placement`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A
+    3-D parameter is a stack of matrices. `layouts`, where given, has for each parameter None or where it lies; of a
+    `FlatLayout` every rank gives its piece, an empty vector where it holds nothing.
 
     A missing gradient is a zero gradient. State lies like its parameter, is complete from construction on, and is
     float32 or wider. `lr`, the decay and what the momentum is told may change between steps; the rule's own
@@ -61,10 +61,10 @@ class SymDist(torch.optim.Optimizer):
     anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements. "All ranks" are
     `world`, a process group or mesh; left out, all of the mesh that the parameters' meshes were sliced from, stages
     of a pipeline included. `replicas`, a process group or mesh, says that plain tensors are the same on its ranks, as
-    under DDP: work on them is then shared out. `exchange_dtype`, bfloat16 say, is what matrices travel as to their
-    owners and back; sums and Grams travel as they are. `wave_bytes` bounds the buffers in flight. `transport` replaces
-    the collectives, to count them. A parameter that does not require a gradient does not move. `model`, where given,
-    is looked at, before the first step and where no gradient comes, for parameters that were sharded after the
+    under DDP: work on them is then shared out. `communication_dtype`, bfloat16 say, is what matrices travel as to their
+    owners and back; sums and Grams travel as they are. `bucket_bytes` bounds the buffers in flight. `transport`
+    replaces the collectives, to count them. A parameter that does not require a gradient does not move. `model`, where
+    given, is looked at, before the first step and where no gradient comes, for parameters that were sharded after the
     optimizer was made.
 
     Parameters may be replaced, in the groups or in `model`, as trainers do when they shard a model: at the next call of
@@ -79,8 +79,8 @@ class SymDist(torch.optim.Optimizer):
         params: Iterable[dict[str, Any]],
         *,
         nonfinite: NonFinite = "raise",
-        wave_bytes: int = WAVE_BYTES,
-        exchange_dtype: torch.dtype | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        communication_dtype: torch.dtype | None = None,
         world: Any = None,
         replicas: Any = None,
         transport: Transport | None = None,
@@ -88,25 +88,26 @@ class SymDist(torch.optim.Optimizer):
     ):
         if nonfinite not in ("raise", "skip", "zero"):
             raise ValueError(f"nonfinite={nonfinite!r} is not 'raise', 'skip' or 'zero'")
-        if wave_bytes <= 0:
-            raise ValueError(f"wave_bytes={wave_bytes} must be positive")
-        if exchange_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        if bucket_bytes <= 0:
+            raise ValueError(f"bucket_bytes={bucket_bytes} must be positive")
+        if communication_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(
-                f"exchange_dtype={exchange_dtype} must be torch.bfloat16, torch.float32, or None for the dtype of "
+                f"communication_dtype={communication_dtype} must be torch.bfloat16, torch.float32, or None for "
+                "the dtype of "
                 "the state; float16 would lose small gradients"
             )
         self.nonfinite: NonFinite = nonfinite
-        self.wave_bytes = wave_bytes
-        self.exchange_dtype = exchange_dtype
+        self.bucket_bytes = bucket_bytes
+        self.communication_dtype = communication_dtype
         self._world = _group("world", world)
         self._replicas = _group("replicas", replicas)
-        self.transport: Transport = transport or Collectives()
+        self.transport: Transport = transport or TorchTransport()
         self.skipped_steps = 0
         self.observer: StepMonitor | None = None
         """What measures the next step, and that one only."""
-        self._trail = Trail()
+        self._trail = StepProgress()
         self._skip_next = False
-        self._members: list[Member] = []
+        self._members: list[ParamSpec] = []
         self._planned: tuple[list[bool], Plan] | None = None
         self._peers: Group | None = None
         self._model = None if model is None else ref(model)
@@ -143,7 +144,7 @@ class SymDist(torch.optim.Optimizer):
         if len(layouts) != len(params):
             raise ValueError(f"a param group has {len(params)} params but {len(layouts)} layouts")
         group |= {"params": params, "names": names}
-        group = complete_group(group)
+        group = with_defaults(group)
         known = {id(member.parameter): member.name for member in self._members}
         members = []
         for name, parameter, layout in zip(names, params, layouts, strict=True):
@@ -159,7 +160,7 @@ class SymDist(torch.optim.Optimizer):
                 describe_member(parameter, name=name, index=index, group=group, replicas=self._replicas, layout=layout)
             )
         if self._constructed:
-            place_members(self._members + members, wave_bytes=self.wave_bytes)
+            place_members(self._members + members, bucket_bytes=self.bucket_bytes)
         super().add_param_group(group)
         self._members += members
         self._planned = None
@@ -283,7 +284,7 @@ class SymDist(torch.optim.Optimizer):
         where = self.plan().placements()
         return {member.name: where.get(i, "local") for i, member in enumerate(self._members)}
 
-    def routing(self) -> list[Routed]:
+    def routing(self) -> list[Assignment]:
         """What became of every parameter, in the order of the groups."""
         where = self.plan().placements()
         return [
@@ -341,14 +342,16 @@ class SymDist(torch.optim.Optimizer):
     def _plan(self) -> Plan:
         moving = [member.parameter.requires_grad for member in self._members]
         if self._planned is None or self._planned[0] != moving:
-            plan = place_members(self._members, wave_bytes=self.wave_bytes, exchange_dtype=self.exchange_dtype)
+            plan = place_members(
+                self._members, bucket_bytes=self.bucket_bytes, communication_dtype=self.communication_dtype
+            )
             self._peers = self._ranks_of(self._members)
             check_stages(plan, self._peers)
             self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
             self._planned = moving, plan
         return self._planned[1]
 
-    def _ranks_of(self, members: list[Member]) -> Group | None:
+    def _ranks_of(self, members: list[ParamSpec]) -> Group | None:
         """All ranks that must do alike in a step of these."""
         if self._world is not None:
             return self._world
@@ -388,7 +391,7 @@ class SymDist(torch.optim.Optimizer):
             except ValueError as error:
                 state, problem = {}, problem or error
             states.append(state)
-        place_members(members, wave_bytes=self.wave_bytes)
+        place_members(members, bucket_bytes=self.bucket_bytes)
         # Whether values were kept is each rank's own to see, and all must do alike.
         failed = torch.tensor([float(problem is not None)], device=given[0].device)
         peers = self._ranks_of(members)
@@ -406,15 +409,15 @@ class SymDist(torch.optim.Optimizer):
             group["params"] = [next(place) for _ in group["params"]]
         self._members, self._planned = members, None
 
-    def rehearse(self) -> Counting:
+    def trace_collectives(self) -> CountingTransport:
         """Every collective of a step on this rank, in order: the step runs on meta tensors, and nothing moves.
 
         That is for gradients that lie where their weights do; putting others together takes further collectives.
         """
-        plan, counting = self.plan(), Counting()
+        plan, counting = self.plan(), CountingTransport()
         if self._peers is not None and self._peers.size > 1:
             counting.all_reduce(torch.empty(FLAGS, device="meta"), group=self._peers)
-        rehearse(plan, counting)
+        dry_run(plan, counting)
         return counting
 
     def _check_options(self) -> None:
@@ -423,7 +426,7 @@ class SymDist(torch.optim.Optimizer):
         for i, stack in stacks.items():
             group = self.param_groups[i]
             fixed = {**dict(stack.options), "padding_rows": stack.padding_rows}
-            fixed["stale_rows"] = "hold" if stack.hold else "move"
+            fixed["skip_zero_grad_rows"] = stack.skip_zero_grad_rows
             changed = [key for key, value in fixed.items() if group[key] != value]
             if changed:
                 raise ValueError(
@@ -431,7 +434,7 @@ class SymDist(torch.optim.Optimizer):
                     "construction; build another optimizer and load_state_dict into it"
                 )
 
-    def _new_state(self, member: Member) -> dict[str, Tensor]:
+    def _new_state(self, member: ParamSpec) -> dict[str, Tensor]:
         state = {
             key: torch.zeros_like(member.parameter, dtype=member.dtype, requires_grad=False)
             for key in member.rule.state_names(self.param_groups[member.group])
@@ -465,16 +468,16 @@ class SymDist(torch.optim.Optimizer):
             by_group.setdefault(self._members[i].group, []).append(i)
         return [(self.param_groups[group], members) for group, members in by_group.items()]
 
-    def _begin(self, job: Job | FlatJob, gradients: list[Tensor]) -> Given:
+    def _begin(self, job: Job | FlatJob, gradients: list[Tensor]) -> StepInputs:
         directions: dict[int, Tensor] = {}
         for group, members in self._by_group(job.members):
             states = [self._local_state(i) for i in members]
             given = [gradients[i].to(job.stack.dtype) for i in members]
             directions.update(zip(members, advance(job.stack.rule.accumulator, states, given, group), strict=True))
         remembered = [self._local_state(i) for i in job.members] if job.stack.state_names else []
-        return Given(
+        return StepInputs(
             directions=[directions[i] for i in job.members],
-            gradients=[gradients[i] for i in job.members] if job.stack.hold else None,
+            gradients=[gradients[i] for i in job.members] if job.stack.skip_zero_grad_rows else None,
             states=tuple([state[name] for state in remembered] for name in job.stack.state_names),
         )
 
@@ -486,7 +489,7 @@ class SymDist(torch.optim.Optimizer):
         for group, members in self._by_group(plain):
             weights = [local(self._members[i].parameter) for i in members]
             wide = [weight.to(self._members[i].dtype) for i, weight in zip(members, weights, strict=True)]
-            lr, decay, cautious = float(group["lr"]), group["weight_decay"], group["cautious_decay"]
+            lr, decay, cautious = float(group["lr"]), group["weight_decay"], group["cautious_weight_decay"]
             before = [weight.clone() for weight in wide] if observer is not None or cautious else []
             adamw_step(
                 wide,
@@ -509,7 +512,7 @@ class SymDist(torch.optim.Optimizer):
                 parts = zip(wide, before, lost, strict=True)
                 self._observe(observer, members, [stepped - old + of for stepped, old, of in parts])
 
-    def _move(self, job: Job | FlatJob, observer: StepMonitor | None, made: Made) -> None:
+    def _move(self, job: Job | FlatJob, observer: StepMonitor | None, made: StepOutputs) -> None:
         """Decoupled decay first, then the update; and what the rule remembers."""
         updates, moved = made.updates, made.moved
         place_of = {member: place for place, member in enumerate(job.members)}
@@ -520,10 +523,10 @@ class SymDist(torch.optim.Optimizer):
             chosen = [updates[place] for place in places]
             for name, layer in zip(job.stack.state_names, made.states, strict=True):
                 torch._foreach_copy_([self._local_state(i)[name] for i in members], [layer[place] for place in places])
-            if moved is not None or (decay and group["cautious_decay"]):
+            if moved is not None or (decay and group["cautious_weight_decay"]):
                 for weight, update, place in zip(weights, chosen, places, strict=True):
                     kept: Tensor | float = 1.0 if moved is None else moved[place]
-                    if group["cautious_decay"]:
+                    if group["cautious_weight_decay"]:
                         kept = kept * inward(weight, update)
                     weight.copy_(weight * (1 - lr * decay * kept) - lr * update)
             elif weights[0].dtype != chosen[0].dtype:
@@ -556,7 +559,7 @@ def _named(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tenso
     return names, params
 
 
-def _warn_of_narrow_weights(members: list[Member]) -> None:
+def _warn_of_narrow_weights(members: list[ParamSpec]) -> None:
     narrow = [
         member
         for member in members

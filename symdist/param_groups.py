@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from symdist.exchange import InStage, Plan, Stack, place
+from symdist.exchange import Plan, Stack, StageSlot, place
 from symdist.layouts import FlatLayout, Group, Layout, layout_of, local
 from symdist.matrix_views import bind_view
 from symdist.routing.residual_stream import Stage, residual_stage
@@ -18,9 +18,9 @@ from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
 COMMON: dict[str, Any] = {
     "weight_decay": 0.0,
-    "cautious_decay": False,
-    "view": "rows",
-    "stale_rows": "move",
+    "cautious_weight_decay": False,
+    "view": "as_stored",
+    "skip_zero_grad_rows": False,
     "placement": "auto",
     "padding_rows": 0,
     "role": "",
@@ -37,7 +37,7 @@ _BOOKKEEPING = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Member:
+class ParamSpec:
     """A parameter as the optimizer sees it: `stack` is None where PyTorch's AdamW can step it as it lies."""
 
     parameter: Tensor
@@ -56,7 +56,7 @@ class Member:
     """Whether it may keep some of what its stage shares."""
 
 
-def complete_group(group: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(group: Mapping[str, Any]) -> dict[str, Any]:
     """The group with every option of its rule filled in.
 
     Raises ValueError, naming the group, for a missing or unknown rule, an unknown option or a value out of range.
@@ -94,12 +94,11 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
     decay = group["weight_decay"]
     if not (isinstance(decay, int | float) and math.isfinite(decay) and decay >= 0):
         raise ValueError(f"{where}: weight_decay={decay!r} must be a finite number, 0 or more")
-    if not isinstance(group["cautious_decay"], bool):
-        raise ValueError(f"{where}: cautious_decay={group['cautious_decay']!r} must be true or false")
+    for key in ("cautious_weight_decay", "skip_zero_grad_rows"):
+        if not isinstance(group[key], bool):
+            raise ValueError(f"{where}: {key}={group[key]!r} must be true or false")
     if not isinstance(group["padding_rows"], int) or group["padding_rows"] < 0:
         raise ValueError(f"{where}: padding_rows={group['padding_rows']!r} must be a whole number, 0 or more")
-    if group["stale_rows"] not in ("move", "hold"):
-        raise ValueError(f"{where}: stale_rows={group['stale_rows']!r} is not 'move' or 'hold'")
     if group["placement"] not in ("auto", "local", "reduce", "owner"):
         raise ValueError(f"{where}: placement={group['placement']!r} is not 'auto', 'local', 'reduce' or 'owner'")
 
@@ -112,7 +111,7 @@ def describe_member(
     group: Mapping[str, Any],
     replicas: Group | None = None,
     layout: Layout | FlatLayout | None = None,
-) -> Member:
+) -> ParamSpec:
     """Find a parameter's layout, view and stack; `replicas` are the ranks that hold plain tensors alike.
 
     `layout` says where the parameter lies, for those that do not tell by themselves.
@@ -133,13 +132,15 @@ def describe_member(
         raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")
     if rule.matrices and 0 in layout.shape:
         raise ValueError(f"{name} has shape {layout.shape} and so no matrix in it; leave it out of the optimizer")
-    padding, hold = group["padding_rows"], group["stale_rows"] == "hold"
-    if padding and (group["view"] not in ("rows", "columns") or len(layout.shape) != 2 or padding >= layout.shape[0]):
+    padding, skip = group["padding_rows"], group["skip_zero_grad_rows"]
+    if padding and (
+        group["view"] not in ("as_stored", "transposed") or len(layout.shape) != 2 or padding >= layout.shape[0]
+    ):
         raise ValueError(
-            f"{name}: padding_rows={padding} needs a matrix seen by rows or columns, with more rows than that; "
+            f"{name}: padding_rows={padding} needs a matrix seen as stored or transposed, with more rows than that; "
             f"its shape is {layout.shape}, its view {group['view']!r}"
         )
-    plain = not rule.matrices and not group["centered"] and not padding and not hold
+    plain = not rule.matrices and not group["centered"] and not padding and not skip
     stacked = not plain or group["placement"] in ("reduce", "owner")
     stack = None
     # A view that nothing will look through is still checked; the default is left to tensors of any shape.
@@ -151,7 +152,7 @@ def describe_member(
         if rule.ordered and view.kind.startswith("gate_up"):
             raise ValueError(
                 f"{name}: rule {rule.name!r} goes by the places of columns, which view {group['view']!r} mixes; "
-                "use 'rows', 'columns' or, in a recipe, 'residual'"
+                "use 'as_stored', 'transposed' or, in a recipe, 'residual'"
             )
     if stacked:
         stack = Stack(
@@ -162,11 +163,11 @@ def describe_member(
             dtype=dtype,
             device=parameter.device,
             asked=group["placement"],
-            hold=hold,
+            skip_zero_grad_rows=skip,
             padding_rows=padding,
         )
     stage = residual_stage(name, str(group.get("role", ""))) if stack is not None and stack.coupled else None
-    return Member(
+    return ParamSpec(
         parameter=parameter,
         name=name,
         group=index,
@@ -204,19 +205,19 @@ def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, 
             view = {"gate_up": each.ranks, "dim": side}
             continue
         across = isinstance(view, Mapping) and view.get("dim") == 1 - side
-        if side < 0 or ((view in ("rows", "columns") or across) and not padding and not ordered):
+        if side < 0 or ((view in ("as_stored", "transposed") or across) and not padding and not ordered):
             continue
         raise ValueError(
             f"{name}: dimension {each.dim} is dealt out to {each.ranks} ranks, {each.parts} parts one after the other "
             f"on each, and view {view!r}{', with padding rows,' if padding else ''} needs its own order; use view "
-            "'rows' or 'columns' and a rule that goes by no places, or shard it plainly"
+            "'as_stored' or 'transposed' and a rule that goes by no places, or shard it plainly"
         )
     return view
 
 
 def coordinate_wise(options: Mapping[str, Any]) -> bool:
-    """Whether a rule, by the options of `complete_group`, treats every number by itself, whatever the others are."""
-    rows = options.get("centered") or options["stale_rows"] == "hold" or options["padding_rows"] > 0
+    """Whether a rule, by the options of `with_defaults`, treats every number by itself, whatever the others are."""
+    rows = options.get("centered") or options["skip_zero_grad_rows"] or options["padding_rows"] > 0
     return not (get_rule(options["rule"]).matrices or rows)
 
 
@@ -225,7 +226,7 @@ def flat_parts(
 ) -> list[tuple[str, FlatLayout, int]]:
     """A parameter that is cut in runs of elements, as what the optimizer takes of it: names, layouts, starts.
 
-    `options` are those of `complete_group`, `bounds` the offsets at which the runs of `ranks` meet. A stack of matrices
+    `options` are those of `with_defaults`, `bounds` the offsets at which the runs of `ranks` meet. A stack of matrices
     is taken one by one, and what a rule does to each element by itself as one vector. A start is where this rank's
     piece begins in its run.
     """
@@ -247,7 +248,9 @@ def flat_parts(
     return found
 
 
-def place_members(members: Sequence[Member], *, wave_bytes: int, exchange_dtype: torch.dtype | None = None) -> Plan:
+def place_members(
+    members: Sequence[ParamSpec], *, bucket_bytes: int, communication_dtype: torch.dtype | None = None
+) -> Plan:
     """The plan of a step: the members that share a stack put together, and each stack placed.
 
     Members without a stack, and frozen ones, are in no job. Raises ValueError, naming a parameter, where its placement
@@ -259,10 +262,10 @@ def place_members(members: Sequence[Member], *, wave_bytes: int, exchange_dtype:
             stacks.setdefault(member.stack, []).append(i)
     names = [member.name for member in members]
     stages = _in_stages(members)
-    return place(stacks, names=names, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype, stages=stages)
+    return place(stacks, names=names, bucket_bytes=bucket_bytes, communication_dtype=communication_dtype, stages=stages)
 
 
-def _in_stages(members: Sequence[Member]) -> dict[int, InStage]:
+def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:
     """The stage of every coupled member, and which columns it keeps of what that shares: those that come next."""
     by_stage: dict[Stage, list[int]] = {}
     for i, member in enumerate(members):
@@ -282,7 +285,7 @@ def _in_stages(members: Sequence[Member]) -> dict[int, InStage]:
     return {i: found for number in sorted(merged) for i, found in _kept(members, sorted(merged[number]), number)}
 
 
-def _kept(members: Sequence[Member], indices: Sequence[int], number: int) -> list[tuple[int, InStage]]:
+def _kept(members: Sequence[ParamSpec], indices: Sequence[int], number: int) -> list[tuple[int, StageSlot]]:
     seen = {i: members[i].stack for i in indices}
     # One name for each is told: of experts there may be hundreds.
     rows: dict[int, str] = {}
@@ -312,7 +315,7 @@ def _kept(members: Sequence[Member], indices: Sequence[int], number: int) -> lis
         raise ValueError(
             f"stage {number} has no matrix but experts, to keep its rotation; one is {members[indices[0]].name}"
         )
-    return [(i, InStage(label=f"{number:06d}", width=width, first=firsts[i])) for i in indices]
+    return [(i, StageSlot(label=f"{number:06d}", width=width, first=firsts[i])) for i in indices]
 
 
 def check_stages(plan: Plan, peers: Group | None) -> None:
@@ -327,7 +330,7 @@ def check_stages(plan: Plan, peers: Group | None) -> None:
         )
 
 
-def gradient_of(member: Member) -> Tensor:
+def gradient_of(member: ParamSpec) -> Tensor:
     """This rank's gradient of a parameter, zero where it has none or is frozen.
 
     Raises ValueError, naming the parameter, for one that is sparse, or lies otherwise than the weight.

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from symdist.layouts import FlatLayout, Layout, local
 from symdist.layouts.fsdp1 import fsdp1_layout, is_flattened, read_units, whole_shape
-from symdist.param_groups import Member
+from symdist.param_groups import ParamSpec
 from symdist.param_names import plain_name
 
 _RESUME = (
@@ -22,7 +22,7 @@ _RESUME = (
 )
 
 
-def changed(member: Member, parameter: Tensor) -> bool:
+def changed(member: ParamSpec, parameter: Tensor) -> bool:
     """Whether a group's parameter is another than was described, or has become another under the same name."""
     return parameter is not member.parameter or member.found_as != found_as(parameter)
 
@@ -32,7 +32,7 @@ def found_as(parameter: Tensor) -> tuple[object, ...]:
     return parameter.dtype, parameter.device, parameter.shape
 
 
-def in_model(model: nn.Module, members: list[Member], given: list[Tensor]) -> list[Tensor]:
+def in_model(model: nn.Module, members: list[ParamSpec], given: list[Tensor]) -> list[Tensor]:
     """The parameters that a model has by the members' names now, in place of those of the groups.
 
     Only where a model has shards in place of what was whole: while FSDP2 has gathered its weights, a model shows these
@@ -48,7 +48,7 @@ def in_model(model: nn.Module, members: list[Member], given: list[Tensor]) -> li
     return found
 
 
-def check_shapes(members: list[Member], given: list[Tensor]) -> None:
+def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
     """ValueError where the new parameters cannot be the old ones laid out anew, or do not tell how they are."""
     for member, parameter in zip(members, given, strict=False):
         if parameter.is_meta:
@@ -77,7 +77,7 @@ def check_shapes(members: list[Member], given: list[Tensor]) -> None:
     raise ValueError(message)
 
 
-def carried(old: Member, new: Member, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def carried(old: ParamSpec, new: ParamSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of a parameter that has been stepped, laid out as the new one is.
 
     That is known where nothing moved, and where a rank had the whole, of which its new piece can be cut; if, that is,

@@ -87,7 +87,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
 
 def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
     """ValueError where a saved group has another rule, or other options that the state hangs on."""
-    fixed = {"rule", "view", "stale_rows", "padding_rows", *get_rule(mine["rule"]).defaults}
+    fixed = {"rule", "view", "skip_zero_grad_rows", "padding_rows", *get_rule(mine["rule"]).defaults}
     changed = sorted(key for key in fixed if key in theirs and theirs[key] != mine[key])
     if changed:
         raise ValueError(

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from symdist import SymDist, clip_grad_norm_
-from symdist.exchange import Collectives, Counting
+from symdist.exchange import CountingTransport, TorchTransport
 from symdist.layouts import local
 
 Group = dict[str, Any]
@@ -67,7 +67,7 @@ def trained(
     shape = SHAPES[size]
     parameters = [nn.Parameter(place(draw(shape, i), mesh, weight)) for i in range(len(GROUPS))]
     there = other(mesh) if how.get("turned") else mesh
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     optimizer = SymDist(
         [{"params": [(f"w{i}", p)], **group} for i, (p, group) in enumerate(zip(parameters, GROUPS, strict=True))],
         transport=counting,
@@ -105,13 +105,13 @@ DEALT: dict[str, tuple[tuple[int, ...], int, Group]] = {
     "row_pairs": ((24, 7), 0, {"rule": "row_norm", "view": "gate_up_stacked"}),
     "muon": ((24, 7), 0, {"rule": "muon"}),
     "muon_pairs": ((24, 7), 0, {"rule": "muon", "view": "gate_up_stacked"}),
-    "left": ((24, 7), 0, {"rule": "left_spectral", "view": "columns", "method": "exact"}),
+    "left": ((24, 7), 0, {"rule": "left_spectral", "view": "transposed", "method": "exact"}),
     "polar_columns": ((5, 24), 1, {"rule": "polar"}),
     "column_pairs": ((5, 24), 1, {"rule": "hybrid", "view": {"gate_up": 1, "dim": 1}}),
     "heads": ((6, 24), 1, {"rule": "muon", "view": {"heads": 3, "dim": 0}}),
     "experts": ((3, 24, 5), 1, {"rule": "muon"}),
     "experts_pairs": ((3, 24, 5), 1, {"rule": "normuon", "view": "gate_up_stacked"}),
-    "experts_hold": ((3, 24, 5), 1, {"rule": "row_norm", "stale_rows": "hold"}),
+    "experts_hold": ((3, 24, 5), 1, {"rule": "row_norm", "skip_zero_grad_rows": True}),
     "aurora": ((24, 7), 0, {"rule": "aurora"}),
     "scion": ((24, 7), 0, {"rule": "scion"}),
     "adamw": ((24, 7), 0, {"rule": "adamw"}),
@@ -162,7 +162,7 @@ def _ends(size: int, ranks: int) -> list[int]:
 REFUSED: dict[str, tuple[tuple[int, ...], Group]] = {
     "view 'gate_up_interleaved'": ((8, 8), {"rule": "muon", "view": "gate_up_interleaved"}),
     "'heads': 2": ((8, 8), {"rule": "muon", "view": {"heads": 2, "dim": 0}}),
-    "view 'columns'": ((8, 8), {"rule": "aro", "view": "columns"}),
+    "view 'transposed'": ((8, 8), {"rule": "aro", "view": "transposed"}),
     "with padding rows": ((8, 8), {"rule": "muon", "padding_rows": 2}),
     "do not divide into 2 parts for 2 ranks": ((6, 8), {"rule": "muon"}),
 }

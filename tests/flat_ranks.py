@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
-from symdist.exchange import Collectives, Counting
+from symdist.exchange import CountingTransport, TorchTransport
 from symdist.exchange.planning import flat_plan
 from symdist.layouts import FlatLayout, group_from
 from symdist.layouts.flat import flat_bounds, flat_vector
@@ -147,7 +147,7 @@ def counted(
     else:
         bounds = flat_vector(sizes, ranks=ranks.size)
     runs = [(bound[ranks.index], bound[ranks.index + 1]) for bound in bounds]
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     given = {
         "params": [nn.Parameter(torch.ones(stop - start)) for start, stop in runs],
         "layouts": [FlatLayout(shape=shape, group=ranks, bounds=bound) for bound in bounds],

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import MixedPrecision, ShardingStrategy, StateDictType
 
 from symdist import SymDist, build_optimizer, clip_grad_norm_
-from symdist.exchange import Collectives
+from symdist.exchange import TorchTransport
 from symdist.layouts import Group
 from symdist.layouts.fsdp1 import read_units
 from tests.cases import CASES, LR, STEPS, tensors
@@ -82,7 +82,7 @@ def on(mesh: DeviceMesh, strategy: str) -> Any:
 def _group_of(ranks: list[int]) -> Any:
     """A process group of these ranks alone: the others take no part in a test."""
     group = Group(ranks=tuple(ranks), index=ranks.index(dist.get_rank()), through=(dist.group.WORLD,))
-    transport = Collectives()
+    transport = TorchTransport()
     transport.prepare([group])
     return transport._handle(group) if len(ranks) > 1 else dist.new_group(ranks, use_local_synchronization=True)
 
@@ -90,7 +90,7 @@ def _group_of(ranks: list[int]) -> Any:
 KINDS = [(case, placement) for case in CASES for placement in ("auto", "owner", "reduce")]
 
 
-def trained(mesh: DeviceMesh, strategy: str, wave_bytes: int) -> tuple[dict[Key, Tensor], dict[str, str]]:
+def trained(mesh: DeviceMesh, strategy: str, bucket_bytes: int) -> tuple[dict[Key, Tensor], dict[str, str]]:
     """Whole weights after three steps of every case, with each placement that it may have, and where rules ran."""
     inner = Halves([tensors(case)[0] for case, _ in KINDS])
     place = on(mesh, strategy)
@@ -100,7 +100,7 @@ def trained(mesh: DeviceMesh, strategy: str, wave_bytes: int) -> tuple[dict[Key,
     read_units(model)
     groups = {i: _group(i, weight) for i, weight in inner.numbered().items()}
     groups = {i: group for i, group in groups.items() if _fits(group)}
-    optimizer = SymDist(list(groups.values()), wave_bytes=wave_bytes)
+    optimizer = SymDist(list(groups.values()), bucket_bytes=bucket_bytes)
     for step in range(STEPS):
         model([tensors(case)[1][step] for case, _ in KINDS]).backward()
         optimizer.step()

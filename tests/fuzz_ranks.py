@@ -24,7 +24,8 @@ from tests.ranks import Ranks, start
 BOUND = 1e-9
 
 Case = dict[str, Any]
-"""`mesh`, `wave_bytes`, `replicas` (plain tensors are known to be alike), `steps`, and `parameters`, of which each has
+"""`mesh`, `bucket_bytes`, `replicas` (plain tensors are known to be alike), `steps`, and `parameters`, of which each
+has
 
 - `shape`, and `copies`, so many of one group; `group`, its options; `seed`;
 - `on`, the axes of the mesh that it lies on, and `cuts`, `[[axis of those, dimension], …]`, or None for a plain tensor;
@@ -44,7 +45,7 @@ def drawn(parameter: Case, copy: int, step: int) -> Tensor:
     tensor = torch.randn(parameter["shape"], generator=generator, dtype=torch.float64)
     kind = parameter["gradients"][step - 1] if step else "drawn"
     if kind == "rows":
-        (tensor.mT if parameter["group"].get("view") == "columns" else tensor)[1::3] = 0
+        (tensor.mT if parameter["group"].get("view") == "transposed" else tensor)[1::3] = 0
     return tensor * (kind not in ("zero", "none"))
 
 
@@ -83,7 +84,7 @@ def trained(
                 raise
             group["placement"] = "auto"
         groups.append(group)
-    optimizer = SymDist(groups, wave_bytes=case["wave_bytes"], **options)
+    optimizer = SymDist(groups, bucket_bytes=case["bucket_bytes"], **options)
     for step in range(1, case["steps"] + 1):
         for parameter, copy, weight in weights:
             weight.grad = gradient(parameter, copy, step)

@@ -56,7 +56,7 @@ GRID = {
     "experts": Weight((5, 4, 6), POLAR, (0, 1), ((1, 0), (0, 1))),
     "tall": Weight((29, 6), RIGHT | {"placement": "reduce", "alpha": 1.0}, (0,), ((0, 0),)),
     "owned": Weight((3, 8), MUON | {"placement": "owner"}, (0,), ((0, 0),)),
-    "inner": Weight((9, 5), HYBRID | {"stale_rows": "hold"} | DECAY, (1,), ((0, 1),)),
+    "inner": Weight((9, 5), HYBRID | {"skip_zero_grad_rows": True} | DECAY, (1,), ((0, 1),)),
     "replicated": Weight((8, 3), RIGHT | {"placement": "owner"}, (0, 1), ((1, 0),)),
     "bias": Weight((7,), ADAMW | {"centered": True}, (0, 1), ((1, 0), (0, 0))),
     "norm": Weight((5,), ADAMW | DECAY, (0,), ((0, 0),)),

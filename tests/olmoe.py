@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from symdist import SymDist, build_optimizer, clip_grad_norm_
-from symdist.exchange import Collectives, Counting
+from symdist.exchange import CountingTransport, TorchTransport
 from symdist.tools.models import build, shard
 
 STEPS = 3
@@ -17,7 +17,7 @@ STEPS = 3
 def stepped(mesh: DeviceMesh, layers: int, recipe: Any) -> tuple[int, list[float]]:
     """FSDP2: collectives of one optimizer step, and this rank's loss before each of three steps."""
     model = shard(sized(layers), mesh)
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     optimizer = build_optimizer(model, recipe, transport=counting)
     found = losses(model, optimizer, mesh, counting)
     return counting.collectives, found
@@ -37,7 +37,7 @@ def alone(layers: int, recipe: Any) -> list[float]:
 
 
 def losses(
-    model: nn.Module, optimizer: SymDist, mesh: DeviceMesh | None = None, counting: Counting | None = None
+    model: nn.Module, optimizer: SymDist, mesh: DeviceMesh | None = None, counting: CountingTransport | None = None
 ) -> list[float]:
     """Train on this rank's share of each batch; `counting` is left with the last step's collectives."""
     found = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
-from symdist.exchange import Collectives
+from symdist.exchange import TorchTransport
 from symdist.exchange.collectives.transport import Handle
 from symdist.layouts import Group, local
 from tests.grids import Way
@@ -28,7 +28,7 @@ WEIGHTS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
     ((29, 4), {"rule": "right_spectral", "centered": True, "placement": "reduce"}),
     ((9, 5), {"rule": "muon", "placement": "owner"}),
     ((7, 3, 4), {"rule": "polar"}),
-    ((6, 12), {"rule": "hybrid", "view": "columns", "placement": "owner"}),
+    ((6, 12), {"rule": "hybrid", "view": "transposed", "placement": "owner"}),
     ((5,), {"rule": "adamw"}),
 ]
 
@@ -37,14 +37,14 @@ WEIGHTS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
 class Slow:
     """Collectives that some ranks come late to."""
 
-    inner: Collectives
+    inner: TorchTransport
     random: random.Random
     seconds: float
 
     def prepare(self, groups: Iterable[Group]) -> None:
         self.inner.prepare(groups)
 
-    def _late(self) -> Collectives:
+    def _late(self) -> TorchTransport:
         time.sleep(self.random.random() * self.seconds if self.random.random() < 0.3 else 0)
         return self.inner
 
@@ -88,7 +88,7 @@ def options_of(number: int, mesh: bool) -> dict[str, Any]:
 
 
 def overlapped(
-    world: DeviceMesh, lanes: list[Lane], wave_bytes: int, seed: int, seconds: float
+    world: DeviceMesh, lanes: list[Lane], bucket_bytes: int, seed: int, seconds: float
 ) -> dict[tuple[Lane, int], Tensor]:
     """This rank's pieces of every lane's weights after some steps. Lanes interleave otherwise on every rank."""
     rank = dist.get_rank()
@@ -109,8 +109,8 @@ def overlapped(
     groups = [{"params": [weight], **options_of(number, True)} for (_, number), weight in weights.items()]
     # For ranks that are in no lane: an optimizer needs something.
     groups.append({"params": [nn.Parameter(torch.ones(2))], "rule": "adamw", "lr": 0.1})
-    transport = Slow(Collectives(), mine, seconds)
-    optimizer = SymDist(groups, world=world, wave_bytes=wave_bytes, transport=transport)
+    transport = Slow(TorchTransport(), mine, seconds)
+    optimizer = SymDist(groups, world=world, bucket_bytes=bucket_bytes, transport=transport)
     train(weights, place, optimizer)
     return {key: local(weight).detach() for key, weight in weights.items()}
 

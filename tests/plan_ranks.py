@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from symdist import build_optimizer
-from symdist.diagnostics.collective_counter import Wire
+from symdist.diagnostics.collective_counter import CollectiveCounter
 from symdist.tools.models import build, shard
 
 
@@ -16,16 +16,16 @@ def on_the_wire(
     model: str,
     recipe: str,
     sizes: dict[str, int],
-    exchange_dtype: torch.dtype | None,
-    wave_bytes: int,
+    communication_dtype: torch.dtype | None,
+    bucket_bytes: int,
 ) -> list[tuple[str, int, float]]:
     """Kind, group size and bytes sent of every collective that this rank starts in a step on a mesh of all ranks."""
     assert math.prod(sizes.values()) == dist.get_world_size()
     grid = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     sharded = shard(build(model, seed=0), grid)
-    optimizer = build_optimizer(sharded, recipe, exchange_dtype=exchange_dtype, wave_bytes=wave_bytes)
+    optimizer = build_optimizer(sharded, recipe, communication_dtype=communication_dtype, bucket_bytes=bucket_bytes)
     for parameter in sharded.parameters():
         parameter.grad = torch.ones_like(parameter)
-    with Wire() as wire:
+    with CollectiveCounter() as wire:
         optimizer.step()
     return [(passed.kind, passed.size, passed.sent) for passed in wire.log]

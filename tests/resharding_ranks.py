@@ -78,7 +78,7 @@ def groups_of(model: nn.Module, **changed: Any) -> list[dict[str, Any]]:
     """Every rule, a group each; `changed` replaces options of the head's."""
     named = dict(model.named_parameters())
     rules: list[tuple[list[str], dict[str, Any]]] = [
-        (["embedding.weight"], {"rule": "row_norm", "lr": 0.1, "stale_rows": "hold"}),
+        (["embedding.weight"], {"rule": "row_norm", "lr": 0.1, "skip_zero_grad_rows": True}),
         (["up.weight"], {"rule": "hybrid", "lr": 0.02, "alpha": 0.5}),
         (["down.weight"], {"rule": "muon", "lr": 0.02, "view": {"heads": 2, "dim": 1}, "weight_decay": 0.1}),
         (["router.weight"], {"rule": "left_spectral", "lr": 0.02}),
@@ -93,7 +93,7 @@ def remembering(model: nn.Module) -> list[dict[str, Any]]:
     """Rules with more to remember than a momentum: rotations, shared and not, averages. The names tell of stages."""
     named = dict(model.named_parameters())
     shared = {"rule": "aro", "share": "stage", "lr": 0.02}
-    columns = {"view": "columns"}
+    columns = {"view": "transposed"}
     rules: list[tuple[dict[str, str], dict[str, Any]]] = [
         ({"embedding.weight": "embedding.weight"}, {"role": "embedding", **shared, **columns}),
         ({"layers.0.up.weight": "up.weight"}, {"role": "mlp_up", **shared, **columns}),
@@ -104,7 +104,7 @@ def remembering(model: nn.Module) -> list[dict[str, Any]]:
         ({name: name for name in ("experts.weight", "experts.back")}, {"rule": "normuon", "lr": 0.02}),
         (
             {name: name for name in ("up.bias", "down.bias", "norm.weight", "norm.bias")},
-            {"rule": "adamw", "lr": 0.01, "weight_decay": 0.1, "cautious_decay": True},
+            {"rule": "adamw", "lr": 0.01, "weight_decay": 0.1, "cautious_weight_decay": True},
         ),
     ]
     return [{"params": [(told, named[name]) for told, name in names.items()], **options} for names, options in rules]

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from symdist import SymDist, build_optimizer, clip_grad_norm_
-from symdist.exchange import Collectives, Counting
+from symdist.exchange import CountingTransport, TorchTransport
 from symdist.exchange.collectives.reduce import answer_shared
 from symdist.layouts import layout_of
 from symdist.rules import Numerics, Root
@@ -25,7 +25,7 @@ MIXED: list[tuple[tuple[int, ...], Group]] = [
     ((17, 6), {"rule": "row_norm", "centered": True}),
     ((29, 6), {"rule": "right_spectral", "alpha": 1.0}),
     ((3, 8), {"rule": "muon"}),
-    ((9, 5), {"rule": "hybrid", "stale_rows": "hold"}),
+    ((9, 5), {"rule": "hybrid", "skip_zero_grad_rows": True}),
     ((5, 4, 6), {"rule": "polar"}),
     ((3,), {"rule": "adamw"}),
     ((7, 4), {"rule": "muon", "placement": "local"}),
@@ -153,7 +153,12 @@ class Model(nn.Module):
 def groups_of(model: nn.Module) -> list[Group]:
     named = list(model.named_parameters())
     return [
-        {"params": [x for x in named if "embedding" in x[0]], "rule": "row_norm", "lr": 0.1, "stale_rows": "hold"},
+        {
+            "params": [x for x in named if "embedding" in x[0]],
+            "rule": "row_norm",
+            "lr": 0.1,
+            "skip_zero_grad_rows": True,
+        },
         {"params": [x for x in named if "head" in x[0]], "rule": "right_spectral", "centered": True, "lr": 0.02},
         {"params": [x for x in named if x[1].ndim == 2 and "inner" in x[0]], "rule": "muon", "lr": 0.02},
         {"params": [x for x in named if x[1].ndim == 1], "rule": "adamw", "lr": 0.01, "weight_decay": 0.1},
@@ -198,15 +203,15 @@ def fsdp(mesh: DeviceMesh) -> tuple[dict[str, Tensor], list[str], dict[str, Any]
 
 
 def counted(
-    mesh: DeviceMesh, shape: tuple[int, ...], group: Group, copies: int, exchange_dtype: torch.dtype | None = None
+    mesh: DeviceMesh, shape: tuple[int, ...], group: Group, copies: int, communication_dtype: torch.dtype | None = None
 ) -> tuple[float, list[str]]:
     """Bytes this rank sends in a step over some float32 copies of a parameter, and the collectives it takes."""
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     parameters = [nn.Parameter(place(mesh, torch.ones(shape))) for _ in range(copies)]
     optimizer = SymDist(
         [{"params": parameters, "lr": 0.1, **group}],
         transport=counting,
-        exchange_dtype=exchange_dtype,
+        communication_dtype=communication_dtype,
     )
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -219,7 +224,7 @@ def counted(
 
 def counted_mixed(mesh: DeviceMesh, copies: int) -> list[str]:
     """The collectives of a step over some copies of the mix."""
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     groups = [
         {"params": [nn.Parameter(place(mesh, draw(i, copy))) for copy in range(copies)], "lr": 0.1, **group}
         for i, (_, group) in enumerate(MIXED[:WHOLE])
@@ -233,7 +238,7 @@ def roots(mesh: DeviceMesh, grams: list[list[Tensor]]) -> tuple[list[list[Tensor
     group = layout_of(place(mesh, torch.ones(8, 2)), name="").group
     assert group is not None
     mine = grams[dist.get_rank()]
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     requests = [Root(gram=gram.clone(), across="rows", numerics=Numerics(steps=12)) for gram in mine]
     answering = answer_shared(requests, group=group, transport=counting)
     while True:
@@ -252,7 +257,7 @@ def gradients_in_parts(mesh: DeviceMesh, missing: int | None) -> tuple[list[Tens
 
     The third weight's gradient is whole already; rank `missing` has no gradient for the first.
     """
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     rank = mesh.get_local_rank()
     parts: list[tuple[Placement, Tensor]] = [
         (Partial(), torch.full((3, 4), float(rank + 1)).double()),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
-from symdist.exchange import Collectives, Counting
+from symdist.exchange import CountingTransport, TorchTransport
 from symdist.layouts import FlatLayout, Group, group_from, local
 from symdist.layouts.flat import flat_vector
 from tests.flat_ranks import piece
@@ -51,7 +51,7 @@ def groups_of(parameters: list[nn.Parameter], layouts: list[Any], names: list[tu
         group = groups.setdefault(
             (role, rows),
             {"params": [], "layouts": [], "rule": "aro", "share": "stage", "lr": LR, "role": role, **options}
-            | {"view": "rows" if rows else "columns"},
+            | {"view": "as_stored" if rows else "transposed"},
         )
         group["params"].append((name, parameter))
         group["layouts"].append(layout)
@@ -74,9 +74,9 @@ def sharded(
     mesh: DeviceMesh, way: str, options: dict[str, Any], more: dict[str, Any]
 ) -> tuple[list[Tensor], dict[str, str], bool]:
     """This rank's pieces, where they were stepped, and whether a step took the collectives that were foretold."""
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     weights, optimizer = train(lambda t: WAYS[way].place(t, mesh), {"transport": counting, **more}, **options)
-    foretold = optimizer.rehearse().log
+    foretold = optimizer.trace_collectives().log
     same = counting.log == foretold * STEPS
     return [local(weight) for weight in weights], optimizer.placements(), same
 

@@ -89,7 +89,7 @@ RULES: list[Group] = [
 ]
 
 
-def overlapping(mesh: DeviceMesh, wave_bytes: int) -> dict[str, Tensor]:
+def overlapping(mesh: DeviceMesh, bucket_bytes: int) -> dict[str, Tensor]:
     """Weights on groups of ranks that overlap in rings, which every rank goes through in another order."""
     meshes = {}
     for ring in RINGS:
@@ -101,7 +101,7 @@ def overlapping(mesh: DeviceMesh, wave_bytes: int) -> dict[str, Tensor]:
     parameters, optimizer = on_rings(
         mine,
         lambda tensor, ring: distribute_tensor(tensor, meshes[ring], [Shard(0)], src_data_rank=None),
-        wave_bytes=wave_bytes,
+        bucket_bytes=bucket_bytes,
         world=dist.group.WORLD,
     )
     for _ in range(2):

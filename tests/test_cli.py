@@ -11,7 +11,7 @@ import pytest
 from symdist.tools.baselines import ADAMW, parts
 from symdist.tools.cli import main
 from symdist.tools.models import build, names
-from symdist.tools.preview import Routed, preview
+from symdist.tools.preview import Assignment, preview
 
 FULL_SIZE = [("olmoe-1b-7b", 8), ("qwen3-moe-30b-a3b", 8), ("qwen3-moe-30b-a3b", 64)]
 
@@ -24,7 +24,7 @@ def route(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[list[lis
     return [line.split() for line in lines[start:-1]], lines[-1]
 
 
-def by_name(model: str, recipe: str, ranks: int) -> dict[str, Routed]:
+def by_name(model: str, recipe: str, ranks: int) -> dict[str, Assignment]:
     return {parameter.name: parameter for parameter in preview(model, recipe, mesh={"dp_shard": ranks}).parameters}
 
 

@@ -26,7 +26,7 @@ WAYS = [
 ]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 COPIES = 5
-SMALL_WAVES = {"wave_bytes": 3000}
+SMALL_WAVES = {"bucket_bytes": 3000}
 Whole = dict[tuple[str, int, str], Tensor]
 
 
@@ -100,7 +100,7 @@ def test_whole_matrices_may_go_elsewhere(many: Ranks, case: str) -> None:
 def test_only_cut_rows_travel(many: Ranks, rule: str, way: str, world: int) -> None:
     """A rank sends at most what lies here of the row that it shares with the rank before, and gets it back."""
     width = 11
-    group = {"rule": rule, "stale_rows": "hold"} if rule == "adamw" else {"rule": rule}
+    group = {"rule": rule, "skip_zero_grad_rows": True} if rule == "adamw" else {"rule": rule}
     layers = 2 if rule == "adamw" else 1
     results = many.run(world, flat_ranks.counted, (29, width), group, way, COPIES)
     for sent, kinds, _ in results:

@@ -29,8 +29,8 @@ def oracle() -> dict[tuple[str, int, str], Tensor]:
 
 
 @cache
-def on_ranks(ranks: Ranks, strategy: str, world: int, wave_bytes: int = 1 << 30) -> Any:
-    return ranks.run(world, fsdp1_ranks.trained, strategy, wave_bytes)
+def on_ranks(ranks: Ranks, strategy: str, world: int, bucket_bytes: int = 1 << 30) -> Any:
+    return ranks.run(world, fsdp1_ranks.trained, strategy, bucket_bytes)
 
 
 @pytest.mark.parametrize(("strategy", "world"), WORLDS)
@@ -48,7 +48,7 @@ def test_every_rule_is_exact(ranks: Ranks, strategy: str, world: int) -> None:
 
 
 def test_waves_change_nothing(ranks: Ranks) -> None:
-    small, large = (on_ranks(ranks, "full", 3, wave_bytes)[0][0] for wave_bytes in (4000, 1 << 30))
+    small, large = (on_ranks(ranks, "full", 3, bucket_bytes)[0][0] for bucket_bytes in (4000, 1 << 30))
     assert all((small[key] - large[key]).norm() <= 1e-12 * large[key].norm() for key in large)
 
 

@@ -24,7 +24,7 @@ Options = dict[str, Any]
 # Found by this test: the rule saw one real row where placement saw ten.
 FOUND: Case = {
     "mesh": [3, 2],
-    "wave_bytes": 1,
+    "bucket_bytes": 1,
     "replicas": True,
     "steps": 3,
     "parameters": [
@@ -87,7 +87,7 @@ COMMON = st.fixed_dictionaries(
         "lr": one_of(0.1, 0.01),
         "weight_decay": one_of(0.0, 0.1),
         "placement": one_of("auto", "local", "reduce", "owner"),
-        "stale_rows": one_of("move", "move", "hold"),
+        "skip_zero_grad_rows": one_of(False, False, True),
     }
 )
 
@@ -96,7 +96,9 @@ COMMON = st.fixed_dictionaries(
 def shapes_and_views(draw: st.DrawFn, dims: int) -> tuple[list[int], Options]:
     p, q = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     heads, unit = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    kind = draw(one_of("rows", "rows", "columns", "gate_up_stacked", "gate_up_interleaved", "heads_0", "heads_1"))
+    kind = draw(
+        one_of("as_stored", "as_stored", "transposed", "gate_up_stacked", "gate_up_interleaved", "heads_0", "heads_1")
+    )
     view: Options = {"view": kind}
     match kind if dims > 1 else "vector":
         case "vector":
@@ -109,7 +111,7 @@ def shapes_and_views(draw: st.DrawFn, dims: int) -> tuple[list[int], Options]:
             p, view = heads * unit, {"view": {"heads": heads, "dim": 0}}
         case "heads_1":
             q, view = heads * unit, {"view": {"heads": heads, "dim": 1}}
-        case "rows" if dims == 2 and p > 1:
+        case "as_stored" if dims == 2 and p > 1:
             view["padding_rows"] = draw(one_of(0, 0, 1, p - 1))
     return [draw(st.integers(1, 9)), p, q][3 - dims :], view
 
@@ -155,7 +157,7 @@ def cases(draw: st.DrawFn, mesh: tuple[int, ...]) -> Case:
     steps = draw(one_of(2, 3))
     return {
         "mesh": list(mesh),
-        "wave_bytes": draw(one_of(1, 4000, 20000, 1 << 30)),
+        "bucket_bytes": draw(one_of(1, 4000, 20000, 1 << 30)),
         "replicas": draw(one_of(False, True)),
         "steps": steps,
         "parameters": draw(st.lists(parameters(mesh, steps), min_size=3, max_size=6)),
@@ -223,7 +225,7 @@ def test_sharded_equals_the_single_process(many: Ranks) -> None:
 
 CASE: Case = {
     "mesh": [2],
-    "wave_bytes": 4000,
+    "bucket_bytes": 4000,
     "replicas": False,
     "steps": 2,
     "parameters": [

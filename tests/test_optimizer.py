@@ -17,7 +17,7 @@ Group = dict[str, Any]
 
 RULES: dict[str, Group] = {
     "row": {"rule": "row_norm"},
-    "row_centered_columns": {"rule": "row_norm", "centered": True, "view": "columns"},
+    "row_centered_columns": {"rule": "row_norm", "centered": True, "view": "transposed"},
     "right": {"rule": "right_spectral", "alpha": 0.5},
     "left": {"rule": "left_spectral", "centered": True},
     "hybrid": {"rule": "hybrid"},
@@ -25,7 +25,7 @@ RULES: dict[str, Group] = {
     "muon": {"rule": "muon"},
     "muon_bfloat16": {"rule": "muon", "precision": "bfloat16", "nesterov": False},
     "adamw": {"rule": "adamw"},
-    "adamw_hold": {"rule": "adamw", "stale_rows": "hold"},
+    "adamw_hold": {"rule": "adamw", "skip_zero_grad_rows": True},
 }
 
 
@@ -86,7 +86,7 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
         ((4, 4), ROW | {"lr": float("nan")}, "lr=nan"),
         ((4, 4), ROW | {"weight_decay": -0.1}, "weight_decay=-0.1"),
         ((4, 4), ROW | {"momentum": 1.0}, "group 'mine': momentum=1.0"),
-        ((4, 4), ROW | {"stale_rows": "drop"}, "stale_rows='drop' is not 'move' or 'hold'"),
+        ((4, 4), ROW | {"skip_zero_grad_rows": "drop"}, "skip_zero_grad_rows='drop' must be true or false"),
         ((4, 4), ROW | {"placement": "rank0"}, "placement='rank0'"),
         ((4, 4), MUON | {"scale": "nuclear"}, "scale='nuclear' is not one of 'spectral', 'match_rms', 'none'"),
         ((4, 4), MUON | {"side": "top"}, "side='top' is not one of 'auto', 'right', 'left'"),
@@ -98,7 +98,7 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
         ((4,), MUON, "w has shape .4,.: rule 'muon' needs a matrix; use rule 'adamw'"),
         ((), ROW, "w has shape .*needs a matrix"),
         ((2, 2, 3, 3), ROW, "w: shape .2, 2, 3, 3. is neither"),
-        ((4, 4), ROW | {"view": "rosw"}, "w: view 'rosw' is not one of 'rows', 'columns'"),
+        ((4, 4), ROW | {"view": "rosw"}, "w: view 'rosw' is not one of 'as_stored', 'transposed'"),
         ((5, 4), ROW | {"view": "gate_up_stacked"}, "w: gate_up_stacked needs an even number.*5, 4"),
         ((4, 5), ROW | {"view": "gate_up_interleaved"}, "w: gate_up_interleaved needs an even number.*4, 5"),
         ((10, 4), MUON | {"view": {"heads": 3, "dim": 0}}, "w: dimension 0 of .10, 4. does not split into 3 heads"),
@@ -164,7 +164,7 @@ def test_a_parameter_may_be_given_once() -> None:
         SymDist([{"params": [("a", w)], **ROW}, {"params": [("b", w)], **MUON}])
 
 
-@pytest.mark.parametrize("options", [{"nonfinite": "ignore"}, {"wave_bytes": 0}])
+@pytest.mark.parametrize("options", [{"nonfinite": "ignore"}, {"bucket_bytes": 0}])
 def test_options_of_the_optimizer_are_checked(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         SymDist([{"params": [weight(3, 3)], **ROW}], **options)
@@ -283,8 +283,8 @@ def wide_state(optimizer: SymDist, parameter: nn.Parameter) -> list[Tensor]:
         ([{"params": [weight(4, 3), weight(4, 3)], **ROW}], "1 parameters; the saved one has 'row_norm' and 2"),
         ([{"params": [weight(4, 4)], **ROW}], r"w: needs state 'momentum' of shape \(4, 3\); .* \(4, 4\)"),
         ([{"params": [weight(4, 3)], **ROW, "centered": True}], "centered"),
-        ([{"params": [weight(4, 3)], **ROW, "view": "columns"}], "view"),
-        ([{"params": [weight(4, 3)], **ROW, "stale_rows": "hold"}], "stale_rows"),
+        ([{"params": [weight(4, 3)], **ROW, "view": "transposed"}], "view"),
+        ([{"params": [weight(4, 3)], **ROW, "skip_zero_grad_rows": True}], "skip_zero_grad_rows"),
         (
             [{"params": [weight(4, 3)], **ROW}, {"params": [weight(2, 2)], **ROW}],
             "has 2 param groups, this optimizer 1",
@@ -316,7 +316,9 @@ def test_loading_does_not_share_memory_with_what_was_loaded() -> None:
     assert same(snapshot(first), before)
 
 
-@pytest.mark.parametrize(("option", "value"), [("eps", "reference"), ("stale_rows", "hold"), ("padding_rows", 1)])
+@pytest.mark.parametrize(
+    ("option", "value"), [("eps", "reference"), ("skip_zero_grad_rows", True), ("padding_rows", 1)]
+)
 def test_a_rules_option_does_not_change_after_construction(option: str, value: Any) -> None:
     optimizer = SymDist([{"params": [weight(4, 4)], **ROW}])
     optimizer.param_groups[0][option] = value
@@ -327,7 +329,9 @@ def test_a_rules_option_does_not_change_after_construction(option: str, value: A
     assert torch.equal(parameters(optimizer)[0], before)
 
 
-@pytest.mark.parametrize("options", [{"rule": "muon"}, {"rule": "adamw"}, {"rule": "row_norm", "stale_rows": "hold"}])
+@pytest.mark.parametrize(
+    "options", [{"rule": "muon"}, {"rule": "adamw"}, {"rule": "row_norm", "skip_zero_grad_rows": True}]
+)
 def test_cautious_decay_takes_what_goes_inward(options: dict[str, Any]) -> None:
     """Decoupled decay of those weights alone that the update does not take away from zero, by the weights before."""
     generator = torch.Generator().manual_seed(0)
@@ -337,14 +341,14 @@ def test_cautious_decay_takes_what_goes_inward(options: dict[str, Any]) -> None:
     for decay, cautious in ((0.0, False), (0.5, True), (0.5, False)):
         weight = nn.Parameter(start.clone())
         optimizer = SymDist(
-            [{"params": [weight], "lr": 0.1, "weight_decay": decay, "cautious_decay": cautious, **options}]
+            [{"params": [weight], "lr": 0.1, "weight_decay": decay, "cautious_weight_decay": cautious, **options}]
         )
         weight.grad = gradient.clone()
         optimizer.step()
         stepped.append(weight.detach())
     plain, found, everywhere = stepped
     held = torch.ones(6, 1, dtype=torch.float64)
-    if "stale_rows" in options:
+    if "skip_zero_grad_rows" in options:
         held[2] = 0
     inward = ((start - plain) * start >= 0).double() * held
     assert 0 < inward.mean() < 1
@@ -353,8 +357,8 @@ def test_cautious_decay_takes_what_goes_inward(options: dict[str, Any]) -> None:
 
 
 def test_cautious_decay_is_true_or_false() -> None:
-    with pytest.raises(ValueError, match="cautious_decay=1 must be true or false"):
-        SymDist([{"params": [nn.Parameter(torch.zeros(2, 2))], "rule": "muon", "lr": 0.1, "cautious_decay": 1}])
+    with pytest.raises(ValueError, match="cautious_weight_decay=1 must be true or false"):
+        SymDist([{"params": [nn.Parameter(torch.zeros(2, 2))], "rule": "muon", "lr": 0.1, "cautious_weight_decay": 1}])
 
 
 def test_engines_keep_two_tensors() -> None:

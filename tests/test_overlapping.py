@@ -28,12 +28,12 @@ LANES: dict[str, list[Lane]] = {
 }
 
 
-@pytest.mark.parametrize(("wave_bytes", "seconds"), [(1, 0.02), (3000, 0.02), (1 << 30, 0.02)])
+@pytest.mark.parametrize(("bucket_bytes", "seconds"), [(1, 0.02), (3000, 0.02), (1 << 30, 0.02)])
 @pytest.mark.parametrize("lanes", LANES)
-def test_no_ring_of_waits_closes(many: Ranks, lanes: str, wave_bytes: int, seconds: float) -> None:
+def test_no_ring_of_waits_closes(many: Ranks, lanes: str, bucket_bytes: int, seconds: float) -> None:
     expected = overlapping_ranks.alone(LANES[lanes])
     seed = list(LANES).index(lanes)
-    results = many.run(8, overlapping_ranks.overlapped, LANES[lanes], wave_bytes, seed, seconds)
+    results = many.run(8, overlapping_ranks.overlapped, LANES[lanes], bucket_bytes, seed, seconds)
     for (lane, number), whole in expected.items():
         way = Way((len(lane),), ((0, 0),))
         found = way.whole([results[rank][lane, number] for rank in lane], tuple(whole.shape))

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from symdist.exchange import Counting
+from symdist.exchange import CountingTransport
 from symdist.tools.cli import main
 from symdist.tools.plan import parse_mesh, plan_step, smaller_meshes
-from symdist.tools.simulate import pretend
+from symdist.tools.simulate import simulate
 from tests import plan_ranks
 from tests.ranks import Ranks
 
@@ -19,12 +19,14 @@ CASES += [("olmoe-tiny", "tp=4"), ("qwen3-moe-tiny", "ep=2,tp=2")]
 ALL_WAVES = 1 << 30
 
 
-def expected(model: str, recipe: str, mesh: str, exchange_dtype: torch.dtype | None, wave_bytes: int) -> list:
+def expected(model: str, recipe: str, mesh: str, communication_dtype: torch.dtype | None, bucket_bytes: int) -> list:
     """Of every rank, every collective."""
     found = []
-    with pretend(model, recipe, mesh=parse_mesh(mesh), wave_bytes=wave_bytes, exchange_dtype=exchange_dtype) as planned:
+    with simulate(
+        model, recipe, mesh=parse_mesh(mesh), bucket_bytes=bucket_bytes, communication_dtype=communication_dtype
+    ) as planned:
         for rank in range(planned.ranks):
-            counting = Counting()
+            counting = CountingTransport()
             planned.step(counting, rank=rank)
             found.append([(moved.kind, moved.size, moved.sent) for moved in counting.log])
     return found
@@ -39,7 +41,7 @@ def test_the_wire_carries_what_the_plan_says(ranks: Ranks, model: str, mesh: str
 
 
 @pytest.mark.parametrize(
-    ("recipe", "exchange_dtype", "wave_bytes"),
+    ("recipe", "communication_dtype", "bucket_bytes"),
     [
         ("small-moe", torch.bfloat16, ALL_WAVES),
         ("small-moe", None, 1 << 16),
@@ -52,13 +54,13 @@ def test_the_wire_carries_what_the_plan_says(ranks: Ranks, model: str, mesh: str
     ],
 )
 def test_in_bfloat16_in_waves_and_with_another_recipe(
-    ranks: Ranks, recipe: str, exchange_dtype: torch.dtype | None, wave_bytes: int
+    ranks: Ranks, recipe: str, communication_dtype: torch.dtype | None, bucket_bytes: int
 ) -> None:
     mesh = "dp=2,tp=2"
-    given = (exchange_dtype, wave_bytes)
+    given = (communication_dtype, bucket_bytes)
     planned = expected("olmoe-tiny", recipe, mesh, *given)
     assert ranks.run(4, plan_ranks.on_the_wire, "olmoe-tiny", recipe, parse_mesh(mesh), *given) == planned
-    if wave_bytes < ALL_WAVES:
+    if bucket_bytes < ALL_WAVES:
         assert len(planned[0]) > len(expected("olmoe-tiny", recipe, mesh, None, ALL_WAVES)[0])
 
 
@@ -69,10 +71,10 @@ def test_a_plan_adds_up() -> None:
     assert {"embedding", "head", "router", "attention_q", "expert_gate_up", "norm"} <= set(roles)
     assert roles["embedding"].costs.sent == 0
     assert roles["embedding"].placements == {"reduce": 1}
-    with pretend("olmoe-tiny", "small-moe", mesh={"dp_shard": 4}) as planned:
+    with simulate("olmoe-tiny", "small-moe", mesh={"dp_shard": 4}) as planned:
         sent = []
         for rank in range(4):
-            counting = Counting()
+            counting = CountingTransport()
             planned.step(counting, rank=rank)
             sent.append(counting.sent)
     assert found.busiest.sent == max(sent)
@@ -109,7 +111,7 @@ def test_the_largest_meshes_are_planned() -> None:
 def test_buffers_stay_within_the_budget(model: str, ranks: int) -> None:
     waves = []
     for budget in (2e9, 1e9, 5e8):
-        found = plan_step(model, "muon", mesh={"dp_shard": ranks}, wave_bytes=int(budget))
+        found = plan_step(model, "muon", mesh={"dp_shard": ranks}, bucket_bytes=int(budget))
         assert found.busiest.peak_bytes <= budget
         waves.append(found.waves)
     assert waves == sorted(waves)
@@ -119,7 +121,7 @@ def test_buffers_stay_within_the_budget(model: str, ranks: int) -> None:
 def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     main(
-        f"plan --model olmoe-tiny --mesh dp=8,tp=2 --set router.rule=row_norm --exchange-dtype bfloat16 --compare "
+        f"plan --model olmoe-tiny --mesh dp=8,tp=2 --set router.rule=row_norm --communication-dtype bfloat16 --compare "
         f"--json {file} --picture {picture}".split()
     )
     shown = capsys.readouterr().out

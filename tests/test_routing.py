@@ -126,12 +126,12 @@ def test_the_residual_stream_is_the_rows_whatever_the_shape(name: str, transpose
         if group["rule"] == "aro"
         for parameter in group["names"]
     }
-    assert {"columns", "rows"} <= {view for view, _ in seen.values()}
+    assert {"transposed", "as_stored"} <= {view for view, _ in seen.values()}
     for parameter, (view, weight) in seen.items():
         writes = any(word in parameter for word in ("o_proj", "down_proj"))
         flipped = any(word in parameter for word in transposed)
-        assert view == ("rows" if writes != flipped else "columns"), parameter
-        rows = weight.shape[-2] if view == "rows" else weight.shape[-1]
+        assert view == ("as_stored" if writes != flipped else "transposed"), parameter
+        rows = weight.shape[-2] if view == "as_stored" else weight.shape[-1]
         if not any(word in parameter for word in ("q_b_proj", "kv_b_proj")):
             assert rows == model.config.hidden_size, parameter
 
@@ -142,8 +142,8 @@ def test_a_matrix_of_unknown_side_is_told() -> None:
     patterns = {"patterns": [{"match": "gizmo.weight", "role": "matrix"}]}
     with pytest.raises(ValueError, match=r"gizmo.weight has role 'matrix', of which it is not known which side"):
         route(model, RESIDUAL | patterns)
-    patterns["patterns"][0]["view"] = "rows"
-    assert route(model, RESIDUAL | patterns)[0]["view"] == "rows"
+    patterns["patterns"][0]["view"] = "as_stored"
+    assert route(model, RESIDUAL | patterns)[0]["view"] == "as_stored"
 
 
 def test_kinds_of_norms_are_one_group_unless_the_recipe_tells_them_apart() -> None:
@@ -223,13 +223,13 @@ def view_of(model: str, recipe: dict[str, Any], role: str) -> Any:
         ("gpt-oss-tiny", "heads", "attention_v", {"heads": 2, "dim": 0}),
         ("gpt-oss-tiny", "heads", "attention_o", {"heads": 8, "dim": 1}),
         ("olmoe-tiny", "neurons", "expert_gate_up", "gate_up_stacked"),
-        ("olmoe-tiny", "neurons", "expert_down", "columns"),
+        ("olmoe-tiny", "neurons", "expert_down", "transposed"),
         ("gpt-oss-tiny", "neurons", "expert_gate_up", "gate_up_interleaved"),
-        ("gpt-oss-tiny", "neurons", "expert_down", "rows"),
-        ("gpt-oss-tiny", None, "expert_down", "columns"),
-        ("olmoe-tiny", None, "expert_down", "rows"),
-        ("qwen3-tiny", "neurons", "mlp_gate", "rows"),
-        ("qwen3-tiny", "neurons", "mlp_down", "columns"),
+        ("gpt-oss-tiny", "neurons", "expert_down", "as_stored"),
+        ("gpt-oss-tiny", None, "expert_down", "transposed"),
+        ("olmoe-tiny", None, "expert_down", "as_stored"),
+        ("qwen3-tiny", "neurons", "mlp_gate", "as_stored"),
+        ("qwen3-tiny", "neurons", "mlp_down", "transposed"),
     ],
 )
 def test_views_follow_how_a_family_stores_its_weights(model: str, view: Any, role: str, expected: Any) -> None:

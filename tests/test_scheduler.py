@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from symdist.exchange import Task, run
-from symdist.exchange.collectives.grid_redistribution import Route
-from symdist.exchange.collectives.redistribution import Return, Ship
+from symdist.exchange.collectives.grid_redistribution import GridRedistribution
+from symdist.exchange.collectives.redistribution import Gather, Scatter
 from symdist.layouts import Group, cut_along
 from symdist.rules import Sum
 
@@ -56,10 +56,10 @@ def owned(events: list[str], name: str) -> Task:
     """What an owner's job does: pieces there, a computation, the update back."""
 
     def asking() -> Generator[Any, Any, None]:
-        route = Route(LAYOUT, count=1, owners=(0,))
-        (whole,) = yield Ship(layers=[[torch.ones(2, 3)]], route=route, dtype=torch.float32, like=torch.empty(0))
+        route = GridRedistribution(LAYOUT, count=1, owners=(0,))
+        (whole,) = yield Gather(layers=[[torch.ones(2, 3)]], route=route, dtype=torch.float32, like=torch.empty(0))
         events.append(f"compute {name}")
-        yield Return(layers=[whole], route=route, dtype=torch.float32, like=torch.empty(0), shape=(2, 3))
+        yield Scatter(layers=[whole], route=route, dtype=torch.float32, like=torch.empty(0), shape=(2, 3))
         events.append(f"move {name}")
 
     return Task(asking(), home=LAYOUT.group)

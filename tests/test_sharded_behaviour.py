@@ -180,15 +180,15 @@ def test_what_rules_send(ranks: Ranks, world: int) -> None:
     assert n * n * share / 2 < max(one) <= 2 * (n * n + 3) * 4
 
 
-@pytest.mark.parametrize("exchange_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("communication_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize(("world", "shape"), [(2, (16, 8)), (3, (17, 8)), (4, (17, 5)), (4, (3, 8))])
 def test_hidden_matrices_go_to_owners_and_back_once(
-    ranks: Ranks, world: int, shape: tuple[int, int], exchange_dtype: torch.dtype | None
+    ranks: Ranks, world: int, shape: tuple[int, int], communication_dtype: torch.dtype | None
 ) -> None:
     owner, copies = {"rule": "muon", "placement": "owner"}, 10
-    results = ranks.run(world, sharded.counted, shape, owner, copies, exchange_dtype)
+    results = ranks.run(world, sharded.counted, shape, owner, copies, communication_dtype)
     assert all(kinds == ["all_to_all"] * 2 for _, kinds in results)
-    numbers = sum(sent for sent, _ in results) / world / (2 if exchange_dtype else 4)
+    numbers = sum(sent for sent, _ in results) / world / (2 if communication_dtype else 4)
     # Each rank keeps what it owns of what it holds, so a little less than 2·m·n/P.
     assert 0 < numbers <= copies * 2 * shape[0] * shape[1] / world
     per_matrix = numbers / copies / shape[0] / shape[1] * world

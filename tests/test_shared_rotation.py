@@ -61,7 +61,7 @@ def test_sums_are_taken_in_place(many: Ranks) -> None:
 @pytest.mark.parametrize("base", ["sinkhorn", "adam"])
 def test_small_waves_change_nothing(many: Ranks, base: str) -> None:
     way = "hsdp on 2 x 3"
-    results = many.run(WAYS[way].mesh, shared.sharded, way, {"base": base}, {"wave_bytes": 2000})
+    results = many.run(WAYS[way].mesh, shared.sharded, way, {"base": base}, {"bucket_bytes": 2000})
     shapes = [shape for _, _, shape, _ in shared.MATRICES]
     whole = [WAYS[way].whole([pieces[i] for pieces, _, _ in results], shape) for i, shape in enumerate(shapes)]
     assert far(whole, base) < 1e-9
@@ -79,7 +79,7 @@ def test_replicas_share_the_work(many: Ranks, placement: str) -> None:
 @pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("small", [False, True])
 def test_flat_is_alone(many: Ranks, world: int, base: str, small: bool) -> None:
-    results = many.run(world, shared.flat, {"base": base}, {"wave_bytes": 2000} if small else {})
+    results = many.run(world, shared.flat, {"base": base}, {"bucket_bytes": 2000} if small else {})
     layouts = shared.flat_layouts(Group(ranks=tuple(range(world)), index=0))
     units = []
     for j, layout in enumerate(layouts):
@@ -157,7 +157,7 @@ def test_a_rotation_of_the_stream_turns_all_that_touch_it() -> None:
         optimizer = SymDist(
             [
                 {"params": [("layers.0.o", writes)], "role": "attention_o", **shared_options},
-                {"params": [("layers.1.q", reads)], "role": "attention_q", "view": "columns", **shared_options},
+                {"params": [("layers.1.q", reads)], "role": "attention_q", "view": "transposed", **shared_options},
             ]
         )
         # The rotation is kept by the first: here it has turned along.
@@ -188,7 +188,7 @@ def test_what_cannot_share_is_told() -> None:
         SymDist([{"params": wider, "role": "attention_o", **group}])
     experts = [("layers.0.experts.up", nn.Parameter(torch.zeros(3, 4, 6)))]
     with pytest.raises(ValueError, match="stage 0 has no matrix but experts"):
-        SymDist([{"params": experts, "role": "expert_up", "view": "columns", **group}])
+        SymDist([{"params": experts, "role": "expert_up", "view": "transposed", **group}])
 
 
 def test_stages_of_a_pipeline_cannot_share(many: Ranks) -> None:

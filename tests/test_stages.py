@@ -64,13 +64,13 @@ def test_a_rank_without_gradients_holds_nobody_up(many: Ranks, missing: int) -> 
     assert norms[0][1] < unsharded(3)[1][1]
 
 
-@pytest.mark.parametrize("wave_bytes", [1, 4000, 1 << 30])
-def test_overlapping_groups_do_not_wait_in_a_ring(ranks: Ranks, wave_bytes: int) -> None:
+@pytest.mark.parametrize("bucket_bytes", [1, 4000, 1 << 30])
+def test_overlapping_groups_do_not_wait_in_a_ring(ranks: Ranks, bucket_bytes: int) -> None:
     parameters, optimizer = on_rings(stages_ranks.RINGS, lambda tensor, ring: tensor)
     for _ in range(2):
         optimizer.step()
     held = 0
-    for weights in ranks.run(4, stages_ranks.overlapping, wave_bytes):
+    for weights in ranks.run(4, stages_ranks.overlapping, bucket_bytes):
         held += len(weights)
         assert all(close(weight, parameters[name].detach()) for name, weight in weights.items())
     assert held == len(stages_ranks.RULES) * sum(map(len, stages_ranks.RINGS))

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from symdist.diagnostics.collective_counter import Wire
+from symdist.diagnostics.collective_counter import CollectiveCounter
 from symdist.rules.linalg.inverse_root import Numerics, polar_in_bfloat16
-from symdist.tools.baselines import ADAMW, NAMES, AllGatherMuon, build_yardstick, describe_yardstick, parts, refusal
+from symdist.tools.baselines import ADAMW, NAMES, AllGatherMuon, build_baseline, describe_baseline, parts, refusal
 from symdist.tools.models import build
-from symdist.tools.simulate import pretend
+from symdist.tools.simulate import simulate
 from tests.ranks import Ranks
 
 SHAPES = [(8, 6), (6, 12), (5, 3), (4, 6, 8), (3, 4, 4)]
@@ -49,7 +49,7 @@ def gathered_steps(mesh: DeviceMesh) -> tuple[list[Tensor], list[tuple[str, floa
         parameter.grad = grad
     optimizer = AllGatherMuon(parameters, lr=0.1)
     optimizer.step()
-    with Wire() as wire:
+    with CollectiveCounter() as wire:
         optimizer.step()
     return [parameter.data.full_tensor() for parameter in parameters], [(p.kind, p.sent) for p in wire.log]
 
@@ -68,15 +68,15 @@ def test_the_gathered_muon_is_muon(ranks: Ranks, world: int) -> None:
 
 def test_every_parameter_is_stepped_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.Optimizer, "step", lambda self: None)
-    with pretend("olmoe-tiny", "muon", mesh={"dp_shard": 2}) as pretended:
+    with simulate("olmoe-tiny", "muon", mesh={"dp_shard": 2}) as pretended:
         model = pretended.model
         every = sorted(map(id, model.parameters()))
         found = parts(model)
         assert (len(found.matrices), len(found.stacks), len(found.rest)) == (16, 8, len(every) - 24)
         for name in (ADAMW, "torch.optim.Muon", "all-gather-muon"):
-            groups = [group for optimizer in build_yardstick(name, model) for group in optimizer.param_groups]
+            groups = [group for optimizer in build_baseline(name, model) for group in optimizer.param_groups]
             assert sorted(id(parameter) for group in groups for parameter in group["params"]) == every
-            assert describe_yardstick(name, model)
+            assert describe_baseline(name, model)
 
 
 def test_what_a_yardstick_cannot_step_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_a_yardstick_cannot_step_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     for ranks, refused in ((1, []), (2, ["muon-fsdp2"]), (4, ["torch.optim.Muon", "muon-fsdp2"])):
-        with pretend(path, "muon", mesh={"dp_shard": ranks}) as pretended:
+        with simulate(path, "muon", mesh={"dp_shard": ranks}) as pretended:
             reasons = {name: refusal(name, pretended.model, ranks) for name in NAMES}
         assert [name for name, reason in reasons.items() if reason] == refused
         for name in refused:

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from symdist import build_optimizer, clip_grad_norm_
-from symdist.exchange import Collectives, Counting
+from symdist.exchange import CountingTransport, TorchTransport
 from symdist.tools.models import build, shard
 from tests.models.parallel_ranks import Mesh, full, mesh_of
 
@@ -42,7 +42,7 @@ def counted(world: DeviceMesh, shape: Mesh, layers: int, recipe: Any) -> tuple[l
     """The collectives of clipping and of a step on a model of some depth."""
     mesh = mesh_over(world, shape)
     model = _placed(small(layers, torch.float32), mesh)
-    counting = Counting(inner=Collectives())
+    counting = CountingTransport(inner=TorchTransport())
     optimizer = build_optimizer(model, recipe, transport=counting)
     kinds = []
     for tokens in batches()[:2]:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from symdist.engines.external_state import SLOTS, BorrowedState, slots
+from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
 from symdist.param_groups import flat_parts
@@ -37,7 +37,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, routed: dict[int, Routed], options: Options):
         self._routed = routed
         self._options = options
-        self._symdist: BorrowedState | None = None
+        self._symdist: ExternalStateSymDist | None = None
         self._bound: list[_Bound] = []
         self._waiting: set[int] = set()
         self._relink: Callable[[], None] = lambda: None
@@ -52,7 +52,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._all_groups = list(self.param_groups)
 
     @property
-    def symdist(self) -> BorrowedState:
+    def symdist(self) -> ExternalStateSymDist:
         """The optimizer of the pieces; RuntimeError before DeepSpeed has made its partitions."""
         if self._symdist is None:
             raise RuntimeError("SymDist is not attached to a DeepSpeed engine yet")
@@ -97,12 +97,12 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                         slot: piece.of(self.state[each.tensor][slot]) for slot in slots(group["rule"], group).values()
                     }
             bound.note(self.state[each.tensor])
-        self._symdist = BorrowedState(
+        self._symdist = ExternalStateSymDist(
             list(inner.values()),
             homes=homes,
             nonfinite=self._options.nonfinite,
-            exchange_dtype=self._options.dtype,
-            wave_bytes=self._options.wave_bytes,
+            communication_dtype=self._options.dtype,
+            bucket_bytes=self._options.bucket_bytes,
             world=dist.group.WORLD,
             transport=transport_for([each.tensor for each in stepped]),
         )
@@ -297,11 +297,11 @@ class _Bound:
         self._state = dict(state)
         self._steps = float(state["step"])
 
-    def follow(self, state: dict[str, Any], symdist: BorrowedState) -> bool:
+    def follow(self, state: dict[str, Any], symdist: ExternalStateSymDist) -> bool:
         """Go where DeepSpeed has moved the tensor or its state to, as it does when it loads or offloads; whether."""
         tensor = self.stepped.tensor
-        known = {name for name in self._state if name in SLOTS}
-        for name in [name for name in state if name in SLOTS and name not in known]:
+        known = {name for name in self._state if name in ENGINE_STATE_NAMES}
+        for name in [name for name in state if name in ENGINE_STATE_NAMES and name not in known]:
             # Only a universal checkpoint brings it, for a momentum that has no use for it.
             del state[name]
         if tensor.data_ptr() != self._address:

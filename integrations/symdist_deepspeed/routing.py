@@ -12,7 +12,7 @@ from deepspeed.moe.sharded_moe import TopKGate
 from torch import nn
 
 import symdist
-from symdist.param_groups import complete_group
+from symdist.param_groups import with_defaults
 from symdist.routing.recipes import Recipe
 from symdist_deepspeed.options import Options
 from symdist_deepspeed.tensor_parallel import cut_of, tensor_parallel_group
@@ -92,7 +92,7 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
 
 def _completed(group: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a group, checked while its parameters still have names."""
-    full = complete_group({**group, **told})
+    full = with_defaults({**group, **told})
     return {key: value for key, value in full.items() if key not in ("params", "names", "lr")}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
-from symdist.layouts import FlatLayout, Grid, Layout, Split
+from symdist.layouts import DimSplit, FlatLayout, Grid, Layout
 from symdist_deepspeed.layout import Block, Stepped, ranks_of
 
 _META = "ds_autotp_universal_checkpoint_meta"
@@ -112,7 +112,7 @@ def with_blocks(engine: Any, stepped: list[Stepped], names: Mapping[int, str]) -
 def _block(cut: Cut, grid: Grid, bounds: list[tuple[int, ...]] | None, order: tuple[int, ...]) -> Block:
     ends = [sum(cut.sizes[: i + 1]) for i in range(len(cut.sizes))]
     ranges = tuple((end - size, end) for end, size in zip(ends, cut.sizes, strict=True))
-    layout = Layout(shape=cut.shape, grid=grid, splits=(Split(dim=cut.dim, axes=(1,), ranges=ranges),))
+    layout = Layout(shape=cut.shape, grid=grid, splits=(DimSplit(dim=cut.dim, axes=(1,), ranges=ranges),))
     flat = None
     if bounds is not None:
         joined = [0]

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from symdist.exchange import Collectives, Transport
+from symdist.exchange import TorchTransport, Transport
 from symdist.layouts import Group
 
 
@@ -18,7 +18,7 @@ def transport_for(tensors: Iterable[Tensor]) -> Transport:
         backend = dist.get_backend()
         if "gloo" not in backend:
             return Staged(torch.device("cuda", torch.cuda.current_device()))
-    return Collectives()
+    return TorchTransport()
 
 
 class Staged:
@@ -26,7 +26,7 @@ class Staged:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._inner = Collectives()
+        self._inner = TorchTransport()
 
     def prepare(self, groups: Iterable[Group]) -> None:
         """See `Transport`."""

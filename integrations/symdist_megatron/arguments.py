@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="what all ranks do together where a gradient is inf or NaN on any",
     )
     group.add_argument(
-        "--symdist-exchange-dtype",
+        "--symdist-communication-dtype",
         choices=tuple(_DTYPES),
         default=None,
         help="what matrices travel as to the ranks that own them; by default as they are computed",
@@ -65,5 +65,5 @@ def options_of(args: Any, *, vocabulary: int | None) -> Mapping[str, Any]:
         "overrides": parse_overrides(args.symdist_override, option="--symdist-override"),
         "vocabulary": args.symdist_vocabulary if args.symdist_vocabulary is not None else vocabulary,
         "nonfinite": args.symdist_nonfinite,
-        "exchange_dtype": None if dtype is None else _DTYPES[dtype],
+        "communication_dtype": None if dtype is None else _DTYPES[dtype],
     }

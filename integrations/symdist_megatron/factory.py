@@ -16,7 +16,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from symdist.gradients.nonfinite import NonFinite
-from symdist.optimizer import WAVE_BYTES
+from symdist.optimizer import BUCKET_BYTES
 from symdist.routing.recipes import RecipeLike
 from symdist_megatron.joint_step import WholeStep
 from symdist_megatron.optimizer import MegatronSymDist
@@ -38,8 +38,8 @@ def get_symdist_optimizer(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     vocabulary: int | None = None,
     nonfinite: NonFinite = "raise",
-    exchange_dtype: torch.dtype | None = None,
-    wave_bytes: int = WAVE_BYTES,
+    communication_dtype: torch.dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
     layer_wise: bool = False,
     config_overrides: Any = None,
     use_gloo_process_groups: bool = True,
@@ -63,8 +63,8 @@ def get_symdist_optimizer(
         overrides=overrides or {},
         vocabulary=vocabulary,
         nonfinite=nonfinite,
-        exchange_dtype=exchange_dtype,
-        wave_bytes=wave_bytes,
+        communication_dtype=communication_dtype,
+        bucket_bytes=bucket_bytes,
     )
     chunks = list(model_chunks)
     by_layers = layer_wise or bool(getattr(config, "use_layer_wise_distributed_optimizer", False))

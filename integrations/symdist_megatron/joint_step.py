@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from symdist.engines.external_state import SLOTS, BorrowedState, slots
+from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
 from symdist_megatron.layout import Held, Piece, piece_of
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options
@@ -87,7 +87,7 @@ class WholeStep:
             said = str(error)
         _agree_to_begin(said, trains)
         self._let_go()
-        self._twins = _Twins(self._bound, self.symdist.placements(), shared)
+        self._twins = _TiedEmbeddingSync(self._bound, self.symdist.placements(), shared)
 
     def _made(
         self,
@@ -95,7 +95,7 @@ class WholeStep:
         routing: Routing,
         homes: Homes,
         options: Options,
-    ) -> BorrowedState:
+    ) -> ExternalStateSymDist:
         """The optimizer of the pieces of what is stepped."""
         groups: dict[tuple[int, int, int], dict[str, Any]] = {}
         states: dict[int, dict[str, Tensor]] = {}
@@ -115,12 +115,12 @@ class WholeStep:
                         slot: piece.of(bound.state[slot])
                         for slot in slots(routed.options["rule"], routed.options).values()
                     }
-        return BorrowedState(
+        return ExternalStateSymDist(
             list(groups.values()),
             homes=states,
             nonfinite=options.nonfinite,
-            exchange_dtype=options.exchange_dtype,
-            wave_bytes=options.wave_bytes,
+            communication_dtype=options.communication_dtype,
+            bucket_bytes=options.bucket_bytes,
             world=dist.group.WORLD,
         )
 
@@ -152,7 +152,7 @@ class WholeStep:
         if tensor is None:
             dtype = torch.promote_types(given.parameter.dtype, torch.float32)
             tensor = torch.empty(0, dtype=dtype, device=given.parameter.device)
-            state = dict.fromkeys(SLOTS, tensor)
+            state = dict.fromkeys(ENGINE_STATE_NAMES, tensor)
         else:
             state = dict(base.state[tensor])
         bound = _Bound(parameter=given.parameter, base=base, tensor=tensor, address=tensor.data_ptr(), state=state)
@@ -212,7 +212,7 @@ class WholeStep:
             state[key] = piece.of(bound.state[slot])
 
 
-class _Twins:
+class _TiedEmbeddingSync:
     """Embeddings that the first and the last stage of a pipeline both have, and step by equal gradients.
 
     Where their rule sums over ranks, the order of summing may differ between the stages, and so the last digit: the

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from symdist.layouts import FlatLayout, Layout, Split
+from symdist.layouts import DimSplit, FlatLayout, Layout
 from symdist.param_groups import coordinate_wise
 from symdist_megatron.parameters import Unit
 from symdist_megatron.rank_grid import Home
@@ -94,7 +94,7 @@ def _whole(unit: Unit, home: Home, *, copies: bool) -> Layout:
         return Layout(shape=unit.shape, grid=grid)
     ends = [sum(unit.widths[: i + 1]) for i in range(len(unit.widths))]
     ranges = tuple((end - width, end) for end, width in zip(ends, unit.widths, strict=True))
-    split = Split(dim=unit.cut, axes=(len(grid.sizes) - 1,), ranges=ranges)
+    split = DimSplit(dim=unit.cut, axes=(len(grid.sizes) - 1,), ranges=ranges)
     return Layout(shape=unit.shape, grid=grid, splits=(split,))
 
 

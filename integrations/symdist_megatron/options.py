@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from symdist.gradients.nonfinite import NonFinite
-from symdist.optimizer import WAVE_BYTES
+from symdist.optimizer import BUCKET_BYTES
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 
 
@@ -20,8 +20,8 @@ class Options:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     vocabulary: int | None = None
     nonfinite: NonFinite = "raise"
-    exchange_dtype: torch.dtype | None = None
-    wave_bytes: int = WAVE_BYTES
+    communication_dtype: torch.dtype | None = None
+    bucket_bytes: int = BUCKET_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

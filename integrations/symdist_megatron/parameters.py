@@ -11,7 +11,7 @@ from megatron.core.transformer.multi_latent_attention import MultiLatentAttentio
 from torch import nn
 
 from symdist.routing.recipes import Recipe
-from symdist.routing.sites import Site, norm_role
+from symdist.routing.sites import ParamSite, norm_role
 from symdist_megatron.rank_grid import Homes
 from symdist_megatron.strided_slice import Window
 
@@ -32,7 +32,7 @@ class Unit:
 
     name: str
     shape: tuple[int, ...]
-    site: Site
+    site: ParamSite
     base: int
     size: int
     window: Window
@@ -63,7 +63,7 @@ class _Part:
 
     name: str
     size: int
-    site: Site
+    site: ParamSite
 
 
 def describe(chunks: Sequence[nn.Module], *, homes: Homes, recipe: Recipe) -> list[Described]:
@@ -137,7 +137,7 @@ def _describe(
     kind = str(site.role).partition("_")[0]
     if site.fused is not None and _gates_apart(recipe, kind):
         rows = parameter.shape[0] // 2
-        parts = [_Part(name=part, size=rows, site=Site(role=f"{kind}_{part}")) for part in ("gate", "up")]
+        parts = [_Part(name=part, size=rows, site=ParamSite(role=f"{kind}_{part}")) for part in ("gate", "up")]
         count = ranks
     if not parts:
         whole = Unit(
@@ -201,14 +201,14 @@ def _grouped(
     up = name.endswith("weight1")
     gated = up and module.config.gated_linear_unit
     role = f"expert_{'gate_up' if gated else 'up' if up else 'down'}"
-    site = Site(role=role, transposed=True, fused="stacked" if gated else None, blocks=ranks)
+    site = ParamSite(role=role, transposed=True, fused="stacked" if gated else None, blocks=ranks)
     windows = [("", site, Window.whole(size * ranks), inner)]
     if gated and _gates_apart(recipe, "expert"):
         half = inner // 2
         windows = [
             (
                 f"[{part}]",
-                Site(role=f"expert_{part}", transposed=True),
+                ParamSite(role=f"expert_{part}", transposed=True),
                 Window(count=ranks * hidden, period=inner, start=i * half, stop=(i + 1) * half),
                 half,
             )
@@ -241,7 +241,7 @@ def _gates_apart(recipe: Recipe, kind: str) -> bool:
     return kind == "mlp" and role not in recipe.sections and view != "neurons"
 
 
-def _cut(name: str, parameter: Any, site: Site, holder: nn.Module, *, expert: bool) -> int | None:
+def _cut(name: str, parameter: Any, site: ParamSite, holder: nn.Module, *, expert: bool) -> int | None:
     """The dimension along which tensor parallelism cuts a matrix."""
     # Transformer Engine's linears mark those as cut which it was not told of: experts, and what all ranks have whole.
     declared = {"expert_gate_up": 0, "expert_up": 0, "expert_down": 1}.get(str(site.role))
@@ -261,36 +261,36 @@ def _cut(name: str, parameter: Any, site: Site, holder: nn.Module, *, expert: bo
 
 def _site(
     leaf: str, parameter: nn.Parameter, chain: list[tuple[str, nn.Module]], *, recipe: Recipe
-) -> tuple[Site, list[_Part], int]:
+) -> tuple[ParamSite, list[_Part], int]:
     """What a parameter is; the parts that it is fused of, if they are to be apart, and how often these repeat."""
     attribute, module = chain[-1]
     parent: Any = chain[-2][1] if len(chain) > 1 else module
     if isinstance(module, router.Router):
-        return Site(role="router" if parameter.dim() == 2 else "router_bias"), [], 1
+        return ParamSite(role="router" if parameter.dim() == 2 else "router_bias"), [], 1
     if leaf == "bias" or leaf.startswith("bias"):
-        return Site(role="bias"), [], 1
+        return ParamSite(role="bias"), [], 1
     if parameter.dim() < 2:
         if "norm" in leaf:
             # One with the linear that follows it.
-            return Site(role=norm_role(leaf, module)), [], 1
+            return ParamSite(role=norm_role(leaf, module)), [], 1
         norm = "norm" in type(module).__name__.lower()
-        return Site(role=norm_role(attribute, parent) if norm else "other"), [], 1
+        return ParamSite(role=norm_role(attribute, parent) if norm else "other"), [], 1
     if isinstance(module, VocabParallelEmbedding) or type(module) is nn.Embedding or attribute == "output_layer":
-        return Site(role=_vocabulary_role(attribute, chain)), [], 1
+        return ParamSite(role=_vocabulary_role(attribute, chain)), [], 1
     if isinstance(parent, attention.Attention):
         return _attention_site(attribute, parent, recipe=recipe)
     if attribute in ("linear_fc1", "linear_fc2") and isinstance(parent, (mlp.MLP, *_EXPERTS)):
         kind = "expert" if any(isinstance(each, _EXPERTS) for _, each in chain) else "mlp"
         if attribute == "linear_fc2":
-            return Site(role=f"{kind}_down"), [], 1
+            return ParamSite(role=f"{kind}_down"), [], 1
         gated: bool = chain[-2][1].config.gated_linear_unit  # type: ignore[union-attr, assignment]
         if gated:
-            return Site(role=f"{kind}_gate_up", fused="stacked"), [], 1
-        return Site(role=f"{kind}_up"), [], 1
+            return ParamSite(role=f"{kind}_gate_up", fused="stacked"), [], 1
+        return ParamSite(role=f"{kind}_up"), [], 1
     if leaf == "gate_weight":
         # The one row that gates a shared expert.
-        return Site(role="other"), [], 1
-    return Site(role=None), [], 1
+        return ParamSite(role="other"), [], 1
+    return ParamSite(role=None), [], 1
 
 
 def _vocabulary_role(attribute: str, chain: list[tuple[str, nn.Module]]) -> str:
@@ -300,18 +300,18 @@ def _vocabulary_role(attribute: str, chain: list[tuple[str, nn.Module]]) -> str:
     return ("tied_embedding" if shared else "head") if attribute == "output_layer" else "embedding"
 
 
-def _attention_site(attribute: str, module: Any, *, recipe: Recipe) -> tuple[Site, list[_Part], int]:
+def _attention_site(attribute: str, module: Any, *, recipe: Recipe) -> tuple[ParamSite, list[_Part], int]:
     config = module.config
     heads = config.num_attention_heads
     if attribute == "linear_proj":
-        return Site(role="attention_o", heads=heads, head_dim_index=1), [], 1
+        return ParamSite(role="attention_o", heads=heads, head_dim_index=1), [], 1
     if isinstance(module, MultiLatentAttention):
         # Latent projections have rows of several kinds, not head after head: matrices like any other.
         queries = attribute in ("linear_q_proj", "linear_q_up_proj")
-        return Site(role="attention_q", heads=heads) if queries else Site(role="matrix", latent=True), [], 1
+        return ParamSite(role="attention_q", heads=heads) if queries else ParamSite(role="matrix", latent=True), [], 1
     dim = config.kv_channels
     if attribute == "linear_q":
-        return Site(role="attention_q", heads=heads), [], 1
+        return ParamSite(role="attention_q", heads=heads), [], 1
     groups = config.num_query_groups or heads
     if attribute == "linear_kv":
         return _fused(["k", "v"], [1, 1], groups=heads, dim=dim, recipe=recipe)
@@ -320,21 +320,21 @@ def _attention_site(attribute: str, module: Any, *, recipe: Recipe) -> tuple[Sit
         if getattr(config, "attention_output_gate", False):
             return _fused(["q", "gate", "k", "v"], [queries, queries, 1, 1], groups=groups, dim=dim, recipe=recipe)
         return _fused(["q", "k", "v"], [queries, 1, 1], groups=groups, dim=dim, recipe=recipe)
-    return Site(role=None), [], 1
+    return ParamSite(role=None), [], 1
 
 
 def _fused(
     names: list[str], counts: list[int], *, groups: int, dim: int, recipe: Recipe
-) -> tuple[Site, list[_Part], int]:
+) -> tuple[ParamSite, list[_Part], int]:
     """Heads of several kinds in every query group, `counts` of each."""
-    whole = Site(role="attention_qkv", heads=groups * sum(counts), groups=groups)
+    whole = ParamSite(role="attention_qkv", heads=groups * sum(counts), groups=groups)
     roles = [f"attention_{'q' if name == 'gate' else name}" for name in names]
     options = [recipe.options(role) for role in roles]
     alike = all(each == options[0] for each in options) and (options[0] or {}).get("view") == "heads"
     if alike or "attention_qkv" in recipe.sections:
         return whole, [], 1
     parts = [
-        _Part(name=name, size=count * dim, site=Site(role=role, heads=groups * count))
+        _Part(name=name, size=count * dim, site=ParamSite(role=role, heads=groups * count))
         for name, role, count in zip(names, roles, counts, strict=True)
     ]
     return whole, parts, groups

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from symdist.param_groups import complete_group, coordinate_wise
+from symdist.param_groups import coordinate_wise, with_defaults
 from symdist.routing.route import check_patterns, route_sites
 from symdist_megatron.options import Options, Scaled, scaled
 from symdist_megatron.parameters import Described, Unit, describe
@@ -83,7 +83,7 @@ def _route(
             own = {**group, "params": units, "names": [unit.name for unit in units]}
             if padding:
                 own["padding_rows"] = padding
-            full = complete_group(own)
+            full = with_defaults(own)
             rules[group["role"]] = full["rule"]
             decay = float(full["weight_decay"])
             told = {key: value for key, value in full.items() if key not in ("params", "names", "lr", "weight_decay")}

@@ -10,7 +10,7 @@ from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOpt
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer, MegatronOptimizer
 from torch import Tensor
 
-from symdist.exchange import Counting
+from symdist.exchange import CountingTransport
 from symdist.layouts.flat import flat_bounds
 from symdist_megatron.checkpoints import (
     COMMON,
@@ -145,12 +145,12 @@ class SymDistChain(ChainedOptimizer):
             for pair in zip(each.param_groups, saved_rates(each.param_groups, theirs), strict=True)
         ]
 
-    def rehearse(self) -> Counting:
+    def trace_collectives(self) -> CountingTransport:
         """Every collective of symdist's in a step on this rank, in order, with the bytes it sends; nothing moves.
 
         Megatron's own, of norms and of gathering weights, come beside them.
         """
-        return self.whole.symdist.rehearse()
+        return self.whole.symdist.trace_collectives()
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:

@@ -51,7 +51,7 @@ def check_mixing(directory: Path, path: Path) -> None:
         )
 
 
-def set_aside(path: Path) -> Path:
+def quarantine(path: Path) -> Path:
     """Rename a damaged checkpoint so that it no longer counts; its new name. Nothing is removed."""
     aside = path.with_name(f"{path.name}.damaged")
     number = 1
@@ -78,7 +78,7 @@ def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
             shutil.rmtree(leftover)
     own = _finished(directory, identity=identity)
     if final.exists() and final not in own:
-        set_aside(final)
+        quarantine(final)
     writing.mkdir()
 
 

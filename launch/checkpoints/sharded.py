@@ -41,7 +41,7 @@ from launch.checkpoints.directory import (
 )
 from launch.checkpoints.publish import publish_together
 from launch.checkpoints.rng import rng_state, set_rng_state
-from launch.runtime.agreement import rank_and_world, together, with_dcp
+from launch.runtime.agreement import on_all_ranks, rank_and_world, with_dcp
 
 __all__ = ["CheckpointError", "Snapshot", "latest", "load", "save", "snapshot", "write"]
 
@@ -135,7 +135,7 @@ def write(
             dcp.save(snapshot.tensors, storage_writer=writer, process_group=group)
 
         with_dcp(save_all, failed, remedy)
-        return together(write_own, failed, remedy, group)
+        return on_all_ranks(write_own, failed, remedy, group)
 
     return publish_together(
         directory, snapshot.step, write_all, identity=identity, keep=keep, keep_every=keep_every, group=group
@@ -161,7 +161,7 @@ def load(
     """
     rank, world = rank_and_world()
     failed = f"cannot read {path}"
-    saved_world = together(lambda: verify(path, identity=identity, rank=rank, world=world), failed, CHOOSE)
+    saved_world = on_all_ranks(lambda: verify(path, identity=identity, rank=rank, world=world), failed, CHOOSE)
     tensors, plain = _collect(model, optimizer)
     reader = _Reader(path)
     names = [group["params"] for group in plain["groups"]]
@@ -177,7 +177,7 @@ def load(
             )
         return state
 
-    state = together(fitting, failed, CHOOSE)
+    state = on_all_ranks(fitting, failed, CHOOSE)
     with_dcp(lambda: dcp.load(tensors, storage_reader=reader), failed, CHOOSE)
     _restore(model, optimizer, tensors=tensors, plain=state["optimizer"])
     if saved_world == world:

@@ -57,7 +57,10 @@ def dry_run(config: Config) -> None:
     say(*(f"checkpoints: {line}" for line in _checkpoints(config, _checkpoint_bytes(found))))
     say(route_table(found, title=f"{config.model}, recipe {recipe.name}", fold=True))
     if layout is None:
-        say("Placements and plan are not known beforehand for this engine: optimizer.rehearse() tells them in the job.")
+        say(
+            "Placements and plan are not known beforehand for this engine: optimizer.trace_collectives() tells "
+            "them in the job."
+        )
         return
     say(totals(found), *_plan(config, recipe, built, layout))
     say("nothing was started")

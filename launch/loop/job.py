@@ -15,7 +15,7 @@ from launch.loop.config import Config
 from launch.loop.dry_run import dry_run
 from launch.loop.training import Training
 from launch.records.run_log import RunLog, already_finished, check_folder
-from launch.runtime.distributed import Agreed, Ranks, connect, launched
+from launch.runtime.distributed import AllRanksError, Ranks, connect, launched
 from launch.runtime.watchdog import Watchdog
 
 C = TypeVar("C", bound=Config)
@@ -49,7 +49,7 @@ def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog]
     except (ValueError, CheckpointError) as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
-        elif not isinstance(error, Agreed | CheckpointError):
+        elif not isinstance(error, AllRanksError | CheckpointError):
             # Perhaps this rank's alone.
             print(f"error: rank {rank}: {error}", file=sys.stderr)
         return 2

@@ -65,7 +65,7 @@ class Measures:
         self._ranks = ranks
         self.logits = LogitMonitor()
         self._steps = None if optimizer is None else StepMonitor(optimizer)
-        self._sent = None if optimizer is None else optimizer.rehearse().sent
+        self._sent = None if optimizer is None else optimizer.trace_collectives().sent
 
     def arm(self) -> None:
         """Measure the step that begins."""

@@ -11,21 +11,21 @@ from launch.checkpoints.directory import (
     DamagedCheckpoint,
     check_mixing,
     newest_first,
-    set_aside,
+    quarantine,
     write_json,
 )
 from launch.data import TokenLoader
 from launch.loop.config import Config
 from launch.loop.loss_spikes import SpikeJudge
 from launch.records.run_log import RunLog
-from launch.runtime.distributed import Agreed, Ranks
+from launch.runtime.distributed import AllRanksError, Ranks
 from launch.runtime.watchdog import Watchdog
 
 _ALL = 1 << 30
 _ROLLBACK = "rollback.json"
 
 
-class Diverged(Agreed):
+class DivergedError(AllRanksError):
     """A run goes on to leave out steps, however often it is taken back."""
 
 
@@ -132,7 +132,7 @@ class Resumable(ABC):
                 self._go_on(self.load(found[0]))
             except DamagedCheckpoint as error:
                 if self.ranks.rank == 0:
-                    aside = set_aside(found[0])
+                    aside = quarantine(found[0])
                     log.event(self.step, "fallback", f"{error}: it is now {aside.name}, and the one before is tried")
                 self.ranks.gather(None)
                 continue
@@ -194,7 +194,7 @@ class Resumable(ABC):
         came, position = self.step, self.loader.position
         counts = self.counts
         if self._rollbacks == self.config.rollbacks:
-            raise Diverged(
+            raise DivergedError(
                 f"step {came}: {self.left_out_in_a_row} steps in a row were left out, and the run was taken back "
                 f"{self._rollbacks} times already (--rollbacks); lower learning rates, or look at the data"
             )
@@ -202,7 +202,7 @@ class Resumable(ABC):
         self.watchdog.doing(f"step {came}, waiting for the checkpoint before", slow=True)
         self._tell(log, wait=True)
         if not self._load_newest(log):
-            raise Diverged(
+            raise DivergedError(
                 f"step {came}: {self.left_out_in_a_row} steps in a row were left out before there was any checkpoint "
                 "to go back to; lower learning rates, or look at the data"
             )

@@ -133,8 +133,8 @@ class Training(Resumable):
     def run(self, log: RunLog) -> dict[str, Any] | None:
         """Train to the end, or until a signal; the summary, or None where it was stopped early.
 
-        Raises Diverged where the run was taken back as often as it may be, CheckpointError where the last checkpoint
-        cannot be written.
+        Raises DivergedError where the run was taken back as often as it may be, CheckpointError where the last
+        checkpoint cannot be written.
         """
         config = self.config
         log.describe(

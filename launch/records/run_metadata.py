@@ -54,7 +54,7 @@ def _versions() -> dict[str, str]:
 
 def _plan(optimizer: SymDist, routing: list[dict[str, Any]]) -> dict[str, Any]:
     """What a step of this rank sends, by kind of collective, and where each role is stepped."""
-    counted = optimizer.rehearse()
+    counted = optimizer.trace_collectives()
     kinds: dict[tuple[str, int], list[float]] = {}
     for moved in counted.log:
         kinds.setdefault((moved.kind, moved.size), []).append(moved.sent)

@@ -1,4 +1,4 @@
-"""What all ranks do together or not at all: each tells the others how it went before any goes on."""
+"""What all ranks do on_all_ranks or not at all: each tells the others how it went before any goes on."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -25,7 +25,7 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return values
 
 
-def together(function: Callable[[], T], failed: str, remedy: str, group: dist.ProcessGroup | None = None) -> T:
+def on_all_ranks(function: Callable[[], T], failed: str, remedy: str, group: dist.ProcessGroup | None = None) -> T:
     """Call ``function``, which must not communicate; raise on all ranks what went wrong on any of them.
 
     That is a DamagedCheckpoint only where each trouble is one.
@@ -49,7 +49,7 @@ def together(function: Callable[[], T], failed: str, remedy: str, group: dist.Pr
 
 def on_rank_0(function: Callable[[], None], failed: str, remedy: str, group: dist.ProcessGroup | None = None) -> None:
     """Have the first rank call ``function``; raise on all ranks where it failed."""
-    together(function if rank_and_world()[0] == 0 else lambda: None, failed, remedy, group)
+    on_all_ranks(function if rank_and_world()[0] == 0 else lambda: None, failed, remedy, group)
 
 
 def with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:

@@ -23,7 +23,7 @@ T = TypeVar("T")
 _PREPARING = timedelta(days=2)
 
 
-class Agreed(ValueError):
+class AllRanksError(ValueError):
     """What all ranks raise, since one of them met it: one tells."""
 
 
@@ -66,7 +66,7 @@ class Ranks:
             failure = str(error)
         failures = dict.fromkeys(told for told in self.gather(failure) if told is not None)
         if failures:
-            raise Agreed("\n".join(failures))
+            raise AllRanksError("\n".join(failures))
         return cast(T, result)
 
     def synchronize(self) -> None:
@@ -169,10 +169,10 @@ def _precede(store: dist.Store, rank: int, first: Callable[[], None]) -> None:
             first()
         except ValueError as error:
             store.set(key, f"error {error}")
-            raise Agreed(str(error)) from error
+            raise AllRanksError(str(error)) from error
         store.set(key, "done")
         return
     store.wait([key], _PREPARING)
     told = store.get(key).decode()
     if told != "done":
-        raise Agreed(told.removeprefix("error "))
+        raise AllRanksError(told.removeprefix("error "))

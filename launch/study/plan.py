@@ -106,7 +106,7 @@ class Study:
     def check_stacks(self) -> None:
         """ValueError, naming the arm, for a model there is not and a stack that does not fit the model."""
         from symdist import route
-        from symdist.param_groups import complete_group
+        from symdist.param_groups import with_defaults
         from symdist.tools.models import build
 
         overrides = {key: parse_value(text) for key, text in self.run.model_overrides.items()}
@@ -115,7 +115,7 @@ class Study:
                 vocabulary = self.run.data.vocabulary
                 model = build(arm.model, vocabulary=vocabulary, device="meta", overrides=overrides)
                 for group in route(model, arm.tuned()):
-                    complete_group(group)
+                    with_defaults(group)
             except ValueError as error:
                 raise ValueError(f"arm {arm.key}: {error}") from None
 

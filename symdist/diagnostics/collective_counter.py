@@ -12,26 +12,26 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from symdist.exchange.collectives.transport import Moved
+from symdist.exchange.collectives.transport import CollectiveRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passed(Moved):
-    """A collective that was started, with the global ranks of its group; see `Wire` for `sent`."""
+class Passed(CollectiveRecord):
+    """A collective that was started, with the global ranks of its group; see `CollectiveCounter` for `sent`."""
 
     ranks: tuple[int, ...]
 
 
-class Wire(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Notes in `log` every collective that this thread starts while the context is open.
 
     It watches the operators below torch.distributed, so it sees torch.distributed's own functions, asynchronous or
     not, functional collectives, DTensor's redistributions, FSDP2 and DDP, each once. `sent` is what this rank sends,
-    counted as `Counting` does: for a sum over w ranks 2·n·(w−1)/w of n bytes, as in a ring; for a reduce_scatter or
-    all_gather the whole buffer less one chunk; for an all_to_all all but the own chunk; for a broadcast the root's
-    buffer, for a scatter all of the root's but its own chunk, and nothing elsewhere; for a reduce or gather the buffer
-    of everyone but the root; for a send its buffer, for a recv nothing. What is coalesced into one call is one
-    collective. In a group of one they count, with nothing sent. Barriers and waits are no collectives.
+    counted as `CountingTransport` does: for a sum over w ranks 2·n·(w−1)/w of n bytes, as in a ring; for a
+    reduce_scatter or all_gather the whole buffer less one chunk; for an all_to_all all but the own chunk; for a
+    broadcast the root's buffer, for a scatter all of the root's but its own chunk, and nothing elsewhere; for a reduce
+    or gather the buffer of everyone but the root; for a send its buffer, for a recv nothing. What is coalesced into one
+    call is one collective. In a group of one they count, with nothing sent. Barriers and waits are no collectives.
 
     Not seen: what other threads start. A backward on CPUs runs on the thread that called it and is seen; for GPUs
     autograd has threads of its own, to which it hands the watch on, but this was not tried. Nothing moves for fake

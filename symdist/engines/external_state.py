@@ -7,28 +7,30 @@ import torch
 from torch import Tensor
 
 from symdist.optimizer import SymDist
-from symdist.param_groups import Member
+from symdist.param_groups import ParamSpec
 from symdist.rules import get_rule
 
-SLOTS = ("exp_avg", "exp_avg_sq")
+ENGINE_STATE_NAMES = ("exp_avg", "exp_avg_sq")
 """The names that engines have for state of a parameter's shape: Adam's, which are all that their checkpoints know."""
 
 
 def slots(rule: str, options: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Which of an engine's `SLOTS` each state of a rule lies in; `options` are those it goes by, or its defaults.
+    """Which of an engine's `ENGINE_STATE_NAMES` each state of a rule lies in; `options` are those it goes by, or its
+    defaults.
 
     Raises ValueError, naming the rule, where it has more state than there are slots.
     """
     names = get_rule(rule).state_names(options)
-    if len(names) > len(SLOTS):
+    if len(names) > len(ENGINE_STATE_NAMES):
         raise ValueError(
             f"rule {rule!r} remembers {', '.join(names)}, and the checkpoints of DeepSpeed and Megatron hold "
-            f"{len(SLOTS)} tensors of a parameter's shape; choose options with less to remember, or train under FSDP2"
+            f"{len(ENGINE_STATE_NAMES)} tensors of a parameter's shape; choose options with less to remember, "
+            "or train under FSDP2"
         )
-    return dict(zip(names, SLOTS, strict=False))
+    return dict(zip(names, ENGINE_STATE_NAMES, strict=False))
 
 
-class BorrowedState(SymDist):
+class ExternalStateSymDist(SymDist):
     """SymDist over pieces of larger tensors; `homes` has, by `id` of a piece, its part of their state.
 
     Momentum and moments thus lie where an engine saves, loads and moves them. The count of steps is the piece's own.
@@ -47,7 +49,7 @@ class BorrowedState(SymDist):
     def _follow(self, *, at_step: bool = False) -> None:
         """Nothing: pieces are the adapter's own, which moves them with the engine's tensors."""
 
-    def _new_state(self, member: Member) -> dict[str, Tensor]:
+    def _new_state(self, member: ParamSpec) -> dict[str, Tensor]:
         homes = self._homes[id(member.parameter)]
         found = slots(member.rule.name, self.param_groups[member.group])
         self._slots[id(member.parameter)] = found

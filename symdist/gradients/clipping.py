@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.exchange import Collectives, Transport
+from symdist.exchange import TorchTransport, Transport
 from symdist.gradients.partial_sums import bring_home, sum_up
 from symdist.layouts import FlatLayout, Group, group_from, layout_of, local, same_group
 
@@ -28,7 +28,7 @@ def clip_grad_norm_(
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive; use float('inf') to measure only")
-    transport = transport or Collectives()
+    transport = transport or TorchTransport()
     named = [(f"parameter {i}", parameter) for i, parameter in enumerate(parameters)]
     elsewhere = {id(parameter) for _, parameter in bring_home(named)}
     held = _by_ranks(named)

@@ -10,16 +10,16 @@ from symdist.layouts.flat import FlatLayout
 from symdist.layouts.fsdp1 import fsdp1_layout, is_flattened
 from symdist.layouts.grid import Grid, Group
 from symdist.layouts.groups import ascending, group_from
-from symdist.layouts.layout import Box, Layout, Split, cut_along, numel
+from symdist.layouts.layout import Box, DimSplit, Layout, cut_along, numel
 from symdist.layouts.whole import whole_layout
 
 __all__ = [
     "Box",
+    "DimSplit",
     "FlatLayout",
     "Grid",
     "Group",
     "Layout",
-    "Split",
     "ascending",
     "cut_along",
     "group_from",

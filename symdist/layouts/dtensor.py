@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from symdist.layouts.grid import Grid, Group
-from symdist.layouts.layout import Interleaving, Layout, Split
+from symdist.layouts.layout import DimSplit, Interleaving, Layout
 
 
 def dtensor_layout(tensor: DTensor, *, name: str) -> Layout:
@@ -64,7 +64,7 @@ def placed_layout(
         if _split_factor(placements[last]) != 1:
             interleaved.append(_interleaving(dim, shape[dim], placements[last], sizes[last], name=name))
         ranges = _ranges(shape[dim], tuple(sizes[axis] for axis in cutting), tuple(map(cutting.index, order)))
-        splits.append(Split(dim=dim, axes=tuple(axes.index(axis) for axis in cutting), ranges=ranges))
+        splits.append(DimSplit(dim=dim, axes=tuple(axes.index(axis) for axis in cutting), ranges=ranges))
     return Layout(shape=shape, grid=_grid(mesh, axes), splits=tuple(splits), interleaved=tuple(interleaved))
 
 

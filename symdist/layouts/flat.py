@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from symdist.layouts.grid import Grid, Group
-from symdist.layouts.layout import Layout, Split
+from symdist.layouts.layout import DimSplit, Layout
 
-Run: TypeAlias = tuple[int, int, int]
+Range: TypeAlias = tuple[int, int, int]
 """A rank, by its place in the group, and the elements from start to stop that it has."""
 
 
@@ -65,7 +65,7 @@ class FlatLayout:
         return math.prod(self.shape[1:])
 
     @functools.cached_property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[Range, ...]:
         """What the ranks hold that hold anything, one run after another."""
         return _runs(self.bounds, self.order)
 
@@ -85,7 +85,9 @@ class FlatLayout:
         ranges = list(itertools.pairwise(-(-bound // block) * multiple for bound in self.bounds))
         if self.order:
             ranges = [ranges[self.order.index(rank)] for rank in range(self.group.size)]
-        return Layout(shape=self.shape, grid=_line(self.group), splits=(Split(dim=0, axes=(0,), ranges=tuple(ranges)),))
+        return Layout(
+            shape=self.shape, grid=_line(self.group), splits=(DimSplit(dim=0, axes=(0,), ranges=tuple(ranges)),)
+        )
 
     def matrix(self, elements: Tensor) -> Tensor:
         """`[k, n]`, all elements of k matrices, as `[k, p, q]`."""
@@ -112,7 +114,7 @@ def elements_of(matrices: Tensor, *, across: tuple[int, ...]) -> Tensor:
     return torch.cat([block.flatten(1) for block in matrices.split(across, dim=2)], dim=1)
 
 
-def runs_of_rows(layout: Layout) -> tuple[Run, ...]:
+def runs_of_rows(layout: Layout) -> tuple[Range, ...]:
     """The runs of elements that a layout in whole rows means."""
     width = math.prod(layout.shape[1:])
     (split,) = layout.splits
@@ -145,7 +147,7 @@ def _starts(sizes: list[int]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=65536)
-def _runs(bounds: tuple[int, ...], order: tuple[int, ...]) -> tuple[Run, ...]:
+def _runs(bounds: tuple[int, ...], order: tuple[int, ...]) -> tuple[Range, ...]:
     return tuple((order[i] if order else i, a, b) for i, (a, b) in enumerate(itertools.pairwise(bounds)) if a < b)
 
 

@@ -15,7 +15,7 @@ Box: TypeAlias = tuple[range, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class DimSplit:
     """One dimension of the stored tensor, cut into blocks over some axes of the grid.
 
     `ranges` has the block `(start, stop)` of every coordinate along `axes`, row-major. Blocks cover the dimension once,
@@ -56,7 +56,7 @@ class Layout:
 
     shape: tuple[int, ...]
     grid: Grid | None = None
-    splits: tuple[Split, ...] = ()
+    splits: tuple[DimSplit, ...] = ()
     interleaved: tuple[Interleaving, ...] = ()
 
     @functools.cached_property
@@ -64,7 +64,7 @@ class Layout:
         """All ranks that hold the tensor, this one among them."""
         return None if self.grid is None else self.grid.group(range(len(self.grid.sizes)))
 
-    def group_of(self, split: Split) -> Group:
+    def group_of(self, split: DimSplit) -> Group:
         """The ranks that hold other blocks of this split, and otherwise what this rank holds."""
         assert self.grid is not None
         return self.grid.group(split.axes)
@@ -147,7 +147,7 @@ def cut_along(
     assert ends[-1] == shape[dim], "the blocks must cover the dimension"
     ranges = tuple((end - size, end) for end, size in zip(ends, sizes, strict=True))
     grid = Grid(sizes=(len(ranks),), ranks=tuple(ranks), position=index, handles=(handle,))
-    return Layout(shape=tuple(shape), grid=grid, splits=(Split(dim=dim, axes=(0,), ranges=ranges),))
+    return Layout(shape=tuple(shape), grid=grid, splits=(DimSplit(dim=dim, axes=(0,), ranges=ranges),))
 
 
 def numel(box: Box) -> int:

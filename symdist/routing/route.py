@@ -11,7 +11,7 @@ from symdist.layouts.fsdp1 import whole_shape
 from symdist.param_groups import COMMON
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 from symdist.routing.residual_stream import READS_RESIDUAL, WRITES_RESIDUAL
-from symdist.routing.sites import Site, find_sites
+from symdist.routing.sites import ParamSite, find_sites
 from symdist.rules import get_rule
 
 _LOOKED_UP = ("embedding", "tied_embedding")
@@ -33,7 +33,7 @@ def route(model: nn.Module, recipe: RecipeLike, **overrides: Mapping[str, Any]) 
 
 
 def route_sites(
-    sites: Mapping[str, tuple[Any, Site]], recipe: Recipe, *, taken: set[int] | None = None
+    sites: Mapping[str, tuple[Any, ParamSite]], recipe: Recipe, *, taken: set[int] | None = None
 ) -> list[dict[str, Any]]:
     """As `route`, of whatever is at known sites: anything that has a `shape`, by its name.
 
@@ -42,7 +42,7 @@ def route_sites(
     """
     used: set[int] = set() if taken is None else taken
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    lost: list[tuple[str, tuple[int, ...], Site]] = []
+    lost: list[tuple[str, tuple[int, ...], ParamSite]] = []
     for name, (parameter, site) in sites.items():
         shape = whole_shape(parameter) if isinstance(parameter, Tensor) else tuple(parameter.shape)
         found = _options(name, site, recipe, used)
@@ -72,7 +72,7 @@ def check_patterns(recipe: Recipe, taken: set[int], names: Sequence[str]) -> Non
         )
 
 
-def _advice(lost: Sequence[tuple[str, tuple[int, ...], Site]], recipe: Recipe) -> str:
+def _advice(lost: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Recipe) -> str:
     """What to say of weights that have no role: all of them, each with a pattern that can be pasted as it is."""
     patterns = []
     for name, shape, site in lost:
@@ -91,7 +91,7 @@ def _advice(lost: Sequence[tuple[str, tuple[int, ...], Site]], recipe: Recipe) -
     )
 
 
-def _options(name: str, site: Site, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
+def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
     """Role and options of a parameter; None where its role is not known and no pattern says it.
 
     Raises ValueError, naming the parameter, for a recipe that has no rule for it, or one that does not exist.
@@ -124,7 +124,7 @@ def _options(name: str, site: Site, recipe: Recipe, used: set[int]) -> tuple[str
     return role, options
 
 
-def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
+def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite) -> Any:
     view = options.get("view")
     if not get_rule(options["rule"]).matrices:
         # Coordinate-wise rules see no matrix, so a section shared with them may name any view.
@@ -135,14 +135,14 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
                 raise ValueError(f"{name}: view 'apart' needs gate and up one after the other in rows, as [2r, d]")
             return {"heads": 2, "dim": 0}
         case None | "apart":
-            return "columns" if site.transposed else "rows"
+            return "transposed" if site.transposed else "as_stored"
         case "residual":
             if not site.latent and role not in READS_RESIDUAL | WRITES_RESIDUAL:
                 raise ValueError(
                     f"{name} has role {role!r}, of which it is not known which side is the residual stream: say view = "
-                    '"rows" or "columns", whichever it is of the stored [out, in], in a pattern or section'
+                    '"as_stored" or "transposed", whichever it is of the stored [out, in], in a pattern or section'
                 )
-            return "rows" if (role in WRITES_RESIDUAL) != site.transposed else "columns"
+            return "as_stored" if (role in WRITES_RESIDUAL) != site.transposed else "transposed"
         case "groups":
             if site.groups is None:
                 raise ValueError(f"{name} has no query groups in one tensor: view 'groups' is for a fused q, k and v")
@@ -162,5 +162,5 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: Site) -> Any:
                 return {"gate_up": site.blocks, "dim": 1 if site.transposed else 0}
             if site.fused is not None:
                 return f"gate_up_{site.fused}"
-            return "columns" if (kind == "down") != site.transposed else "rows"
+            return "transposed" if (kind == "down") != site.transposed else "as_stored"
     return view

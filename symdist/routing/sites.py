@@ -43,7 +43,7 @@ _KV_COUNTS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Site:
+class ParamSite:
     """Where a parameter stands.
 
     `role` is None where nothing is known of a matrix. `heads` and `head_dim_index` (0 rows, 1 columns of the stored
@@ -65,7 +65,7 @@ class Site:
     """The role to suggest where none is known."""
 
 
-def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:
+def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, ParamSite]]:
     """Every trainable parameter by its name, once, with its site. Tied parameters keep their first name.
 
     Names are those without wrappers, see `symdist.param_names`. Raises ValueError for what FSDP has made one flat
@@ -74,16 +74,16 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, Site]]:
     read_units(model)
     embedded = {id(weight) for weight in _embedding_weights(model)}
     heads = {id(weight) for weight in _output_weights(model)}
-    sites: dict[str, tuple[nn.Parameter, Site]] = {}
+    sites: dict[str, tuple[nn.Parameter, ParamSite]] = {}
     seen: set[int] = set()
     for name, parameter, chain in _walk(model):
         if id(parameter) in seen or not parameter.requires_grad:
             continue
         seen.add(id(parameter))
         if id(parameter) in embedded:
-            site = Site(role="tied_embedding" if id(parameter) in heads else "embedding")
+            site = ParamSite(role="tied_embedding" if id(parameter) in heads else "embedding")
         elif id(parameter) in heads:
-            site = Site(role="head")
+            site = ParamSite(role="head")
         else:
             site = _site(name.rsplit(".", 1)[-1], whole_shape(parameter), chain)
         plain = plain_name(name)
@@ -128,21 +128,21 @@ def _output_weights(model: nn.Module) -> list[Tensor]:
     return found + ([declared.weight] if declared is not None else [])
 
 
-def _site(leaf: str, shape: tuple[int, ...], chain: list[tuple[str, nn.Module]]) -> Site:
+def _site(leaf: str, shape: tuple[int, ...], chain: list[tuple[str, nn.Module]]) -> ParamSite:
     attribute, module = chain[-1]
     parent = chain[-2][1] if len(chain) > 1 else module
     kind = type(module).__name__
     router = kind.endswith("Router") or (attribute in ("router", "gate") and hasattr(parent, "experts"))
     if router:
-        return Site(role="router" if len(shape) == 2 else "router_bias")
+        return ParamSite(role="router" if len(shape) == 2 else "router_bias")
     if leaf.endswith("bias") or leaf.endswith("_bias"):
-        return Site(role="bias")
+        return ParamSite(role="bias")
     if leaf == "sinks":
-        return Site(role="sink")
+        return ParamSite(role="sink")
     if "norm" in kind.lower():
-        return Site(role=norm_role(attribute, parent))
+        return ParamSite(role=norm_role(attribute, parent))
     if len(shape) < 2:
-        return Site(role="other")
+        return ParamSite(role="other")
     # A bare parameter (stacked experts, in_proj_weight) names itself; a linear's weight is named by its attribute.
     word, holder = (attribute, parent) if leaf == "weight" else (leaf.removesuffix("_weight"), module)
     if any("experts" in name for name, _ in chain):
@@ -152,11 +152,11 @@ def _site(leaf: str, shape: tuple[int, ...], chain: list[tuple[str, nn.Module]])
     if word in _ATTENTION and any(w in text.lower() for text in around for w in _ATTENTION_WORDS):
         # Heads of a weight stored [in, out] are no view there is: a recipe that asks for them is told so.
         if transposed:
-            return Site(role=_ATTENTION[word], transposed=True)
+            return ParamSite(role=_ATTENTION[word], transposed=True)
         return _attention_site(word, holder, shape)
     if word in _MLP:
         return _mlp_site(word, "mlp_", transposed=transposed)
-    return Site(role=None, likely=_likely(attribute, module, shape))
+    return ParamSite(role=None, likely=_likely(attribute, module, shape))
 
 
 def _likely(attribute: str, module: nn.Module, shape: tuple[int, ...]) -> str:
@@ -201,9 +201,9 @@ def norm_role(name: str, holder: nn.Module) -> str:
     return _NORMS.get(name, "norm")
 
 
-def _expert_site(word: str, module: nn.Module, shape: tuple[int, ...]) -> Site:
+def _expert_site(word: str, module: nn.Module, shape: tuple[int, ...]) -> ParamSite:
     if word not in _MLP:
-        return Site(role=None)
+        return ParamSite(role=None)
     if len(shape) < 3:
         return _mlp_site(word, "expert_", transposed=type(module).__name__ == "Conv1D")
     # transformers says of stacked experts how they lie; elsewhere [expert, out, in] with gate before up is assumed.
@@ -212,15 +212,15 @@ def _expert_site(word: str, module: nn.Module, shape: tuple[int, ...]) -> Site:
     fused: Literal["stacked", "interleaved"] | None = None
     if word == "gate_up_proj":
         fused = "stacked" if stacked else "interleaved"
-    return Site(role=f"expert_{_MLP[word]}", transposed=transposed, fused=fused)
+    return ParamSite(role=f"expert_{_MLP[word]}", transposed=transposed, fused=fused)
 
 
-def _mlp_site(word: str, prefix: str, *, transposed: bool) -> Site:
+def _mlp_site(word: str, prefix: str, *, transposed: bool) -> ParamSite:
     fused: Literal["stacked"] | None = "stacked" if word == "gate_up_proj" and not transposed else None
-    return Site(role=prefix + _MLP[word], transposed=transposed, fused=fused)
+    return ParamSite(role=prefix + _MLP[word], transposed=transposed, fused=fused)
 
 
-def _attention_site(word: str, attention: nn.Module, shape: tuple[int, ...]) -> Site:
+def _attention_site(word: str, attention: nn.Module, shape: tuple[int, ...]) -> ParamSite:
     role = _ATTENTION[word]
     index = 1 if role == "attention_o" else 0
     size = shape[index]
@@ -232,7 +232,7 @@ def _attention_site(word: str, attention: nn.Module, shape: tuple[int, ...]) -> 
         elif head_dim is None and role != "attention_qkv":
             counts = _KV_COUNTS if role in ("attention_k", "attention_v") else ()
             heads = _count(attention, (*counts, *_COUNTS))
-    return Site(role=role, heads=heads, head_dim_index=index, latent=word in _LATENT)
+    return ParamSite(role=role, heads=heads, head_dim_index=index, latent=word in _LATENT)
 
 
 def _count(module: nn.Module, names: tuple[str, ...]) -> int | None:

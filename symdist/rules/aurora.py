@@ -9,7 +9,7 @@ import torch
 from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.matrix import Matrix
 from symdist.rules.muon import MuonScale, Precision, check_precision, muon_polar, muon_scale, muon_splits
-from symdist.rules.registry import Split, rule
+from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking, Sum
 from symdist.rules.row_norm import unit_rows
 
@@ -22,7 +22,7 @@ def _check(options: Mapping[str, Any]) -> None:
         raise ValueError(f"beta={options['beta']} must be in (0, 1]")
 
 
-def _splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Split, ...]:
+def _splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
     return muon_splits({**options, "side": "auto"}, rows, columns)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from symdist.rules.linalg.inverse_root import Method, Numerics, polar_in_bfloat16
 from symdist.rules.matrix import Matrix
-from symdist.rules.registry import Split, rule
+from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking
 from symdist.rules.spectral import Side, polar_factor, spectral_splits
 
@@ -15,7 +15,7 @@ MuonScale: TypeAlias = Literal["spectral", "match_rms", "none"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
-def muon_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Split, ...]:
+def muon_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
     """bfloat16 keeps too few digits to square singular values in a Gram, so it needs the matrix itself."""
     return () if options["precision"] == "bfloat16" else spectral_splits(options, rows, columns)
 

@@ -9,9 +9,9 @@ from typing import Any, Literal, TypeAlias
 
 from symdist.rules.requests import Asking
 
-Split: TypeAlias = Literal["rows", "columns"]
+MatrixAxis: TypeAlias = Literal["rows", "columns"]
 Accumulator: TypeAlias = Literal["ema", "heavy_ball", "adam"]
-SplitsOf: TypeAlias = Callable[[Mapping[str, Any], int, int], tuple[Split, ...]]
+SplitsOf: TypeAlias = Callable[[Mapping[str, Any], int, int], tuple[MatrixAxis, ...]]
 StateOf: TypeAlias = Callable[[Mapping[str, Any]], tuple[str, ...]]
 Couples: TypeAlias = Callable[[Mapping[str, Any]], bool]
 
@@ -114,7 +114,7 @@ def _is_number(value: Any) -> bool:
 def rule(
     name: str,
     *,
-    splits: tuple[Split, ...] | SplitsOf,
+    splits: tuple[MatrixAxis, ...] | SplitsOf,
     accumulator: Accumulator = "ema",
     check: Callable[[Mapping[str, Any]], None] = lambda options: None,
     state: tuple[str, ...] | StateOf = (),

@@ -7,7 +7,7 @@ import torch
 
 from symdist.rules.linalg.inverse_root import Method, Numerics
 from symdist.rules.matrix import Matrix
-from symdist.rules.registry import Split, rule
+from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking
 from symdist.rules.row_norm import unit_rows
 from symdist.rules.spectral import Side, polar_factor, spectral_splits
@@ -15,7 +15,7 @@ from symdist.rules.spectral import Side, polar_factor, spectral_splits
 Norm: TypeAlias = Literal["spectral", "sign", "row_rms", "row"]
 
 
-def _splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Split, ...]:
+def _splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
     return spectral_splits(options, rows, columns) if options["norm"] == "spectral" else ("rows", "columns")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from symdist.rules.linalg.inverse_root import InverseRoot, Method, Numerics
 from symdist.rules.matrix import Matrix, at_unit_scale, center_rows
-from symdist.rules.registry import Split, rule
+from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking, Root
 
 Side: TypeAlias = Literal["auto", "right", "left"]
@@ -22,7 +22,7 @@ def gram_side(side: Side, rows: int, columns: int) -> Literal["right", "left"]:
     return "right" if rows >= columns else "left"
 
 
-def spectral_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Split, ...]:
+def spectral_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
     """A right Gram is a sum over rows, a left Gram a sum over columns."""
     return ("rows",) if gram_side(options["side"], rows, columns) == "right" else ("columns",)
 

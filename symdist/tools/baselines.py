@@ -56,22 +56,22 @@ def parts(model: nn.Module) -> Parts:
     return found
 
 
-def build_yardstick(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimizers of a yardstick, or of `ADAMW`, to be stepped one after another. Raises KeyError for others."""
+def build_baseline(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """The optimizers of a baseline, or of `ADAMW`, to be stepped one after another. Raises KeyError for others."""
     if name == ADAMW:
         return [_adamw(dict(model.named_parameters()))]
     return _YARDSTICKS[name].build(parts(model))
 
 
-def describe_yardstick(name: str, model: nn.Module) -> str:
-    """What a yardstick, or `ADAMW`, steps by what. Raises KeyError for other names."""
+def describe_baseline(name: str, model: nn.Module) -> str:
+    """What a baseline, or `ADAMW`, steps by what. Raises KeyError for other names."""
     if name == ADAMW:
         return "all parameters by torch.optim.AdamW, fused"
     return _YARDSTICKS[name].describe(parts(model))
 
 
 def refusal(name: str, model: nn.Module, ranks: int) -> str | None:
-    """Why a yardstick cannot step this model, sharded over `ranks` on meta tensors; None where it can.
+    """Why a baseline cannot step this model, sharded over `ranks` on meta tensors; None where it can.
 
     Found before any rank starts: in the middle of a step, a rank that fails leaves the others waiting for it.
     Raises KeyError for a name that is none.

@@ -60,7 +60,7 @@ class Plan:
     """A recipe, or a TOML file of the same form."""
     set: tuple[str, ...] = ()
     """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
-    exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+    communication_dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrices travel as to their owners and back."""
     wave_mb: float = 1000.0
     """Megabytes of buffers in flight."""
@@ -104,8 +104,8 @@ class Plan:
                 mesh=mesh,
                 zero=self.zero,
                 machine=machine,
-                wave_bytes=int(self.wave_mb * 1e6),
-                exchange_dtype=getattr(torch, self.exchange_dtype),
+                bucket_bytes=int(self.wave_mb * 1e6),
+                communication_dtype=getattr(torch, self.communication_dtype),
                 alternatives=self.compare,
             )
 

@@ -25,14 +25,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from symdist.build import build_optimizer
-from symdist.diagnostics.collective_counter import Wire
+from symdist.diagnostics.collective_counter import CollectiveCounter
 from symdist.diagnostics.memory import peak_bytes
 from symdist.gradients.clipping import clip_grad_norm_
 from symdist.layouts import local
-from symdist.tools.baselines import ADAMW, NAMES, build_yardstick, describe_yardstick, refusal
+from symdist.tools.baselines import ADAMW, NAMES, build_baseline, describe_baseline, refusal
 from symdist.tools.models import build, shard
 from symdist.tools.preview import preview
-from symdist.tools.simulate import pretend
+from symdist.tools.simulate import simulate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,8 +48,8 @@ class Measured:
 
     A step is forward, backward, clipping and the optimizer. The ratios are times over those of `ADAMW`, `share` is
     the optimizer's part of the step. `collectives` and `sent_bytes` are what passed through torch.distributed in one
-    step of the optimizer, as `Wire` counts it; `peak_bytes` is what one needs for a moment on top of all it keeps. Both
-    are watched uncompiled. `note` says what steps what.
+    step of the optimizer, as `CollectiveCounter` counts it; `peak_bytes` is what one needs for a moment on top of all
+    it keeps. Both are watched uncompiled. `note` says what steps what.
     """
 
     name: str
@@ -97,13 +97,13 @@ def compare(
     batch: int = 8,
     sequence: int = 128,
 ) -> Iterator[Comparison]:
-    """Train `ADAMW`, yardsticks and recipes on random tokens, for `steps` measured steps, on each number of ranks.
+    """Train `ADAMW`, baselines and recipes on random tokens, for `steps` measured steps, on each number of ranks.
 
-    `model` and `recipes` are names or TOML files, `against` names of yardsticks; one that is not installed, or cannot
+    `model` and `recipes` are names or TOML files, `against` names of baselines; one that is not installed, or cannot
     step the model's shards, is left out and named in `refused`. `batch` sequences of `sequence` tokens go to every
     rank every step. Each number of ranks has its own processes, started when its result is asked for. They talk NCCL
     where each has a GPU, else gloo, with the machine's cores divided among them. Raises ValueError at once for a
-    model, recipe or yardstick that there is not or that cannot be run, and for counts below 1.
+    model, recipe or baseline that there is not or that cannot be run, and for counts below 1.
     """
     sizes = {"steps": steps, "batch": batch, "sequence": sequence}
     for name, count in [*(("ranks", count) for count in ranks), *sizes.items()]:
@@ -112,7 +112,7 @@ def compare(
     if not ranks:
         raise ValueError("ranks is empty: give one number of processes or more")
     if unknown := sorted(set(against) - set(NAMES)):
-        raise ValueError(f"no yardstick {unknown[0]!r}: one of {', '.join(NAMES)}")
+        raise ValueError(f"no baseline {unknown[0]!r}: one of {', '.join(NAMES)}")
     # In seconds and in this process, where the message reaches the user, not as a traceback of some rank.
     plans = [(count, *_plan(model, recipes, against, count)) for count in ranks]
     return (_run(model, count, sizes, arms, refused) for count, arms, refused in plans)
@@ -120,7 +120,7 @@ def compare(
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """An arm to be run: a recipe, or a yardstick."""
+    """An arm to be run: a recipe, or a baseline."""
 
     name: str
     note: str
@@ -129,10 +129,10 @@ class _Plan:
 
 def _plan(model: str, recipes: Sequence[str], against: Sequence[str], ranks: int) -> tuple[list[_Plan], dict[str, str]]:
     """The arms, and why others cannot be run: decided here from shapes, so alike for all ranks."""
-    with pretend(model, "muon", mesh={"dp_shard": ranks}) as pretended:
+    with simulate(model, "muon", mesh={"dp_shard": ranks}) as pretended:
         refused = {name: reason for name in against if (reason := refusal(name, pretended.model, ranks))}
         arms = [
-            _Plan(name=name, note=describe_yardstick(name, pretended.model), recipe=False)
+            _Plan(name=name, note=describe_baseline(name, pretended.model), recipe=False)
             for name in (ADAMW, *against)
             if name not in refused
         ]
@@ -191,7 +191,7 @@ class _Arm:
         state = [value for optimizer in self.optimizers for held in optimizer.state.values() for value in held.values()]
         # What watches cannot look into compiled code, and torch.compile(fullgraph=True) would refuse to run.
         with torch.compiler.set_stance("force_eager"):
-            with Wire() as wire:
+            with CollectiveCounter() as wire:
                 self._update()
             peak = peak_bytes(self._update, device=self.device)
         return {
@@ -245,7 +245,7 @@ def _arm(plan: _Plan, name: str, mesh: DeviceMesh, device: torch.device) -> _Arm
     # Each rank draws its shards by itself: other seeds on other ranks, the same for every arm.
     torch.manual_seed(mesh.get_rank())
     model.init_weights()
-    optimizers = [build_optimizer(model, plan.name)] if plan.recipe else build_yardstick(plan.name, model)
+    optimizers = [build_optimizer(model, plan.name)] if plan.recipe else build_baseline(plan.name, model)
     return _Arm(name=plan.name, model=model, optimizers=[*optimizers], device=device)
 
 

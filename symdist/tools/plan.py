@@ -14,10 +14,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from symdist.diagnostics.memory import peak_bytes
-from symdist.exchange import Counting, Stack
-from symdist.exchange.planning.costs import ask_unit, units_of
+from symdist.exchange import CountingTransport, Stack
+from symdist.exchange.planning.costs import unit_cost, units_of
 from symdist.layouts import FlatLayout, Group, Layout
-from symdist.optimizer import WAVE_BYTES
+from symdist.optimizer import BUCKET_BYTES
 from symdist.routing.recipes import RecipeLike
 from symdist.rules.linalg.orthonormal import OPERATIONS
 from symdist.tools.models import active_parameters
@@ -151,8 +151,8 @@ def plan_step(
     zero: int | None = None,
     built: Mapping[str, Any] | None = None,
     machine: Machine | None = None,
-    wave_bytes: int = WAVE_BYTES,
-    exchange_dtype: torch.dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    communication_dtype: torch.dtype | None = None,
     alternatives: bool = False,
 ) -> StepPlan:
     """Run a step on meta tensors, as four to sixteen ranks of the mesh would, that with most work among them.
@@ -164,9 +164,15 @@ def plan_step(
     """
     machine = machine or Machine()
     with pretend_on(
-        model, recipe, mesh=mesh, zero=zero, built=built, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype
+        model,
+        recipe,
+        mesh=mesh,
+        zero=zero,
+        built=built,
+        bucket_bytes=bucket_bytes,
+        communication_dtype=communication_dtype,
     ) as pretended:
-        work = _by_rank(pretended, pretended.step(Counting()))
+        work = _by_rank(pretended, pretended.step(CountingTransport()))
         looked_at = _sample(work, most=_ranks_to_look_at(pretended))
         found = {rank: _costs(pretended, rank) for rank in looked_at}
         sender = max(found, key=lambda rank: (found[rank].sent, -rank))
@@ -197,7 +203,7 @@ def plan_step(
 
 
 def _costs(pretended: Pretended, rank: int, only: set[int] | None = None) -> Costs:
-    counting = Counting()
+    counting = CountingTransport()
     with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as flops:
         peak = peak_bytes(lambda: pretended.step(counting, rank=rank, only=only), device="meta")
     return Costs(sent=counting.sent, collectives=counting.collectives, flops=flops.get_total_flops(), peak_bytes=peak)
@@ -295,5 +301,5 @@ def _cells(layout: Layout | FlatLayout) -> int:
 
 
 def _unit_flops(stack: Stack) -> float:
-    asked = ask_unit(stack)
+    asked = unit_cost(stack)
     return asked.flops + asked.root_flops

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symdist.assignment import Routed, routed
-from symdist.exchange import Counting
+from symdist.assignment import Assignment, routed
+from symdist.exchange import CountingTransport
 from symdist.routing.recipes import RecipeLike
 from symdist.tools.simulate_flat import pretend_on
 
@@ -20,7 +20,7 @@ class Preview:
     `stacks` counts what runs as one, apart from the groups that PyTorch's AdamW steps where they lie.
     """
 
-    parameters: list[Routed]
+    parameters: list[Assignment]
     groups: int
     stacks: int
     collectives: int
@@ -41,7 +41,7 @@ def preview(
     group may be open. Raises ValueError for whatever `build`, `shard`, `route` and `SymDist` refuse.
     """
     with pretend_on(model, recipe, mesh=mesh, zero=zero, built=built) as pretended:
-        counting = Counting()
+        counting = CountingTransport()
         pretended.step(counting)
         where = pretended.plan.placements()
         found = {

@@ -231,13 +231,13 @@ def _flat(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _routing(runs: Sequence[Run]) -> str:
-    from symdist.assignment import Routed
+    from symdist.assignment import Assignment
     from symdist.tools.preview import Preview
 
     def told(run: Run) -> str:
         if not run.routing:
             return ""
-        parameters = [Routed(**{**row, "shape": tuple(row["shape"])}) for row in run.routing]
+        parameters = [Assignment(**{**row, "shape": tuple(row["shape"])}) for row in run.routing]
         # The table that `symdist route` shows, so that both fold and word alike.
         shown = Preview(parameters=parameters, groups=0, stacks=0, collectives=0, sent=0)
         table = route_table(shown, title="", fold=True)

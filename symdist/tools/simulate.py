@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from symdist.exchange import Counting, FlatJob, Job, Plan, rehearse
+from symdist.exchange import CountingTransport, FlatJob, Job, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS, ranks_that_agree
 from symdist.layouts import Group, Layout
-from symdist.optimizer import WAVE_BYTES
-from symdist.param_groups import Member, complete_group, describe_member, place_members
+from symdist.optimizer import BUCKET_BYTES
+from symdist.param_groups import ParamSpec, describe_member, place_members, with_defaults
 from symdist.routing.recipes import RecipeLike
 from symdist.routing.route import route
 from symdist.tools.models import build, shard
@@ -34,7 +34,7 @@ class Pretended:
     model: nn.Module
     mesh: Mapping[str, int]
     groups: list[dict[str, Any]]
-    members: list[Member]
+    members: list[ParamSpec]
     plan: Plan
     _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
     _sets: dict[tuple[int, ...], frozenset[int]] = field(default_factory=dict, repr=False)
@@ -71,7 +71,9 @@ class Pretended:
     def _members_of(self, group: Group) -> frozenset[int]:
         return self._sets.setdefault(group.ranks, frozenset(group.ranks))
 
-    def step(self, counting: Counting, *, rank: int = 0, only: set[int] | None = None) -> dict[Group, list[float]]:
+    def step(
+        self, counting: CountingTransport, *, rank: int = 0, only: set[int] | None = None
+    ) -> dict[Group, list[float]]:
         """Run the jobs of a step, of the parameters `only`, on meta tensors, as `rank` would; `counting` notes it.
 
         All the arithmetic and every collective of `SymDist.step`, but for what costs nothing elsewhere: gradients are
@@ -81,7 +83,7 @@ class Pretended:
         world = ranks_that_agree(parameters, [])
         if only is None and world is not None and world.size > 1:
             counting.all_reduce(torch.empty(FLAGS, device="meta"), group=world)
-        return rehearse(self.plan, counting, change=lambda job: self._of(job, rank, only))
+        return dry_run(self.plan, counting, change=lambda job: self._of(job, rank, only))
 
     def _of(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Job | None:
         """What of a job is of the parameters `only`, as a rank sees it."""
@@ -100,14 +102,14 @@ class Pretended:
 
 
 @contextmanager
-def pretend(
+def simulate(
     model: str | Path,
     recipe: RecipeLike,
     *,
     mesh: Mapping[str, int],
     built: Mapping[str, Any] | None = None,
-    wave_bytes: int = WAVE_BYTES,
-    exchange_dtype: torch.dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    communication_dtype: torch.dtype | None = None,
 ) -> Iterator[Pretended]:
     """Shard a model over a mesh, as `symdist.tools.models.shard` does, and route it; nothing is materialised.
 
@@ -125,13 +127,13 @@ def pretend(
     try:
         grid = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
         sharded = shard(build(model, device="meta", **(built or {})), grid, layouts_only=True)
-        groups = [complete_group(group) for group in route(sharded, recipe)]
+        groups = [with_defaults(group) for group in route(sharded, recipe)]
         members = [
             describe_member(parameter, name=name, index=i, group=group)
             for i, group in enumerate(groups)
             for name, parameter in zip(group["names"], group["params"], strict=True)
         ]
-        plan = place_members(members, wave_bytes=wave_bytes, exchange_dtype=exchange_dtype)
+        plan = place_members(members, bucket_bytes=bucket_bytes, communication_dtype=communication_dtype)
         yield Pretended(model=sharded, mesh=dict(mesh), groups=groups, members=members, plan=plan)
     finally:
         dist.destroy_process_group()

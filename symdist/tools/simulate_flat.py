@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from symdist.exchange import Counting, FlatJob, Job, Plan, rehearse
+from symdist.exchange import CountingTransport, FlatJob, Job, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS
 from symdist.layouts import Group
 from symdist.layouts.flat import flat_bounds, flat_vector
-from symdist.optimizer import WAVE_BYTES
-from symdist.param_groups import Member, complete_group, describe_member, flat_parts, place_members
+from symdist.optimizer import BUCKET_BYTES
+from symdist.param_groups import ParamSpec, describe_member, flat_parts, place_members, with_defaults
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 from symdist.routing.route import route
 from symdist.tools.models import build
-from symdist.tools.simulate import Pretended, pretend
+from symdist.tools.simulate import Pretended, simulate
 
 # DeepSpeed pads a group of parameters to a multiple of this, a rank.
 _ALIGN = 2
@@ -34,14 +34,14 @@ class PretendedFlat(Pretended):
     stage: int
     bounds: Mapping[str, tuple[int, ...]]
     """Of each parameter, by name: where the ranks' runs of it meet."""
-    wave_bytes: int
-    exchange_dtype: torch.dtype | None
+    bucket_bytes: int
+    communication_dtype: torch.dtype | None
 
     def place_in(self, group: Group, rank: int) -> int:
         """All ranks are in one group, in order."""
         return rank
 
-    def seen_by(self, rank: int) -> tuple[list[Member], Plan]:
+    def seen_by(self, rank: int) -> tuple[list[ParamSpec], Plan]:
         """The members and the plan of a rank."""
         ranks = Group(ranks=tuple(range(self.ranks)), index=rank)
         members = []
@@ -51,15 +51,19 @@ class PretendedFlat(Pretended):
                 for its_name, layout, _ in parts:
                     piece = torch.empty(layout.local_shape, device="meta", requires_grad=True)
                     members.append(describe_member(piece, name=its_name, index=i, group=group, layout=layout))
-        return members, place_members(members, wave_bytes=self.wave_bytes, exchange_dtype=self.exchange_dtype)
+        return members, place_members(
+            members, bucket_bytes=self.bucket_bytes, communication_dtype=self.communication_dtype
+        )
 
-    def step(self, counting: Counting, *, rank: int = 0, only: set[int] | None = None) -> dict[Group, list[float]]:
+    def step(
+        self, counting: CountingTransport, *, rank: int = 0, only: set[int] | None = None
+    ) -> dict[Group, list[float]]:
         """See `Pretended.step`; in ZeRO all ranks agree on whether gradients are finite, and nothing is in parts."""
         plan = self.plan if rank == 0 else self.seen_by(rank)[1]
         if only is None and self.ranks > 1:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
             counting.all_reduce(torch.empty(FLAGS, device="meta"), group=everyone)
-        return rehearse(plan, counting, change=lambda job: _of(job, only))
+        return dry_run(plan, counting, change=lambda job: _of(job, only))
 
 
 def _of(job: Job | FlatJob, only: set[int] | None) -> FlatJob | None:
@@ -80,15 +84,15 @@ def _of(job: Job | FlatJob, only: set[int] | None) -> FlatJob | None:
 
 
 @contextmanager
-def pretend_flat(
+def simulate_flat(
     model: str | Path | nn.Module,
     recipe: RecipeLike,
     *,
     stage: int,
     ranks: int,
     built: Mapping[str, Any] | None = None,
-    wave_bytes: int = WAVE_BYTES,
-    exchange_dtype: torch.dtype | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    communication_dtype: torch.dtype | None = None,
 ) -> Iterator[PretendedFlat]:
     """Partition a model as ZeRO does at a stage, and route it; nothing is materialised.
 
@@ -101,7 +105,7 @@ def pretend_flat(
         raise ValueError(f"zero={stage} is not a stage that partitions anything; there are 1, 2 and 3")
     loaded = load_recipe(recipe)
     made = model if isinstance(model, nn.Module) else build(model, device="meta", **(built or {}))
-    routed = [complete_group(group) for group in route(made, loaded)]
+    routed = [with_defaults(group) for group in route(made, loaded)]
     kinds = list(dict.fromkeys(loaded.kind_of(group["role"], group["rule"]) for group in routed))
     # As an engine takes them: one vector after another.
     groups = sorted(routed, key=lambda group: kinds.index(loaded.kind_of(group["role"], group["rule"])))
@@ -113,8 +117,8 @@ def pretend_flat(
         plan=Plan(local=[], waves=[]),
         stage=stage,
         bounds=_bounds(made, groups, loaded, stage=stage, ranks=ranks),
-        wave_bytes=wave_bytes,
-        exchange_dtype=exchange_dtype,
+        bucket_bytes=bucket_bytes,
+        communication_dtype=communication_dtype,
     )
     members, plan = found.seen_by(0)
     yield dataclasses.replace(found, members=members, plan=plan)
@@ -123,12 +127,12 @@ def pretend_flat(
 def pretend_on(
     model: str | Path, recipe: RecipeLike, *, mesh: Mapping[str, int], zero: int | None, **options: Any
 ) -> AbstractContextManager[Pretended]:
-    """`pretend` on a mesh, or with `zero` `pretend_flat` at that stage, over a mesh of `dp_shard` alone."""
+    """`simulate` on a mesh, or with `zero` `simulate_flat` at that stage, over a mesh of `dp_shard` alone."""
     if zero is None:
-        return pretend(model, recipe, mesh=mesh, **options)
+        return simulate(model, recipe, mesh=mesh, **options)
     if set(mesh) != {"dp_shard"}:
         raise ValueError(f"ZeRO partitions over data parallelism alone: mesh is {dict(mesh)}, give dp=… only")
-    return pretend_flat(model, recipe, stage=zero, ranks=mesh["dp_shard"], **options)
+    return simulate_flat(model, recipe, stage=zero, ranks=mesh["dp_shard"], **options)
 
 
 def _bounds(

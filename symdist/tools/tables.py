@@ -8,7 +8,7 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
-from symdist.assignment import Routed
+from symdist.assignment import Assignment
 from symdist.tools.compare import Comparison
 from symdist.tools.preview import Preview
 
@@ -100,7 +100,7 @@ def in_bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _route_row(parameter: Routed, *, fold: bool) -> tuple[str, ...]:
+def _route_row(parameter: Assignment, *, fold: bool) -> tuple[str, ...]:
     name = re.sub(r"(?<=\.)\d+(?=\.)", "*", parameter.name) if fold else parameter.name
     return (
         name,

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import build_optimizer
 from symdist.diagnostics import StepMonitor
-from symdist.exchange import Collectives, ExchangeError
+from symdist.exchange import ExchangeError, TorchTransport
 from symdist.exchange.collectives.transport import Handle
 from symdist.layouts import Group
 from symdist.tools.models import shard
@@ -50,7 +50,7 @@ def measured(world: DeviceMesh, shape: Mesh, recipe: Any) -> dict[str, float]:
 
 def waited_for(world: DeviceMesh, recipe: Any) -> list[str]:
     """What a rank says of its step while the other stands still in an all_to_all until it has said so."""
-    transport = _Late() if world.get_rank() == 1 else Collectives()
+    transport = _Late() if world.get_rank() == 1 else TorchTransport()
     _, optimizer = prepared(recipe, mesh_over(world, {"dp_shard": 2}), transport=transport)
     store = dist.distributed_c10d._get_default_store()
     seen: list[str] = []
@@ -85,7 +85,7 @@ def broken_off(world: DeviceMesh, recipe: Any) -> str:
     return "nothing"
 
 
-class _Late(Collectives):
+class _Late(TorchTransport):
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: list[int], sent: list[int], group: Group) -> Handle:
         dist.distributed_c10d._get_default_store().wait(["symdist/test/seen"])
         return super().all_to_all(out, buffer, received=received, sent=sent, group=group)
@@ -100,7 +100,7 @@ class _Lost:
         raise RuntimeError("connection closed by peer")
 
 
-class _Broken(Collectives):
+class _Broken(TorchTransport):
     def prepare(self, groups: Iterable[Group]) -> None:
         super().prepare(groups)
 

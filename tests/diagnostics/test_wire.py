@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from symdist.diagnostics import collective_counter
-from symdist.diagnostics.collective_counter import Passed, Wire
-from symdist.exchange import Collectives, Counting
+from symdist.diagnostics.collective_counter import CollectiveCounter, Passed
+from symdist.exchange import CountingTransport, TorchTransport
 from symdist.layouts import Group
 from tests.ranks import Ranks
 
@@ -147,7 +147,7 @@ CASES: dict[str, tuple[Callable[..., None], Callable[[int, int], list[tuple[str,
 
 
 def watched(mesh: DeviceMesh, case: str) -> Noted:
-    with Wire() as seen:
+    with CollectiveCounter() as seen:
         CASES[case][0](mesh.get_group(), mesh.get_local_rank(), mesh.size())
     assert seen.collectives == len(seen.log)
     assert seen.sent == sum(passed.sent for passed in seen.log)
@@ -170,7 +170,7 @@ def in_pairs(mesh: DeviceMesh) -> Noted:
     pairs = {(1, 2): dist.new_group([1, 2]), (0, 3): dist.new_group([0, 3])}
     (mine,) = (pair for pair in pairs if rank in pair)
     splits = [4, 1] if rank == mine[0] else [1, 4]
-    with Wire() as seen:
+    with CollectiveCounter() as seen:
         dist.broadcast(torch.ones(12), src=mine[1], group=pairs[mine])
         dist.all_to_all_single(torch.empty(5), torch.ones(5), splits, splits, group=pairs[mine])
     return noted(seen.log)
@@ -187,10 +187,10 @@ def test_a_rank_is_counted_by_its_place_in_the_group(ranks: Ranks) -> None:
 def beside_the_counting_transport(mesh: DeviceMesh) -> tuple[Noted, Noted]:
     size, index = mesh.size(), mesh.get_local_rank()
     group = Group(ranks=tuple(range(size)), index=index, handle=mesh.get_group())
-    transport = Counting(inner=Collectives())
+    transport = CountingTransport(inner=TorchTransport())
     sent, received = uneven(index, size), [uneven(other, size)[index] for other in range(size)]
     buffer = torch.ones(12)
-    with Wire() as seen:
+    with CollectiveCounter() as seen:
         transport.all_reduce(buffer, group=group).wait()
         transport.reduce_scatter(torch.empty(12 // size), buffer, group=group).wait()
         transport.all_gather(torch.empty(12 * size), buffer, group=group).wait()
@@ -214,7 +214,7 @@ def test_every_collective_of_this_pytorch_is_known() -> None:
 
 
 def test_what_is_not_known_is_refused_before_it_runs() -> None:
-    with Wire() as seen, pytest.raises(RuntimeError, match=r"cannot count symm_mem::one_shot_all_reduce"):
+    with CollectiveCounter() as seen, pytest.raises(RuntimeError, match=r"cannot count symm_mem::one_shot_all_reduce"):
         torch.ops.symm_mem.one_shot_all_reduce(torch.ones(2), "sum", "0")
     assert seen.log == []
 
@@ -222,7 +222,7 @@ def test_what_is_not_known_is_refused_before_it_runs() -> None:
 def test_a_fake_tensor_moves_nothing() -> None:
     with FakeTensorMode():
         fake: Tensor = torch.ones(4)
-    with Wire() as seen:
+    with CollectiveCounter() as seen:
         assert (fake + fake).shape == (4,)
     assert seen.log == []
 
@@ -232,7 +232,7 @@ def test_it_takes_up_where_it_left_off(ranks: Ranks) -> None:
 
 
 def opened_twice(mesh: DeviceMesh) -> tuple[int, int, int]:
-    seen, counts = Wire(), []
+    seen, counts = CollectiveCounter(), []
     for watching in (True, False, True):
         if watching:
             with seen:
@@ -245,7 +245,7 @@ def opened_twice(mesh: DeviceMesh) -> tuple[int, int, int]:
 
 def test_parameters_are_tensors_like_any_other() -> None:
     weight, other = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(3))
-    with Wire() as wire:
+    with CollectiveCounter() as wire:
         weight.data = other.data
         weight.detach().add_(1)
     assert weight.tolist() == [2.0, 2.0, 2.0]

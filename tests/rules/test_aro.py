@@ -165,7 +165,7 @@ def test_a_rotation_stays_one(base: str, share: str) -> None:
     names = ("layers.0.o", "layers.0.down", "layers.1.q")
     roles = ("attention_o", "mlp_down", "attention_q")
     groups = [
-        {"params": [(name, weight)], "role": role, "view": "columns" if role == "attention_q" else "rows"}
+        {"params": [(name, weight)], "role": role, "view": "transposed" if role == "attention_q" else "as_stored"}
         for name, role, weight in zip(names, roles, weights, strict=True)
     ]
     optimizer = SymDist([{"rule": "aro", "base": base, "share": share, "lr": 1e-3, **group} for group in groups])

@@ -97,12 +97,12 @@ def angle(a: Tensor, b: Tensor) -> float:
     return float((a / a.norm() - b / b.norm()).norm())
 
 
-@pytest.mark.parametrize("view", ["rows", "columns"])
+@pytest.mark.parametrize("view", ["as_stored", "transposed"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", EVERY)
 def test_rows_permute_and_columns_rotate(name: str, shape: tuple[int, int], view: str) -> None:
     g, p, q = normal(*shape), permutation(shape[0]), rotation(shape[1])
-    turn = (lambda x: x.mT.contiguous()) if view == "columns" else (lambda x: x)
+    turn = (lambda x: x.mT.contiguous()) if view == "transposed" else (lambda x: x)
     update = turn(step(turn(g), view=view, **EVERY[name]))
     assert angle(update, g) > 0.01
     assert distance(turn(step(turn(p @ g @ q), view=view, **EVERY[name])), p @ update @ q) < 1e-7
@@ -180,18 +180,20 @@ def test_experts_permute_and_do_not_touch_each_other(name: str) -> None:
     assert angle(changed[1], update[1]) > 0.1
 
 
-@pytest.mark.parametrize("view", ["rows", "columns", "gate_up_stacked"])
+@pytest.mark.parametrize("view", ["as_stored", "transposed", "gate_up_stacked"])
 @pytest.mark.parametrize("name", CENTERED)
 def test_centred_rules_ignore_the_gauge(name: str, view: str) -> None:
     g, options = normal(8, 6), CENTERED[name] | {"view": view}
     shift = {
-        "rows": 10 * normal(1, 6, seed=4),
-        "columns": 10 * normal(8, 1, seed=4),
+        "as_stored": 10 * normal(1, 6, seed=4),
+        "transposed": 10 * normal(8, 1, seed=4),
         "gate_up_stacked": 10 * normal(2, 6, seed=4).repeat_interleave(4, dim=0),
     }[view]
     update = step(g, **options)
     assert distance(step(g + shift, **options), update) < 1e-7
-    sums = {"rows": update.sum(0), "columns": update.sum(1), "gate_up_stacked": update.view(2, 4, 6).sum(1)}[view]
+    sums = {"as_stored": update.sum(0), "transposed": update.sum(1), "gate_up_stacked": update.view(2, 4, 6).sum(1)}[
+        view
+    ]
     assert sums.abs().max() < 1e-12
     assert distance(step(g + shift, **options | {"centered": False}), update) > 0.1
 
@@ -217,8 +219,8 @@ def test_padding_takes_no_part(name: str) -> None:
 def test_padding_takes_no_part_as_columns(options: Options) -> None:
     """A vocabulary's rows are columns where its rule has the other side for rows."""
     g = normal(17, 5)
-    update = step(g, padding_rows=3, view="columns", **options)
-    assert distance(update[:14], step(g[:14], view="columns", **options)) < 1e-9
+    update = step(g, padding_rows=3, view="transposed", **options)
+    assert distance(update[:14], step(g[:14], view="transposed", **options)) < 1e-9
     assert not update[14:].any()
 
 
@@ -228,7 +230,7 @@ def test_padding_takes_no_part_as_columns(options: Options) -> None:
     "options",
     [
         RIGHT,
-        LEFT | {"view": "columns"},
+        LEFT | {"view": "transposed"},
         POLAR | {"centered": True},
         POLAR | {"method": "newton_schulz"},
         POLAR | RATIO,

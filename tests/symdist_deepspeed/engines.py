@@ -90,8 +90,8 @@ def weight(name: str, case: str) -> Tensor:
 
 def gradient(name: str, case: str, step: int) -> Tensor:
     given = draw(f"{name} {case} gradient {step}", CASES[case][0])
-    if CASES[case][1].get("stale_rows") == "hold" and step:
-        (given.mT if CASES[case][1].get("view") == "columns" else given)[1::3] = 0
+    if CASES[case][1].get("skip_zero_grad_rows") and step:
+        (given.mT if CASES[case][1].get("view") == "transposed" else given)[1::3] = 0
     return given
 
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from symdist.exchange import Counting
+from symdist.exchange import CountingTransport
 from symdist.tools.models import build
 from tests.symdist_deepspeed.engines import Config, connect, engine_of, over_ranks
 
@@ -94,7 +94,7 @@ def counted(mesh: DeviceMesh, settings: Config) -> list[tuple[str, int, float]]:
     engine = engine_of(model(), settings)
     train(engine, range(1))
     optimizer = engine.basic_optimizer.symdist
-    counting = Counting(inner=optimizer.transport)
+    counting = CountingTransport(inner=optimizer.transport)
     optimizer.transport = counting
     train(engine, range(1, 2))
     engine.destroy()

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
-from symdist.exchange import Counting
-from symdist.tools.simulate_flat import pretend_flat
+from symdist.exchange import CountingTransport
+from symdist.tools.simulate_flat import simulate_flat
 from tests.ranks import Ranks
 from tests.symdist_deepspeed import language
 
@@ -16,9 +16,9 @@ Worlds = Callable[[int], Ranks]
 @pytest.mark.parametrize(("stage", "world"), [(1, 3), (2, 4), (3, 2), (3, 3)])
 def test_the_plan_is_what_is_sent(worlds: Worlds, stage: int, world: int, recipe: str) -> None:
     results = worlds(world).run(world, language.counted, language.config(stage, recipe))
-    with pretend_flat(language.meta_model(), recipe, stage=stage, ranks=world) as pretended:
+    with simulate_flat(language.meta_model(), recipe, stage=stage, ranks=world) as pretended:
         for rank, log in enumerate(results):
-            planned = Counting()
+            planned = CountingTransport()
             pretended.step(planned, rank=rank)
             assert [(moved.kind, moved.size, moved.sent) for moved in planned.log] == log
     assert all(log for log in results)

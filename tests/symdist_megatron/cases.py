@@ -23,9 +23,9 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (MUON, ROW | {"view": "neurons", "weight_decay": 0.1}, LEFT | {"centered": True}),
     (POLAR | {"alpha": 1.0}, HYBRID | {"view": "neurons"}, HYBRID | {"centered": True, "alpha": 1.0}),
     (RIGHT | {"weight_decay": 0.1}, RIGHT | {"scale": "nuclear_over_frobenius", "alpha": 0.5}, RIGHT),
-    (LEFT, LEFT | {"view": "columns"}, ROW | {"stale_rows": "hold"}),
+    (LEFT, LEFT | {"view": "transposed"}, ROW | {"skip_zero_grad_rows": True}),
     (ROW, ROW, ADAMW),
-    (ROW | {"view": "columns", "centered": True}, ROW | {"view": "columns"}, POLAR | {"method": "exact"}),
+    (ROW | {"view": "transposed", "centered": True}, ROW | {"view": "transposed"}, POLAR | {"method": "exact"}),
     (HYBRID | {"alpha": 1.0}, HYBRID | {"order": "polar_then_row", "centered": True}, MUON),
     (ADAMW | {"weight_decay": 0.1}, ADAMW, HYBRID | {"order": "polar_then_row"}),
     (
@@ -34,10 +34,14 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         LEFT | {"alpha": 1.0},
     ),
     (RIGHT | {"view": "heads", "centered": True}, POLAR | {"method": "newton_schulz", "steps": 20}, POLAR),
-    (ROW | {"stale_rows": "hold"}, ROW | {"view": "neurons", "stale_rows": "hold"}, ROW | {"view": "columns"}),
+    (
+        ROW | {"skip_zero_grad_rows": True},
+        ROW | {"view": "neurons", "skip_zero_grad_rows": True},
+        ROW | {"view": "transposed"},
+    ),
     (ARO | {"weight_decay": 0.1}, ARO | {"base": "row_norm"}, NORMUON),
     (
-        NORMUON | {"view": "heads", "weight_decay": 0.1, "cautious_decay": True},
+        NORMUON | {"view": "heads", "weight_decay": 0.1, "cautious_weight_decay": True},
         AURORA,
         SCION | {"norm": "row", "radius": 3.0},
     ),

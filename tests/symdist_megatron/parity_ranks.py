@@ -46,33 +46,33 @@ def _options(name: str, how: How, case: int) -> dict[str, Any]:
 
 def matrices(name: str, full: Tensor, options: dict[str, Any], how: How) -> list[tuple[Tensor, Any]]:
     """The matrices of a full weight as its rule sees them, `[out, in]`, and their views; changes show in `full`."""
-    view = options.get("view", "rows")
+    view = options.get("view", "as_stored")
     if view == "residual":
         # Of [out, in]: what writes to the stream has it as rows, what reads from it as columns.
-        view = "rows" if any(part in name for part in ("linear_proj", "linear_fc2", "weight2")) else "columns"
+        view = "as_stored" if any(part in name for part in ("linear_proj", "linear_fc2", "weight2")) else "transposed"
         if "experts.weight" in name:
             return [pair for each in full for pair in _of_mlp(name, each.mT, view)]
     if "linear_qkv" in name:
         queries = how.heads // how.groups
         each = full.view(how.groups, (queries + 2) * how.kv_channels, how.hidden)
         if view == "groups":
-            return [(part, "rows") for part in each]
+            return [(part, "as_stored") for part in each]
         cuts = [queries * how.kv_channels, how.kv_channels, how.kv_channels]
         if view == "heads":
-            return [(part, "rows") for part in full.view(-1, how.kv_channels, how.hidden)]
+            return [(part, "as_stored") for part in full.view(-1, how.kv_channels, how.hidden)]
         return [(part, view) for part in each.split(cuts, 1)]
     if "linear_proj" in name and view in ("heads", "groups"):
-        heads = {"heads": how.heads, "dim": 1} if view == "heads" else "rows"
+        heads = {"heads": how.heads, "dim": 1} if view == "heads" else "as_stored"
         return [(full, heads)]
     if "experts.weight" in name:
         # They are stored [in, out]: whose columns are asked for are the rows here.
-        return [pair for each in full for pair in _of_mlp(name, each.mT, "rows" if view == "columns" else view)]
+        return [pair for each in full for pair in _of_mlp(name, each.mT, "as_stored" if view == "transposed" else view)]
     if "linear_fc" not in name:
         return [(full, view)]
     # Gate and up of a dense MLP are two matrices, as where they are not fused.
     apart = ".experts." not in name and "linear_fc1" in name and view != "neurons"
     return (
-        [pair for half in full.chunk(2) for pair in [(half, "rows" if view == "apart" else view)]]
+        [pair for half in full.chunk(2) for pair in [(half, "as_stored" if view == "apart" else view)]]
         if apart
         else _of_mlp(name, full, view)
     )
@@ -81,9 +81,9 @@ def matrices(name: str, full: Tensor, options: dict[str, Any], how: How) -> list
 def _of_mlp(name: str, full: Tensor, view: str) -> list[tuple[Tensor, Any]]:
     up = "linear_fc1" in name or "weight1" in name
     if view == "neurons":
-        return [(full, "gate_up_stacked" if up else "columns")]
+        return [(full, "gate_up_stacked" if up else "transposed")]
     if view == "apart":
-        return [(half, "rows") for half in full.chunk(2)] if up else [(full, "rows")]
+        return [(half, "as_stored") for half in full.chunk(2)] if up else [(full, "as_stored")]
     return [(full, view)]
 
 
@@ -94,7 +94,7 @@ def alone(shapes: dict[str, tuple[int, ...]], how: How, case: int, *, vocabulary
     slots: list[tuple[str, Tensor, nn.Parameter, list[Tensor]]] = []
     for name, full in found.items():
         role, options = role_of(name, how), _options(name, how, case)
-        hold = options.get("stale_rows") == "hold"
+        hold = bool(options.get("skip_zero_grad_rows"))
         gradients = [gradient(name, shapes[name], step, hold=hold) for step in range(STEPS)]
         # Of a vocabulary that is filled up the real rows alone, as if there were no others.
         real = slice(vocabulary if role in ("embedding", "head", "tied_embedding") else None)
@@ -145,7 +145,7 @@ def stepped(
             )
             for step in range(STEPS):
                 for name, parameter, shape in known:
-                    hold = _options(name, how, case).get("stale_rows") == "hold"
+                    hold = _options(name, how, case).get("skip_zero_grad_rows")
                     full = gradient(name, shape, step, hold=hold)
                     parameter.main_grad.copy_(part_of(name, full, config).reshape(parameter.shape))
                 success, _, _ = optimizer.step()

@@ -137,7 +137,7 @@ def test_the_command_line(worlds: Worlds) -> None:
             "overrides": {"router": {"rule": "left_spectral"}, "head": {"lr": 0.1}},
             "vocabulary": 37,
             "nonfinite": "raise",
-            "exchange_dtype": None,
+            "communication_dtype": None,
         },
     }
     (found,) = worlds(1).run(1, RANKS + "command_line", ["--optimizer", "symdist"])

@@ -7,7 +7,7 @@ from tests.symdist_megatron.models import build, optimizer_config, parameters
 
 from torch.distributed.device_mesh import DeviceMesh
 
-from symdist.diagnostics.collective_counter import Wire
+from symdist.diagnostics.collective_counter import CollectiveCounter
 from symdist_megatron import get_symdist_optimizer
 
 Log = list[tuple[str, int, float]]
@@ -19,9 +19,9 @@ def counted(mesh: DeviceMesh, how: How, recipe: Any, options: dict[str, Any]) ->
     optimizer = get_symdist_optimizer(optimizer_config(how), chunks, recipe=recipe, **options)
     for _, parameter, _ in parameters(chunks, config):
         parameter.main_grad.normal_()
-    planned = optimizer.rehearse()
+    planned = optimizer.trace_collectives()
     optimizer.prepare_grads()
-    with Wire() as wire:
+    with CollectiveCounter() as wire:
         optimizer.whole.step()
     return (
         [(moved.kind, moved.size, moved.sent) for moved in planned.log],

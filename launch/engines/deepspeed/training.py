@@ -32,7 +32,7 @@ from launch.engines.deepspeed.checkpoint import JOB, rng_file
 from launch.engines.deepspeed.config import TYPE, DeepSpeedRun, loads_universal, precision, zero_stage
 from launch.loop.schedules import build_scheduler
 from launch.loop.training import Training
-from launch.runtime.agreement import together
+from launch.runtime.agreement import on_all_ranks
 from launch.runtime.distributed import Ranks
 from launch.runtime.watchdog import Watchdog
 from symdist.routing.recipes import Recipe
@@ -170,7 +170,7 @@ class DeepSpeedTraining(Training):
             )
 
         failed = f"cannot read {path}"
-        job = together(checked, failed, CHOOSE)
+        job = on_all_ranks(checked, failed, CHOOSE)
         loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {path}; choose another checkpoint")
@@ -191,7 +191,7 @@ class DeepSpeedTraining(Training):
                 return describe_files(files[rank::world])
 
             self._write(writing, job, failed, remedy)
-            return together(describe_share, failed, remedy)
+            return on_all_ranks(describe_share, failed, remedy)
 
         return publish_together(
             self.checkpoints,
@@ -236,7 +236,7 @@ class DeepSpeedTraining(Training):
             )
         finally:
             del engine.save
-        together(own_part, failed, remedy)
+        on_all_ranks(own_part, failed, remedy)
 
     def _summary(self, measures: dict[str, float]) -> dict[str, Any]:
         symmetric = self.optimizer_type == TYPE

@@ -28,7 +28,7 @@ from launch.checkpoints.directory import (
     write_json,
 )
 from launch.checkpoints.publish import publish_together
-from launch.runtime.agreement import together, with_dcp
+from launch.runtime.agreement import on_all_ranks, with_dcp
 
 # In this form the state of a distributed optimizer can be read at another number of data-parallel ranks.
 _FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -67,7 +67,7 @@ def save(
         state = _state(model, optimizer, loading=False)
         with _noting_failures() as failures:
             _with_megatron(lambda: dist_checkpointing.save(state, str(writing)), failed, remedy)
-        return together(describe_own, failed, remedy)
+        return on_all_ranks(describe_own, failed, remedy)
 
     return publish_together(directory, step, write, identity=identity, keep=keep, keep_every=keep_every)
 
@@ -84,7 +84,7 @@ def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any]) ->
         verify(path, identity=identity, rank=dist.get_rank(), world=dist.get_world_size())
         return json.loads((path / _JOB).read_text())
 
-    job = together(read_job, failed, CHOOSE)
+    job = on_all_ranks(read_job, failed, CHOOSE)
     loaded: dict[str, Any] = {}
 
     def read() -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.exchange.collectives.redistribution import Return, Ship
+from symdist.exchange.collectives.redistribution import Gather, Scatter
 from symdist.exchange.collectives.transport import Transport
 from symdist.layouts import Group
 
 
 def answer_ships(
-    requests: Sequence[Ship], *, group: Group, transport: Transport
+    requests: Sequence[Gather], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[Tensor]]]:
     """Every rank receives the pieces of what it owns and puts them together."""
     likes = [request.like for request in requests]
@@ -38,7 +38,7 @@ def answer_ships(
 
 
 def answer_returns(
-    requests: Sequence[Return], *, group: Group, transport: Transport
+    requests: Sequence[Scatter], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[list[Tensor]]]]:
     """Every owner cuts what it made and sends each rank its piece."""
     likes = [request.like for request in requests]

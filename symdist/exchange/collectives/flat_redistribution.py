@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from symdist.layouts import Group
-from symdist.layouts.flat import Run
+from symdist.layouts.flat import Range
 
 
-class RunRoute:
+class FlatRedistribution:
     """The way of some matrices from the runs that ranks hold to the runs they want, and back.
 
     `have` and `want` list, for each matrix, who has and who wants what of it. What a rank keeps stays where it is.
     """
 
-    def __init__(self, group: Group, *, have: Sequence[tuple[Run, ...]], want: Sequence[tuple[Run, ...]]):
+    def __init__(self, group: Group, *, have: Sequence[tuple[Range, ...]], want: Sequence[tuple[Range, ...]]):
         me = group.index
         self.held = [_of(runs, me) for runs in have]
         self.wanted = [_of(runs, me) for runs in want]
@@ -101,12 +101,12 @@ def _length(part: slice) -> int:
     return part.stop - part.start
 
 
-def _of(runs: tuple[Run, ...], rank: int) -> tuple[int, int]:
+def _of(runs: tuple[Range, ...], rank: int) -> tuple[int, int]:
     """The run of a rank; nothing where it has none."""
     return next(((start, stop) for holder, start, stop in runs if holder == rank), (0, 0))
 
 
-def _within(runs: tuple[Run, ...], span: tuple[int, int]) -> list[Run]:
+def _within(runs: tuple[Range, ...], span: tuple[int, int]) -> list[Range]:
     """What others have of a span."""
     start, stop = span
     if start == stop:
@@ -121,6 +121,6 @@ def _within(runs: tuple[Run, ...], span: tuple[int, int]) -> list[Run]:
     return found
 
 
-def owned_by(rank: int, shape: Sequence[int]) -> tuple[Run, ...]:
+def owned_by(rank: int, shape: Sequence[int]) -> tuple[Range, ...]:
     """The whole of a matrix at one rank."""
     return ((rank, 0, math.prod(shape)),)

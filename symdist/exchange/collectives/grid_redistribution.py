@@ -33,7 +33,7 @@ class _Block:
     """Ranks that hold pieces of them, by group index, within one copy of the weight."""
 
 
-class Route:
+class GridRedistribution:
     """The way of `count` parameters of one layout to their owners and back.
 
     A unit is what is owned as one: a parameter, or an expert of it. `owners` has the group index of the owner of every

@@ -14,14 +14,14 @@ class ExchangeError(RuntimeError):
 
 
 @dataclass(eq=False, kw_only=True)
-class Mark:
+class PendingCollective:
     """A collective that was started; `done` tells without waiting whether it is over."""
 
     text: str
     done: Callable[[], bool]
 
 
-class Trail:
+class StepProgress:
     """Notes what a step has under way, for whoever must say where a hung one stands: another thread may read it."""
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Trail:
         """The wave that is being computed, from 1; 0 outside of them."""
         self.before = ""
         """What a step is at before its waves."""
-        self._marks: list[Mark] = []
+        self._marks: list[PendingCollective] = []
 
     def begin(self, waves: int) -> None:
         """A step of so many waves begins; what is known of the one before is forgotten."""
@@ -40,14 +40,14 @@ class Trail:
         """The step has issued all its work."""
         self.wave = 0
 
-    def started(self, wave: int, kind: str, group: Group, names: Sequence[str], handle: Handle) -> Mark:
+    def started(self, wave: int, kind: str, group: Group, names: Sequence[str], handle: Handle) -> PendingCollective:
         """A collective was started."""
         text = f"wave {wave} of {self.waves}, {kind} over {_ranks(group)} for {_named(names)}"
-        mark = Mark(text=text, done=getattr(handle, "is_completed", lambda: True))
+        mark = PendingCollective(text=text, done=getattr(handle, "is_completed", lambda: True))
         self._marks.append(mark)
         return mark
 
-    def waited(self, mark: Mark, device: torch.device) -> None:
+    def waited(self, mark: PendingCollective, device: torch.device) -> None:
         """A wait for it has returned, which on a GPU says only that later work of this device waits for it."""
         if device.type == "cuda":
             event = torch.cuda.Event()

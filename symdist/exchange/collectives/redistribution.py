@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Way(Protocol):
+class Redistribution(Protocol):
     """How pieces travel to where matrices are put together, and updates back: by rank, in one order on both ends.
 
     What is kept never travels; the exchange only hands it from one end of the way to the other.
@@ -40,7 +40,7 @@ class Way(Protocol):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Ship:
+class Gather:
     """Send this rank's pieces along `route`, as `dtype`; answered with what is put together here.
 
     A layer is one tensor of each parameter; all layers travel together and are answered one by one, in the dtype and
@@ -48,17 +48,17 @@ class Ship:
     """
 
     layers: Sequence[Sequence[Tensor]]
-    route: Way
+    route: Redistribution
     dtype: torch.dtype
     like: Tensor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Return:
+class Scatter:
     """Send the layers made here back, as `dtype`; answered with this rank's pieces, layer by layer, like `like`."""
 
     layers: Sequence[Tensor]
-    route: Way
+    route: Redistribution
     dtype: torch.dtype
     like: Tensor
     shape: tuple[int, ...]

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InStage:
+class StageSlot:
     """A matrix's stage, by its label, and what it keeps of what the stage shares: see `Places`."""
 
     label: str
@@ -25,15 +25,15 @@ class InStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stages:
+class StagePlan:
     """What matrices are in which stage, by their parameters' indices, and in which wave each stage is stepped."""
 
-    of_parameter: Mapping[int, InStage]
+    of_parameter: Mapping[int, StageSlot]
     wave_of: Mapping[str, int]
 
     @staticmethod
-    def cut(of_parameter: Mapping[int, InStage], sizes: Mapping[int, float], *, budget: float) -> "Stages":
-        """Stages to waves, in the order of the parameters: as many in one as `budget` holds of `sizes`, or one."""
+    def cut(of_parameter: Mapping[int, StageSlot], sizes: Mapping[int, float], *, budget: float) -> "StagePlan":
+        """StagePlan to waves, in the order of the parameters: as many in one as `budget` holds of `sizes`, or one."""
         needed: dict[str, float] = {}
         for i, stage in of_parameter.items():
             needed[stage.label] = needed.get(stage.label, 0.0) + sizes[i]
@@ -44,13 +44,13 @@ class Stages:
                 wave, held = wave + 1, 0.0
             wave_of[label] = wave
             held += size
-        return Stages(of_parameter=of_parameter, wave_of=wave_of)
+        return StagePlan(of_parameter=of_parameter, wave_of=wave_of)
 
-    def of(self, parameters: Iterable[int]) -> tuple[InStage, ...]:
+    def of(self, parameters: Iterable[int]) -> tuple[StageSlot, ...]:
         """Those of some parameters."""
         return tuple(self.of_parameter[i] for i in parameters)
 
-    def wave(self, stages: Sequence[InStage]) -> int:
+    def wave(self, stages: Sequence[StageSlot]) -> int:
         """The wave of a job's stages, which is one."""
         return self.wave_of[stages[0].label]
 
@@ -64,7 +64,7 @@ class Stages:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Share:
+class StageContribution:
     """What a stack of matrices here has to say in its stages' sums.
 
     `labels` has the stage of every matrix here, `every` those of the whole job, here or not. Of what is said `copies`
@@ -77,9 +77,9 @@ class Share:
     places: Places
 
     @staticmethod
-    def of(here: Sequence[InStage], every: Sequence[InStage], *, copies: int) -> "Share":
+    def of(here: Sequence[StageSlot], every: Sequence[StageSlot], *, copies: int) -> "StageContribution":
         """That of the matrices `here` of a job of `every` parameter, all of one width."""
-        return Share(
+        return StageContribution(
             labels=tuple(stage.label for stage in here),
             every=tuple(dict.fromkeys(stage.label for stage in every)),
             copies=copies,
@@ -92,10 +92,10 @@ class StageSum:
     """A rule's `Stage` with who asks it."""
 
     asked: Stage
-    share: Share
+    share: StageContribution
 
 
-def shared(asking: Generator[Any, Any, Any], share: Share) -> Generator[Any, Any, Any]:
+def shared(asking: Generator[Any, Any, Any], share: StageContribution) -> Generator[Any, Any, Any]:
     """The generator with its `Stage` requests made those of `share`."""
 
     def relay(request: Any) -> Generator[Any, Any, Any]:

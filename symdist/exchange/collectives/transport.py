@@ -1,6 +1,6 @@
 """All that an optimizer step asks of torch.distributed: four asynchronous collectives on flat buffers.
 
-`Collectives` moves data. `Counting` notes what would be, or is being, moved.
+`TorchTransport` moves data. `CountingTransport` notes what would be, or is being, moved.
 """
 
 from collections import Counter
@@ -45,7 +45,7 @@ class Transport(Protocol):
         """Send `sent[i]` elements of `buffer` to rank i and receive `received[i]` from it."""
 
 
-class Collectives:
+class TorchTransport:
     """The collectives of torch.distributed, over the process groups that exist: gloo, NCCL or another.
 
     Ranks over several mesh axes seldom have a group of their own. One with exactly these ranks is used where it exists,
@@ -118,7 +118,7 @@ _times_made: Counter[tuple[int, ...]] = Counter()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moved:
+class CollectiveRecord:
     """One collective: its kind, its group's size, and the bytes this rank sends (ring algorithms for sums)."""
 
     kind: str
@@ -132,14 +132,14 @@ class _Done:
 
 
 @dataclass
-class Counting:
+class CountingTransport:
     """Notes every collective in `log`, and passes it on to `inner`; without `inner` nothing moves.
 
     Without `inner` buffers keep what they held, so results are meaningless: it is for meta tensors.
     """
 
     inner: Transport | None = None
-    log: list[Moved] = field(default_factory=list)
+    log: list[CollectiveRecord] = field(default_factory=list)
 
     @property
     def collectives(self) -> int:
@@ -157,7 +157,7 @@ class Counting:
             self.inner.prepare(groups)
 
     def _note(self, kind: str, group: Group, sent: float) -> None:
-        self.log.append(Moved(kind=kind, size=group.size, sent=sent))
+        self.log.append(CollectiveRecord(kind=kind, size=group.size, sent=sent))
 
     def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.exchange.collectives.flat_redistribution import RunRoute, owned_by
-from symdist.exchange.collectives.redistribution import Return, Ship
-from symdist.exchange.collectives.residual_sums import InStage, Share
+from symdist.exchange.collectives.flat_redistribution import FlatRedistribution, owned_by
+from symdist.exchange.collectives.redistribution import Gather, Scatter
+from symdist.exchange.collectives.residual_sums import StageContribution, StageSlot
 from symdist.exchange.execution.job import (
-    Begin,
-    Done,
-    Note,
     Placement,
+    ReadInputs,
+    RootObserver,
     Stack,
     Tensors,
+    WriteOutputs,
     alone_but_for_stages,
     finished,
     noted,
@@ -28,7 +28,7 @@ from symdist.exchange.execution.job import (
 from symdist.exchange.execution.scheduler import Task
 from symdist.layouts import Group
 from symdist.layouts.flat import FlatLayout, elements_of, matrices_of, runs_of_rows
-from symdist.matrix_views import Seen
+from symdist.matrix_views import SplitKind
 from symdist.rules import answer_alone
 
 
@@ -59,8 +59,8 @@ class FlatJob:
     """Whether any rank sends anything to complete rows."""
     flight_bytes: float = 0.0
     """What the busiest rank holds while the job is under way."""
-    exchange_dtype: torch.dtype = torch.float32
-    stages: tuple[InStage, ...] = ()
+    communication_dtype: torch.dtype = torch.float32
+    stages: tuple[StageSlot, ...] = ()
     """Of `everyone`, where their rule couples the matrices of a stage; they are then all put together by owners."""
     across: tuple[int, ...] = ()
     """Blocks of columns that the matrices are cut in first."""
@@ -72,22 +72,22 @@ class FlatJob:
         return self.stack.layout.group
 
     @property
-    def summed(self) -> dict[Seen, Group]:
+    def summed(self) -> dict[SplitKind, Group]:
         """What the rule's sums run across."""
         in_place = self.placement == "reduce" and not self.alone
         return {axis: group for axis, group in self.stack.seen.items() if axis != "batch"} if in_place else {}
 
     @functools.cached_property
-    def route(self) -> RunRoute:
+    def route(self) -> FlatRedistribution:
         """How runs become whole rows or matrices."""
         have = [layout.runs for layout in self.layouts]
         if self.placement == "owner":
             want = [owned_by(owner, layout.shape) for owner, layout in zip(self.owners, self.layouts, strict=True)]
         else:
             want = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
-        return RunRoute(self.group, have=have, want=want)
+        return FlatRedistribution(self.group, have=have, want=want)
 
-    def task(self, begin: Begin, done: Done, *, note: Note | None = None) -> Task:
+    def task(self, begin: ReadInputs, done: WriteOutputs, *, note: RootObserver | None = None) -> Task:
         """The job as a task, see `Job.task`."""
         if self.placement == "local":
             asking = noted(self._here(begin), note, range(len(self.members)), self.group.size)
@@ -96,7 +96,7 @@ class FlatJob:
         together = finished(self.stack, self._together(begin, note), done)
         return Task(together, along=along, home=self.group, placement=self.placement)
 
-    def _here(self, begin: Begin) -> Generator[Any, Any, list[Tensors]]:
+    def _here(self, begin: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
         shape = self.stack.layout.shape
         layers = [
             (torch.stack(layer) if len(layer) > 1 else layer[0]).view(-1, *shape)
@@ -105,12 +105,12 @@ class FlatJob:
         made = yield from updated(self.stack, layers, [range(size) for size in shape])
         return [list(layer.flatten(1)) for layer in made]
 
-    def _together(self, begin: Begin, note: Note | None) -> Generator[Any, Any, list[Tensors]]:
+    def _together(self, begin: ReadInputs, note: RootObserver | None) -> Generator[Any, Any, list[Tensors]]:
         stack, route = self.stack, self.route
         # Whether a row was touched is known only where the row is whole, so that travels too.
         layers = begin().layers(stack.dtype)
         if self.travels:
-            wanted = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype, like=stack.like)
+            wanted = yield Gather(layers=layers, route=route, dtype=self.communication_dtype, like=stack.like)
         else:
             wanted = [route.wholes({}, like=stack.like, kept=route.kept(layer)) for layer in layers]
         del layers
@@ -122,7 +122,7 @@ class FlatJob:
             made = self._updated_alone(wanted, note)
         del wanted
         if self.travels:
-            return (yield Return(layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=()))
+            return (yield Scatter(layers=made, route=route, dtype=self.communication_dtype, like=stack.like, shape=()))
         return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(layer)) for layer in made]
 
     def _updated_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
@@ -132,13 +132,13 @@ class FlatJob:
         made = yield from updated(self.stack, stacks, layout.box)
         return [tensor.reshape(-1) for tensor in made]
 
-    def _updated_in_stages(self, wanted: list[Tensor], note: Note | None) -> Generator[Any, Any, list[Tensor]]:
+    def _updated_in_stages(self, wanted: list[Tensor], note: RootObserver | None) -> Generator[Any, Any, list[Tensor]]:
         """All that this rank owns, be it nothing: it still has a part in sums over stages."""
         stack = self.stack
         stage_of = dict(zip(self.everyone, self.stages, strict=True))
         owned = [i for i, (start, stop) in enumerate(self.route.wanted) if stop > start]
         here = [stage_of[self.members[i]] for i in owned for _ in range(stack.view.count)]
-        share = Share.of(here, self.stages, copies=1)
+        share = StageContribution.of(here, self.stages, copies=1)
         shape = stack.layout.shape
         flat = [layer.view(len(owned), math.prod(shape)) for layer in wanted]
         stacks = [matrices_of(layer, shape, across=self.across) for layer in flat]
@@ -146,7 +146,7 @@ class FlatJob:
         made = yield from alone_but_for_stages(noted(asking, note, owned, self.group.size))
         return [elements_of(layer, across=self.across).reshape(-1) for layer in made]
 
-    def _updated_alone(self, wanted: list[Tensor], note: Note | None) -> list[Tensor]:
+    def _updated_alone(self, wanted: list[Tensor], note: RootObserver | None) -> list[Tensor]:
         """Each matrix, or its rows, by itself: those of as many rows in one stack."""
         stack = self.stack
         made = [torch.empty_like(wanted[0]) for _ in range(1 + stack.masked + len(stack.state_names))]

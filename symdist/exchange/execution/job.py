@@ -8,28 +8,28 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from symdist.exchange.collectives.grid_redistribution import Route
-from symdist.exchange.collectives.redistribution import Return, Ship
-from symdist.exchange.collectives.residual_sums import InStage, Share, StageSum, shared
+from symdist.exchange.collectives.grid_redistribution import GridRedistribution
+from symdist.exchange.collectives.redistribution import Gather, Scatter
+from symdist.exchange.collectives.residual_sums import StageContribution, StageSlot, StageSum, shared
 from symdist.exchange.execution.scheduler import Task
 from symdist.layouts import Group
-from symdist.matrix_views import Seen, View
+from symdist.matrix_views import SplitKind, View
 from symdist.rules import Matrix, Rule, Sum, relayed
 from symdist.rules.linalg.inverse_root import InverseRoot
 
 T = TypeVar("T")
 Placement: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
-Note: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
+RootObserver: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
 """Is told a root that was taken, of which members of a job, in order, and for how many ranks this one speaks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given:
+class StepInputs:
     """This rank's pieces of what a job transforms, each in the order of its members; none is written to.
 
-    `directions` are what the rule transforms, `gradients` are given where the stack holds stale rows, `states` are what
-    the rule remembers: a list for each name.
+    `directions` are what the rule transforms, `gradients` are given where rows of zero gradients are skipped, `states`
+    are what the rule remembers: a list for each name.
     """
 
     directions: Tensors
@@ -43,7 +43,7 @@ class Given:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class StepOutputs:
     """What a job made: pieces like those that were given.
 
     `moved` holds 1 where a weight may move, decay included, and 0 where it may not, or is None where every one moves.
@@ -54,17 +54,17 @@ class Made:
     states: tuple[Tensors, ...]
 
 
-Begin: TypeAlias = Callable[[], Given]
-Done: TypeAlias = Callable[[Made], None]
+ReadInputs: TypeAlias = Callable[[], StepInputs]
+WriteOutputs: TypeAlias = Callable[[StepOutputs], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
     """What parameters must share to run as one: nothing here differs between them.
 
-    `options` are the rule's own, as sorted items. With `hold` a row of a matrix whose gradient is exactly zero does
-    not move. The last `padding_rows` rows of the stored tensor, which the view shows as rows or as columns, take no
-    part and never move.
+    `options` are the rule's own, as sorted items. With `skip_zero_grad_rows` a row of a matrix whose gradient is
+    exactly zero does not move. The last `padding_rows` rows of the stored tensor, which the view shows as rows or as
+    columns, take no part and never move.
     """
 
     rule: Rule
@@ -76,7 +76,7 @@ class Stack:
     device: torch.device
     asked: str
     """The placement the user asked for, or "auto"."""
-    hold: bool = False
+    skip_zero_grad_rows: bool = False
     padding_rows: int = 0
 
     @property
@@ -87,12 +87,12 @@ class Stack:
     @property
     def rows(self) -> int:
         """The rows of a matrix that are real: what a rule is told, and decides by."""
-        return self.view.rows - (self.padding_rows if self.view.kind == "rows" else 0)
+        return self.view.rows - (self.padding_rows if self.view.kind == "as_stored" else 0)
 
     @property
     def columns(self) -> int:
         """The columns of a matrix that are real."""
-        return self.view.columns - (self.padding_rows if self.view.kind == "columns" else 0)
+        return self.view.columns - (self.padding_rows if self.view.kind == "transposed" else 0)
 
     @property
     def admitted(self) -> tuple[str, ...]:
@@ -112,15 +112,15 @@ class Stack:
     @property
     def masked(self) -> bool:
         """Whether some weights may not move."""
-        return self.hold or self.padding_rows > 0
+        return self.skip_zero_grad_rows or self.padding_rows > 0
 
-    def made(self, layers: Sequence[Tensors]) -> Made:
+    def made(self, layers: Sequence[Tensors]) -> StepOutputs:
         """The layers that `updated` made, by what they are."""
         first = 1 + self.masked
-        return Made(updates=layers[0], moved=layers[1] if self.masked else None, states=tuple(layers[first:]))
+        return StepOutputs(updates=layers[0], moved=layers[1] if self.masked else None, states=tuple(layers[first:]))
 
     @functools.cached_property
-    def seen(self) -> dict[Seen, Group]:
+    def seen(self) -> dict[SplitKind, Group]:
         """What the splits of the layout are to the matrices, and the ranks over which each runs."""
         # Several splits that run between matrices, or tear them, differ in nothing that matters here.
         return {self.view.seen(split): self.layout.group_of(split) for split in self.layout.splits}
@@ -130,9 +130,9 @@ class Stack:
         if len(box) == 1:
             return 0
         match self.view.kind:
-            case "rows" | "heads_0":
+            case "as_stored" | "heads_0":
                 return box[-1].start
-            case "columns":
+            case "transposed":
                 return box[-2].start
         # A cut between heads, or neurons, leaves them their columns; another is for rules that need not know.
         return 0
@@ -142,8 +142,8 @@ class Stack:
 class Job:
     """Some parameters of a stack, where their rule runs, and who owns each unit where owners do.
 
-    `owners` has the group index of the owner of every unit, an expert or a whole parameter. `exchange_dtype` is what
-    matrices travel as.
+    `owners` has the group index of the owner of every unit, an expert or a whole parameter. `communication_dtype` is
+    what matrices travel as.
     """
 
     stack: Stack
@@ -151,8 +151,8 @@ class Job:
     """Indices into the optimizer's list of parameters."""
     placement: Placement
     owners: tuple[int, ...] = ()
-    exchange_dtype: torch.dtype = torch.float32
-    stages: tuple[InStage, ...] = ()
+    communication_dtype: torch.dtype = torch.float32
+    stages: tuple[StageSlot, ...] = ()
     """Of the members, where their rule couples the matrices of a stage."""
 
     @property
@@ -161,11 +161,11 @@ class Job:
         return self.members
 
     @functools.cached_property
-    def route(self) -> Route:
+    def route(self) -> GridRedistribution:
         """How the matrices of an owner's job travel."""
-        return Route(self.stack.layout, count=len(self.members), owners=self.owners)
+        return GridRedistribution(self.stack.layout, count=len(self.members), owners=self.owners)
 
-    def task(self, begin: Begin, done: Done, *, note: Note | None = None) -> Task:
+    def task(self, begin: ReadInputs, done: WriteOutputs, *, note: RootObserver | None = None) -> Task:
         """The job as a task that calls `begin` when it starts and `done` when it has run.
 
         `note`, where given, is told every inverse root that is taken or received here.
@@ -182,7 +182,7 @@ class Job:
         along: dict[str, Group] = {axis: group for axis, group in self.stack.seen.items() if axis != "batch"}
         return Task(asking, along=along, home=home, placement=self.placement)
 
-    def _in_place(self, begin: Begin) -> Generator[Any, Any, list[Tensors]]:
+    def _in_place(self, begin: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
         layers = [
             torch.stack(layer) if len(layer) > 1 else layer[0].unsqueeze(0)
             for layer in begin().layers(self.stack.dtype)
@@ -191,18 +191,18 @@ class Job:
         if self.stages:
             matrices = self.stack.view.matrices(layers[0]).shape[0] // len(self.members)
             here = [stage for stage in self.stages for _ in range(matrices)]
-            share = Share.of(here, self.stages, copies=self.stack.layout.replicas)
+            share = StageContribution.of(here, self.stages, copies=self.stack.layout.replicas)
         made = yield from updated(self.stack, layers, self.stack.layout.box, share)
         return [list(layer.unbind(0)) for layer in made]
 
-    def _at_owners(self, begin: Begin, note: Note | None) -> Generator[Any, Any, list[Tensors]]:
+    def _at_owners(self, begin: ReadInputs, note: RootObserver | None) -> Generator[Any, Any, list[Tensors]]:
         stack, route = self.stack, self.route
         # Whether a row was touched is known only where the row is whole, so that travels too.
         layers = begin().layers(stack.dtype)
         if route.whole_here:
             wholes = [route.own_wholes(layer) for layer in layers]
         else:
-            wholes = yield Ship(layers=layers, route=route, dtype=self.exchange_dtype, like=stack.like)
+            wholes = yield Gather(layers=layers, route=route, dtype=self.communication_dtype, like=stack.like)
         del layers
         made = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
         # Who owns nothing still has a part in sums over stages.
@@ -214,25 +214,29 @@ class Job:
             share = None
             if self.stages:
                 here = [self.stages[unit] for unit in units for _ in range(stack.view.count // experts)]
-                share = Share.of(here, self.stages, copies=1)
+                share = StageContribution.of(here, self.stages, copies=1)
             asking = updated(stack, wholes, [range(size) for size in stack.layout.shape], share)
             made = yield from alone_but_for_stages(noted(asking, note, units, route.group.size))
             if len(stack.layout.shape) == 1:
                 made = [tensor.unsqueeze(-1) for tensor in made]
         del wholes
         return (
-            yield Return(
-                layers=made, route=route, dtype=self.exchange_dtype, like=stack.like, shape=stack.layout.local_shape
+            yield Scatter(
+                layers=made,
+                route=route,
+                dtype=self.communication_dtype,
+                like=stack.like,
+                shape=stack.layout.local_shape,
             )
         )
 
 
-def travels_as(stack: Stack, exchange_dtype: torch.dtype | None) -> torch.dtype:
+def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.dtype:
     """What the matrices of a stack travel as. What a rule remembers must come back as it went, and travels along."""
-    return stack.dtype if exchange_dtype is None or stack.state_names else exchange_dtype
+    return stack.dtype if communication_dtype is None or stack.state_names else communication_dtype
 
 
-def finished(stack: Stack, asking: Generator[Any, Any, list[Tensors]], done: Done) -> Generator[Any, Any, None]:
+def finished(stack: Stack, asking: Generator[Any, Any, list[Tensors]], done: WriteOutputs) -> Generator[Any, Any, None]:
     """The generator with its result handed to `done`."""
     # Handed on at once, so that no update outlives its use while others are under way.
     done(stack.made((yield from asking)))
@@ -248,7 +252,7 @@ def alone_but_for_stages(asking: Generator[Any, Any, T]) -> Generator[Any, Any, 
 
 
 def noted(
-    asking: Generator[Any, Any, T], note: Note | None, members: Sequence[int], ranks: float
+    asking: Generator[Any, Any, T], note: RootObserver | None, members: Sequence[int], ranks: float
 ) -> Generator[Any, Any, T]:
     """The generator with every inverse root it is answered told to `note`: of `members`, and for so many `ranks`."""
     if note is None:
@@ -264,16 +268,16 @@ def noted(
 
 
 def updated(
-    stack: Stack, layers: Sequence[Tensor], box: Sequence[range], share: Share | None = None
+    stack: Stack, layers: Sequence[Tensor], box: Sequence[range], share: StageContribution | None = None
 ) -> Generator[Any, Any, list[Tensor]]:
     """Run the rule on stacks of pieces or wholes, which are what `box` tells of every stored dimension.
 
-    The layers are those of `Given.layers`, and become those of `Made`: the update, where it may move for a stack of
-    which not all does, and the new state. `share` is given where the rule couples the matrices of a stage.
+    The layers are those of `StepInputs.layers`, and become those of `StepOutputs`: the update, where it may move for a
+    stack of which not all does, and the new state. `share` is given where the rule couples the matrices of a stage.
     """
     shape = tuple(layers[0].shape)
     values, *others = [stack.view.matrices(layer) for layer in layers]
-    touched = others.pop(0).ne(0) if stack.hold else None
+    touched = others.pop(0).ne(0) if stack.skip_zero_grad_rows else None
     real = _real(stack, box, values)
     if real is not None:
         values = values * real
@@ -281,7 +285,7 @@ def updated(
         values=values,
         rows=stack.rows,
         columns=stack.columns,
-        real=real if stack.view.kind == "rows" else None,
+        real=real if stack.view.kind == "as_stored" else None,
         first_column=stack.first_column(box),
         state=dict(zip(stack.state_names, others, strict=True)),
         places=None if share is None else share.places,
@@ -298,7 +302,7 @@ def updated(
         assert moved is not None
         made = [update * moved, moved.expand_as(update)]
     made += [state[name] for name in stack.state_names]
-    return [stack.view.stored_form(layer, shape) for layer in made]
+    return [stack.view.to_stored(layer, shape) for layer in made]
 
 
 def _real(stack: Stack, box: Sequence[range], values: Tensor) -> Tensor | None:
@@ -307,4 +311,4 @@ def _real(stack: Stack, box: Sequence[range], values: Tensor) -> Tensor | None:
         return None
     index = torch.arange(box[0].start, box[0].stop, device=values.device)
     real = (index < stack.layout.shape[0] - stack.padding_rows).to(values.dtype)
-    return real[:, None] if stack.view.kind == "rows" else real[None, :]
+    return real[:, None] if stack.view.kind == "as_stored" else real[None, :]

@@ -8,8 +8,8 @@ from typing import Any, TypeAlias
 import torch
 
 from symdist.exchange.collectives.all_to_all import answer_returns, answer_ships
-from symdist.exchange.collectives.progress import ExchangeError, Mark, Trail
-from symdist.exchange.collectives.redistribution import Return, Ship
+from symdist.exchange.collectives.progress import ExchangeError, PendingCollective, StepProgress
+from symdist.exchange.collectives.redistribution import Gather, Scatter
 from symdist.exchange.collectives.reduce import answer_shared, answer_sums
 from symdist.exchange.collectives.residual_sums import StageSum, answer_stages
 from symdist.exchange.collectives.transport import Handle, Transport
@@ -17,12 +17,12 @@ from symdist.layouts import Group
 from symdist.rules import Orthonormal, Root, Sum
 
 _ANSWERS: dict[type, Any] = {
-    Ship: answer_ships,
+    Gather: answer_ships,
     Sum: answer_sums,
     Root: answer_shared,
     Orthonormal: answer_shared,
     StageSum: answer_stages,
-    Return: answer_returns,
+    Scatter: answer_returns,
 }
 
 Timing: TypeAlias = Callable[[str], AbstractContextManager[Any]]
@@ -76,7 +76,7 @@ class Task:
         if isinstance(request, StageSum):
             # To this rank's other tasks, also where there is no other rank.
             return [self.home]
-        if isinstance(request, Ship | Return):
+        if isinstance(request, Gather | Scatter):
             assert self.home is not None
             return [self.home]
         return [group for axis, group in self.along.items() if request.across in (axis, "all")]
@@ -88,7 +88,7 @@ def run(
     transport: Transport,
     meanwhile: Callable[[], None] = lambda: None,
     work: Mapping[Group, Sequence[float]] | None = None,
-    trail: Trail | None = None,
+    trail: StepProgress | None = None,
     timing: Timing = nullcontext,
 ) -> dict[Group, list[float]]:
     """Run every task of every wave to its end, and `meanwhile` once, while the first collectives are under way.
@@ -105,28 +105,28 @@ def run(
     ring of ranks, each waiting for another, can close, even where ranks take part in different waves.
     """
     loads = {group: list(of_ranks) for group, of_ranks in (work or {}).items()}
-    trail = trail or Trail()
+    trail = trail or StepProgress()
     trail.begin(len(waves))
     flights = [
-        _Flight(wave, _Way(transport=transport, loads=loads, trail=trail, timing=timing, wave=i + 1))
+        _WaveRun(wave, _WaveContext(transport=transport, loads=loads, trail=trail, timing=timing, wave=i + 1))
         for i, wave in enumerate(waves)
     ]
     if flights:
-        flights[0].take_off()
+        flights[0].start()
     meanwhile()
     for i, flight in enumerate(flights):
         trail.wave = i + 1
         following = flights[i + 1] if i + 1 < len(flights) else None
         early = following is not None and _may_overlap(waves[i], waves[i + 1])
         if following is not None and early:
-            following.take_off()
-        flight.cruise()
+            following.start()
+        flight.advance()
         if following is not None and not early:
-            following.take_off()
+            following.start()
         if i:
-            flights[i - 1].land()
+            flights[i - 1].finish()
     if flights:
-        flights[-1].land()
+        flights[-1].finish()
     trail.end()
     return loads
 
@@ -142,12 +142,12 @@ def _may_overlap(wave: Sequence[Task], following: Sequence[Task]) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Way:
+class _WaveContext:
     """What a wave needs to travel, and which one it is."""
 
     transport: Transport
     loads: dict[Group, list[float]]
-    trail: Trail
+    trail: StepProgress
     timing: Timing
     wave: int
 
@@ -156,22 +156,22 @@ class _Way:
             task.advance(answer)
 
 
-class _Flight:
+class _WaveRun:
     """A wave on its way."""
 
-    def __init__(self, tasks: Sequence[Task], way: _Way):
+    def __init__(self, tasks: Sequence[Task], way: _WaveContext):
         self._tasks = list(tasks)
         self._way = way
         self._up: list[_Bucket] = []
         self._landing: list[_Bucket] = []
 
-    def take_off(self) -> None:
+    def start(self) -> None:
         """Start the first collectives."""
         for task in self._tasks:
             self._way.advance(task)
         self._start()
 
-    def cruise(self) -> None:
+    def advance(self) -> None:
         """Answer until nothing is left to start: all that is still under way are updates going home."""
         while self._up:
             while any(bucket.handle is not None for bucket in self._up):
@@ -181,7 +181,7 @@ class _Flight:
                 bucket.hand_out()
             self._start()
 
-    def land(self) -> None:
+    def finish(self) -> None:
         """Wait for what is still under way."""
         for bucket in self._landing:
             while bucket.handle is not None:
@@ -192,8 +192,8 @@ class _Flight:
     def _start(self) -> None:
         waiting = [task for task in self._tasks if task.pending is not None]
         # Nothing follows what an owner sends home, so that need not hold up the others.
-        last = [task for task in waiting if isinstance(task.pending, Return)]
-        asking = [task for task in waiting if not isinstance(task.pending, Return)]
+        last = [task for task in waiting if isinstance(task.pending, Scatter)]
+        asking = [task for task in waiting if not isinstance(task.pending, Scatter)]
         # Roots and QRs wait for those still summing, so that all of them share one reduce-scatter.
         sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal | StageSum)]
         # A stage's sum waits for all that have a part in it.
@@ -216,7 +216,7 @@ def _buckets(tasks: list[Task]) -> list[list[Task]]:
 
 def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
     match request:
-        case Ship() | Return():
+        case Gather() | Scatter():
             return request.dtype, request.like.device
         case Root():
             return request.gram.dtype, request.gram.device
@@ -228,12 +228,12 @@ def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
 class _Bucket:
     """Requests of one kind, group and dtype on their way: a generator that yields the handle it waits for."""
 
-    def __init__(self, tasks: list[Task], way: _Way):
+    def __init__(self, tasks: list[Task], way: _WaveContext):
         self._tasks = tasks
         self._way = way
         self._answers: list[Any] = []
         self._names = [name for task in tasks for name in task.names]
-        self._mark: Mark | None = None
+        self._mark: PendingCollective | None = None
         requests = [task.pending for task in tasks]
         self._kind, self._device = type(requests[0]).__name__.lower(), _kind(requests[0])[1]
         for task in tasks:

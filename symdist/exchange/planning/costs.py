@@ -24,7 +24,7 @@ FLOPS_PER_BYTE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class RuleCost:
     """What a rule asks for one piece: numbers summed across each axis, the triangles of its Grams among them, and
     operations, apart from those of roots and QRs, which one rank takes for all.
     """
@@ -34,22 +34,22 @@ class Asked:
     root_flops: float
 
 
-def ask_piece(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()) -> Asked:
+def shard_cost(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()) -> RuleCost:
     """What the rule of a stack asks for a stored piece of `shape`, where other ranks have more of it along `axes`."""
     # Without its layout: a cache must not keep process groups alive.
     counts = stack.rows, stack.columns
     return _ask(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes))
 
 
-def ask_unit(stack: Stack) -> Asked:
+def unit_cost(stack: Stack) -> RuleCost:
     """What the rule of a stack asks for one whole unit: an expert, or a parameter that is no stack of them."""
     shape = stack.layout.shape
-    return ask_piece(stack, (1, *shape[1:]) if len(shape) == 3 else shape)
+    return shard_cost(stack, (1, *shape[1:]) if len(shape) == 3 else shape)
 
 
-def unit_work(stack: Stack) -> float:
+def unit_flops(stack: Stack) -> float:
     """The operations that the rule of a stack takes on one whole unit."""
-    asked = ask_unit(stack)
+    asked = unit_cost(stack)
     # A rule without products still costs a pass over its numbers.
     return asked.flops + asked.root_flops + math.prod(stack.layout.shape) / units_of(stack)
 
@@ -68,7 +68,7 @@ def _ask(
     dtype: torch.dtype,
     shape: tuple[int, ...],
     axes: frozenset[Axis],
-) -> Asked:
+) -> RuleCost:
     values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
     state = dict.fromkeys(rule.remembers(dict(options)), values)
     matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
@@ -99,4 +99,4 @@ def _ask(
             across = None if isinstance(request, Stage) else request.across
             for axis in axes:
                 summed[axis] += numbers if across in (axis, "all") else 0
-    return Asked(summed=summed, flops=counter.get_total_flops(), root_flops=root_flops)
+    return RuleCost(summed=summed, flops=counter.get_total_flops(), root_flops=root_flops)

@@ -7,9 +7,9 @@ from typing import TypeAlias
 
 import torch
 
-from symdist.exchange.collectives.transport import Counting
+from symdist.exchange.collectives.transport import CountingTransport
 from symdist.exchange.execution.flat_job import FlatJob
-from symdist.exchange.execution.job import Given, Job
+from symdist.exchange.execution.job import Job, StepInputs
 from symdist.exchange.execution.scheduler import Task, run
 from symdist.exchange.planning.plan import Plan
 from symdist.layouts import Group
@@ -17,8 +17,8 @@ from symdist.layouts import Group
 AnyJob: TypeAlias = Job | FlatJob
 
 
-def rehearse(
-    plan: Plan, counting: Counting, *, change: Callable[[AnyJob], AnyJob | None] = lambda job: job
+def dry_run(
+    plan: Plan, counting: CountingTransport, *, change: Callable[[AnyJob], AnyJob | None] = lambda job: job
 ) -> dict[Group, list[float]]:
     """Run the jobs of a plan; gradients are taken for directions, and no weight is written.
 
@@ -42,8 +42,8 @@ def rehearse(
     return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=plan.work)
 
 
-def _pieces(job: AnyJob) -> Given:
+def _pieces(job: AnyJob) -> StepInputs:
     layouts = job.layouts if isinstance(job, FlatJob) else [job.stack.layout] * len(job.members)
     pieces = [torch.empty(layout.local_shape, dtype=job.stack.dtype, device="meta") for layout in layouts]
-    gradients = pieces if job.stack.hold else None
-    return Given(directions=pieces, gradients=gradients, states=tuple(pieces for _ in job.stack.state_names))
+    gradients = pieces if job.stack.skip_zero_grad_rows else None
+    return StepInputs(directions=pieces, gradients=gradients, states=tuple(pieces for _ in job.stack.state_names))

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from symdist.exchange.collectives.balance import balance
-from symdist.exchange.collectives.residual_sums import Stages
+from symdist.exchange.collectives.residual_sums import StagePlan
 from symdist.exchange.execution.flat_job import FlatJob
 from symdist.exchange.execution.job import Placement, Stack, travels_as
-from symdist.exchange.planning.costs import FLOPS_PER_BYTE, ask_piece, ask_unit, unit_work, units_of
+from symdist.exchange.planning.costs import FLOPS_PER_BYTE, shard_cost, unit_cost, unit_flops, units_of
 from symdist.layouts import Group
 from symdist.layouts.flat import FlatLayout
 
@@ -60,9 +60,9 @@ def place_flat(
     *,
     names: Sequence[str],
     budget: float,
-    exchange_dtype: torch.dtype | None,
+    communication_dtype: torch.dtype | None,
     work: dict[Group, list[float]],
-    stages: Stages,
+    stages: StagePlan,
 ) -> list[FlatJob]:
     """The jobs of the stacks whose layouts are flat; `work` has what ranks do otherwise, and is added to.
 
@@ -87,13 +87,13 @@ def place_flat(
         kind.owners |= {i: layout.sole for i, layout in kind.whole if layout.sole is not None}
         kind.sent, kind.whole = kind.whole, []
     _lighten([kind for kind in kinds.values() if not kind.stack.coupled], work)
-    placed = [(kind, _choose(kind, exchange_dtype)) for kind in kinds.values()]
+    placed = [(kind, _choose(kind, communication_dtype)) for kind in kinds.values()]
     for kind, placement in placed:
         _add_work(kind, placement, work.setdefault(kind.group, [0.0] * kind.group.size))
     owners = _owners([kind for kind, placement in placed if placement == "owner"], work)
     jobs: list[FlatJob] = []
     for kind, placement in placed:
-        dtype = travels_as(kind.stack, exchange_dtype)
+        dtype = travels_as(kind.stack, communication_dtype)
         jobs += _whole_jobs(kind, budget)
         owned = [*kind.sent, *(kind.cut if placement == "owner" else [])]
         for part in stages.parts(owned, lambda item: item[0]) if kind.stack.coupled else [owned]:
@@ -113,7 +113,7 @@ def place_flat(
 
 def _work(stack: Stack) -> float:
     """The operations of the rule on a whole parameter, be it a stack of matrices."""
-    return units_of(stack) * unit_work(stack)
+    return units_of(stack) * unit_flops(stack)
 
 
 def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
@@ -154,7 +154,7 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
             kind.owners[i] = idlest
 
 
-def _choose(kind: _Kind, exchange_dtype: torch.dtype | None) -> Placement:
+def _choose(kind: _Kind, communication_dtype: torch.dtype | None) -> Placement:
     """What to do with those that are cut."""
     asked = kind.stack.asked
     if not kind.cut:
@@ -173,7 +173,7 @@ def _choose(kind: _Kind, exchange_dtype: torch.dtype | None) -> Placement:
         return "owner"
     if all(_alone(_rows_stack(kind, layout)) for _, layout in kind.cut):
         return "reduce"
-    dtype = travels_as(kind.stack, exchange_dtype)
+    dtype = travels_as(kind.stack, communication_dtype)
     return "reduce" if _reduce_cost(kind) <= _owner_cost(kind, dtype) else "owner"
 
 
@@ -186,7 +186,7 @@ def _admits_rows(kind: _Kind) -> bool:
         return False
     # Whatever the cut: a view that tears one cut tears them all.
     seen = set(_rows_stack(kind, kind.cut[0][1]).seen)
-    return "torn" not in seen and seen <= {"batch", *kind.stack.admitted}
+    return "unaligned" not in seen and seen <= {"batch", *kind.stack.admitted}
 
 
 def _alone(rows: Stack) -> bool:
@@ -194,9 +194,9 @@ def _alone(rows: Stack) -> bool:
     axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
     if not axes:
         return True
-    if rows.hold and "columns" in axes:
+    if rows.skip_zero_grad_rows and "columns" in axes:
         return False
-    summed = ask_piece(rows, rows.layout.largest_shape, axes).summed
+    summed = shard_cost(rows, rows.layout.largest_shape, axes).summed
     return not any(summed.values())
 
 
@@ -207,7 +207,7 @@ def _reduce_cost(kind: _Kind) -> float:
     for layout, count in Counter(layout for _, layout in kind.cut).items():
         rows = _rows_stack(kind, layout)
         axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
-        asked = ask_piece(rows, rows.layout.largest_shape, axes)
+        asked = shard_cost(rows, rows.layout.largest_shape, axes)
         sent = 2 * count * sum(asked.summed.values()) * (ranks - 1) / ranks * kind.stack.dtype.itemsize
         roots = asked.root_flops * -(-count // ranks)
         cost += sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
@@ -217,7 +217,7 @@ def _reduce_cost(kind: _Kind) -> float:
 def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
     """Of the busiest rank, in bytes sent: its runs to their owners, and back what it owns."""
     size = _layers(kind.stack) * math.prod(kind.stack.layout.shape)
-    asked = ask_unit(kind.stack)
+    asked = unit_cost(kind.stack)
     work = units_of(kind.stack) * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
     costs = [0.0] * kind.group.size
     for layout, count in Counter(layout for _, layout in kind.cut).items():
@@ -252,7 +252,7 @@ def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
         loads[rank] += unit
     if placement == "reduce":
         size = math.prod(kind.stack.layout.shape)
-        flops = units_of(kind.stack) * ask_unit(kind.stack).flops
+        flops = units_of(kind.stack) * unit_cost(kind.stack).flops
         for layout, count in Counter(layout for _, layout in kind.cut).items():
             for rank, start, stop in layout.runs:
                 loads[rank] += count * flops * (stop - start) / size
@@ -324,7 +324,7 @@ def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
 
 def _summed(rows: Stack) -> float:
     axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
-    return sum(ask_piece(rows, rows.layout.largest_shape, axes).summed.values())
+    return sum(shard_cost(rows, rows.layout.largest_shape, axes).summed.values())
 
 
 def _cut_in_waves(
@@ -384,5 +384,5 @@ def _job(
         multiple=multiple,
         travels=travels,
         flight_bytes=flight,
-        exchange_dtype=dtype,
+        communication_dtype=dtype,
     )

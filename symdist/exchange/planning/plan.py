@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 
 from symdist.exchange.collectives.balance import balance
-from symdist.exchange.collectives.residual_sums import InStage, Stages
+from symdist.exchange.collectives.residual_sums import StagePlan, StageSlot
 from symdist.exchange.execution.flat_job import FlatJob
 from symdist.exchange.execution.job import Job, Placement, Stack, travels_as
-from symdist.exchange.planning.costs import FLOPS_PER_BYTE, Axis, ask_piece, ask_unit, unit_work, units_of
+from symdist.exchange.planning.costs import FLOPS_PER_BYTE, Axis, shard_cost, unit_cost, unit_flops, units_of
 from symdist.exchange.planning.flat_plan import place_flat
 from symdist.layouts import FlatLayout, Group
 
@@ -40,7 +40,7 @@ class Plan:
     @property
     def largest_unit(self) -> float:
         """The most operations that one rank must do by itself: those on the costliest unit."""
-        return max((unit_work(job.stack) for job in self.jobs if job.placement != "reduce"), default=0.0)
+        return max((unit_flops(job.stack) for job in self.jobs if job.placement != "reduce"), default=0.0)
 
     def groups(self) -> set[Group]:
         """All sets of ranks that talk in a step."""
@@ -64,28 +64,28 @@ def place(
     stacks: Mapping[Stack, Sequence[int]],
     *,
     names: Sequence[str],
-    wave_bytes: int,
-    exchange_dtype: torch.dtype | None = None,
-    stages: Mapping[int, InStage] | None = None,
+    bucket_bytes: int,
+    communication_dtype: torch.dtype | None = None,
+    stages: Mapping[int, StageSlot] | None = None,
 ) -> Plan:
-    """Choose where every stack runs, cut waves whose buffers stay below `wave_bytes`, and share out the owned units.
+    """Choose where every stack runs, cut waves whose buffers stay below `bucket_bytes`, and share out the owned units.
 
     `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks that hold them;
     `names` are all parameters' names. `stages` has the parameters that rules couple: those of a stage are in one wave.
-    A single parameter, or stage, larger than the budget makes a wave of its own. Matrices travel as `exchange_dtype`,
-    or as what they are computed in, as do all whose rules remember something. Raises ValueError, naming the parameter,
-    where a placement was asked for that its layout does not admit.
+    A single parameter, or stage, larger than the budget makes a wave of its own. Matrices travel as
+    `communication_dtype`, or as what they are computed in, as do all whose rules remember something. Raises ValueError,
+    naming the parameter, where a placement was asked for that its layout does not admit.
     """
     jobs: list[Job] = []
     # While one wave is computed the next sets out and the one before comes home.
-    budget = wave_bytes // 2
+    budget = bucket_bytes // 2
     sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
-    in_stages = Stages.cut(stages or {}, sizes, budget=budget)
+    in_stages = StagePlan.cut(stages or {}, sizes, budget=budget)
     flat = {stack: members for stack, members in stacks.items() if isinstance(stack.layout, FlatLayout)}
     for stack, members in stacks.items():
         if stack in flat:
             continue
-        dtype = travels_as(stack, exchange_dtype)
+        dtype = travels_as(stack, communication_dtype)
         placement = _choose(stack, len(members), dtype, name=names[members[0]])
         if stack.coupled:
             parts = in_stages.parts(members, lambda member: member)
@@ -97,7 +97,7 @@ def place(
                 stack=stack,
                 members=tuple(part),
                 placement=placement,
-                exchange_dtype=dtype,
+                communication_dtype=dtype,
                 stages=in_stages.of(part) if stack.coupled else (),
             )
             for part in parts
@@ -105,7 +105,9 @@ def place(
     work = _work_in_place(jobs)
     every: list[Job | FlatJob] = [
         *_with_owners(jobs, work),
-        *place_flat(flat, names=names, budget=budget, exchange_dtype=exchange_dtype, work=work, stages=in_stages),
+        *place_flat(
+            flat, names=names, budget=budget, communication_dtype=communication_dtype, work=work, stages=in_stages
+        ),
     ]
     local = [job for job in every if job.placement == "local" and not job.stages]
     others = [job for job in every if job.placement != "local" or job.stages]
@@ -117,15 +119,15 @@ def _cut(stack: Stack) -> dict[Axis, Group]:
     return {seen: group for seen, group in stack.seen.items() if seen in ("rows", "columns")}
 
 
-def _choose(stack: Stack, count: int, exchange_dtype: torch.dtype, *, name: str) -> Placement:
+def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Placement:
     cut = _cut(stack)
     costs: dict[Placement, Callable[[], float]] = {}
-    if not cut and "torn" not in stack.seen:
+    if not cut and "unaligned" not in stack.seen:
         costs["local"] = lambda: count * _operations(stack) / FLOPS_PER_BYTE
-    elif "torn" not in stack.seen and set(cut) <= set(stack.admitted):
+    elif "unaligned" not in stack.seen and set(cut) <= set(stack.admitted):
         costs["reduce"] = lambda: _reduce_cost(stack, count, cut)
     if stack.layout.group is not None:
-        costs["owner"] = lambda: _owner_cost(stack, count, exchange_dtype)
+        costs["owner"] = lambda: _owner_cost(stack, count, communication_dtype)
     if stack.asked == "auto":
         return min(costs, key=lambda placement: costs[placement]()) if len(costs) > 1 else next(iter(costs))
     if stack.asked not in costs:
@@ -140,11 +142,11 @@ def _operations(stack: Stack) -> float:
     """Operations on the largest piece, where it is a whole number of matrices."""
     if 0 in stack.layout.largest_shape:
         return 0.0
-    asked = ask_piece(stack, stack.layout.largest_shape)
+    asked = shard_cost(stack, stack.layout.largest_shape)
     return asked.flops + asked.root_flops
 
 
-def _owner_cost(stack: Stack, count: int, exchange_dtype: torch.dtype) -> float:
+def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> float:
     """Of the busiest rank, in bytes sent: all its pieces there, its share of updates back to every copy."""
     layout = stack.layout
     assert layout.group is not None
@@ -156,12 +158,12 @@ def _owner_cost(stack: Stack, count: int, exchange_dtype: torch.dtype) -> float:
     layers = 1 + len(stack.state_names)
     there = layers * count * math.prod(layout.largest_shape) * (cells - 1) / cells / copies
     back = layers * share * unit * (copies - 1 / cells)
-    asked = ask_unit(stack)
-    return (there + back) * exchange_dtype.itemsize + share * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
+    asked = unit_cost(stack)
+    return (there + back) * communication_dtype.itemsize + share * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
 
 
 def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
-    asked = ask_piece(stack, stack.layout.largest_shape, tuple(cut))
+    asked = shard_cost(stack, stack.layout.largest_shape, tuple(cut))
     sent = sum(
         2 * count * asked.summed[axis] * (group.size - 1) / group.size * stack.dtype.itemsize
         for axis, group in cut.items()
@@ -172,7 +174,7 @@ def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
     return sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
 
 
-def _waves(jobs: list[Job | FlatJob], budget: int, stages: Stages) -> list[list[Job | FlatJob]]:
+def _waves(jobs: list[Job | FlatJob], budget: int, stages: StagePlan) -> list[list[Job | FlatJob]]:
     """Jobs of the same ranks together, as many as the budget holds; in an order that all ranks agree on."""
     by_ranks: dict[tuple[int, ...], list[Job | FlatJob]] = {}
     for job in jobs:
@@ -223,7 +225,7 @@ def _flight_bytes(stack: Stack, placement: Placement) -> float:
     states = len(stack.state_names)
     if placement != "owner":
         summed = (
-            ask_piece(stack, stack.layout.largest_shape, tuple(_cut(stack))).summed if placement == "reduce" else {}
+            shard_cost(stack, stack.layout.largest_shape, tuple(_cut(stack))).summed if placement == "reduce" else {}
         )
         return ((4.0 + 3.0 * states) * piece + 6.0 * sum(summed.values())) * stack.dtype.itemsize
     assert stack.layout.group is not None
@@ -244,7 +246,7 @@ def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
             for rank, box in enumerate(job.stack.layout.boxes):
                 shape = tuple(map(len, box))
                 if 0 not in shape:
-                    asked = ask_piece(job.stack, shape)
+                    asked = shard_cost(job.stack, shape)
                     roots = asked.root_flops if job.placement == "local" else 0.0
                     loads[rank] += len(job.members) * (asked.flops + roots)
     return work
@@ -263,7 +265,7 @@ def _with_owners(jobs: list[Job], work: dict[Group, list[float]]) -> list[Job]:
     owners: dict[int, tuple[int, ...]] = {}
     for group, owned in by_group.items():
         counts = [len(job.members) * units_of(job.stack) for job in owned]
-        costs = [cost for job, count in zip(owned, counts, strict=True) for cost in [unit_work(job.stack)] * count]
+        costs = [cost for job, count in zip(owned, counts, strict=True) for cost in [unit_flops(job.stack)] * count]
         parts = iter(balance(costs, parts=group.size, loads=work[group]))
         for job, count in zip(owned, counts, strict=True):
             owners[id(job)] = tuple(itertools.islice(parts, count))
