@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from symdist.exchange import Placement
+from symdist.exchange import Strategy
 from symdist.param_groups import COMMON, ParamSpec
 from symdist.rules import get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
@@ -27,13 +27,13 @@ class Assignment:
     options: dict[str, Any]
     lr: float
     view: Any
-    placement: Placement
+    strategy: Strategy
 
 
-def routed(member: ParamSpec, group: Mapping[str, Any], placement: Placement) -> Assignment:
+def routed(member: ParamSpec, group: Mapping[str, Any], strategy: Strategy) -> Assignment:
     """A member of a param group as its reader sees it."""
     defaults = {
-        **{key: value for key, value in COMMON.items() if key not in ("view", "placement", "role")},
+        **{key: value for key, value in COMMON.items() if key not in ("view", "strategy", "role")},
         **ACCUMULATOR_OPTIONS[member.rule.accumulator],
         **get_rule(group["rule"]).defaults,
     }
@@ -45,5 +45,5 @@ def routed(member: ParamSpec, group: Mapping[str, Any], placement: Placement) ->
         options={key: group[key] for key, value in defaults.items() if group[key] != value},
         lr=float(group["lr"]),
         view=group["view"],
-        placement=placement,
+        strategy=strategy,
     )

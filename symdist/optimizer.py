@@ -18,11 +18,11 @@ from symdist.exchange import (
     CountingTransport,
     FlatJob,
     Job,
-    Placement,
     Plan,
     StepInputs,
     StepOutputs,
     StepProgress,
+    Strategy,
     Task,
     TorchTransport,
     Transport,
@@ -34,7 +34,7 @@ from symdist.gradients.nonfinite import FLAGS, Agreed, NonFinite, agree, not_fin
 from symdist.gradients.partial_sums import bring_home, sum_up
 from symdist.layouts import Group, group_from, local
 from symdist.layouts.fsdp1 import is_flattened
-from symdist.param_groups import ParamSpec, check_stages, describe_member, gradient_of, place_members, with_defaults
+from symdist.param_groups import ParamSpec, check_stages, describe_member, gradient_of, plan_step, with_defaults
 from symdist.replaced_params import carried, changed, check_shapes, in_model
 from symdist.state_checks import as_tensor, asked_by_pytorch, check_state, read_saved
 
@@ -49,7 +49,7 @@ class SymDist(torch.optim.Optimizer):
 
     A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`,
     `cautious_weight_decay` (decay only those weights that their update takes towards zero, too), `view`,
-    `skip_zero_grad_rows`, `placement`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A
+    `skip_zero_grad_rows`, `strategy`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A
     3-D parameter is a stack of matrices. `layouts`, where given, has for each parameter None or where it lies; of a
     `FlatLayout` every rank gives its piece, an empty vector where it holds nothing.
 
@@ -160,7 +160,7 @@ class SymDist(torch.optim.Optimizer):
                 describe_member(parameter, name=name, index=index, group=group, replicas=self._replicas, layout=layout)
             )
         if self._constructed:
-            place_members(self._members + members, bucket_bytes=self.bucket_bytes)
+            plan_step(self._members + members, bucket_bytes=self.bucket_bytes)
         super().add_param_group(group)
         self._members += members
         self._planned = None
@@ -279,14 +279,14 @@ class SymDist(torch.optim.Optimizer):
         """Refused: process groups do not copy."""
         raise TypeError("SymDist cannot be copied or pickled; build another and load_state_dict into it")
 
-    def placements(self) -> dict[str, Placement]:
+    def strategies(self) -> dict[str, Strategy]:
         """Where each parameter's rule runs, by name."""
-        where = self.plan().placements()
+        where = self.plan().strategies()
         return {member.name: where.get(i, "local") for i, member in enumerate(self._members)}
 
     def routing(self) -> list[Assignment]:
         """What became of every parameter, in the order of the groups."""
-        where = self.plan().placements()
+        where = self.plan().strategies()
         return [
             routed(member, self.param_groups[member.group], where.get(i, "local"))
             for i, member in enumerate(self._members)
@@ -342,7 +342,7 @@ class SymDist(torch.optim.Optimizer):
     def _plan(self) -> Plan:
         moving = [member.parameter.requires_grad for member in self._members]
         if self._planned is None or self._planned[0] != moving:
-            plan = place_members(
+            plan = plan_step(
                 self._members, bucket_bytes=self.bucket_bytes, communication_dtype=self.communication_dtype
             )
             self._peers = self._ranks_of(self._members)
@@ -391,7 +391,7 @@ class SymDist(torch.optim.Optimizer):
             except ValueError as error:
                 state, problem = {}, problem or error
             states.append(state)
-        place_members(members, bucket_bytes=self.bucket_bytes)
+        plan_step(members, bucket_bytes=self.bucket_bytes)
         # Whether values were kept is each rank's own to see, and all must do alike.
         failed = torch.tensor([float(problem is not None)], device=given[0].device)
         peers = self._ranks_of(members)

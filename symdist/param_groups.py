@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from symdist.exchange import Plan, Stack, StageSlot, place
+from symdist.exchange import Plan, Stack, StageSlot, make_plan
 from symdist.layouts import FlatLayout, Group, Layout, layout_of, local
 from symdist.matrix_views import bind_view
 from symdist.routing.residual_stream import Stage, residual_stage
@@ -21,7 +21,7 @@ COMMON: dict[str, Any] = {
     "cautious_weight_decay": False,
     "view": "as_stored",
     "skip_zero_grad_rows": False,
-    "placement": "auto",
+    "strategy": "auto",
     "padding_rows": 0,
     "role": "",
 }
@@ -99,8 +99,8 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key}={group[key]!r} must be true or false")
     if not isinstance(group["padding_rows"], int) or group["padding_rows"] < 0:
         raise ValueError(f"{where}: padding_rows={group['padding_rows']!r} must be a whole number, 0 or more")
-    if group["placement"] not in ("auto", "local", "reduce", "owner"):
-        raise ValueError(f"{where}: placement={group['placement']!r} is not 'auto', 'local', 'reduce' or 'owner'")
+    if group["strategy"] not in ("auto", "local", "reduce", "owner"):
+        raise ValueError(f"{where}: strategy={group['strategy']!r} is not 'auto', 'local', 'reduce' or 'owner'")
 
 
 def describe_member(
@@ -141,7 +141,7 @@ def describe_member(
             f"its shape is {layout.shape}, its view {group['view']!r}"
         )
     plain = not rule.matrices and not group["centered"] and not padding and not skip
-    stacked = not plain or group["placement"] in ("reduce", "owner")
+    stacked = not plain or group["strategy"] in ("reduce", "owner")
     stack = None
     # A view that nothing will look through is still checked; the default is left to tensors of any shape.
     if stacked or group["view"] != COMMON["view"]:
@@ -162,7 +162,7 @@ def describe_member(
             layout=layout,
             dtype=dtype,
             device=parameter.device,
-            asked=group["placement"],
+            asked=group["strategy"],
             skip_zero_grad_rows=skip,
             padding_rows=padding,
         )
@@ -248,12 +248,12 @@ def flat_parts(
     return found
 
 
-def place_members(
+def plan_step(
     members: Sequence[ParamSpec], *, bucket_bytes: int, communication_dtype: torch.dtype | None = None
 ) -> Plan:
     """The plan of a step: the members that share a stack put together, and each stack placed.
 
-    Members without a stack, and frozen ones, are in no job. Raises ValueError, naming a parameter, where its placement
+    Members without a stack, and frozen ones, are in no job. Raises ValueError, naming a parameter, where its strategy
     does not fit.
     """
     stacks: dict[Stack, list[int]] = {}
@@ -262,7 +262,9 @@ def place_members(
             stacks.setdefault(member.stack, []).append(i)
     names = [member.name for member in members]
     stages = _in_stages(members)
-    return place(stacks, names=names, bucket_bytes=bucket_bytes, communication_dtype=communication_dtype, stages=stages)
+    return make_plan(
+        stacks, names=names, bucket_bytes=bucket_bytes, communication_dtype=communication_dtype, stages=stages
+    )
 
 
 def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:

@@ -16,8 +16,8 @@ from symdist.layouts.flat import flat_bounds, flat_vector
 from tests.cases import CASES, LR, STEPS, tensors
 
 Key = tuple[str, int, str, int]
-"""Case, copy, placement, expert."""
-PLACEMENTS = ("auto", "local", "reduce", "owner")
+"""Case, copy, strategy, expert."""
+STRATEGIES = ("auto", "local", "reduce", "owner")
 COPIES = 2
 
 
@@ -29,10 +29,10 @@ def shapes(case: str) -> list[tuple[int, ...]]:
 
 def all_keys() -> list[Key]:
     return [
-        (case, copy, placement, expert)
+        (case, copy, strategy, expert)
         for case in CASES
         for copy in range(COPIES)
-        for placement in PLACEMENTS
+        for strategy in STRATEGIES
         for expert in range(len(shapes(case)))
     ]
 
@@ -101,16 +101,16 @@ def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any
     drawn: dict[Key, tuple[nn.Parameter, list[Tensor]]] = {}
     groups: list[dict[str, Any]] = []
     for case, (shape, options_of_case) in CASES.items():
-        for placement in PLACEMENTS:
+        for strategy in STRATEGIES:
             candidate: dict[str, Any] = {
                 "lr": LR,
-                "placement": placement,
+                "strategy": strategy,
                 **options_of_case,
                 "params": [],
                 "layouts": [],
             }
             for key in keys:
-                if key[0] != case or key[2] != placement:
+                if key[0] != case or key[2] != strategy:
                     continue
                 weight, gradients = tensors(case, key[1])
                 pieces = [
@@ -123,9 +123,9 @@ def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any
             try:
                 SymDist([dict(candidate)], world=mesh, **options)
             except ValueError as error:
-                if "cannot run with placement" not in str(error):
+                if "cannot run with strategy" not in str(error):
                     raise
-                drawn = {key: found for key, found in drawn.items() if key[0] != case or key[2] != placement}
+                drawn = {key: found for key, found in drawn.items() if key[0] != case or key[2] != strategy}
             else:
                 groups.append(candidate)
     optimizer = SymDist(groups, world=mesh, **options)
@@ -133,7 +133,7 @@ def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any
         for parameter, gradients in drawn.values():
             parameter.grad = gradients[step]
         optimizer.step()
-    return {key: parameter.detach() for key, (parameter, _) in drawn.items()}, optimizer.placements()
+    return {key: parameter.detach() for key, (parameter, _) in drawn.items()}, optimizer.strategies()
 
 
 def counted(

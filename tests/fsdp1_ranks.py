@@ -87,11 +87,11 @@ def _group_of(ranks: list[int]) -> Any:
     return transport._handle(group) if len(ranks) > 1 else dist.new_group(ranks, use_local_synchronization=True)
 
 
-KINDS = [(case, placement) for case in CASES for placement in ("auto", "owner", "reduce")]
+KINDS = [(case, strategy) for case in CASES for strategy in ("auto", "owner", "reduce")]
 
 
 def trained(mesh: DeviceMesh, strategy: str, bucket_bytes: int) -> tuple[dict[Key, Tensor], dict[str, str]]:
-    """Whole weights after three steps of every case, with each placement that it may have, and where rules ran."""
+    """Whole weights after three steps of every case, with each strategy that it may have, and where rules ran."""
     inner = Halves([tensors(case)[0] for case, _ in KINDS])
     place = on(mesh, strategy)
     for name in ("first", "second"):
@@ -107,19 +107,19 @@ def trained(mesh: DeviceMesh, strategy: str, bucket_bytes: int) -> tuple[dict[Ke
         optimizer.zero_grad()
     with FSDP.summon_full_params(model):
         found = {KINDS[i]: inner.numbered()[i].detach().clone() for i in groups}
-    return found, optimizer.placements()
+    return found, optimizer.strategies()
 
 
 def _group(i: int, weight: nn.Parameter) -> dict[str, Any]:
-    case, placement = KINDS[i]
-    return {"params": [(f"{case}/{placement}", weight)], "lr": LR, "placement": placement, **CASES[case][1]}
+    case, strategy = KINDS[i]
+    return {"params": [(f"{case}/{strategy}", weight)], "lr": LR, "strategy": strategy, **CASES[case][1]}
 
 
 def _fits(group: dict[str, Any]) -> bool:
     try:
         SymDist([dict(group)])
     except ValueError as error:
-        if "cannot run with placement" not in str(error):
+        if "cannot run with strategy" not in str(error):
             raise
         return False
     return True

@@ -67,7 +67,7 @@ def trained(
     gradient: Callable[[Case, int, int], Tensor | None],
     **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights and placements by name after the steps; a placement that a case cannot have gives way to "auto"."""
+    """Weights and strategies by name after the steps; a strategy that a case cannot have gives way to "auto"."""
     groups: list[dict[str, Any]] = []
     weights: list[tuple[Case, int, nn.Parameter]] = []
     for i, parameter in enumerate(case["parameters"]):
@@ -80,17 +80,17 @@ def trained(
         try:
             SymDist([dict(group)], **options)
         except ValueError as error:
-            if "cannot run with placement" not in str(error):
+            if "cannot run with strategy" not in str(error):
                 raise
-            group["placement"] = "auto"
+            group["strategy"] = "auto"
         groups.append(group)
     optimizer = SymDist(groups, bucket_bytes=case["bucket_bytes"], **options)
     for step in range(1, case["steps"] + 1):
         for parameter, copy, weight in weights:
             weight.grad = gradient(parameter, copy, step)
         optimizer.step()
-    placements = optimizer.placements()
-    return {name: local(w).detach() for name, (_, _, w) in zip(placements, weights, strict=True)}, placements
+    strategies = optimizer.strategies()
+    return {name: local(w).detach() for name, (_, _, w) in zip(strategies, weights, strict=True)}, strategies
 
 
 def on_ranks(mesh: DeviceMesh, case: Case) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -123,7 +123,7 @@ def alone(case: Case) -> dict[str, Tensor]:
 
 def errors(case: Case, results: list[tuple[dict[str, Tensor], dict[str, str]]]) -> dict[str, float]:
     """By name, the distance to the single process relative to how far that moved; inf where ranks disagree."""
-    assert all(placements == results[0][1] for _, placements in results), "placements differ between ranks"
+    assert all(strategies == results[0][1] for _, strategies in results), "strategies differ between ranks"
     found = {}
     for name, expected in alone(case).items():
         i, copy = map(int, name.split("."))
@@ -149,12 +149,12 @@ def wrong(many: Ranks, case: Case, bound: float = BOUND) -> tuple[list[str], dic
     """What is wrong with a case, a line for each parameter, and where the rules ran."""
     mesh = tuple(case["mesh"])
     results = many.run(mesh if len(mesh) > 1 else mesh[0], on_ranks, case)
-    placements = results[0][1]
+    strategies = results[0][1]
     return [
-        f"{name} {case['parameters'][int(name.split('.')[0])]['shape']} at {placements[name]}: {error:.1e}"
+        f"{name} {case['parameters'][int(name.split('.')[0])]['shape']} at {strategies[name]}: {error:.1e}"
         for name, error in errors(case, results).items()
         if not error < bound
-    ], placements
+    ], strategies
 
 
 def smallest(many: Ranks, case: Case) -> Case:
@@ -183,8 +183,8 @@ def main(literal: str, bound: float = BOUND) -> int:
     mesh = tuple(case["mesh"])
     many = start(math.prod(mesh), (mesh,) if len(mesh) > 1 else ())
     try:
-        found, placements = wrong(many, case, bound)
-        print(f"{len(found)} of {len(placements)} parameters are wrong")
+        found, strategies = wrong(many, case, bound)
+        print(f"{len(found)} of {len(strategies)} parameters are wrong")
         print("\n".join([*found, line(smallest(many, case)) if bound == BOUND else line(case)] if found else []))
         return int(bool(found))
     finally:

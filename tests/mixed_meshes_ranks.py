@@ -54,10 +54,10 @@ GRID = {
     "column-wise": Weight((17, 6), ROW | {"centered": True}, (0, 1), ((1, 0), (0, 0))),
     "row-wise": Weight((29, 6), MUON | DECAY, (0, 1), ((1, 1), (0, 0))),
     "experts": Weight((5, 4, 6), POLAR, (0, 1), ((1, 0), (0, 1))),
-    "tall": Weight((29, 6), RIGHT | {"placement": "reduce", "alpha": 1.0}, (0,), ((0, 0),)),
-    "owned": Weight((3, 8), MUON | {"placement": "owner"}, (0,), ((0, 0),)),
+    "tall": Weight((29, 6), RIGHT | {"strategy": "reduce", "alpha": 1.0}, (0,), ((0, 0),)),
+    "owned": Weight((3, 8), MUON | {"strategy": "owner"}, (0,), ((0, 0),)),
     "inner": Weight((9, 5), HYBRID | {"skip_zero_grad_rows": True} | DECAY, (1,), ((0, 1),)),
-    "replicated": Weight((8, 3), RIGHT | {"placement": "owner"}, (0, 1), ((1, 0),)),
+    "replicated": Weight((8, 3), RIGHT | {"strategy": "owner"}, (0, 1), ((1, 0),)),
     "bias": Weight((7,), ADAMW | {"centered": True}, (0, 1), ((1, 0), (0, 0))),
     "norm": Weight((5,), ADAMW | DECAY, (0,), ((0, 0),)),
     "scale": Weight((6,), ADAMW, (1,), parts=True),
@@ -67,12 +67,12 @@ GRID = {
 }
 CUBE = {
     "hsdp x tp": Weight((17, 6), ROW | {"centered": True}, (0, 1, 2), ((2, 0), (1, 0))),
-    "hsdp": Weight((29, 6), MUON | {"placement": "owner"}, (0, 1), ((1, 0),)),
-    "fsdp over tp": Weight((9, 10), HYBRID | {"placement": "owner"}, (1, 2), ((1, 1), (0, 0))),
-    "skew": Weight((8, 12), POLAR | {"placement": "owner"}, (0, 2), ((1, 1), (0, 0))),
-    "skew rows": Weight((9, 4), ROW | {"centered": True, "placement": "reduce"}, (0, 2), ((1, 0), (0, 0))),
+    "hsdp": Weight((29, 6), MUON | {"strategy": "owner"}, (0, 1), ((1, 0),)),
+    "fsdp over tp": Weight((9, 10), HYBRID | {"strategy": "owner"}, (1, 2), ((1, 1), (0, 0))),
+    "skew": Weight((8, 12), POLAR | {"strategy": "owner"}, (0, 2), ((1, 1), (0, 0))),
+    "skew rows": Weight((9, 4), ROW | {"centered": True, "strategy": "reduce"}, (0, 2), ((1, 0), (0, 0))),
     "all": Weight((5, 6, 7), POLAR | {"alpha": 1.0}, (0, 1, 2), ((1, 0), (2, 1), (0, 2))),
-    "one axis": Weight((29, 6), RIGHT | {"placement": "reduce"}, (2,), ((0, 0),)),
+    "one axis": Weight((29, 6), RIGHT | {"strategy": "reduce"}, (2,), ((0, 0),)),
     "norm": Weight((5,), ADAMW, (0, 1), ((1, 0),)),
     "scale": Weight((6,), ADAMW, (2,), parts=True),
     "gain": Weight((6, 4), ROW, (1, 2), parts=True),
@@ -81,8 +81,8 @@ CUBE = {
 # Stages of a pipeline along the first axis: the second has no matrix, and fewer weights.
 PIPELINE = {
     "head": Weight((17, 6), ROW | {"centered": True}, (1,), ((0, 0),), stage=0),
-    "tall": Weight((29, 6), RIGHT | {"placement": "reduce"}, (1,), ((0, 0),), stage=0),
-    "owned": Weight((9, 5), MUON | {"placement": "owner"}, (1,), ((0, 0),), stage=0),
+    "tall": Weight((29, 6), RIGHT | {"strategy": "reduce"}, (1,), ((0, 0),), stage=0),
+    "owned": Weight((9, 5), MUON | {"strategy": "owner"}, (1,), ((0, 0),), stage=0),
     "more": Weight((5, 4, 6), POLAR, (1,), ((0, 1),), stage=0),
     "plain": Weight((3, 4), MUON, stage=0),
     "first norm": Weight((3,), ADAMW, (1,), ((0, 0),), stage=1),
@@ -91,22 +91,22 @@ PIPELINE = {
 # The second stage lies on one axis only, in other shapes; the last holds nothing but plain tensors.
 DEEP = {
     "tp": Weight((17, 6), ROW | {"centered": True}, (1, 2), ((1, 0), (0, 0)), stage=0),
-    "rows": Weight((29, 6), MUON | {"placement": "owner"}, (1, 2), ((1, 1), (0, 0)), stage=0),
-    "owned": Weight((9, 5), MUON | {"placement": "owner"}, (1,), ((0, 0),), stage=1),
-    "summed": Weight((30, 4), RIGHT | {"placement": "reduce"}, (2,), ((0, 0),), stage=1),
+    "rows": Weight((29, 6), MUON | {"strategy": "owner"}, (1, 2), ((1, 1), (0, 0)), stage=0),
+    "owned": Weight((9, 5), MUON | {"strategy": "owner"}, (1,), ((0, 0),), stage=1),
+    "summed": Weight((30, 4), RIGHT | {"strategy": "reduce"}, (2,), ((0, 0),), stage=1),
     "norm": Weight((3,), ADAMW, (1,), ((0, 0),), stage=1),
 }
 PLAIN_STAGE = {
-    "tall": Weight((29, 6), RIGHT | {"placement": "reduce"}, (1,), ((0, 0),), stage=0),
-    "owned": Weight((9, 5), MUON | {"placement": "owner"}, (1,), ((0, 0),), stage=0),
+    "tall": Weight((29, 6), RIGHT | {"strategy": "reduce"}, (1,), ((0, 0),), stage=0),
+    "owned": Weight((9, 5), MUON | {"strategy": "owner"}, (1,), ((0, 0),), stage=0),
     "plain": Weight((4, 6), MUON, stage=1),
     "bias": Weight((6,), ADAMW, stage=1),
 }
 # The first is summed over planes that the second is owned by, and only some ranks have the third's wave in between.
 CROSSED = {
     "summed": Weight((17, 6), ROW | {"centered": True}, (0, 1, 2), ((2, 0), (1, 0))),
-    "owned": Weight((9, 10), HYBRID | {"placement": "owner"}, (1, 2), ((1, 1), (0, 0))),
-    "between": Weight((29, 6), RIGHT | {"placement": "reduce"}, (2,), ((0, 0),)),
+    "owned": Weight((9, 10), HYBRID | {"strategy": "owner"}, (1, 2), ((1, 1), (0, 0))),
+    "between": Weight((29, 6), RIGHT | {"strategy": "reduce"}, (2,), ((0, 0),)),
 }
 MODELS = {
     "grid": ((2, 2), GRID),
@@ -160,7 +160,7 @@ class Held:
             options["world"] = mesh
         groups = [{"params": [(name, self.parameters[name])], **self.weights[name].options} for name in self.weights]
         for group in groups if mesh is None else ():
-            group.pop("placement", None)
+            group.pop("strategy", None)
         self.optimizer = SymDist(groups, **options)
 
     def on(self, weight: Weight) -> DeviceMesh:

@@ -23,12 +23,12 @@ STEPS = 3
 # Owned, summed once, summed twice and by Grams, in stacks of several and alone: what a rank does between a wave's
 # first collective and its last is never the same.
 WEIGHTS: list[tuple[tuple[int, ...], dict[str, Any]]] = [
-    ((9, 5), {"rule": "muon", "placement": "owner"}),
-    ((17, 6), {"rule": "row_norm", "centered": True, "placement": "reduce"}),
-    ((29, 4), {"rule": "right_spectral", "centered": True, "placement": "reduce"}),
-    ((9, 5), {"rule": "muon", "placement": "owner"}),
+    ((9, 5), {"rule": "muon", "strategy": "owner"}),
+    ((17, 6), {"rule": "row_norm", "centered": True, "strategy": "reduce"}),
+    ((29, 4), {"rule": "right_spectral", "centered": True, "strategy": "reduce"}),
+    ((9, 5), {"rule": "muon", "strategy": "owner"}),
     ((7, 3, 4), {"rule": "polar"}),
-    ((6, 12), {"rule": "hybrid", "view": "transposed", "placement": "owner"}),
+    ((6, 12), {"rule": "hybrid", "view": "transposed", "strategy": "owner"}),
     ((5,), {"rule": "adamw"}),
 ]
 
@@ -84,7 +84,7 @@ def train(weights: dict[tuple[Lane, int], nn.Parameter], place: Any, optimizer: 
 
 def options_of(number: int, mesh: bool) -> dict[str, Any]:
     options = {"lr": 0.1, **WEIGHTS[number][1]}
-    return options if mesh else {key: value for key, value in options.items() if key != "placement"}
+    return options if mesh else {key: value for key, value in options.items() if key != "strategy"}
 
 
 def overlapped(

@@ -12,30 +12,30 @@ from symdist.layouts import local
 from tests.cases import CASES, LR, STEPS, tensors
 from tests.grids import WAYS
 
-PLACEMENTS = ("auto", "local", "reduce", "owner")
+STRATEGIES = ("auto", "local", "reduce", "owner")
 COPIES = 2
 """Parameters of each case, so that every stack holds several."""
 
 
-def train(place: Callable[[Tensor], Tensor], dtype: torch.dtype, placements: tuple[str, ...], **options: Any) -> Any:
-    """Final weights by (case, copy, placement), and the optimizer; a placement a case cannot have is left out."""
+def train(place: Callable[[Tensor], Tensor], dtype: torch.dtype, strategies: tuple[str, ...], **options: Any) -> Any:
+    """Final weights by (case, copy, strategy), and the optimizer; a strategy a case cannot have is left out."""
     groups, drawn = [], {}
     for case, (_, group) in CASES.items():
-        for placement in placements:
+        for strategy in strategies:
             parameters = []
             for copy in range(COPIES):
                 weight, gradients = tensors(case, copy)
                 parameter = nn.Parameter(place(weight.to(dtype)))
-                drawn[case, copy, placement] = (parameter, [place(gradient.to(dtype)) for gradient in gradients])
-                parameters.append((f"{case}/{copy}/{placement}", parameter))
-            candidate = {"params": parameters, "lr": LR, "placement": placement, **group}
+                drawn[case, copy, strategy] = (parameter, [place(gradient.to(dtype)) for gradient in gradients])
+                parameters.append((f"{case}/{copy}/{strategy}", parameter))
+            candidate = {"params": parameters, "lr": LR, "strategy": strategy, **group}
             try:
                 SymDist([dict(candidate)], **options)
             except ValueError as error:
-                if "cannot run with placement" not in str(error):
+                if "cannot run with strategy" not in str(error):
                     raise
                 for copy in range(COPIES):
-                    del drawn[case, copy, placement]
+                    del drawn[case, copy, strategy]
             else:
                 groups.append(candidate)
     optimizer = SymDist(groups, **options)
@@ -48,8 +48,8 @@ def train(place: Callable[[Tensor], Tensor], dtype: torch.dtype, placements: tup
 
 def sharded(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dict, dict[str, str]]:
     """This rank's pieces of every case laid out in one way, and where the rules ran."""
-    weights, optimizer = train(lambda tensor: WAYS[way].place(tensor, mesh), dtype, PLACEMENTS, **options)
-    return {key: local(weight) for key, weight in weights.items()}, optimizer.placements()
+    weights, optimizer = train(lambda tensor: WAYS[way].place(tensor, mesh), dtype, STRATEGIES, **options)
+    return {key: local(weight) for key, weight in weights.items()}, optimizer.strategies()
 
 
 def shuffled(mesh: DeviceMesh, way: str) -> tuple[list[int], dict]:
@@ -63,8 +63,8 @@ def shuffled(mesh: DeviceMesh, way: str) -> tuple[list[int], dict]:
 
 def replicas(mesh: DeviceMesh, dtype: torch.dtype) -> tuple[dict, dict[str, str]]:
     """Every case in plain tensors, whole on all ranks."""
-    weights, optimizer = train(torch.clone, dtype, PLACEMENTS, replicas=mesh)
-    return weights, optimizer.placements()
+    weights, optimizer = train(torch.clone, dtype, STRATEGIES, replicas=mesh)
+    return weights, optimizer.strategies()
 
 
 def alone(dtype: torch.dtype) -> dict:

@@ -28,7 +28,7 @@ MIXED: list[tuple[tuple[int, ...], Group]] = [
     ((9, 5), {"rule": "hybrid", "skip_zero_grad_rows": True}),
     ((5, 4, 6), {"rule": "polar"}),
     ((3,), {"rule": "adamw"}),
-    ((7, 4), {"rule": "muon", "placement": "local"}),
+    ((7, 4), {"rule": "muon", "strategy": "local"}),
 ]
 WHOLE = len(MIXED) - 1
 

@@ -78,13 +78,13 @@ def sharded(
     weights, optimizer = train(lambda t: WAYS[way].place(t, mesh), {"transport": counting, **more}, **options)
     foretold = optimizer.trace_collectives().log
     same = counting.log == foretold * STEPS
-    return [local(weight) for weight in weights], optimizer.placements(), same
+    return [local(weight) for weight in weights], optimizer.strategies(), same
 
 
 def replicated(mesh: DeviceMesh, options: dict[str, Any]) -> tuple[list[Tensor], dict[str, str]]:
     """The same in plain tensors, whole on all ranks."""
     weights, optimizer = train(torch.clone, {"replicas": mesh}, **options)
-    return weights, optimizer.placements()
+    return weights, optimizer.strategies()
 
 
 def flat(mesh: DeviceMesh, options: dict[str, Any], more: dict[str, Any]) -> list[Tensor]:

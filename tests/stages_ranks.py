@@ -15,9 +15,9 @@ Group = dict[str, Any]
 
 # Shape and group of every parameter, stage by stage: other counts, other shapes, other rules; the third has no matrix.
 STAGES: list[list[tuple[tuple[int, ...], Group]]] = [
-    [((17, 6), {"rule": "row_norm", "centered": True}), ((9, 5), {"rule": "muon", "placement": "owner"})],
+    [((17, 6), {"rule": "row_norm", "centered": True}), ((9, 5), {"rule": "muon", "strategy": "owner"})],
     [
-        ((29, 6), {"rule": "right_spectral", "placement": "reduce"}),
+        ((29, 6), {"rule": "right_spectral", "strategy": "reduce"}),
         ((3, 8), {"rule": "muon"}),
         ((5, 4, 6), {"rule": "polar"}),
         ((7,), {"rule": "adamw"}),
@@ -33,8 +33,8 @@ def draw(stage: int, i: int, seed: int) -> Tensor:
 
 
 def where_it_lies(group: Group, parameter: Tensor) -> Group:
-    """The group, without a placement that a whole tensor cannot have."""
-    return group if isinstance(parameter, DTensor) else {key: group[key] for key in group if key != "placement"}
+    """The group, without a strategy that a whole tensor cannot have."""
+    return group if isinstance(parameter, DTensor) else {key: group[key] for key in group if key != "strategy"}
 
 
 def built(stage: int, place: Any, **options: Any) -> tuple[list[nn.Parameter], SymDist]:
@@ -82,9 +82,9 @@ def pipeline(
 
 RINGS = [(0, 1, 2), (1, 2, 3), (0, 2, 3), (0, 1, 3), (0, 1), (2, 3), (0, 3), (1, 2)]
 RULES: list[Group] = [
-    {"rule": "right_spectral", "placement": "reduce", "centered": True},
-    {"rule": "muon", "placement": "owner"},
-    {"rule": "hybrid", "placement": "reduce", "order": "polar_then_row"},
+    {"rule": "right_spectral", "strategy": "reduce", "centered": True},
+    {"rule": "muon", "strategy": "owner"},
+    {"rule": "hybrid", "strategy": "reduce", "order": "polar_then_row"},
     {"rule": "row_norm", "centered": True},
 ]
 

@@ -80,14 +80,14 @@ def test_a_model_and_a_recipe_of_ones_own(capsys: pytest.CaptureFixture[str], tm
 def test_a_single_rank_sends_nothing() -> None:
     found = preview("olmoe-tiny", "small-moe", mesh={"dp_shard": 1})
     assert found.collectives == found.sent == 0
-    assert {parameter.placement for parameter in found.parameters} == {"local"}
+    assert {parameter.strategy for parameter in found.parameters} == {"local"}
 
 
 def test_placements_follow_the_ranks() -> None:
     # Four heads: whole on two ranks, cut through on eight.
     name = "model.layers.0.self_attn.q_proj.weight"
-    assert by_name("olmoe-tiny", "small-moe", 2)[name].placement == "local"
-    assert by_name("olmoe-tiny", "small-moe", 8)[name].placement == "owner"
+    assert by_name("olmoe-tiny", "small-moe", 2)[name].strategy == "local"
+    assert by_name("olmoe-tiny", "small-moe", 8)[name].strategy == "owner"
 
 
 REFUSED = {
@@ -99,7 +99,7 @@ REFUSED = {
     "role": (["--set", "nope.lr=1"], "'nope', which is no role"),
     "role named like an argument": (["--set", "model.lr=1"], "'model', which is no role"),
     "rule": (["--set", "head.rule=nope"], "no rule 'nope'"),
-    "placement": (["--set", "embedding.placement=local"], "cannot run with placement 'local'"),
+    "strategy": (["--set", "embedding.strategy=local"], "cannot run with strategy 'local'"),
     "setting": (["--set", "head"], "should be role.option=value"),
     "ranks": (["--ranks", "0"], "ranks=0 must be 1 or more"),
 }

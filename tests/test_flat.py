@@ -1,4 +1,4 @@
-"""Flat layouts: every rule, view and placement on runs of elements equals the single process."""
+"""Flat layouts: every rule, view and strategy on runs of elements equals the single process."""
 
 from functools import cache
 
@@ -47,12 +47,12 @@ def sending(many: Ranks, way: str, world: int) -> tuple[Whole, dict[str, str]]:
 
 def joined(results: list[tuple[dict, dict[str, str]]], way: str) -> tuple[Whole, dict[str, str]]:
     """Whole tensors from the pieces of all ranks, and where the rules ran."""
-    assert all(placements == results[0][1] for _, placements in results)
+    assert all(strategies == results[0][1] for _, strategies in results)
     cut = flat_ranks.cut(flat_ranks.all_keys(), way, len(results))
     matrices = {key: flat_ranks.put_together([pieces[key] for pieces, _ in results], cut[key]) for key in results[0][0]}
     wholes: dict[tuple[str, int, str], list[Tensor]] = {}
-    for (case, copy, placement, _), matrix in matrices.items():
-        wholes.setdefault((case, copy, placement), []).append(matrix)
+    for (case, copy, strategy, _), matrix in matrices.items():
+        wholes.setdefault((case, copy, strategy), []).append(matrix)
     return {key: torch.stack(found).view(CASES[key[0]][0]) for key, found in wholes.items()}, results[0][1]
 
 
@@ -86,10 +86,10 @@ def test_small_waves_change_nothing(many: Ranks, case: str, way: str, world: int
 
 @pytest.mark.parametrize("case", CASES)
 def test_whole_matrices_may_go_elsewhere(many: Ranks, case: str) -> None:
-    found, placements = sending(many, "one", 3)
+    found, strategies = sending(many, "one", 3)
     assert worst(case, found) < 1e-9
     elsewhere = on_ranks(many, "one", 3, "float64")[1]
-    assert sum(where == "owner" for where in placements.values()) > 20 + sum(
+    assert sum(where == "owner" for where in strategies.values()) > 20 + sum(
         where == "owner" for where in elsewhere.values()
     )
 

@@ -36,15 +36,15 @@ def on_ranks(ranks: Ranks, strategy: str, world: int, bucket_bytes: int = 1 << 3
 @pytest.mark.parametrize(("strategy", "world"), WORLDS)
 def test_every_rule_is_exact(ranks: Ranks, strategy: str, world: int) -> None:
     seen = set()
-    for weights, placements in on_ranks(ranks, strategy, world):
-        assert placements == on_ranks(ranks, strategy, world)[0][1]
-        for (case, placement), weight in weights.items():
+    for weights, stepped_by in on_ranks(ranks, strategy, world):
+        assert stepped_by == on_ranks(ranks, strategy, world)[0][1]
+        for (case, how), weight in weights.items():
             expected, start = oracle()[case, 0, "auto"], tensors(case)[0]
             error = float((weight - expected).norm() / (expected - start).norm())
-            assert error < 1e-9, f"{case} {placement}: {error}"
-            seen.add((case, placements[f"{case}/{placement}"]))
+            assert error < 1e-9, f"{case} {how}: {error}"
+            seen.add((case, stepped_by[f"{case}/{how}"]))
     assert {case for case, _ in seen} == set(CASES)
-    assert {placement for _, placement in seen} >= ({"local"} if strategy == "none" else {"owner", "reduce"})
+    assert {how for _, how in seen} >= ({"local"} if strategy == "none" else {"owner", "reduce"})
 
 
 def test_waves_change_nothing(ranks: Ranks) -> None:

@@ -21,7 +21,7 @@ EXAMPLES = 6
 Options = dict[str, Any]
 
 
-# Found by this test: the rule saw one real row where placement saw ten.
+# Found by this test: the rule saw one real row where strategy saw ten.
 FOUND: Case = {
     "mesh": [3, 2],
     "bucket_bytes": 1,
@@ -34,7 +34,7 @@ FOUND: Case = {
             "cuts": [[0, 0]],
             "copies": 2,
             "seed": 109,
-            "group": {"rule": "muon", "lr": 0.1, "placement": "reduce", "padding_rows": 9},
+            "group": {"rule": "muon", "lr": 0.1, "strategy": "reduce", "padding_rows": 9},
             "gradients": ["drawn", "zero", ["hole", 0, 0]],
         }
     ],
@@ -86,7 +86,7 @@ COMMON = st.fixed_dictionaries(
     {
         "lr": one_of(0.1, 0.01),
         "weight_decay": one_of(0.0, 0.1),
-        "placement": one_of("auto", "local", "reduce", "owner"),
+        "strategy": one_of("auto", "local", "reduce", "owner"),
         "skip_zero_grad_rows": one_of(False, False, True),
     }
 )
@@ -167,12 +167,12 @@ def cases(draw: st.DrawFn, mesh: tuple[int, ...]) -> Case:
 def check(many: Ranks, case: Case) -> list[str]:
     """Fail with the line that reproduces it where a case goes wrong; else what it had in it, for counting."""
     try:
-        found, placements = fuzz_ranks.wrong(many, case)
+        found, strategies = fuzz_ranks.wrong(many, case)
     except AssertionError as error:
         pytest.fail(f"{error}\n{fuzz_ranks.line(case)}", pytrace=False)
     if found:
         pytest.fail("\n".join([*found, fuzz_ranks.line(fuzz_ranks.smallest(many, case))]), pytrace=False)
-    kinds = ["example", str(case["mesh"]), *placements.values()]
+    kinds = ["example", str(case["mesh"]), *strategies.values()]
     for parameter in case["parameters"]:
         kinds += ["submesh"] * (len(parameter["on"]) < len(case["mesh"]))
         kinds += ["parameter", parameter["group"]["rule"], "plain" if parameter["cuts"] is None else "cut"]
@@ -235,7 +235,7 @@ CASE: Case = {
             "cuts": [[0, 0]],
             "copies": 2,
             "seed": 1,
-            "group": {"rule": "muon", "lr": 0.1, "placement": "owner"},
+            "group": {"rule": "muon", "lr": 0.1, "strategy": "owner"},
             "gradients": ["drawn", ["hole", 0, 1]],
         }
     ],

@@ -87,7 +87,7 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
         ((4, 4), ROW | {"weight_decay": -0.1}, "weight_decay=-0.1"),
         ((4, 4), ROW | {"momentum": 1.0}, "group 'mine': momentum=1.0"),
         ((4, 4), ROW | {"skip_zero_grad_rows": "drop"}, "skip_zero_grad_rows='drop' must be true or false"),
-        ((4, 4), ROW | {"placement": "rank0"}, "placement='rank0'"),
+        ((4, 4), ROW | {"strategy": "rank0"}, "strategy='rank0'"),
         ((4, 4), MUON | {"scale": "nuclear"}, "scale='nuclear' is not one of 'spectral', 'match_rms', 'none'"),
         ((4, 4), MUON | {"side": "top"}, "side='top' is not one of 'auto', 'right', 'left'"),
         ((4, 4), MUON | {"precision": "bfloat16", "method": "exact"}, "no exact method"),
@@ -107,8 +107,8 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
         ((4, 4), ROW | {"padding_rows": 4}, "w: padding_rows=4 needs a matrix seen by rows"),
         ((4, 4), ROW | {"padding_rows": 1, "view": {"heads": 2, "dim": 0}}, "padding_rows=1 .*view {'heads': 2"),
         ((3, 4, 4), ROW | {"padding_rows": 1}, "w: padding_rows=1"),
-        ((4, 4), ROW | {"placement": "owner"}, "w: rule 'row_norm' cannot run with placement 'owner'.*'local'"),
-        ((4, 4), ROW | {"placement": "reduce"}, "w: rule 'row_norm' cannot run with placement 'reduce'"),
+        ((4, 4), ROW | {"strategy": "owner"}, "w: rule 'row_norm' cannot run with strategy 'owner'.*'local'"),
+        ((4, 4), ROW | {"strategy": "reduce"}, "w: rule 'row_norm' cannot run with strategy 'reduce'"),
         ((0, 4), ROW, "w has shape .0, 4. and so no matrix"),
         ((4, 4), ROW | {"padding_rows": 1.5}, "padding_rows=1.5 must be a whole number"),
         ((4, 4), ROW | {"centered": "no"}, "centered='no' must be true or false"),
@@ -232,7 +232,7 @@ def test_a_group_added_in_training_runs_as_if_always_there() -> None:
         fresh.step()
         advance(late, step)
     assert same(snapshot(late), snapshot(early) + snapshot(fresh))
-    assert set(late.placements()) == {"param_0", "param_1"}
+    assert set(late.strategies()) == {"param_0", "param_1"}
 
 
 def test_state_is_complete_before_the_first_step() -> None:

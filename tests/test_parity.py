@@ -1,4 +1,4 @@
-"""Sharded equals single-process: every rule, view, placement and layout on 1 to 8 real ranks."""
+"""Sharded equals single-process: every rule, view, strategy and layout on 1 to 8 real ranks."""
 
 from functools import cache
 
@@ -25,8 +25,8 @@ def oracle() -> dict[Key, Tensor]:
 def on_ranks(many: Ranks, way: str, dtype: str, small_waves: bool = False) -> tuple[dict[Key, Tensor], dict]:
     options = SMALL_WAVES if small_waves else {}
     results = many.run(WAYS[way].mesh, parity.sharded, way, DTYPES[dtype], options)
-    for _, placements in results:
-        assert placements == results[0][1]
+    for _, strategies in results:
+        assert strategies == results[0][1]
     shapes = {case: shape for case, (shape, _) in CASES.items()}
     whole = {key: WAYS[way].whole([pieces[key] for pieces, _ in results], shapes[key[0]]) for key in results[0][0]}
     return whole, results[0][1]
@@ -88,8 +88,8 @@ def test_plain_replicas_share_the_work(many: Ranks, case: str, world: int) -> No
 
 
 def test_all_three_placements_ran(many: Ranks) -> None:
-    placements = {way: on_ranks(many, way, "float64")[1] for way in WAYS}
-    for way, name, placement in (
+    strategies = {way: on_ranks(many, way, "float64")[1] for way in WAYS}
+    for way, name, strategy in (
         ("shard0 on 3", "row/0/auto", "reduce"),
         ("shard0 on 3", "right/0/reduce", "reduce"),
         ("shard0 on 3", "right/0/owner", "owner"),
@@ -104,5 +104,5 @@ def test_all_three_placements_ran(many: Ranks) -> None:
         ("replicated on 3", "muon_tall/0/local", "local"),
         ("replicated on 3", "muon_tall/0/owner", "owner"),
     ):
-        assert placements[way][name] == placement
+        assert strategies[way][name] == strategy
     assert replicas(many, 2)[0][1]["muon_tall/0/owner"] == "owner"

@@ -70,7 +70,7 @@ def test_a_plan_adds_up() -> None:
     roles = {role.role: role for role in found.roles}
     assert {"embedding", "head", "router", "attention_q", "expert_gate_up", "norm"} <= set(roles)
     assert roles["embedding"].costs.sent == 0
-    assert roles["embedding"].placements == {"reduce": 1}
+    assert roles["embedding"].strategies == {"reduce": 1}
     with simulate("olmoe-tiny", "small-moe", mesh={"dp_shard": 4}) as planned:
         sent = []
         for rank in range(4):

@@ -73,7 +73,7 @@ def summary(steps: int = 20) -> dict[str, Any]:
 def finished(tmp_path: Path) -> Path:
     routing = [asdict(each) for each in preview("olmoe-tiny", "small-moe", mesh={"dp_shard": 2}).parameters]
     kinds = [{"kind": "all_reduce", "ranks": 2, "count": 3, "sent": 5_000_000}]
-    roles = [{"role": "head", "rules": ["row_norm"], "parameters": 1, "weights": 99, "placements": {"reduce": 1}}]
+    roles = [{"role": "head", "rules": ["row_norm"], "parameters": 1, "weights": 99, "strategies": {"reduce": 1}}]
     plan = {"collectives": 7, "sent": 1.5e6, "waves": 2, "kinds": kinds, "roles": roles}
     folder = write(tmp_path / "done", dump(lines(20)), summary=summary(), run=facts(), routing=routing, plan=plan)
     events = [

@@ -248,7 +248,7 @@ def test_every_recipe_builds_on_every_family(model: str, recipe: str) -> None:
     optimizer = build_optimizer(built, recipe, **overrides)
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in built.parameters())
-    assert len(optimizer.placements()) == len(held)
+    assert len(optimizer.strategies()) == len(held)
 
 
 class Attention(nn.Module):

@@ -160,7 +160,7 @@ def test_checkpoints_are_whole_and_continue(ranks: Ranks, world: int) -> None:
 
 
 ROW = {"rule": "row_norm"}
-RIGHT = {"rule": "right_spectral", "placement": "reduce"}
+RIGHT = {"rule": "right_spectral", "strategy": "reduce"}
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -185,7 +185,7 @@ def test_what_rules_send(ranks: Ranks, world: int) -> None:
 def test_hidden_matrices_go_to_owners_and_back_once(
     ranks: Ranks, world: int, shape: tuple[int, int], communication_dtype: torch.dtype | None
 ) -> None:
-    owner, copies = {"rule": "muon", "placement": "owner"}, 10
+    owner, copies = {"rule": "muon", "strategy": "owner"}, 10
     results = ranks.run(world, sharded.counted, shape, owner, copies, communication_dtype)
     assert all(kinds == ["all_to_all"] * 2 for _, kinds in results)
     numbers = sum(sent for sent, _ in results) / world / (2 if communication_dtype else 4)

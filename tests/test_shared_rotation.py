@@ -39,11 +39,11 @@ def far(found: list[Tensor], base: str) -> float:
     return max(float((a - b).norm() / (b - start).norm()) for a, b, start in moved)
 
 
-@pytest.mark.parametrize("placement", ["auto", "owner"])
+@pytest.mark.parametrize("strategy", ["auto", "owner"])
 @pytest.mark.parametrize("base", shared.BASES)
 @pytest.mark.parametrize("way", SHARDED)
-def test_sharded_is_alone(many: Ranks, way: str, base: str, placement: str) -> None:
-    results = many.run(WAYS[way].mesh, shared.sharded, way, {"base": base, "placement": placement}, {})
+def test_sharded_is_alone(many: Ranks, way: str, base: str, strategy: str) -> None:
+    results = many.run(WAYS[way].mesh, shared.sharded, way, {"base": base, "strategy": strategy}, {})
     shapes = [shape for _, _, shape, _ in shared.MATRICES]
     whole = [WAYS[way].whole([pieces[i] for pieces, _, _ in results], shape) for i, shape in enumerate(shapes)]
     assert far(whole, base) < 1e-9
@@ -54,8 +54,8 @@ def test_sharded_is_alone(many: Ranks, way: str, base: str, placement: str) -> N
 def test_sums_are_taken_in_place(many: Ranks) -> None:
     """Where tensor parallelism cuts the side that is not the stream's, nothing but sums need move."""
     way = "shard0 on 2"
-    _, placements, _ = many.run(WAYS[way].mesh, shared.sharded, way, {"base": "row_norm", "placement": "auto"}, {})[0]
-    assert {placements["embed"], placements["head"]} == {"reduce"}
+    _, strategies, _ = many.run(WAYS[way].mesh, shared.sharded, way, {"base": "row_norm", "strategy": "auto"}, {})[0]
+    assert {strategies["embed"], strategies["head"]} == {"reduce"}
 
 
 @pytest.mark.parametrize("base", ["sinkhorn", "adam"])
@@ -68,11 +68,11 @@ def test_small_waves_change_nothing(many: Ranks, base: str) -> None:
     assert all(foretold for _, _, foretold in results)
 
 
-@pytest.mark.parametrize("placement", ["auto", "owner"])
-def test_replicas_share_the_work(many: Ranks, placement: str) -> None:
-    for weights, placements in many.run(3, shared.replicated, {"base": "sinkhorn", "placement": placement}):
+@pytest.mark.parametrize("strategy", ["auto", "owner"])
+def test_replicas_share_the_work(many: Ranks, strategy: str) -> None:
+    for weights, strategies in many.run(3, shared.replicated, {"base": "sinkhorn", "strategy": strategy}):
         assert far(weights, "sinkhorn") < 1e-9
-        assert placement == "auto" or set(placements.values()) == {"owner"}
+        assert strategy == "auto" or set(strategies.values()) == {"owner"}
 
 
 @pytest.mark.parametrize("base", ["sinkhorn", "row_norm"])

@@ -87,7 +87,7 @@ class WholeStep:
             said = str(error)
         _agree_to_begin(said, trains)
         self._let_go()
-        self._twins = _TiedEmbeddingSync(self._bound, self.symdist.placements(), shared)
+        self._twins = _TiedEmbeddingSync(self._bound, self.symdist.strategies(), shared)
 
     def _made(
         self,
@@ -219,13 +219,13 @@ class _TiedEmbeddingSync:
     first stage's weights then go to the others.
     """
 
-    def __init__(self, bound: Sequence[_Bound], placements: Mapping[str, str], group: Any):
+    def __init__(self, bound: Sequence[_Bound], strategies: Mapping[str, str], group: Any):
         self._group = group
         self._tensors: list[Tensor] = []
         if group is None or dist.get_world_size(group) == 1:
             return
         mine = [each for each in bound if getattr(each.parameter, "shared_embedding", False)]
-        summed = any(placements[piece.name] != "local" for each in mine for piece in each.pieces)
+        summed = any(strategies[piece.name] != "local" for each in mine for piece in each.pieces)
         sizes = [each.tensor.numel() for each in mine]
         found: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(found, (summed, sizes), group=group)

@@ -58,7 +58,7 @@ def dry_run(config: Config) -> None:
     say(route_table(found, title=f"{config.model}, recipe {recipe.name}", fold=True))
     if layout is None:
         say(
-            "Placements and plan are not known beforehand for this engine: optimizer.trace_collectives() tells "
+            "Strategies and plan are not known beforehand for this engine: optimizer.trace_collectives() tells "
             "them in the job."
         )
         return

@@ -75,7 +75,7 @@ def _plan(optimizer: SymDist, routing: list[dict[str, Any]]) -> dict[str, Any]:
                 "rules": sorted({each["rule"] for each in members}),
                 "parameters": len(members),
                 "weights": sum(math.prod(each["shape"]) for each in members),
-                "placements": dict(Tally(each["placement"] for each in members)),
+                "strategies": dict(Tally(each["strategy"] for each in members)),
             }
             for role, members in roles.items()
         ],

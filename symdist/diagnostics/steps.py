@@ -45,7 +45,7 @@ class StepMonitor:
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        """Count the time inside for a placement, or for "exchange" or "coordinate"."""
+        """Count the time inside for a strategy, or for "exchange" or "coordinate"."""
         started = self._clock()
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + self._clock() - started
@@ -85,7 +85,7 @@ class StepMonitor:
 
         `update_rms/ROLE` is of the step the weights took, learning rate included and decay not; `weight_rms/ROLE` of
         the weights after it; `nu/ROLE` the mean nuclear norm of what a spectral rule or Muon takes the polar factor
-        of; `optimizer_ms/PLACEMENT` the milliseconds of the rank that spends most there. `gather` returns the values
+        of; `optimizer_ms/STRATEGY` the milliseconds of the rank that spends most there. `gather` returns the values
         of all ranks from each rank's own, as `torch.distributed.all_gather_object` does; all ranks must then call it.
         """
         mine = self._sums(), self._seconds

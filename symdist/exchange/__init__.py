@@ -4,27 +4,27 @@ from symdist.exchange.collectives.progress import ExchangeError, StepProgress
 from symdist.exchange.collectives.residual_sums import StageSlot
 from symdist.exchange.collectives.transport import CountingTransport, TorchTransport, Transport
 from symdist.exchange.execution.flat_job import FlatJob
-from symdist.exchange.execution.job import Job, Placement, Stack, StepInputs, StepOutputs
+from symdist.exchange.execution.job import Job, Stack, StepInputs, StepOutputs, Strategy
 from symdist.exchange.execution.scheduler import Task, run
 from symdist.exchange.planning.dry_run import dry_run
-from symdist.exchange.planning.plan import Plan, place
+from symdist.exchange.planning.plan import Plan, make_plan
 
 __all__ = [
     "CountingTransport",
     "ExchangeError",
     "FlatJob",
     "Job",
-    "Placement",
     "Plan",
     "Stack",
     "StageSlot",
     "StepInputs",
     "StepOutputs",
     "StepProgress",
+    "Strategy",
     "Task",
     "TorchTransport",
     "Transport",
     "dry_run",
-    "place",
+    "make_plan",
     "run",
 ]

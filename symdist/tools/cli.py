@@ -17,7 +17,7 @@ _EXTRA = ("matplotlib", "rich", "tyro")
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Show the role, rule, view and placement of every parameter of a model. Nothing is materialised."""
+    """Show the role, rule, view and strategy of every parameter of a model. Nothing is materialised."""
 
     model: str
     """A preset, or a TOML file of the same form."""

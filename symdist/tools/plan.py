@@ -59,14 +59,14 @@ class Costs:
 class RoleCosts:
     """The parameters of one role, stepped alone by the rank that sends most in a whole step.
 
-    `placements` counts parameters. Roles share collectives, so that theirs do not add up to those of the step.
+    `strategies` counts parameters. Roles share collectives, so that theirs do not add up to those of the step.
     """
 
     role: str
     rules: tuple[str, ...]
     parameters: int
     weights: int
-    placements: Mapping[str, int]
+    strategies: Mapping[str, int]
     costs: Costs
 
 
@@ -244,7 +244,7 @@ def _sample(work: Sequence[float], *, most: int) -> list[int]:
 
 
 def _roles(pretended: Pretended, rank: int) -> list[RoleCosts]:
-    placements = pretended.plan.placements()
+    strategies = pretended.plan.strategies()
     members: dict[str, set[int]] = {}
     for i, member in enumerate(pretended.members):
         members.setdefault(pretended.groups[member.group]["role"], set()).add(i)
@@ -254,7 +254,7 @@ def _roles(pretended: Pretended, rank: int) -> list[RoleCosts]:
             rules=tuple(sorted({pretended.members[i].rule.name for i in indices})),
             parameters=len(indices),
             weights=sum(math.prod(pretended.members[i].layout.shape) for i in indices),
-            placements=dict(sorted(Tally(placements.get(i, "local") for i in indices).items())),
+            strategies=dict(sorted(Tally(strategies.get(i, "local") for i in indices).items())),
             costs=_costs(pretended, rank, indices),
         )
         for role, indices in members.items()

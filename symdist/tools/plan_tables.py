@@ -19,12 +19,12 @@ def plan_table(plan: StepPlan) -> Table:
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     table = Table(title=f"{plan.model}, recipe {plan.recipe}, {mesh}", title_justify="left", box=SIMPLE)
     table.add_column("role", no_wrap=True)
-    for heading in ("rule", "placement"):
+    for heading in ("rule", "strategy"):
         table.add_column(heading, overflow="fold")
     for heading in ("parameters", "weights", *_HEADINGS):
         table.add_column(heading, justify="right")
     for role in plan.roles:
-        placed = ", ".join(f"{placement} {count}" for placement, count in role.placements.items())
+        placed = ", ".join(f"{strategy} {count}" for strategy, count in role.strategies.items())
         weights = f"{role.weights:,}"
         table.add_row(role.role, ", ".join(role.rules), placed, str(role.parameters), weights, *_cells(role.costs))
     parameters, weights = (sum(getattr(role, key) for role in plan.roles) for key in ("parameters", "weights"))

@@ -43,7 +43,7 @@ def preview(
     with pretend_on(model, recipe, mesh=mesh, zero=zero, built=built) as pretended:
         counting = CountingTransport()
         pretended.step(counting)
-        where = pretended.plan.placements()
+        where = pretended.plan.strategies()
         found = {
             member.name: routed(member, pretended.groups[member.group], where.get(i, "local"))
             for i, member in enumerate(pretended.members)

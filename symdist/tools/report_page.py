@@ -260,7 +260,7 @@ def _plans(runs: Sequence[Run]) -> str:
             [
                 escape(role["role"]),
                 escape(", ".join(role["rules"])),
-                escape(", ".join(f"{place} {count}" for place, count in role["placements"].items())),
+                escape(", ".join(f"{place} {count}" for place, count in role["strategies"].items())),
                 f"{role['parameters']:,}",
                 f"{role['weights']:,}",
             ]
@@ -270,7 +270,7 @@ def _plans(runs: Sequence[Run]) -> str:
             f"<p>A rank's step starts {plan['collectives']:,} collectives in {plan['waves']:,} waves and sends "
             f"{in_bytes(plan['sent'])}.</p>"
             + (_table(["collective", "ranks", "count", "sent by a rank"], kinds, numbers=1) if kinds else "")
-            + (_table(["role", "rules", "placement", "parameters", "weights"], roles, numbers=3) if roles else "")
+            + (_table(["role", "rules", "strategy", "parameters", "weights"], roles, numbers=3) if roles else "")
         )
 
     return _alike(runs, told, key="plan")

@@ -21,7 +21,7 @@ from symdist.exchange import CountingTransport, FlatJob, Job, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS, ranks_that_agree
 from symdist.layouts import Group, Layout
 from symdist.optimizer import BUCKET_BYTES
-from symdist.param_groups import ParamSpec, describe_member, place_members, with_defaults
+from symdist.param_groups import ParamSpec, describe_member, plan_step, with_defaults
 from symdist.routing.recipes import RecipeLike
 from symdist.routing.route import route
 from symdist.tools.models import build, shard
@@ -133,7 +133,7 @@ def simulate(
             for i, group in enumerate(groups)
             for name, parameter in zip(group["names"], group["params"], strict=True)
         ]
-        plan = place_members(members, bucket_bytes=bucket_bytes, communication_dtype=communication_dtype)
+        plan = plan_step(members, bucket_bytes=bucket_bytes, communication_dtype=communication_dtype)
         yield Pretended(model=sharded, mesh=dict(mesh), groups=groups, members=members, plan=plan)
     finally:
         dist.destroy_process_group()

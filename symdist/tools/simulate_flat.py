@@ -17,7 +17,7 @@ from symdist.gradients.nonfinite import FLAGS
 from symdist.layouts import Group
 from symdist.layouts.flat import flat_bounds, flat_vector
 from symdist.optimizer import BUCKET_BYTES
-from symdist.param_groups import ParamSpec, describe_member, flat_parts, place_members, with_defaults
+from symdist.param_groups import ParamSpec, describe_member, flat_parts, plan_step, with_defaults
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 from symdist.routing.route import route
 from symdist.tools.models import build
@@ -51,9 +51,7 @@ class PretendedFlat(Pretended):
                 for its_name, layout, _ in parts:
                     piece = torch.empty(layout.local_shape, device="meta", requires_grad=True)
                     members.append(describe_member(piece, name=its_name, index=i, group=group, layout=layout))
-        return members, place_members(
-            members, bucket_bytes=self.bucket_bytes, communication_dtype=self.communication_dtype
-        )
+        return members, plan_step(members, bucket_bytes=self.bucket_bytes, communication_dtype=self.communication_dtype)
 
     def step(
         self, counting: CountingTransport, *, rank: int = 0, only: set[int] | None = None
@@ -80,7 +78,7 @@ def _of(job: Job | FlatJob, only: set[int] | None) -> FlatJob | None:
         layouts=tuple(job.layouts[i] for i in kept),
         owners=tuple(job.owners[i] for i in kept) if job.owners else (),
     )
-    return None if not kept and (found.placement == "local" or found.summed) else found
+    return None if not kept and (found.strategy == "local" or found.summed) else found
 
 
 @contextmanager

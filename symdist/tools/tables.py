@@ -23,8 +23,8 @@ def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
     table.add_column("parameter", overflow="fold", min_width=12)
     if fold:
         table.add_column("count", justify="right", no_wrap=True)
-    # Where the terminal is narrow, what has spaces wraps; names of roles and placements stay whole.
-    for heading in ("shape", "role", "rule", "lr", "view", "placement"):
+    # Where the terminal is narrow, what has spaces wraps; names of roles and strategies stay whole.
+    for heading in ("shape", "role", "rule", "lr", "view", "strategy"):
         wraps = heading in ("shape", "rule", "view")
         table.add_column(heading, justify="right" if heading == "lr" else "left", no_wrap=not wraps)
     for (name, *cells), count in rows.items():
@@ -109,7 +109,7 @@ def _route_row(parameter: Assignment, *, fold: bool) -> tuple[str, ...]:
         " ".join([parameter.rule, *(_option(key, value) for key, value in parameter.options.items())]),
         f"{parameter.lr:g}",
         _view(parameter.view),
-        parameter.placement,
+        parameter.strategy,
     )
 
 

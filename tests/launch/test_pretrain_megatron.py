@@ -95,7 +95,7 @@ def test_losses_and_router_measures_are_those_of_fsdp2(
     ours, theirs = lines(whole(layout)), lines(reference)
     assert len(ours) == len(theirs) == STEPS + 2
     for mine, its in zip(ours, theirs, strict=True):
-        # Roles and placements differ with the layout.
+        # Roles and strategies differ with the layout.
         assert [name for name in mine if "/" not in name] == [name for name in its if "/" not in name]
         assert (mine["step"], mine["kind"]) == (its["step"], its["kind"])
         assert mine["loss"] == pytest.approx(its["loss"], abs=1e-3)

@@ -231,7 +231,7 @@ def test_orthonormal_columns_are_those_of_a_qr() -> None:
         ({"rms": 0.0}, r"rms=0\.0 must be positive"),
         ({"base": "lion"}, "base='lion' is not one of 'sinkhorn', 'row_norm'"),
         ({"view": "gate_up_stacked"}, r"p: rule 'aro' goes by the places of columns, .* 'residual'"),
-        ({"placement": "reduce"}, "rule 'aro' cannot run with placement 'reduce'"),
+        ({"strategy": "reduce"}, "rule 'aro' cannot run with strategy 'reduce'"),
     ],
 )
 def test_what_does_not_fit_is_told(options: dict[str, Any], said: str) -> None:

@@ -38,9 +38,9 @@ def losses(
         engine.backward(loss)
         engine.step()
         found.append(over_ranks(loss))
-    placements = engine.basic_optimizer.symdist.placements()
+    strategies = engine.basic_optimizer.symdist.strategies()
     engine.destroy()
-    return found, placements
+    return found, strategies
 
 
 def several_blocks(mesh: DeviceMesh) -> str:

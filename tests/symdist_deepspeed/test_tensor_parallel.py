@@ -46,9 +46,9 @@ def test_losses_are_those_of_one_rank(
     clip = 0.5 if stage else 0.0
     ((alone, _),) = worlds(1).run(1, parallel.losses, config(stage, clip), 1, heads, STEPS)
     assert alone[0] - alone[-1] > 0.2
-    for found, placements in parallel_worlds(world).run(world, parallel.losses, config(stage, clip), 2, heads, STEPS):
+    for found, strategies in parallel_worlds(world).run(world, parallel.losses, config(stage, clip), 2, heads, STEPS):
         assert found == pytest.approx(alone, abs=1e-3)
-        assert placements["model.layers.0.mlp.down_proj.weight"] == ("owner" if stage else "reduce")
+        assert strategies["model.layers.0.mlp.down_proj.weight"] == ("owner" if stage else "reduce")
 
 
 def test_fused_layers_are_refused(parallel_worlds: Worlds) -> None:

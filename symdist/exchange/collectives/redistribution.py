@@ -1,4 +1,4 @@
-"""What a placement, as opposed to a rule, asks of the ranks: to put matrices together, and to take them apart."""
+"""What a strategy, as opposed to a rule, asks of the ranks: to put matrices together, and to take them apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -14,10 +14,10 @@ from symdist.exchange.collectives.flat_redistribution import FlatRedistribution,
 from symdist.exchange.collectives.redistribution import Gather, Scatter
 from symdist.exchange.collectives.residual_sums import StageContribution, StageSlot
 from symdist.exchange.execution.job import (
-    Placement,
     ReadInputs,
     RootObserver,
     Stack,
+    Strategy,
     Tensors,
     WriteOutputs,
     alone_but_for_stages,
@@ -49,7 +49,7 @@ class FlatJob:
     everyone: tuple[int, ...]
     layouts: tuple[FlatLayout, ...]
     """Of `members`."""
-    placement: Placement
+    strategy: Strategy
     owners: tuple[int, ...] = ()
     """Of `members`."""
     multiple: int = 1
@@ -74,14 +74,14 @@ class FlatJob:
     @property
     def summed(self) -> dict[SplitKind, Group]:
         """What the rule's sums run across."""
-        in_place = self.placement == "reduce" and not self.alone
+        in_place = self.strategy == "reduce" and not self.alone
         return {axis: group for axis, group in self.stack.seen.items() if axis != "batch"} if in_place else {}
 
     @functools.cached_property
     def route(self) -> FlatRedistribution:
         """How runs become whole rows or matrices."""
         have = [layout.runs for layout in self.layouts]
-        if self.placement == "owner":
+        if self.strategy == "owner":
             want = [owned_by(owner, layout.shape) for owner, layout in zip(self.owners, self.layouts, strict=True)]
         else:
             want = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
@@ -89,12 +89,12 @@ class FlatJob:
 
     def task(self, begin: ReadInputs, done: WriteOutputs, *, note: RootObserver | None = None) -> Task:
         """The job as a task, see `Job.task`."""
-        if self.placement == "local":
+        if self.strategy == "local":
             asking = noted(self._here(begin), note, range(len(self.members)), self.group.size)
             return Task(finished(self.stack, asking, done))
         along: dict[str, Group] = dict(self.summed.items())
         together = finished(self.stack, self._together(begin, note), done)
-        return Task(together, along=along, home=self.group, placement=self.placement)
+        return Task(together, along=along, home=self.group, strategy=self.strategy)
 
     def _here(self, begin: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
         shape = self.stack.layout.shape
@@ -166,12 +166,12 @@ class FlatJob:
             flat = [_stacked(layer, places).view(len(places), -1) for layer in wanted]
             # Blocks of columns are put side by side where the matrix is whole, and only there.
             stacks = [
-                self.layouts[0].matrix(layer) if self.placement == "owner" else layer.view(shape) for layer in flat
+                self.layouts[0].matrix(layer) if self.strategy == "owner" else layer.view(shape) for layer in flat
             ]
             asking = updated(stack, stacks, [rows, *(range(size) for size in stack.layout.shape[1:])])
             found = answer_alone(noted(asking, note, list(of_members), self.group.size))
             for layer, tensor in zip(made, found, strict=True):
-                back = self.layouts[0].elements(tensor) if self.placement == "owner" else tensor.flatten(1)
+                back = self.layouts[0].elements(tensor) if self.strategy == "owner" else tensor.flatten(1)
                 for at, one in zip(places, back, strict=True):
                     layer[at] = one
         return made

@@ -1,4 +1,4 @@
-"""A job: parameters of one shape, rule, options and layout, run as one stack where placement put them."""
+"""A job: parameters of one shape, rule, options and layout, run as one stack where strategy put them."""
 
 import functools
 from collections.abc import Callable, Generator, Sequence
@@ -18,7 +18,7 @@ from symdist.rules import Matrix, Rule, Sum, relayed
 from symdist.rules.linalg.inverse_root import InverseRoot
 
 T = TypeVar("T")
-Placement: TypeAlias = Literal["local", "reduce", "owner"]
+Strategy: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
 RootObserver: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
 """Is told a root that was taken, of which members of a job, in order, and for how many ranks this one speaks."""
@@ -75,7 +75,7 @@ class Stack:
     dtype: torch.dtype
     device: torch.device
     asked: str
-    """The placement the user asked for, or "auto"."""
+    """The strategy the user asked for, or "auto"."""
     skip_zero_grad_rows: bool = False
     padding_rows: int = 0
 
@@ -149,7 +149,7 @@ class Job:
     stack: Stack
     members: tuple[int, ...]
     """Indices into the optimizer's list of parameters."""
-    placement: Placement
+    strategy: Strategy
     owners: tuple[int, ...] = ()
     communication_dtype: torch.dtype = torch.float32
     stages: tuple[StageSlot, ...] = ()
@@ -171,16 +171,16 @@ class Job:
         `note`, where given, is told every inverse root that is taken or received here.
         """
         home = self.stack.layout.group
-        if self.placement == "owner":
-            return Task(finished(self.stack, self._at_owners(begin, note), done), home=home, placement="owner")
+        if self.strategy == "owner":
+            return Task(finished(self.stack, self._at_owners(begin, note), done), home=home, strategy="owner")
         # Every rank speaks that holds a part of the matrices: all of them, over as many as have other ones.
         batch = self.stack.seen.get("batch")
         ranks = batch.size if batch is not None else 1
         asking = finished(self.stack, noted(self._in_place(begin), note, range(len(self.members)), ranks), done)
-        if self.placement == "local" and not self.stages:
+        if self.strategy == "local" and not self.stages:
             return Task(asking)
         along: dict[str, Group] = {axis: group for axis, group in self.stack.seen.items() if axis != "batch"}
-        return Task(asking, along=along, home=home, placement=self.placement)
+        return Task(asking, along=along, home=home, strategy=self.strategy)
 
     def _in_place(self, begin: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
         layers = [

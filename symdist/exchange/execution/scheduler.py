@@ -26,7 +26,7 @@ _ANSWERS: dict[type, Any] = {
 }
 
 Timing: TypeAlias = Callable[[str], AbstractContextManager[Any]]
-"""Opened around work, by what kind it is: a placement, or "exchange" for packing, sending and waiting."""
+"""Opened around work, by what kind it is: a strategy, or "exchange" for packing, sending and waiting."""
 
 
 class Task:
@@ -34,7 +34,7 @@ class Task:
 
     `along` maps "rows" and "columns", as far as the matrices are split so, to the ranks that hold the other rows or
     columns; a request across another axis answers itself. `home` are all ranks that hold the matrices: what an owner
-    asks goes to them. `placement` says where the matrices are computed, `names` of which parameters they are.
+    asks goes to them. `strategy` says where the matrices are computed, `names` of which parameters they are.
     """
 
     names: Sequence[str] = ()
@@ -45,12 +45,12 @@ class Task:
         *,
         along: Mapping[str, Group] | None = None,
         home: Group | None = None,
-        placement: str = "local",
+        strategy: str = "local",
     ):
         self.asking = asking
         self.along = dict(along or {})
         self.home = home
-        self.placement = placement
+        self.strategy = strategy
         self.pending: Any = None
         self.group: Group | None = None
         """The ranks that the pending request goes to."""
@@ -152,7 +152,7 @@ class _WaveContext:
     wave: int
 
     def advance(self, task: Task, answer: Any = None) -> None:
-        with self.timing(task.placement):
+        with self.timing(task.strategy):
             task.advance(answer)
 
 

@@ -19,7 +19,7 @@ from symdist.rules.linalg.orthonormal import OPERATIONS
 Axis: TypeAlias = Literal["rows", "columns"]
 
 # How many operations a rank does in the time it sends one byte: the order of an H100 in fp32 on 50 GB/s links, and of
-# a CPU core on a fast loopback. Only the choice among placements hangs on it, and that seldom is close.
+# a CPU core on a fast loopback. Only the choice among strategies hangs on it, and that seldom is close.
 FLOPS_PER_BYTE = 1000.0
 
 

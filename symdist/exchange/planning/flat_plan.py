@@ -15,7 +15,7 @@ import torch
 from symdist.exchange.collectives.balance import balance
 from symdist.exchange.collectives.residual_sums import StagePlan
 from symdist.exchange.execution.flat_job import FlatJob
-from symdist.exchange.execution.job import Placement, Stack, travels_as
+from symdist.exchange.execution.job import Stack, Strategy, travels_as
 from symdist.exchange.planning.costs import FLOPS_PER_BYTE, shard_cost, unit_cost, unit_flops, units_of
 from symdist.layouts import Group
 from symdist.layouts.flat import FlatLayout
@@ -55,7 +55,7 @@ class _Kind:
         return view.unit if view.kind == "heads_0" or (view.kind == "gate_up_stacked" and not view.single) else 1
 
 
-def place_flat(
+def plan_flat(
     stacks: Mapping[Stack, Sequence[int]],
     *,
     names: Sequence[str],
@@ -68,7 +68,7 @@ def place_flat(
 
     Matrices of `stages` all go to owners, who for those that are whole on a rank are that rank.
 
-    Raises ValueError, naming the parameter, where a placement was asked for that its layout does not admit.
+    Raises ValueError, naming the parameter, where a strategy was asked for that its layout does not admit.
     """
     kinds: dict[tuple[Stack, tuple[int, ...]], _Kind] = {}
     for stack, members in stacks.items():
@@ -88,14 +88,14 @@ def place_flat(
         kind.sent, kind.whole = kind.whole, []
     _lighten([kind for kind in kinds.values() if not kind.stack.coupled], work)
     placed = [(kind, _choose(kind, communication_dtype)) for kind in kinds.values()]
-    for kind, placement in placed:
-        _add_work(kind, placement, work.setdefault(kind.group, [0.0] * kind.group.size))
-    owners = _owners([kind for kind, placement in placed if placement == "owner"], work)
+    for kind, strategy in placed:
+        _add_work(kind, strategy, work.setdefault(kind.group, [0.0] * kind.group.size))
+    owners = _owners([kind for kind, strategy in placed if strategy == "owner"], work)
     jobs: list[FlatJob] = []
-    for kind, placement in placed:
+    for kind, strategy in placed:
         dtype = travels_as(kind.stack, communication_dtype)
         jobs += _whole_jobs(kind, budget)
-        owned = [*kind.sent, *(kind.cut if placement == "owner" else [])]
+        owned = [*kind.sent, *(kind.cut if strategy == "owner" else [])]
         for part in stages.parts(owned, lambda item: item[0]) if kind.stack.coupled else [owned]:
             of_part = _owner_jobs(
                 kind.stack, part, owners | kind.owners, math.inf if kind.stack.coupled else budget, dtype
@@ -106,7 +106,7 @@ def place_flat(
                 else job
                 for job in of_part
             ]
-        if placement == "reduce":
+        if strategy == "reduce":
             jobs += _row_jobs(kind, budget, dtype)
     return jobs
 
@@ -154,18 +154,18 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
             kind.owners[i] = idlest
 
 
-def _choose(kind: _Kind, communication_dtype: torch.dtype | None) -> Placement:
+def _choose(kind: _Kind, communication_dtype: torch.dtype | None) -> Strategy:
     """What to do with those that are cut."""
     asked = kind.stack.asked
     if not kind.cut:
         return "local"
     # What a stage shares is asked for by owners alone.
     admitted = not kind.stack.coupled and _admits_rows(kind)
-    possible: list[Placement] = ["owner", "reduce"] if admitted else ["owner"]
+    possible: list[Strategy] = ["owner", "reduce"] if admitted else ["owner"]
     if asked != "auto":
         if asked not in possible:
             raise ValueError(
-                f"{kind.name}: rule {kind.stack.rule.name!r} cannot run with placement {asked!r} on this layout; "
+                f"{kind.name}: rule {kind.stack.rule.name!r} cannot run with strategy {asked!r} on this layout; "
                 f"it can with {', '.join(map(repr, possible))} or 'auto'"
             )
         return "owner" if asked == "owner" else "reduce"
@@ -242,7 +242,7 @@ def _candidates(layout: FlatLayout) -> list[int]:
     return [rank for rank, start, stop in layout.runs if 2 * (stop - start) >= most]
 
 
-def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
+def _add_work(kind: _Kind, strategy: Strategy, loads: list[float]) -> None:
     """The operations of every rank on what lies there."""
     unit = _work(kind.stack)
     for _, layout in kind.whole:
@@ -250,7 +250,7 @@ def _add_work(kind: _Kind, placement: Placement, loads: list[float]) -> None:
         loads[layout.sole] += unit
     for rank in kind.owners.values():
         loads[rank] += unit
-    if placement == "reduce":
+    if strategy == "reduce":
         size = math.prod(kind.stack.layout.shape)
         flops = units_of(kind.stack) * unit_cost(kind.stack).flops
         for layout, count in Counter(layout for _, layout in kind.cut).items():
@@ -364,7 +364,7 @@ def _rows_here(layout: FlatLayout, multiple: int) -> bool:
 def _job(
     stack: Stack,
     members: Cut,
-    placement: Placement,
+    strategy: Strategy,
     *,
     everyone: Cut | None = None,
     flight: float = 0.0,
@@ -372,7 +372,7 @@ def _job(
     multiple: int = 1,
 ) -> FlatJob:
     everyone = members if everyone is None else everyone
-    travels = placement == "owner" or any(
+    travels = strategy == "owner" or any(
         bound % (layout.width * multiple) for _, layout in everyone for bound in layout.bounds
     )
     return FlatJob(
@@ -380,7 +380,7 @@ def _job(
         members=tuple(i for i, _ in members),
         everyone=tuple(i for i, _ in everyone),
         layouts=tuple(layout for _, layout in members),
-        placement=placement,
+        strategy=strategy,
         multiple=multiple,
         travels=travels,
         flight_bytes=flight,

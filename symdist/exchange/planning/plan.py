@@ -14,9 +14,9 @@ import torch
 from symdist.exchange.collectives.balance import balance
 from symdist.exchange.collectives.residual_sums import StagePlan, StageSlot
 from symdist.exchange.execution.flat_job import FlatJob
-from symdist.exchange.execution.job import Job, Placement, Stack, travels_as
+from symdist.exchange.execution.job import Job, Stack, Strategy, travels_as
 from symdist.exchange.planning.costs import FLOPS_PER_BYTE, Axis, shard_cost, unit_cost, unit_flops, units_of
-from symdist.exchange.planning.flat_plan import place_flat
+from symdist.exchange.planning.flat_plan import plan_flat
 from symdist.layouts import FlatLayout, Group
 
 
@@ -40,27 +40,27 @@ class Plan:
     @property
     def largest_unit(self) -> float:
         """The most operations that one rank must do by itself: those on the costliest unit."""
-        return max((unit_flops(job.stack) for job in self.jobs if job.placement != "reduce"), default=0.0)
+        return max((unit_flops(job.stack) for job in self.jobs if job.strategy != "reduce"), default=0.0)
 
     def groups(self) -> set[Group]:
         """All sets of ranks that talk in a step."""
         found: set[Group] = set()
         for job in self.jobs:
-            if job.placement == "owner" or (isinstance(job, FlatJob) and job.placement == "reduce"):
+            if job.strategy == "owner" or (isinstance(job, FlatJob) and job.strategy == "reduce"):
                 assert job.stack.layout.group is not None
                 found.add(job.stack.layout.group)
-            elif job.placement == "reduce":
+            elif job.strategy == "reduce":
                 found |= set(_cut(job.stack).values())
             if job.stages and job.stack.layout.group is not None:
                 found.add(job.stack.layout.group)
         return found
 
-    def placements(self) -> dict[int, Placement]:
-        """The placement of every parameter, by its index."""
-        return {member: job.placement for job in self.jobs for member in job.everyone}
+    def strategies(self) -> dict[int, Strategy]:
+        """The strategy of every parameter, by its index."""
+        return {member: job.strategy for job in self.jobs for member in job.everyone}
 
 
-def place(
+def make_plan(
     stacks: Mapping[Stack, Sequence[int]],
     *,
     names: Sequence[str],
@@ -74,7 +74,7 @@ def place(
     `names` are all parameters' names. `stages` has the parameters that rules couple: those of a stage are in one wave.
     A single parameter, or stage, larger than the budget makes a wave of its own. Matrices travel as
     `communication_dtype`, or as what they are computed in, as do all whose rules remember something. Raises ValueError,
-    naming the parameter, where a placement was asked for that its layout does not admit.
+    naming the parameter, where a strategy was asked for that its layout does not admit.
     """
     jobs: list[Job] = []
     # While one wave is computed the next sets out and the one before comes home.
@@ -86,17 +86,17 @@ def place(
         if stack in flat:
             continue
         dtype = travels_as(stack, communication_dtype)
-        placement = _choose(stack, len(members), dtype, name=names[members[0]])
+        strategy = _choose(stack, len(members), dtype, name=names[members[0]])
         if stack.coupled:
             parts = in_stages.parts(members, lambda member: member)
         else:
-            step = max(1, int(budget // max(1.0, _flight_bytes(stack, placement))))
+            step = max(1, int(budget // max(1.0, _flight_bytes(stack, strategy))))
             parts = [list(members[start : start + step]) for start in range(0, len(members), step)]
         jobs += [
             Job(
                 stack=stack,
                 members=tuple(part),
-                placement=placement,
+                strategy=strategy,
                 communication_dtype=dtype,
                 stages=in_stages.of(part) if stack.coupled else (),
             )
@@ -105,12 +105,12 @@ def place(
     work = _work_in_place(jobs)
     every: list[Job | FlatJob] = [
         *_with_owners(jobs, work),
-        *place_flat(
+        *plan_flat(
             flat, names=names, budget=budget, communication_dtype=communication_dtype, work=work, stages=in_stages
         ),
     ]
-    local = [job for job in every if job.placement == "local" and not job.stages]
-    others = [job for job in every if job.placement != "local" or job.stages]
+    local = [job for job in every if job.strategy == "local" and not job.stages]
+    others = [job for job in every if job.strategy != "local" or job.stages]
     return Plan(local=local, waves=_waves(others, budget, in_stages), work=work)
 
 
@@ -119,9 +119,9 @@ def _cut(stack: Stack) -> dict[Axis, Group]:
     return {seen: group for seen, group in stack.seen.items() if seen in ("rows", "columns")}
 
 
-def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Placement:
+def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Strategy:
     cut = _cut(stack)
-    costs: dict[Placement, Callable[[], float]] = {}
+    costs: dict[Strategy, Callable[[], float]] = {}
     if not cut and "unaligned" not in stack.seen:
         costs["local"] = lambda: count * _operations(stack) / FLOPS_PER_BYTE
     elif "unaligned" not in stack.seen and set(cut) <= set(stack.admitted):
@@ -129,10 +129,10 @@ def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name:
     if stack.layout.group is not None:
         costs["owner"] = lambda: _owner_cost(stack, count, communication_dtype)
     if stack.asked == "auto":
-        return min(costs, key=lambda placement: costs[placement]()) if len(costs) > 1 else next(iter(costs))
+        return min(costs, key=lambda strategy: costs[strategy]()) if len(costs) > 1 else next(iter(costs))
     if stack.asked not in costs:
         raise ValueError(
-            f"{name}: rule {stack.rule.name!r} cannot run with placement {stack.asked!r} on this layout; "
+            f"{name}: rule {stack.rule.name!r} cannot run with strategy {stack.asked!r} on this layout; "
             f"it can with {', '.join(map(repr, costs))} or 'auto'"
         )
     return stack.asked
@@ -192,7 +192,7 @@ def _waves(jobs: list[Job | FlatJob], budget: int, stages: StagePlan) -> list[li
             size = (
                 job.flight_bytes
                 if isinstance(job, FlatJob)
-                else len(job.members) * _flight_bytes(job.stack, job.placement)
+                else len(job.members) * _flight_bytes(job.stack, job.strategy)
             )
             if not wave or size > room:
                 wave = []
@@ -213,7 +213,7 @@ def _coupled_bytes(stack: Stack) -> float:
     return (share + 4.0 * stack.rows * min(stack.rows, stack.columns)) * stack.dtype.itemsize
 
 
-def _flight_bytes(stack: Stack, placement: Placement) -> float:
+def _flight_bytes(stack: Stack, strategy: Strategy) -> float:
     """What one parameter holds on a rank while under way, at most, but for what a single unit needs.
 
     In place: direction, its copy in the stack, update, and as much again in between; and of every Gram the sum's
@@ -223,9 +223,9 @@ def _flight_bytes(stack: Stack, placement: Placement) -> float:
     """
     piece = math.prod(stack.layout.largest_shape)
     states = len(stack.state_names)
-    if placement != "owner":
+    if strategy != "owner":
         summed = (
-            shard_cost(stack, stack.layout.largest_shape, tuple(_cut(stack))).summed if placement == "reduce" else {}
+            shard_cost(stack, stack.layout.largest_shape, tuple(_cut(stack))).summed if strategy == "reduce" else {}
         )
         return ((4.0 + 3.0 * states) * piece + 6.0 * sum(summed.values())) * stack.dtype.itemsize
     assert stack.layout.group is not None
@@ -242,12 +242,12 @@ def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
         if group is None:
             continue
         loads = work.setdefault(group, [0.0] * group.size)
-        if job.placement != "owner":
+        if job.strategy != "owner":
             for rank, box in enumerate(job.stack.layout.boxes):
                 shape = tuple(map(len, box))
                 if 0 not in shape:
                     asked = shard_cost(job.stack, shape)
-                    roots = asked.root_flops if job.placement == "local" else 0.0
+                    roots = asked.root_flops if job.strategy == "local" else 0.0
                     loads[rank] += len(job.members) * (asked.flops + roots)
     return work
 
@@ -259,7 +259,7 @@ def _with_owners(jobs: list[Job], work: dict[Group, list[float]]) -> list[Job]:
     """
     by_group: dict[Group, list[Job]] = {}
     for job in jobs:
-        if job.placement == "owner":
+        if job.strategy == "owner":
             assert job.stack.layout.group is not None
             by_group.setdefault(job.stack.layout.group, []).append(job)
     owners: dict[int, tuple[int, ...]] = {}
