@@ -326,7 +326,7 @@ def check_stages(plan: Plan, peers: Group | None) -> None:
     coupled = any(job.stages for job in plan.jobs)
     if coupled and peers is not None and peers.size > 1 and (home is None or set(home.ranks) != set(peers.ranks)):
         raise ValueError(
-            f"share = 'stage': ranks {peers.ranks} train this model, and the matrices here lie on "
+            f"share = 'residual_stage': ranks {peers.ranks} train this model, and the matrices here lie on "
             f"{home.ranks if home is not None else 'this one alone'}: others may hold more of their stages, as under "
             "pipelines; use share = 'matrix'. Of plain tensors that are the same on all ranks say so by replicas="
         )

@@ -92,7 +92,7 @@ def groups_of(model: nn.Module, **changed: Any) -> list[dict[str, Any]]:
 def remembering(model: nn.Module) -> list[dict[str, Any]]:
     """Rules with more to remember than a momentum: rotations, shared and not, averages. The names tell of stages."""
     named = dict(model.named_parameters())
-    shared = {"rule": "aro", "share": "stage", "lr": 0.02}
+    shared = {"rule": "aro", "share": "residual_stage", "lr": 0.02}
     columns = {"view": "transposed"}
     rules: list[tuple[dict[str, str], dict[str, Any]]] = [
         ({"embedding.weight": "embedding.weight"}, {"role": "embedding", **shared, **columns}),

@@ -50,7 +50,7 @@ def groups_of(parameters: list[nn.Parameter], layouts: list[Any], names: list[tu
         _, role, _, rows = MATRICES[i]
         group = groups.setdefault(
             (role, rows),
-            {"params": [], "layouts": [], "rule": "aro", "share": "stage", "lr": LR, "role": role, **options}
+            {"params": [], "layouts": [], "rule": "aro", "share": "residual_stage", "lr": LR, "role": role, **options}
             | {"view": "as_stored" if rows else "transposed"},
         )
         group["params"].append((name, parameter))
@@ -124,7 +124,7 @@ def flat_layouts(ranks: Group) -> list[FlatLayout]:
 def on_a_stage(mesh: DeviceMesh) -> str:
     """What is said where the outer mesh dimension are stages of a pipeline."""
     weight = nn.Parameter(WAYS["shard0 on 2"].place(draw(3, 0), mesh["inner"]))
-    group = {"rule": "aro", "share": "stage", "lr": LR, "role": "attention_o"}
+    group = {"rule": "aro", "share": "residual_stage", "lr": LR, "role": "attention_o"}
     try:
         SymDist([{"params": [("layers.0.o", weight)], **group}])
     except ValueError as error:

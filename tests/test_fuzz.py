@@ -53,7 +53,9 @@ SIDE = one_of("auto", "right", "left")
 # The polynomials magnify nothing more than a thousandfold.
 NUMERICS = st.one_of(
     st.fixed_dictionaries({"method": st.just("exact"), "damping": one_of(1e-3, 1e-2)}),
-    st.fixed_dictionaries({"method": st.just("polar_express"), "damping": one_of(1e-8, 1e-3), "steps": one_of(0, 3)}),
+    st.fixed_dictionaries(
+        {"method": st.just("polar_express"), "damping": one_of(1e-8, 1e-3), "ns_steps": one_of(0, 3)}
+    ),
     st.fixed_dictionaries({"method": st.just("newton_schulz"), "damping": one_of(1e-8, 1e-3)}),
 )
 MOMENTUM = {"momentum": one_of(0.0, 0.5, 0.95)}
@@ -79,7 +81,14 @@ RULES = st.one_of(
     told("left_spectral", NUMERICS, ALPHA, centered=CENTERED, **MOMENTUM),
     told("polar", NUMERICS, ALPHA, centered=CENTERED, side=SIDE, **MOMENTUM),
     told("hybrid", NUMERICS, ORDERS, centered=CENTERED, side=SIDE, **MOMENTUM),
-    told("muon", NUMERICS, side=SIDE, scale=one_of("spectral", "match_rms", "none"), nesterov=CENTERED, **MOMENTUM),
+    told(
+        "muon",
+        NUMERICS,
+        side=SIDE,
+        adjust_lr=one_of("spectral", "match_rms_adamw", "none"),
+        nesterov=CENTERED,
+        **MOMENTUM,
+    ),
     told("adamw", centered=CENTERED, betas=one_of([0.9, 0.95], [0.0, 0.5])),
 )
 COMMON = st.fixed_dictionaries(

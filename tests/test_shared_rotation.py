@@ -193,7 +193,7 @@ def test_what_cannot_share_is_told() -> None:
 
 def test_stages_of_a_pipeline_cannot_share(many: Ranks) -> None:
     for said in many.run((2, 2), shared.on_a_stage):
-        assert "share = 'stage': ranks (0, 1, 2, 3) train this model" in said
+        assert "share = 'residual_stage': ranks (0, 1, 2, 3) train this model" in said
         assert "use share = 'matrix'" in said
 
 

@@ -92,7 +92,7 @@ def test_gradients_and_momentum_are_not_overwritten(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_muon_looks_ahead(nesterov: bool) -> None:
-    w, optimizer = one(5, 3, rule="muon", method="exact", scale="none", nesterov=nesterov, momentum=0.5)
+    w, optimizer = one(5, 3, rule="muon", method="exact", adjust_lr="none", nesterov=nesterov, momentum=0.5)
     gradients = [normal(5, 3, seed=i).double() for i in (1, 2)]
     for gradient in gradients:
         before = w.detach().double()

@@ -59,7 +59,7 @@ def options_of(args: Any, *, vocabulary: int | None) -> Mapping[str, Any]:
     """
     if args.symdist_recipe is None:
         raise ValueError("--optimizer symdist needs a recipe: --symdist-recipe olmoe")
-    dtype = args.symdist_exchange_dtype
+    dtype = args.symdist_communication_dtype
     return {
         "recipe": args.symdist_recipe,
         "overrides": parse_overrides(args.symdist_override, option="--symdist-override"),

@@ -12,7 +12,7 @@ from symdist.rules.requests import Asking, Orthonormal, Stage, Sum
 
 Base: TypeAlias = Literal["sinkhorn", "row_norm", "sign", "adam", "identity"]
 
-_ROUNDS = 5
+_SINKHORN_STEPS = 5
 _BETA2 = 0.95
 # What is smaller than this many roundings of a product as long as M has rows is noise, which signs and lengths would
 # magnify: rows of the rotated M beyond its rank, and numbers that are zero but for rounding.
@@ -20,8 +20,10 @@ _NOISE = 100.0
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    if options["rounds"] and options["base"] != "sinkhorn":
-        raise ValueError(f"rounds={options['rounds']} has no effect with base={options['base']!r}; drop it")
+    if options["sinkhorn_steps"] and options["base"] != "sinkhorn":
+        raise ValueError(
+            f"sinkhorn_steps={options['sinkhorn_steps']} has no effect with base={options['base']!r}; drop it"
+        )
     if options["beta2"] is not None and options["base"] != "adam":
         raise ValueError(f"beta2={options['beta2']} has no effect with base={options['base']!r}; drop it")
     if not options["rms"] > 0:
@@ -33,7 +35,7 @@ def _state(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _coupled(options: Mapping[str, Any]) -> bool:
-    return bool(options["share"] == "stage")
+    return bool(options["share"] == "residual_stage")
 
 
 @rule("aro", splits=("columns",), check=_check, state=_state, couples=_coupled, ordered=True)
@@ -41,20 +43,20 @@ def aro(
     matrix: Matrix,
     *,
     base: Base = "sinkhorn",
-    share: Literal["matrix", "stage"] = "matrix",
-    rounds: int = 0,
+    share: Literal["matrix", "residual_stage"] = "matrix",
+    sinkhorn_steps: int = 0,
     beta2: float | None = None,
     rms: float = 0.2,
 ) -> Asking:
     """`R_t = QR(M·f(R_{t−1}ᵀM)ᵀ)`, `U = R_t·f(R_tᵀM)`, rescaled to the root mean square `rms`; `R_0 = I`.
 
-    `f`, the base map, is "sinkhorn" (rows and columns divided by their norms at once, `rounds` times, 5 unless given),
-    "row_norm", "sign", "adam" (over the root of an average of the rotated squares with `beta2`, 0.95 unless given) or
-    "identity". A factor of M changes nothing. Rows are the residual stream's side of the matrix: view "residual" in a
-    recipe. Of the rotation `[m, m]` only the first `k = min(m, n)` columns can matter, and are kept, as state of the
-    parameter's shape and layout.
+    `f`, the base map, is "sinkhorn" (rows and columns divided by their norms at once, `sinkhorn_steps` times, 5 unless
+    given), "row_norm", "sign", "adam" (over the root of an average of the rotated squares with `beta2`, 0.95 unless
+    given) or "identity". A factor of M changes nothing. Rows are the residual stream's side of the matrix: view
+    "residual" in a recipe. Of the rotation `[m, m]` only the first `k = min(m, n)` columns can matter, and are kept, as
+    state of the parameter's shape and layout.
 
-    With `share = "stage"` the matrices that write to a stage of the residual stream, and those that read from it, have
+    With `share = "residual_stage"` the matrices that write to a stage of the residual stream, and those that read from it, have
     one rotation, of the sum `Σ M·f(RᵀM)ᵀ` over them, with each f at root mean square 1, "identity" as it is. Its
     columns are kept by the matrices in turn, those of experts apart.
 
@@ -65,10 +67,12 @@ def aro(
     round; sharing, `m·k` numbers four times a stage. It takes `6·m·n·k` operations and the QR of an `[m, k]`.
     Source: Gong et al., ARO, arXiv 2602.09006.
     """
-    coupled = share == "stage"
+    coupled = share == "residual_stage"
     scale, previous = yield from _remembered(matrix, coupled=coupled)
     m = matrix.values / torch.where(scale > 0, scale, 1)
-    frame = _Frame(matrix, base=base, rounds=rounds or _ROUNDS, beta2=_BETA2 if beta2 is None else beta2)
+    frame = _Frame(
+        matrix, base=base, sinkhorn_steps=sinkhorn_steps or _SINKHORN_STEPS, beta2=_BETA2 if beta2 is None else beta2
+    )
     ahead, _ = yield from frame.directions(previous, m, scale)
     if coupled:
         weight = scale.square()
@@ -131,10 +135,10 @@ def _own(matrix: Matrix, rotation: Tensor) -> Tensor:
 class _Frame:
     """The base map in rotated frames."""
 
-    def __init__(self, matrix: Matrix, *, base: Base, rounds: int, beta2: float):
+    def __init__(self, matrix: Matrix, *, base: Base, sinkhorn_steps: int, beta2: float):
         self._matrix = matrix
         self._base = base
-        self._rounds = rounds
+        self._sinkhorn_steps = sinkhorn_steps
         self._beta2 = beta2
 
     def directions(
@@ -160,7 +164,7 @@ class _Frame:
                 return (yield from self._sinkhorn(x, torch.where(kept, squares, 0))), {}
 
     def _sinkhorn(self, x: Tensor, rows: Tensor) -> Generator[Any, Any, Tensor]:
-        for i in range(self._rounds):
+        for i in range(self._sinkhorn_steps):
             if i:
                 rows = yield Sum(values=x.square().sum(-1, keepdim=True), across="columns")
             columns = x.square().sum(-2, keepdim=True)

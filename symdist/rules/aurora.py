@@ -8,7 +8,7 @@ import torch
 
 from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.matrix import Matrix
-from symdist.rules.muon import MuonScale, Precision, check_precision, muon_polar, muon_scale, muon_splits
+from symdist.rules.muon import AdjustLr, Precision, check_precision, lr_adjustment, muon_polar, muon_splits
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking, Sum
 from symdist.rules.row_norm import unit_rows
@@ -32,9 +32,9 @@ def aurora(
     *,
     iterations: int = 2,
     beta: float = 0.5,
-    scale: MuonScale = "spectral",
+    adjust_lr: AdjustLr = "spectral",
     method: Method = "polar_express",
-    steps: int = 0,
+    ns_steps: int = 0,
     damping: float = 0.0,
     precision: Precision = "float32",
 ) -> Asking:
@@ -45,12 +45,14 @@ def aurora(
     Equivariant under row permutations and column rotations. Moves, and takes the root of, `iterations` Grams.
     Source: Dewulf et al., Aurora, arXiv 2606.27715.
     """
-    polar = partial(muon_polar, matrix, side="auto", method=method, steps=steps, damping=damping, precision=precision)
+    polar = partial(
+        muon_polar, matrix, side="auto", method=method, ns_steps=ns_steps, damping=damping, precision=precision
+    )
     # Rows that are shorter than this in a polar factor are noise, and no factor makes them longer.
     least = (torch.finfo(matrix.values.dtype).eps ** 2) * matrix.columns / matrix.rows
     if matrix.rows <= matrix.columns:
         u = yield from polar(matrix.values)
-        return u * muon_scale(matrix, scale)
+        return u * lr_adjustment(matrix, adjust_lr)
     x = yield from unit_rows(matrix.values)
     u = yield from polar(x, unit_scale=True)
     for _ in range(iterations - 1):
@@ -58,4 +60,4 @@ def aurora(
         wanted = matrix.columns / matrix.rows / torch.where(squares > least, squares, matrix.columns / matrix.rows)
         x = x * wanted**beta
         u = yield from polar(x, unit_scale=True)
-    return u * muon_scale(matrix, scale)
+    return u * lr_adjustment(matrix, adjust_lr)

@@ -35,7 +35,7 @@ def hybrid(
     scale: Scale = "nuclear",
     eps: Eps = "none",
     method: Method = "polar_express",
-    steps: int = 0,
+    ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
     """`U = ν^α·polar(X)`, `X = D(M)·M`, `ν = ‖X‖_*`; or `U = D(Q)·Q`, `Q = polar(M)`.
@@ -44,7 +44,7 @@ def hybrid(
     Equivariant under row permutations and column rotations. Moves what its row norms and its Gram move.
     Source: Lau & Su, arXiv 2605.18106.
     """
-    numerics = Numerics(method=method, steps=steps, damping=damping)
+    numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     x = (yield from center_rows(matrix, matrix.values)) if centered else matrix.values
     if order == "row_then_polar":
         x = yield from unit_rows(x, eps=eps)

@@ -11,7 +11,7 @@ from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking
 from symdist.rules.spectral import Side, polar_factor, spectral_splits
 
-MuonScale: TypeAlias = Literal["spectral", "match_rms", "none"]
+AdjustLr: TypeAlias = Literal["spectral", "match_rms_adamw", "none"]
 Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
@@ -32,24 +32,24 @@ def muon_polar(
     *,
     side: Side,
     method: Method,
-    steps: int,
+    ns_steps: int,
     damping: float,
     precision: Precision,
     unit_scale: bool = False,
 ) -> Generator[Any, Any, Tensor]:
     """`polar(x)` as Muon takes it, `x` in the layout of `matrix`; see `muon` and `polar_factor` for the options."""
-    numerics = Numerics(method=method, steps=steps, damping=damping, normalise="matrix")
+    numerics = Numerics(method=method, steps=ns_steps, damping=damping, normalise="matrix")
     if precision == "bfloat16":
         return polar_in_bfloat16(x, numerics)
     u, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics, unit_scale=unit_scale)
     return u
 
 
-def muon_scale(matrix: Matrix, scale: MuonScale) -> float:
+def lr_adjustment(matrix: Matrix, adjust_lr: AdjustLr) -> float:
     """The factor of a polar update of a matrix."""
-    if scale == "spectral":
+    if adjust_lr == "spectral":
         return max(1.0, matrix.rows / matrix.columns) ** 0.5
-    return 0.2 * max(matrix.rows, matrix.columns) ** 0.5 if scale == "match_rms" else 1.0
+    return 0.2 * max(matrix.rows, matrix.columns) ** 0.5 if adjust_lr == "match_rms_adamw" else 1.0
 
 
 @rule("muon", splits=muon_splits, accumulator="heavy_ball", check=check_precision)
@@ -57,22 +57,22 @@ def muon(
     matrix: Matrix,
     *,
     side: Side = "auto",
-    scale: MuonScale = "spectral",
+    adjust_lr: AdjustLr = "spectral",
     method: Method = "polar_express",
-    steps: int = 0,
+    ns_steps: int = 0,
     damping: float = 0.0,
     precision: Precision = "float32",
 ) -> Asking:
-    """`U = s·polar(M)`, s = √max(1, m/n) ("spectral"), 0.2·√max(m, n) ("match_rms", AdamW's RMS) or 1 ("none").
+    """`U = s·polar(M)`, s = √max(1, m/n) ("spectral"), 0.2·√max(m, n) ("match_rms_adamw", AdamW's RMS) or 1 ("none").
 
     m, n count the matrix the view shows, so head by head where it is split by heads. The five quintic steps on M
     are a polynomial in its Gram; taking it there gives the same matrix with two products as large as M instead of
     ten, and lets a split matrix run by its Gram. `precision="bfloat16"` takes the steps on M itself, as Muon is
     usually run on accelerators; its matrices then always go to an owner. "float32" is float64 for float64 weights.
     Equivariant under O(m) × O(n).
-    Source: Jordan et al. 2024 (Muon); Liu et al., arXiv 2502.16982 (match_rms).
+    Source: Jordan et al. 2024 (Muon); Liu et al., arXiv 2502.16982 (match_rms_adamw).
     """
     u = yield from muon_polar(
-        matrix, matrix.values, side=side, method=method, steps=steps, damping=damping, precision=precision
+        matrix, matrix.values, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision
     )
-    return u * muon_scale(matrix, scale)
+    return u * lr_adjustment(matrix, adjust_lr)

@@ -4,7 +4,7 @@ import torch
 
 from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.matrix import Matrix
-from symdist.rules.muon import MuonScale, Precision, check_precision, muon_polar, muon_scale, muon_splits
+from symdist.rules.muon import AdjustLr, Precision, check_precision, lr_adjustment, muon_polar, muon_splits
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking, Sum
 from symdist.rules.spectral import Side
@@ -17,9 +17,9 @@ def normuon(
     beta2: float = 0.95,
     eps: float = 1e-10,
     side: Side = "auto",
-    scale: MuonScale = "spectral",
+    adjust_lr: AdjustLr = "spectral",
     method: Method = "polar_express",
-    steps: int = 0,
+    ns_steps: int = 0,
     damping: float = 0.0,
     precision: Precision = "float32",
 ) -> Asking:
@@ -33,7 +33,7 @@ def normuon(
     Source: Li et al., NorMuon, arXiv 2510.05491.
     """
     q = yield from muon_polar(
-        matrix, matrix.values, side=side, method=method, steps=steps, damping=damping, precision=precision
+        matrix, matrix.values, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision
     )
     squares = yield Sum(values=q.square().sum(-1, keepdim=True), across="columns")
     held = matrix.state["row_sq"]
@@ -44,4 +44,4 @@ def normuon(
     norms = yield Sum(values=norms.sum(-2, keepdim=True), across="rows")
     before, after = norms.tensor_split(2, dim=-1)
     ratio = (before / torch.where(after > 0, after, 1)).sqrt()
-    return q * (factor * ratio * muon_scale(matrix, scale)), {"row_sq": average}
+    return q * (factor * ratio * lr_adjustment(matrix, adjust_lr)), {"row_sq": average}

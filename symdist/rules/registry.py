@@ -80,7 +80,7 @@ class Rule:
 
 
 _RULES: dict[str, Rule] = {}
-_NOT_NEGATIVE = {"eps", "damping", "alpha", "steps", "momentum", "rounds", "beta2"}
+_NOT_NEGATIVE = {"eps", "damping", "alpha", "ns_steps", "momentum", "sinkhorn_steps", "beta2"}
 _BELOW_ONE = {"momentum", "beta2"}
 
 

@@ -32,7 +32,7 @@ def scion(
     radius: float = 1.0,
     side: Side = "auto",
     method: Method = "polar_express",
-    steps: int = 0,
+    ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
     """`U = ρ·lmo(M)`, the matrix of norm `radius` ρ that goes furthest along M, seen as `[out, in]` = `[m, n]`.
@@ -40,7 +40,7 @@ def scion(
     "spectral", for hidden layers: √(m/n)·polar(M). "sign", for a head: sign(M)/n. "row_rms", for an embedding: rows of
     root mean square 1, √n·D(M)·M. "row", for a head as well: rows of length 1/√n. With `weight_decay = 1` a step is
     `W ← (1−lr)·W − lr·U`, which stays in the ball of radius ρ; without, it is the unconstrained form. What Scion calls
-    α is 1 − `momentum`. `side`, `method`, `steps` and `damping` are those of the polar factor.
+    α is 1 − `momentum`. `side`, `method`, `ns_steps` and `damping` are those of the polar factor.
     Equivariant under O(m) × O(n); "sign" under signed permutations of both sides; "row_rms" and "row" under row
     permutations and column rotations. Moves what `polar`, nothing, and what `row_norm` moves.
     Source: Pethick et al., arXiv 2502.07529.
@@ -48,7 +48,7 @@ def scion(
     m, n = matrix.rows, matrix.columns
     match norm:
         case "spectral":
-            numerics = Numerics(method=method, steps=steps, damping=damping)
+            numerics = Numerics(method=method, steps=ns_steps, damping=damping)
             u, _ = yield from polar_factor(matrix, matrix.values, side=side, numerics=numerics)
             return u * (radius * (m / n) ** 0.5)
         case "sign":

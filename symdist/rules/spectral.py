@@ -76,7 +76,7 @@ def right_spectral(
     alpha: float = 0.0,
     scale: Scale = "nuclear",
     method: Method = "polar_express",
-    steps: int = 0,
+    ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
     """`U = ν^α·M·(MᵀM)^{-1/2}`; centred, of ΠM and projected again.
@@ -84,7 +84,7 @@ def right_spectral(
     Equivariant under row permutations (any left rotation) and column rotations. Under row blocks it moves the
     n² numbers of the Gram. Source: Lau & Su, arXiv 2605.18106.
     """
-    numerics = Numerics(method=method, steps=steps, damping=damping)
+    numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side="right", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
 
 
@@ -96,7 +96,7 @@ def left_spectral(
     alpha: float = 0.0,
     scale: Scale = "nuclear",
     method: Method = "polar_express",
-    steps: int = 0,
+    ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
     """`U = ν^α·(MMᵀ)^{-1/2}·M`; centred, of ΠM and projected again.
@@ -104,7 +104,7 @@ def left_spectral(
     The router's rule: its Gram is `[experts, experts]`. Under column blocks it moves the m² numbers of the Gram.
     Source: Lau & Su, arXiv 2605.18106.
     """
-    numerics = Numerics(method=method, steps=steps, damping=damping)
+    numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side="left", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
 
 
@@ -117,7 +117,7 @@ def polar(
     alpha: float = 0.0,
     scale: Scale = "nuclear",
     method: Method = "polar_express",
-    steps: int = 0,
+    ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
     """`U = ν^α·polar(M)`, by the Gram of the side that is named or cheaper.
@@ -127,5 +127,5 @@ def polar(
     Source: Lau, Long & Su, PolarGrad, arXiv 2505.21799; Carlson, Cevher & Carin, *Stochastic spectral descent for
     restricted Boltzmann machines*, AISTATS 2015.
     """
-    numerics = Numerics(method=method, steps=steps, damping=damping)
+    numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side=side, centered=centered, alpha=alpha, scale=scale, numerics=numerics))

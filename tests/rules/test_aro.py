@@ -157,7 +157,7 @@ def test_the_scale_of_the_momentum_is_forgotten(base: str, scale: float) -> None
     assert (repeat(m * scale, 2, base=base)[0] - repeat(m, 2, base=base)[0]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("share", ["matrix", "stage"])
+@pytest.mark.parametrize("share", ["matrix", "residual_stage"])
 @pytest.mark.parametrize("base", BASES)
 def test_a_rotation_stays_one(base: str, share: str) -> None:
     """Of a thousand steps in float32; some with hardly any gradient, or of low rank."""
@@ -187,7 +187,7 @@ def test_a_rotation_stays_one(base: str, share: str) -> None:
         if share == "matrix":
             assert (columns.mT @ columns - torch.eye(columns.shape[1])).abs().max() < 1e-4
         assert weight.isfinite().all()
-    if share == "stage":
+    if share == "residual_stage":
         # The first keeps all of it.
         assert (whole[0].mT @ whole[0] - torch.eye(12)).abs().max() < 1e-4
         assert not whole[1].any()
@@ -225,7 +225,7 @@ def test_orthonormal_columns_are_those_of_a_qr() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"base": "row_norm", "rounds": 3}, "rounds=3 has no effect with base='row_norm'"),
+        ({"base": "row_norm", "sinkhorn_steps": 3}, "sinkhorn_steps=3 has no effect with base='row_norm'"),
         ({"beta2": 0.9}, "beta2=0.9 has no effect with base='sinkhorn'"),
         ({"base": "adam", "beta2": 1.0}, r"beta2=1\.0 must be in \[0, 1\)"),
         ({"rms": 0.0}, r"rms=0\.0 must be positive"),

@@ -32,7 +32,7 @@ SPECTRAL: dict[str, Options] = {
     "polar_exact": POLAR | {"method": "exact"},
     "polar_cubic": POLAR | {"method": "newton_schulz", "damping": 1e-4},
     "muon": MUON,
-    "muon_left": MUON | {"side": "left", "scale": "match_rms"},
+    "muon_left": MUON | {"side": "left", "adjust_lr": "match_rms_adamw"},
     "scion": SCION | {"radius": 3.0},
 }
 BY_ROWS: dict[str, Options] = {
@@ -42,7 +42,7 @@ BY_ROWS: dict[str, Options] = {
     "hybrid_left": HYBRID | {"side": "left", "damping": 1e-4} | RATIO,
     "hybrid_polar_first": POLAR_FIRST,
     "normuon": NORMUON,
-    "normuon_eps": NORMUON | {"eps": 0.1, "scale": "match_rms"},
+    "normuon_eps": NORMUON | {"eps": 0.1, "adjust_lr": "match_rms_adamw"},
     "aurora": AURORA,
     "aurora_long": AURORA | {"iterations": 4, "beta": 0.25},
     "scion_row": SCION | {"norm": "row", "radius": 3.0},

@@ -30,10 +30,10 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     (ADAMW | {"weight_decay": 0.1}, ADAMW, HYBRID | {"order": "polar_then_row"}),
     (
         MUON | {"view": "groups", "nesterov": False},
-        MUON | {"view": "apart", "scale": "match_rms"},
+        MUON | {"view": "apart", "adjust_lr": "match_rms_adamw"},
         LEFT | {"alpha": 1.0},
     ),
-    (RIGHT | {"view": "heads", "centered": True}, POLAR | {"method": "newton_schulz", "steps": 20}, POLAR),
+    (RIGHT | {"view": "heads", "centered": True}, POLAR | {"method": "newton_schulz", "ns_steps": 20}, POLAR),
     (
         ROW | {"skip_zero_grad_rows": True},
         ROW | {"view": "neurons", "skip_zero_grad_rows": True},
