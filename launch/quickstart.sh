@@ -19,10 +19,10 @@ while [ $# -gt 0 ]; do
         --newest) export SYMDIST_NEWEST=1; shift ;;
         --nproc=*) nproc=${1#*=}; shift ;;
         --recipe=*) recipe=${1#*=}; shift ;;
-        --set)
+        --override)
             # Meant for the first stack: the baselines stay what they are called.
-            [ $# -gt 1 ] || { echo "error: --set needs role.option=value" >&2; exit 2; }
-            settings+=(--set "$2")
+            [ $# -gt 1 ] || { echo "error: --override needs role.option=value" >&2; exit 2; }
+            settings+=(--override "$2")
             shift 2
             ;;
         --output | --output=*)

@@ -30,16 +30,16 @@ class Assignment:
     strategy: Strategy
 
 
-def routed(member: ParamSpec, group: Mapping[str, Any], strategy: Strategy) -> Assignment:
+def assignment(spec: ParamSpec, group: Mapping[str, Any], strategy: Strategy) -> Assignment:
     """A member of a param group as its reader sees it."""
     defaults = {
         **{key: value for key, value in COMMON.items() if key not in ("view", "strategy", "role")},
-        **ACCUMULATOR_OPTIONS[member.rule.accumulator],
+        **ACCUMULATOR_OPTIONS[spec.rule.accumulator],
         **get_rule(group["rule"]).defaults,
     }
     return Assignment(
-        name=member.name,
-        shape=member.layout.shape,
+        name=spec.name,
+        shape=spec.layout.shape,
         role=group["role"],
         rule=group["rule"],
         options={key: group[key] for key, value in defaults.items() if group[key] != value},

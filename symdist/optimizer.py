@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -13,166 +11,156 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from symdist.assignment import Assignment, routed
-from symdist.exchange import (
-    CountingTransport,
-    FlatJob,
-    Job,
-    Plan,
-    StepInputs,
-    StepOutputs,
-    StepProgress,
-    Strategy,
-    Task,
-    TorchTransport,
-    Transport,
-    dry_run,
-    run,
+from symdist.assignment import Assignment, assignment
+from symdist.exchange import CountingTransport, Plan, StepProgress, Strategy, TorchTransport, Transport, dry_run, run
+from symdist.exchange.options import ExchangeLike, ExchangeOptions
+from symdist.gradients.nonfinite import FLAGS, NonFinite, ranks_that_agree
+from symdist.gradients.ready import ready_gradients
+from symdist.layouts import Group
+from symdist.layouts.groups import Ranks, group_of
+from symdist.param_groups import (
+    ParamGroup,
+    ParamSpec,
+    check_stages,
+    defaults_for,
+    plan_params,
+    read_group,
+    warn_of_narrow_weights,
 )
-from symdist.gradients.momentum import adamw_step, advance, inward
-from symdist.gradients.nonfinite import FLAGS, Agreed, NonFinite, agree, not_finite_error, ranks_that_agree, zeroed
-from symdist.gradients.partial_sums import bring_home, sum_up
-from symdist.layouts import Group, group_from, local
-from symdist.layouts.fsdp1 import is_flattened
-from symdist.param_groups import ParamSpec, check_stages, describe_member, gradient_of, plan_step, with_defaults
-from symdist.replaced_params import carried, changed, check_shapes, in_model
-from symdist.state_checks import as_tensor, asked_by_pytorch, check_state, read_saved
+from symdist.replaced_params import changed, in_model, taken_over
+from symdist.state_checks import asked_by_pytorch, flattened_zeros, load_state
+from symdist.step import Step
 
 if TYPE_CHECKING:
     from symdist.diagnostics.steps import StepMonitor
 
-BUCKET_BYTES = 1 << 30
-
 
 class SymDist(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` over groups that each name a rule.
+    """A `torch.optim.Optimizer` that steps each parameter by a rule, wherever its shards lie.
 
-    A group is a dict: `params` (parameters, or `(name, parameter)` pairs), `rule`, `lr`, `weight_decay`,
-    `cautious_weight_decay` (decay only those weights that their update takes towards zero, too), `view`,
-    `skip_zero_grad_rows`, `strategy`, `padding_rows`, the rule's own options, and `role` and `names` for the reader. A
-    3-D parameter is a stack of matrices. `layouts`, where given, has for each parameter None or where it lies; of a
-    `FlatLayout` every rank gives its piece, an empty vector where it holds nothing.
+    All ranks that share parameters construct it and call its methods alike. A missing gradient is a zero gradient.
+    State lies like its parameter, is complete from construction on, and is float32 or wider. Weights are read and
+    written where they lie, in any strides, and nothing beside them is. Parameters may be replaced, in the groups or in
+    `model`, as trainers do when they shard a model: at the next call of any method they are described anew, and their
+    state comes along. A parameter that does not require a gradient does not move.
 
-    A missing gradient is a zero gradient. State lies like its parameter, is complete from construction on, and is
-    float32 or wider. `lr`, the decay and what the momentum is told may change between steps; the rule's own
-    options and the view are those of construction.
+    Args:
+        params: Parameters, `(name, parameter)` pairs, or param groups, dicts with the keys of `ParamGroup`. A 3-D
+            parameter is a stack of matrices.
+        rule: The rule of all parameters, or of the groups that name none; see `symdist.rule_names()`.
+        lr: The learning rate, likewise. Rates of different rules have no common default.
+        nonfinite: What all ranks do together when a gradient is inf or NaN on any: "raise" FloatingPointError before
+            anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements.
+        exchange: How matrices travel between ranks, `ExchangeOptions` or a mapping of its keys.
+        process_group: The ranks that must agree on gradients. Left out, all of the mesh that the parameters' meshes
+            were sliced from, stages of a pipeline included; give it where parameters lie on unrelated meshes.
+        replicate_group: The ranks on which plain tensors are the same, as under DDP; work on them is shared out.
+        transport: Replaces the collectives, to count them.
+        model: Looked at, before the first step and where no gradient comes, for parameters that were sharded after
+            the optimizer was made.
+        **options: Defaults of further keys of a group, of its rule's own options too: each holds for the groups whose
+            rule knows it.
 
-    `nonfinite` says what all ranks do together when a gradient is inf or NaN on any: "raise" FloatingPointError before
-    anything changes, "skip" the step (counted in `skipped_steps`), or "zero" the offending elements. "All ranks" are
-    `world`, a process group or mesh; left out, all of the mesh that the parameters' meshes were sliced from, stages
-    of a pipeline included. `replicas`, a process group or mesh, says that plain tensors are the same on its ranks, as
-    under DDP: work on them is then shared out. `communication_dtype`, bfloat16 say, is what matrices travel as to their
-    owners and back; sums and Grams travel as they are. `bucket_bytes` bounds the buffers in flight. `transport`
-    replaces the collectives, to count them. A parameter that does not require a gradient does not move. `model`, where
-    given, is looked at, before the first step and where no gradient comes, for parameters that were sharded after the
-    optimizer was made.
+    Attributes:
+        skipped_steps: How many steps were left out.
 
-    Parameters may be replaced, in the groups or in `model`, as trainers do when they shard a model: at the next call of
-    any method they are described anew, and their state comes along. Weights are read and written where they lie, in
-    any strides, and nothing beside them is.
+    Raises:
+        TypeError: For a keyword that no group's rule knows.
+        ValueError: Naming group or parameter and the remedy, for anything that cannot run exactly as asked.
 
-    Raises ValueError, naming group or parameter and the remedy, for anything it cannot run exactly as asked.
+    Example:
+        >>> SymDist(model.named_parameters(), rule="muon", lr=1e-2, weight_decay=0.1)
+        >>> SymDist([{"params": matrices, "rule": "muon"}, {"params": others, "rule": "adamw", "lr": 3e-4}], lr=1e-2)
     """
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]],
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[ParamGroup] | Iterable[dict[str, Any]],
         *,
+        rule: str | None = None,
+        lr: float | Tensor | None = None,
         nonfinite: NonFinite = "raise",
-        bucket_bytes: int = BUCKET_BYTES,
-        communication_dtype: torch.dtype | None = None,
-        world: Any = None,
-        replicas: Any = None,
+        exchange: ExchangeLike = None,
+        process_group: Ranks | None = None,
+        replicate_group: Ranks | None = None,
         transport: Transport | None = None,
         model: nn.Module | None = None,
+        **options: Any,
     ):
         if nonfinite not in ("raise", "skip", "zero"):
             raise ValueError(f"nonfinite={nonfinite!r} is not 'raise', 'skip' or 'zero'")
-        if bucket_bytes <= 0:
-            raise ValueError(f"bucket_bytes={bucket_bytes} must be positive")
-        if communication_dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(
-                f"communication_dtype={communication_dtype} must be torch.bfloat16, torch.float32, or None for "
-                "the dtype of "
-                "the state; float16 would lose small gradients"
-            )
         self.nonfinite: NonFinite = nonfinite
-        self.bucket_bytes = bucket_bytes
-        self.communication_dtype = communication_dtype
-        self._world = _group("world", world)
-        self._replicas = _group("replicas", replicas)
+        self.exchange = ExchangeOptions.of(exchange)
+        self._process_group = group_of("process_group", process_group)
+        self._replicate_group = group_of("replicate_group", replicate_group)
         self.transport: Transport = transport or TorchTransport()
         self.skipped_steps = 0
-        self.observer: StepMonitor | None = None
-        """What measures the next step, and that one only."""
-        self._trail = StepProgress()
+        self._observer: StepMonitor | None = None
+        self._progress = StepProgress()
         self._skip_next = False
-        self._members: list[ParamSpec] = []
+        self._specs: list[ParamSpec] = []
         self._planned: tuple[list[bool], Plan] | None = None
         self._peers: Group | None = None
         self._model = None if model is None else ref(model)
         self._fresh = True
         """No step has been taken, and nothing loaded: all state is zero."""
-        groups = list(params)
-        if not all(isinstance(group, Mapping) for group in groups):
-            raise ValueError("SymDist takes param groups, dicts with a 'rule'; symdist.route(model, recipe) makes them")
+        given = params if isinstance(params, Tensor) else list(params)
+        groups = list(given) if len(given) and all(isinstance(each, Mapping) for each in given) else [{"params": given}]
+        defaults = {**({} if rule is None else {"rule": rule}), **({} if lr is None else {"lr": lr}), **options}
         self._constructed = False
-        super().__init__(groups, {})
+        super().__init__(groups, defaults_for(groups, defaults))
         self.plan()
         self._constructed = True
-        _warn_of_narrow_weights(self._members)
+        warn_of_narrow_weights(self._specs)
         # Schedulers that cycle momentum look for it here, and write it to every group.
         for key in ("momentum", "betas"):
             if all(key in group for group in self.param_groups):
                 self.defaults[key] = self.param_groups[0][key]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group after construction; nothing is added where it raises ValueError."""
+        """Add a group, completed by the defaults of construction; all ranks that share its parameters call it.
+
+        Args:
+            param_group: A dict with the keys of `ParamGroup`.
+
+        Raises:
+            ValueError: Naming group or parameter; nothing is added then.
+        """
         self._follow()
-        group = dict(param_group)
-        if "params" not in group:
-            raise ValueError(f"a param group needs 'params'; this one has {', '.join(map(repr, group))}")
-        params = group["params"]
-        group["names"], params = _named(params, group)
-        first = len(self._members)
-        names = list(group["names"] or (f"param_{first + i}" for i in range(len(params))))
-        if len(names) != len(params):
-            raise ValueError(f"a param group has {len(params)} params but {len(names)} names")
-        if not params:
-            raise ValueError(f"param group {group.get('role', '')!r} has no parameters")
-        layouts = list(group.pop("layouts", None) or [None] * len(params))
-        if len(layouts) != len(params):
-            raise ValueError(f"a param group has {len(params)} params but {len(layouts)} layouts")
-        group |= {"params": params, "names": names}
-        group = with_defaults(group)
-        known = {id(member.parameter): member.name for member in self._members}
-        members = []
-        for name, parameter, layout in zip(names, params, layouts, strict=True):
-            if id(parameter) in known:
-                raise ValueError(f"{name} is given twice: it is {known[id(parameter)]} of another place or group")
-            if parameter.is_meta:
-                raise ValueError(
-                    f"{name} is on the meta device; materialise it (to_empty) before building the optimizer"
-                )
-            known[id(parameter)] = name
-            index = len(self.param_groups)
-            members.append(
-                describe_member(parameter, name=name, index=index, group=group, replicas=self._replicas, layout=layout)
-            )
+        group, specs = read_group(
+            param_group,
+            index=len(self.param_groups),
+            defaults=self.defaults,
+            known=self._specs,
+            replicas=self._replicate_group,
+        )
         if self._constructed:
-            plan_step(self._members + members, bucket_bytes=self.bucket_bytes)
-        super().add_param_group(group)
-        self._members += members
+            plan_params(self._specs + specs, exchange=self.exchange)
+        # The defaults are in it already, as far as its rule knows them; PyTorch would put in all.
+        defaults, self.defaults = self.defaults, {}
+        try:
+            super().add_param_group(group)
+        finally:
+            self.defaults = defaults
+        self._specs += specs
         self._planned = None
-        for member in members:
-            self.state[member.parameter] = self._new_state(member)
+        for spec in specs:
+            self.state[spec.parameter] = self._new_state(spec)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every weight once. `closure`, where given, recomputes the loss, which is returned.
+        """Update every weight once.
 
-        Raises FloatingPointError on every rank where a gradient is not finite on any and `nonfinite` is "raise", and
-        `symdist.exchange.ExchangeError`, which names wave and parameters, where a collective fails.
+        Args:
+            closure: Recomputes the loss, where given.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            FloatingPointError: On every rank, where a gradient is not finite on any and `nonfinite` is "raise".
+            ExchangeError: Of `symdist.exchange`; where a collective fails, with wave and parameters.
+            ValueError: Where a group, a parameter or a gradient has become something that cannot be stepped.
         """
         loss = None
         if closure is not None:
@@ -180,78 +168,58 @@ class SymDist(torch.optim.Optimizer):
                 loss = closure()
         self._follow(at_step=True)
         self._check_options()
-        observer, self.observer = self.observer, None
-        if self._skip_next:
-            self._skip_next = False
-            self.skipped_steps += 1
-            return loss
+        observer, self._observer = self._observer, None
         plan = self._plan()
-        timing = nullcontext if observer is None else observer.timing
-        gradients = self._gradients()
+        gradients = None
+        if not self._skip_next:
+            gradients = ready_gradients(
+                self._specs,
+                nonfinite=self.nonfinite,
+                expected=self._fresh,
+                peers=self._peers,
+                transport=self.transport,
+                progress=self._progress,
+            )
+        self._skip_next = False
         if gradients is None:
             self.skipped_steps += 1
             return loss
         self._fresh = False
+        step = Step(self._specs, self.param_groups, self.state, gradients, observer)
+        timing = nullcontext if observer is None else observer.timing
 
         def meanwhile() -> None:
             with timing("coordinate"):
-                self._step_plain(gradients, observer)
+                step.adamw()
             for job in plan.local:
                 with timing("local"):
-                    self._task(job, gradients, observer).advance()
+                    step.task(job).advance()
 
-        waves = [[self._task(job, gradients, observer) for job in wave] for wave in plan.waves]
+        waves = [[step.task(job) for job in wave] for wave in plan.waves]
         run(
             waves,
             transport=self.transport,
             meanwhile=meanwhile,
             work=plan.work,
-            trail=self._trail,
+            progress=self._progress,
             timing=timing,
         )
         return loss
 
-    def _gradients(self) -> list[Tensor] | None:
-        """This rank's, placed like their weights and finite, as all ranks agree; None where the step is left out."""
-        moving = [(member.name, member.parameter) for member in self._members if member.parameter.requires_grad]
-        some = any(parameter.grad is not None for _, parameter in moving)
-        away = {id(parameter) for _, parameter in bring_home(moving)}
-        here = [gradient_of(member) for member in self._members if id(member.parameter) not in away]
-        agreed = self._agree(here, elsewhere=bool(away), some=some)
-        if self._fresh and not agreed.any and moving:
-            raise ValueError(
-                "no parameter of any rank has a gradient in the first step: was the optimizer built before the model "
-                "was sharded (fully_shard, prepare), or of another model? Build it afterwards, with "
-                "symdist.build_optimizer(model, recipe)"
-            )
-        gradients = here
-        if agreed.elsewhere:
-            self._trail.before = "putting together gradients that lie otherwise than their weights"
-            sum_up(moving, transport=self.transport)
-            gradients = [gradient_of(member) for member in self._members]
-            agreed = self._agree(gradients, elsewhere=False, some=some)
-        self._trail.before = ""
-        if self.nonfinite == "zero":
-            return [zeroed(gradient) for gradient in gradients]
-        if not agreed.finite and self.nonfinite == "raise":
-            raise not_finite_error(gradients, [member.name for member in self._members])
-        return gradients if agreed.finite else None
+    def skip_next_step(self, skip: bool = True) -> None:
+        """Let the next `step()` change nothing, as one whose gradients are not finite; all ranks call it.
 
-    def _agree(self, gradients: list[Tensor], *, elsewhere: bool, some: bool) -> Agreed:
-        self._trail.before = "agreeing on whether gradients are finite"
-        return agree(gradients, self._peers, elsewhere=elsewhere, some=some, transport=self.transport)
+        Call it on a loss spike, before `step()`, where an engine drives the step and goes on as ever. The step is
+        counted in `skipped_steps`.
 
-    def skip_next(self, skip: bool = True) -> None:
-        """Leave the next step out, gradients and all, as one that is not finite; or not, after all. All ranks call it.
-
-        It is counted in `skipped_steps`. Meant for a loss that jumps: what drives the step, be it an engine, goes on
-        as ever.
+        Args:
+            skip: False takes it back.
         """
         self._skip_next = skip
 
-    def where(self) -> str:
+    def progress(self) -> str:
         """Where a step that another thread runs is: its wave, the collective it waits for; empty between steps."""
-        return self._trail.where()
+        return self._progress.text()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's, of the parameters that are trained now."""
@@ -266,148 +234,56 @@ class SymDist(torch.optim.Optimizer):
         """
         self._follow()
         found = super().state_dict()
-        pieces = [i for i, member in enumerate(self._members) if is_flattened(member.parameter)]
-        names = {key for i in pieces for key in self.state[self._members[i].parameter]} - {"step"}
-        for i in pieces:
-            zero = torch.zeros(1, dtype=self._members[i].dtype, device=self._members[i].parameter.device)
-            absent = names - set(found["state"][i])
-            fill = dict.fromkeys(sorted(absent), zero.expand(self._members[i].parameter.shape))
-            found["state"][i] = {**found["state"][i], **fill}
+        for i, zeros in flattened_zeros(self._specs, self.state).items():
+            found["state"][i] = {**found["state"][i], **zeros}
         return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refused: process groups do not copy."""
-        raise TypeError("SymDist cannot be copied or pickled; build another and load_state_dict into it")
-
-    def strategies(self) -> dict[str, Strategy]:
-        """Where each parameter's rule runs, by name."""
-        where = self.plan().strategies()
-        return {member.name: where.get(i, "local") for i, member in enumerate(self._members)}
-
-    def routing(self) -> list[Assignment]:
-        """What became of every parameter, in the order of the groups."""
-        where = self.plan().strategies()
-        return [
-            routed(member, self.param_groups[member.group], where.get(i, "local"))
-            for i, member in enumerate(self._members)
-        ]
 
     def load_state_dict(self, state_dict: dict[str, Any], *, strict: bool | None = None) -> None:
         """Load what `state_dict` gave, or `torch.distributed.checkpoint.state_dict`; tensors keep dtype and device.
 
         Parameters are found by their names, whatever wrappers stand in these, or by their order where the saved run
-        gave none. With `strict=False` a parameter that nothing was saved of keeps its state; left out, it is what
-        PyTorch's `StateDictOptions` says, or True.
+        gave none. All ranks that share parameters call it.
 
-        Raises ValueError, by name and before anything changes, where groups, rules or state do not match.
+        Args:
+            state_dict: Raw, by names, or flattened.
+            strict: False leaves the state of a parameter as it is where nothing was saved of it. Left out, it is what
+                PyTorch's `StateDictOptions` says, or True.
+
+        Raises:
+            ValueError: By name and before anything changes, where groups, rules or state do not match.
         """
         self._follow()
         by_pytorch = asked_by_pytorch()
-        if strict is None:
-            strict = by_pytorch is not False
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        names = [group["names"] for group in self.param_groups]
-        saved = read_saved(self.param_groups, names, state_dict, strict=strict, matched=by_pytorch is not None)
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for member, theirs in zip(self._members, saved.states, strict=True):
-            mine = self.state[member.parameter]
-            # Flattened state has empty values for what was not saved; `set_state_dict` leaves out what is frozen here.
-            theirs = {key: value for key, value in theirs.items() if as_tensor(value) is not None}
-            # Of a parameter that FSDP1 has no piece of here, it has no state here either.
-            nothing = is_flattened(member.parameter) and member.parameter.numel() == 0
-            if theirs or (strict and member.parameter.requires_grad and not nothing):
-                check_state(member.name, mine, theirs)
-                pairs += [
-                    (tensor, value) for key, tensor in mine.items() if (value := as_tensor(theirs[key])) is not None
-                ]
-        for group, theirs, mine in zip(self.param_groups, saved.groups, names, strict=True):
-            # Names are not loaded: the saved ones may be those of a pipeline stage.
-            group.update({key: value for key, value in theirs.items() if key not in ("params", "names", "param_names")})
-            assert group["names"] is mine
-        for tensor, value in pairs:
-            # A trainer may load what it has just been given: then there is nothing to load.
-            if value is not tensor:
-                local(tensor).copy_(local(value))
-                self._fresh = False
+        written = load_state(
+            self._specs,
+            self.param_groups,
+            self.state,
+            state_dict,
+            strict=by_pytorch is not False if strict is None else strict,
+            matched=by_pytorch is not None,
+        )
+        self._fresh = self._fresh and not written
         self._planned = None
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def strategies(self) -> dict[str, Strategy]:
+        """Where each parameter's rule runs, by name: "local", "reduce" or "owner"."""
+        return {each.name: each.strategy for each in self.assignments()}
+
+    def assignments(self) -> list[Assignment]:
+        """What became of every parameter, in the order of the groups."""
+        where = self.plan().strategies()
+        return [
+            assignment(spec, self.param_groups[spec.group], where.get(i, "local")) for i, spec in enumerate(self._specs)
+        ]
 
     def plan(self) -> Plan:
         """Where everything runs, and in which waves: the same on all ranks that share parameters."""
         self._follow()
         return self._plan()
-
-    def _plan(self) -> Plan:
-        moving = [member.parameter.requires_grad for member in self._members]
-        if self._planned is None or self._planned[0] != moving:
-            plan = plan_step(
-                self._members, bucket_bytes=self.bucket_bytes, communication_dtype=self.communication_dtype
-            )
-            self._peers = self._ranks_of(self._members)
-            check_stages(plan, self._peers)
-            self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
-            self._planned = moving, plan
-        return self._planned[1]
-
-    def _ranks_of(self, members: list[ParamSpec]) -> Group | None:
-        """All ranks that must do alike in a step of these."""
-        if self._world is not None:
-            return self._world
-        others = [member.layout for member in members if not isinstance(member.parameter, DTensor)]
-        return ranks_that_agree([member.parameter for member in members], others, replicas=self._replicas)
-
-    def _follow(self, *, at_step: bool = False) -> None:
-        """Take over parameters that have been replaced, or laid out anew, since they were described.
-
-        Raises ValueError, on all ranks and before anything changes, where what is to become of them cannot be known.
-        """
-        if not self._constructed:
-            return
-        given = [parameter for group in self.param_groups for parameter in group["params"]]
-        # Later on only where no gradient comes: then the model may have others.
-        look = self._fresh or (at_step and all(parameter.grad is None for parameter in given))
-        model = self._model() if self._model is not None and look else None
-        if model is not None and len(given) == len(self._members):
-            given = in_model(model, self._members, given)
-        if len(given) != len(self._members) or any(map(changed, self._members, given)):
-            self._take_over(given)
-
-    @torch.no_grad()
-    def _take_over(self, given: list[Tensor]) -> None:
-        check_shapes(self._members, given)
-        members, states, problem = [], [], None
-        for old, parameter in zip(self._members, given, strict=True):
-            if not changed(old, parameter):
-                members.append(old)
-                states.append(self.state[old.parameter])
-                continue
-            group = self.param_groups[old.group]
-            new = describe_member(parameter, name=old.name, index=old.group, group=group, replicas=self._replicas)
-            members.append(new)
-            try:
-                state = self._new_state(new) if self._fresh else carried(old, new, self.state[old.parameter])
-            except ValueError as error:
-                state, problem = {}, problem or error
-            states.append(state)
-        plan_step(members, bucket_bytes=self.bucket_bytes)
-        # Whether values were kept is each rank's own to see, and all must do alike.
-        failed = torch.tensor([float(problem is not None)], device=given[0].device)
-        peers = self._ranks_of(members)
-        if peers is not None and peers.size > 1:
-            self.transport.prepare({peers})
-            self.transport.all_reduce(failed, group=peers).wait()
-        if problem is not None:
-            raise problem
-        if bool(failed):
-            raise ValueError("another rank could not take over its parameters, and says why")
-        self.state.clear()
-        self.state.update({member.parameter: state for member, state in zip(members, states, strict=True)})
-        place = iter(given)
-        for group in self.param_groups:
-            group["params"] = [next(place) for _ in group["params"]]
-        self._members, self._planned = members, None
 
     def trace_collectives(self) -> CountingTransport:
         """Every collective of a step on this rank, in order: the step runs on meta tensors, and nothing moves.
@@ -420,165 +296,87 @@ class SymDist(torch.optim.Optimizer):
         dry_run(plan, counting)
         return counting
 
+    def __repr__(self) -> str:
+        lines = [
+            f"  ({i}) {group['role'] or 'params'}: {group['rule']}, {len(group['params'])} parameters, "
+            f"lr {float(group['lr']):g}, weight_decay {group['weight_decay']:g}"
+            for i, group in enumerate(self.param_groups)
+        ]
+        return "\n".join([f"{type(self).__name__} (", *lines, ")"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: process groups do not copy."""
+        raise TypeError("SymDist cannot be copied or pickled; build another and load_state_dict into it")
+
+    def _plan(self) -> Plan:
+        moving = [spec.parameter.requires_grad for spec in self._specs]
+        if self._planned is None or self._planned[0] != moving:
+            plan = plan_params(self._specs, exchange=self.exchange)
+            self._peers = self._ranks_of(self._specs)
+            check_stages(plan, self._peers)
+            self.transport.prepare(plan.groups() | ({self._peers} if self._peers is not None else set()))
+            self._planned = moving, plan
+        return self._planned[1]
+
+    def _ranks_of(self, specs: list[ParamSpec]) -> Group | None:
+        """All ranks that must do alike in a step of these."""
+        if self._process_group is not None:
+            return self._process_group
+        others = [spec.layout for spec in specs if not isinstance(spec.parameter, DTensor)]
+        return ranks_that_agree([spec.parameter for spec in specs], others, replicas=self._replicate_group)
+
+    def _follow(self, *, at_step: bool = False) -> None:
+        """Take over parameters that have been replaced, or laid out anew, since they were described.
+
+        Raises ValueError, on all ranks and before anything changes, where what is to become of them cannot be known.
+        """
+        if not self._constructed:
+            return
+        given = [parameter for group in self.param_groups for parameter in group["params"]]
+        # Later on only where no gradient comes: then the model may have others.
+        look = self._fresh or (at_step and all(parameter.grad is None for parameter in given))
+        model = self._model() if self._model is not None and look else None
+        if model is not None and len(given) == len(self._specs):
+            given = in_model(model, self._specs, given)
+        if len(given) == len(self._specs) and not any(map(changed, self._specs, given)):
+            return
+        specs, states = taken_over(
+            self._specs,
+            given,
+            self.param_groups,
+            self.state,
+            new_state=self._new_state if self._fresh else None,
+            replicas=self._replicate_group,
+            exchange=self.exchange,
+            peers_of=self._ranks_of,
+            transport=self.transport,
+        )
+        self.state.clear()
+        self.state.update({spec.parameter: state for spec, state in zip(specs, states, strict=True)})
+        place = iter(given)
+        for group in self.param_groups:
+            group["params"] = [next(place) for _ in group["params"]]
+        self._specs, self._planned = specs, None
+
     def _check_options(self) -> None:
         """ValueError for a rule's option that was changed after construction: it would be ignored."""
-        stacks = {member.group: member.stack for member in self._members if member.stack is not None}
+        stacks = {spec.group: spec.stack for spec in self._specs if spec.stack is not None}
         for i, stack in stacks.items():
             group = self.param_groups[i]
             fixed = {**dict(stack.options), "padding_rows": stack.padding_rows}
             fixed["skip_zero_grad_rows"] = stack.skip_zero_grad_rows
-            changed = [key for key, value in fixed.items() if group[key] != value]
-            if changed:
+            found = [key for key, value in fixed.items() if group[key] != value]
+            if found:
                 raise ValueError(
-                    f"param group {group['role'] or group['names'][0]!r}: {', '.join(changed)} changed after "
+                    f"param group {group['role'] or group['param_names'][0]!r}: {', '.join(found)} changed after "
                     "construction; build another optimizer and load_state_dict into it"
                 )
 
-    def _new_state(self, member: ParamSpec) -> dict[str, Tensor]:
+    def _new_state(self, spec: ParamSpec) -> dict[str, Tensor]:
         state = {
-            key: torch.zeros_like(member.parameter, dtype=member.dtype, requires_grad=False)
-            for key in member.rule.state_names(self.param_groups[member.group])
+            key: torch.zeros_like(spec.parameter, dtype=spec.dtype, requires_grad=False)
+            for key in spec.rule.state_names(self.param_groups[spec.group])
         }
-        if member.rule.accumulator == "adam":
-            state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
+        if spec.rule.accumulator == "adam":
+            state["step"] = torch.zeros((), dtype=torch.float32, device=spec.parameter.device)
         return state
-
-    def _task(self, job: Job | FlatJob, gradients: list[Tensor], observer: StepMonitor | None) -> Task:
-        note = None
-        if observer is not None:
-            note = partial(observer.rooted, [self._role(self._members[i].group) for i in job.members])
-        task = job.task(partial(self._begin, job, gradients), partial(self._move, job, observer), note=note)
-        task.names = [self._members[i].name for i in job.members]
-        return task
-
-    def _role(self, group: int) -> str:
-        return self.param_groups[group]["role"] or self.param_groups[group]["rule"]
-
-    def _observe(self, observer: StepMonitor, members: list[int], steps: Iterable[Tensor]) -> None:
-        found = [self._members[i] for i in members]
-        weights = [local(member.parameter) for member in found]
-        group = found[0].group
-        padding = self.param_groups[group]["padding_rows"]
-        layouts = [member.layout for member in found]
-        observer.moved(self._role(group), layouts, weights, list(steps), padding_rows=padding)
-
-    def _by_group(self, indices: Iterable[int]) -> list[tuple[dict[str, Any], list[int]]]:
-        by_group: dict[int, list[int]] = {}
-        for i in indices:
-            by_group.setdefault(self._members[i].group, []).append(i)
-        return [(self.param_groups[group], members) for group, members in by_group.items()]
-
-    def _begin(self, job: Job | FlatJob, gradients: list[Tensor]) -> StepInputs:
-        directions: dict[int, Tensor] = {}
-        for group, members in self._by_group(job.members):
-            states = [self._local_state(i) for i in members]
-            given = [gradients[i].to(job.stack.dtype) for i in members]
-            directions.update(zip(members, advance(job.stack.rule.accumulator, states, given, group), strict=True))
-        remembered = [self._local_state(i) for i in job.members] if job.stack.state_names else []
-        return StepInputs(
-            directions=[directions[i] for i in job.members],
-            gradients=[gradients[i] for i in job.members] if job.stack.skip_zero_grad_rows else None,
-            states=tuple([state[name] for state in remembered] for name in job.stack.state_names),
-        )
-
-    def _local_state(self, index: int) -> dict[str, Tensor]:
-        return {key: local(value) for key, value in self.state[self._members[index].parameter].items()}
-
-    def _step_plain(self, gradients: list[Tensor], observer: StepMonitor | None) -> None:
-        plain = [i for i, m in enumerate(self._members) if m.stack is None and m.parameter.requires_grad]
-        for group, members in self._by_group(plain):
-            weights = [local(self._members[i].parameter) for i in members]
-            wide = [weight.to(self._members[i].dtype) for i, weight in zip(members, weights, strict=True)]
-            lr, decay, cautious = float(group["lr"]), group["weight_decay"], group["cautious_weight_decay"]
-            before = [weight.clone() for weight in wide] if observer is not None or cautious else []
-            adamw_step(
-                wide,
-                [self._local_state(i) for i in members],
-                [gradients[i].to(self._members[i].dtype) for i in members],
-                betas=group["betas"],
-                eps=group["eps"],
-                lr=lr,
-                weight_decay=0.0 if cautious else decay,
-            )
-            # What the weights lose by themselves, without the step.
-            lost = [lr * decay * old for old in before]
-            if cautious:
-                lost = [of * inward(old, old - new) for of, old, new in zip(lost, before, wide, strict=True)]
-                torch._foreach_sub_(wide, lost)
-            for weight, stepped in zip(weights, wide, strict=True):
-                if weight is not stepped:
-                    weight.copy_(stepped)
-            if observer is not None:
-                parts = zip(wide, before, lost, strict=True)
-                self._observe(observer, members, [stepped - old + of for stepped, old, of in parts])
-
-    def _move(self, job: Job | FlatJob, observer: StepMonitor | None, made: StepOutputs) -> None:
-        """Decoupled decay first, then the update; and what the rule remembers."""
-        updates, moved = made.updates, made.moved
-        place_of = {member: place for place, member in enumerate(job.members)}
-        for group, members in self._by_group(job.members):
-            lr, decay = float(group["lr"]), group["weight_decay"]
-            places = [place_of[i] for i in members]
-            weights = [local(self._members[i].parameter) for i in members]
-            chosen = [updates[place] for place in places]
-            for name, layer in zip(job.stack.state_names, made.states, strict=True):
-                torch._foreach_copy_([self._local_state(i)[name] for i in members], [layer[place] for place in places])
-            if moved is not None or (decay and group["cautious_weight_decay"]):
-                for weight, update, place in zip(weights, chosen, places, strict=True):
-                    kept: Tensor | float = 1.0 if moved is None else moved[place]
-                    if group["cautious_weight_decay"]:
-                        kept = kept * inward(weight, update)
-                    weight.copy_(weight * (1 - lr * decay * kept) - lr * update)
-            elif weights[0].dtype != chosen[0].dtype:
-                for weight, update in zip(weights, chosen, strict=True):
-                    weight.copy_(weight.to(update.dtype) * (1 - lr * decay) - lr * update)
-            else:
-                if decay:
-                    torch._foreach_mul_(weights, 1 - lr * decay)
-                torch._foreach_add_(weights, chosen, alpha=-lr)
-            if observer is not None:
-                self._observe(observer, members, torch._foreach_mul(chosen, lr))
-
-
-def _named(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
-    """Names, none where there are none, and parameters of a group; ValueError for anything but lists of either."""
-    if isinstance(params, set | frozenset):
-        raise ValueError("'params' is a set, whose order differs between ranks and runs; give a list")
-    params = [params] if isinstance(params, Tensor) else list(params)
-    pairs = [each for each in params if isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str)]
-    if pairs and len(pairs) < len(params):
-        stray = next(type(each).__name__ for each in params if not isinstance(each, tuple))
-        raise ValueError(
-            f"'params' mixes (name, parameter) pairs, the first of them {pairs[0][0]!r}, with a {stray} without a "
-            "name; give pairs, or parameters"
-        )
-    names = [name for name, _ in pairs] or list(group.get("names") or group.get("param_names") or ())
-    params = [parameter for _, parameter in pairs] or params
-    if not all(isinstance(parameter, Tensor) for parameter in params):
-        raise ValueError("'params' must be parameters, or (name, parameter) pairs")
-    return names, params
-
-
-def _warn_of_narrow_weights(members: list[ParamSpec]) -> None:
-    narrow = [
-        member
-        for member in members
-        if member.parameter.requires_grad and member.parameter.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if not narrow:
-        return
-    kind = str(narrow[0].parameter.dtype).removeprefix("torch.")
-    warnings.warn(
-        f"{len(narrow)} weights, the first of them {narrow[0].name}, are {kind} and have no master copy: at usual "
-        "rates four in five of their elements never move, for an update is below half the distance to the next number. "
-        "Keep them in float32 and compute in bfloat16: FSDP2's MixedPrecisionPolicy(param_dtype=torch.bfloat16), "
-        "torch.autocast, or an engine with masters, as DeepSpeed and Megatron have",
-        stacklevel=3,
-    )
-
-
-def _group(option: str, ranks: Any) -> Group | None:
-    try:
-        return None if ranks is None else group_from(ranks)
-    except TypeError as error:
-        raise ValueError(f"{option}: {error}") from None

@@ -1,19 +1,23 @@
 """Parameter groups: what a user may say of one, completed and checked."""
 
+from __future__ import annotations
+
+import difflib
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from symdist.exchange import Plan, Stack, StageSlot, make_plan
+from symdist.exchange import ExchangeOptions, Plan, Stack, StageSlot, make_plan
 from symdist.layouts import FlatLayout, Group, Layout, layout_of, local
 from symdist.matrix_views import bind_view
 from symdist.routing.residual_stream import Stage, residual_stage
-from symdist.rules import Rule, get_rule
+from symdist.rules import Rule, get_rule, rule_names
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
 COMMON: dict[str, Any] = {
@@ -25,15 +29,48 @@ COMMON: dict[str, Any] = {
     "padding_rows": 0,
     "role": "",
 }
-_READERS = {"params", "names", "lr", "rule"}
+_READERS = {"params", "param_names", "lr", "rule"}
 # What trainers and PyTorch's schedulers keep in groups; carried, and no rule's business.
 _BOOKKEEPING = frozenset(
     (
-        *("param_names", "name", "group_name", "initial_lr", "swa_lr", "base_lr", "max_lr", "min_lr", "pre_lr"),
+        *("name", "group_name", "initial_lr", "swa_lr", "base_lr", "max_lr", "min_lr", "pre_lr"),
         *("lr_mult", "wd_mult", "lr_multiplier", "wd_multiplier", "lr_scale", "wd_scale", "start_wd", "end_wd"),
         *("base_momentum", "max_momentum", "initial_momentum", "default_config", "is_expert_parallel"),
     )
 )
+
+
+class ParamGroup(TypedDict, total=False):
+    """What a param group may say, beside the options of its rule, which have their names there.
+
+    Attributes:
+        params: Parameters, or `(name, parameter)` pairs. Required.
+        param_names: Their names, where `params` are not pairs; "param_0" and so on by default.
+        rule: One of `symdist.rule_names()`. Required here or as a default.
+        lr: The learning rate, 0 or more; may be changed between steps. Required here or as a default.
+        weight_decay: Decoupled decay: a step takes `lr · weight_decay` of a weight away. 0.
+        cautious_weight_decay: Whether only those weights decay that their update takes towards zero. False.
+        view: How the stored tensor is seen as matrices, see `symdist.matrix_views.bind_view`. "as_stored".
+        strategy: Where the rule runs: "local", "reduce", "owner", or "auto" for what costs least.
+        skip_zero_grad_rows: Whether a row whose gradient is exactly zero, as of a token that did not occur, keeps its
+            place, decay included. False.
+        padding_rows: The last so many rows are no tokens: they take no part and never move. 0.
+        role: What the parameters are, for the reader, the report and schedules.
+        layouts: For each parameter where it lies, or None for what the tensor itself tells.
+    """
+
+    params: Any
+    param_names: Sequence[str]
+    rule: str
+    lr: float | Tensor
+    weight_decay: float
+    cautious_weight_decay: bool
+    view: Any
+    strategy: Literal["auto", "local", "reduce", "owner"]
+    skip_zero_grad_rows: bool
+    padding_rows: int
+    role: str
+    layouts: Sequence[Layout | FlatLayout | None] | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,19 +93,97 @@ class ParamSpec:
     """Whether it may keep some of what its stage shares."""
 
 
+def defaults_for(groups: Iterable[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's `defaults`: what was given beside the groups, over those of all groups.
+
+    Args:
+        groups: The param groups as they were given.
+        given: Keywords of the optimizer; each holds for the groups whose rule knows it.
+
+    Raises:
+        TypeError: For one that no group's rule knows.
+    """
+    rules = {group.get("rule", given.get("rule")) for group in groups} & set(rule_names())
+    known = {*COMMON, *_READERS}.union(*(_own_options(get_rule(name)) for name in rules))
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise TypeError(
+                f"SymDist() got an unexpected keyword argument {key!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; it knows {', '.join(sorted(known))}")
+            )
+    return {**COMMON, **given}
+
+
+def read_group(
+    given: Mapping[str, Any],
+    *,
+    index: int,
+    defaults: Mapping[str, Any],
+    known: Sequence[ParamSpec],
+    replicas: Group | None,
+) -> tuple[dict[str, Any], list[ParamSpec]]:
+    """A param group as it was given, completed, and its parameters described.
+
+    Args:
+        given: The group.
+        index: Its index among the optimizer's groups.
+        defaults: Of the optimizer; the group takes those that its rule knows.
+        known: The parameters of earlier groups.
+        replicas: The ranks that hold plain tensors alike, where that is known.
+
+    Raises:
+        ValueError: Naming group or parameter and the remedy, for whatever the group cannot be stepped with.
+    """
+    group = dict(given)
+    if "params" not in group:
+        raise ValueError(f"a param group needs 'params'; this one has {', '.join(map(repr, group))}")
+    names, params = named_params(group["params"], group)
+    names = names or [f"param_{len(known) + i}" for i in range(len(params))]
+    if len(names) != len(params):
+        raise ValueError(f"a param group has {len(params)} params but {len(names)} names")
+    if not params:
+        raise ValueError(f"param group {group.get('role', '')!r} has no parameters")
+    layouts = list(group.pop("layouts", None) or [None] * len(params))
+    if len(layouts) != len(params):
+        raise ValueError(f"a param group has {len(params)} params but {len(layouts)} layouts")
+    rule = group.get("rule", defaults.get("rule"))
+    taken = {*COMMON, *_READERS, *(_own_options(get_rule(rule)) if rule in rule_names() else ())}
+    group = {key: value for key, value in defaults.items() if key in taken} | group
+    group = with_defaults(group | {"params": params, "param_names": names})
+    by_id = {id(spec.parameter): spec.name for spec in known}
+    specs = []
+    for name, parameter, layout in zip(names, params, layouts, strict=True):
+        if id(parameter) in by_id:
+            raise ValueError(f"{name} is given twice: it is {by_id[id(parameter)]} of another place or group")
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device; materialise it (to_empty) before building the optimizer")
+        by_id[id(parameter)] = name
+        specs.append(describe_member(parameter, name=name, index=index, group=group, replicas=replicas, layout=layout))
+    return group, specs
+
+
+def _own_options(rule: Rule) -> dict[str, Any]:
+    """Defaults of a rule's own options, those of its momentum among them."""
+    return {**ACCUMULATOR_OPTIONS[rule.accumulator], **rule.defaults}
+
+
 def with_defaults(group: Mapping[str, Any]) -> dict[str, Any]:
     """The group with every option of its rule filled in.
 
     Raises ValueError, naming the group, for a missing or unknown rule, an unknown option or a value out of range.
     """
-    where = f"param group {group['role']!r}" if group.get("role") else f"param group of {group['names'][0]}"
+    where = f"param group {group['role']!r}" if group.get("role") else f"param group of {group['param_names'][0]}"
     if "rule" not in group:
-        raise ValueError(f"{where} has no 'rule'; give one, or build the groups with symdist.route(model, recipe)")
+        raise ValueError(
+            f"{where} has no 'rule'; give one, as in rule='muon', or build the optimizer by a recipe, with "
+            "symdist.build_optimizer(model, recipe)"
+        )
     try:
         rule = get_rule(group["rule"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    own = {**ACCUMULATOR_OPTIONS[rule.accumulator], **rule.defaults}
+    own = _own_options(rule)
     unknown = sorted(
         key for key in set(group) - set(own) - set(COMMON) - _READERS - _BOOKKEEPING if not key.startswith("_")
     )
@@ -248,9 +363,7 @@ def flat_parts(
     return found
 
 
-def plan_step(
-    members: Sequence[ParamSpec], *, bucket_bytes: int, communication_dtype: torch.dtype | None = None
-) -> Plan:
+def plan_params(members: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> Plan:
     """The plan of a step: the members that share a stack put together, and each stack placed.
 
     Members without a stack, and frozen ones, are in no job. Raises ValueError, naming a parameter, where its strategy
@@ -262,9 +375,7 @@ def plan_step(
             stacks.setdefault(member.stack, []).append(i)
     names = [member.name for member in members]
     stages = _in_stages(members)
-    return make_plan(
-        stacks, names=names, bucket_bytes=bucket_bytes, communication_dtype=communication_dtype, stages=stages
-    )
+    return make_plan(stacks, names=names, exchange=exchange, stages=stages)
 
 
 def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:
@@ -328,26 +439,44 @@ def check_stages(plan: Plan, peers: Group | None) -> None:
         raise ValueError(
             f"share = 'residual_stage': ranks {peers.ranks} train this model, and the matrices here lie on "
             f"{home.ranks if home is not None else 'this one alone'}: others may hold more of their stages, as under "
-            "pipelines; use share = 'matrix'. Of plain tensors that are the same on all ranks say so by replicas="
+            "pipelines; use share = 'matrix'. Of plain tensors that are the same on all ranks say so by "
+            "replicate_group="
         )
 
 
-def gradient_of(member: ParamSpec) -> Tensor:
-    """This rank's gradient of a parameter, zero where it has none or is frozen.
-
-    Raises ValueError, naming the parameter, for one that is sparse, or lies otherwise than the weight.
-    """
-    gradient = member.parameter.grad
-    if gradient is None or not member.parameter.requires_grad:
-        return torch.zeros_like(local(member.parameter))
-    if gradient.is_sparse:
-        raise ValueError(f"{member.name} has a sparse gradient; build its embedding with sparse=False")
-    mine, theirs = getattr(member.parameter, "placements", None), getattr(gradient, "placements", None)
-    here = local(gradient)
-    if mine != theirs or tuple(here.shape) != member.layout.local_shape:
+def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
+    """Names, none where there are none, and parameters of a group; ValueError for anything but lists of either."""
+    if isinstance(params, set | frozenset):
+        raise ValueError("'params' is a set, whose order differs between ranks and runs; give a list")
+    params = [params] if isinstance(params, Tensor) else list(params)
+    pairs = [each for each in params if isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str)]
+    if pairs and len(pairs) < len(params):
+        stray = next(type(each).__name__ for each in params if not isinstance(each, tuple))
         raise ValueError(
-            f"{member.name}: this rank's gradient has shape {tuple(here.shape)} and placements {theirs}, its weight "
-            f"{member.layout.local_shape} and {mine}; gradients must be reduced and placed like their weights before "
-            "the step"
+            f"'params' mixes (name, parameter) pairs, the first of them {pairs[0][0]!r}, with a {stray} without a "
+            "name; give pairs, or parameters"
         )
-    return here
+    names = [name for name, _ in pairs] or list(group.get("param_names") or ())
+    params = [parameter for _, parameter in pairs] or params
+    if not all(isinstance(parameter, Tensor) for parameter in params):
+        raise ValueError("'params' must be parameters, or (name, parameter) pairs")
+    return names, params
+
+
+def warn_of_narrow_weights(specs: Iterable[ParamSpec]) -> None:
+    """Say which weights are too narrow to take updates at usual rates, where any are."""
+    narrow = [
+        spec
+        for spec in specs
+        if spec.parameter.requires_grad and spec.parameter.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if not narrow:
+        return
+    kind = str(narrow[0].parameter.dtype).removeprefix("torch.")
+    warnings.warn(
+        f"{len(narrow)} weights, the first of them {narrow[0].name}, are {kind} and have no master copy: at usual "
+        "rates four in five of their elements never move, for an update is below half the distance to the next number. "
+        "Keep them in float32 and compute in bfloat16: FSDP2's MixedPrecisionPolicy(param_dtype=torch.bfloat16), "
+        "torch.autocast, or an engine with masters, as DeepSpeed and Megatron have",
+        stacklevel=4,
+    )

@@ -5,15 +5,17 @@ leave that to the optimizer (`fully_shard` after `build_optimizer`).
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from symdist.layouts import FlatLayout, Layout, local
+from symdist.exchange import ExchangeOptions, Transport
+from symdist.layouts import FlatLayout, Group, Layout, local
 from symdist.layouts.fsdp1 import fsdp1_layout, is_flattened, read_units, whole_shape
-from symdist.param_groups import ParamSpec
+from symdist.param_groups import ParamSpec, describe_member, plan_params
 from symdist.param_names import plain_name
 
 _RESUME = (
@@ -46,6 +48,64 @@ def in_model(model: nn.Module, members: list[ParamSpec], given: list[Tensor]) ->
         gathered = isinstance(parameter, DTensor) and not isinstance(other, DTensor)
         found.append(parameter if gathered or other.is_meta else other)
     return found
+
+
+def taken_over(
+    specs: list[ParamSpec],
+    given: list[Tensor],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    *,
+    new_state: Callable[[ParamSpec], dict[str, Tensor]] | None,
+    replicas: Group | None,
+    exchange: ExchangeOptions,
+    peers_of: Callable[[list[ParamSpec]], Group | None],
+    transport: Transport,
+) -> tuple[list[ParamSpec], list[Mapping[str, Tensor]]]:
+    """Describe the parameters that stand in place of those described, and carry their state; all ranks call it.
+
+    Args:
+        specs: The parameters as they were described.
+        given: Those that the groups, or the model, have now.
+        groups: The optimizer's param groups.
+        state: Its state by parameter.
+        new_state: Makes state anew where all of it is zero; None where steps have been taken.
+        replicas: The ranks that hold plain tensors alike.
+        exchange: As the plan of a step takes it.
+        peers_of: The ranks that must do alike in a step of some parameters.
+        transport: Tells the others where a rank cannot.
+
+    Raises:
+        ValueError: On all ranks and before anything changes, where what is to become of one cannot be known.
+    """
+    check_shapes(specs, given)
+    found: list[ParamSpec] = []
+    states: list[Mapping[str, Tensor]] = []
+    problem = None
+    for old, parameter in zip(specs, given, strict=True):
+        if not changed(old, parameter):
+            found.append(old)
+            states.append(state[old.parameter])
+            continue
+        new = describe_member(parameter, name=old.name, index=old.group, group=groups[old.group], replicas=replicas)
+        found.append(new)
+        try:
+            states.append(carried(old, new, state[old.parameter]) if new_state is None else new_state(new))
+        except ValueError as error:
+            states.append({})
+            problem = problem or error
+    plan_params(found, exchange=exchange)
+    # Whether values were kept is each rank's own to see, and all must do alike.
+    failed = torch.tensor([float(problem is not None)], device=given[0].device)
+    peers = peers_of(found)
+    if peers is not None and peers.size > 1:
+        transport.prepare({peers})
+        transport.all_reduce(failed, group=peers).wait()
+    if problem is not None:
+        raise problem
+    if bool(failed):
+        raise ValueError("another rank could not take over its parameters, and says why")
+    return found, states
 
 
 def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:

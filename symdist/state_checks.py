@@ -1,4 +1,4 @@
-"""Saved state in each of its forms, matched to an optimizer's parameters and checked, before any of it is loaded."""
+"""Saved state in each of its forms: matched to an optimizer's parameters, checked, and only then loaded."""
 
 import re
 import sys
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from symdist.layouts import local
+from symdist.layouts.fsdp1 import is_flattened
+from symdist.param_groups import ParamSpec
 from symdist.param_names import plain_name
 from symdist.rules import get_rule
 
@@ -71,6 +73,54 @@ def read_saved(
     return Saved(groups=chosen, states=[by_name[name][1] if name in by_name else {} for name in mine])
 
 
+def load_state(
+    specs: Sequence[ParamSpec],
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    state_dict: Mapping[str, Any],
+    *,
+    strict: bool,
+    matched: bool,
+) -> bool:
+    """Write a state dict into groups and state, in place; tensors keep dtype and device.
+
+    Args:
+        specs: The optimizer's parameters.
+        groups: Its param groups; all keys but parameters and names are taken over.
+        state: Its state by parameter.
+        state_dict: What was saved, in any form that `read_saved` takes.
+        strict: Whether it is an error that nothing was saved of a parameter.
+        matched: See `read_saved`.
+
+    Returns:
+        Whether any tensor was written.
+
+    Raises:
+        ValueError: By name and before anything changes, where groups, rules or state do not match.
+    """
+    names = [group["param_names"] for group in groups]
+    saved = read_saved(groups, names, state_dict, strict=strict, matched=matched)
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for spec, theirs in zip(specs, saved.states, strict=True):
+        mine = state[spec.parameter]
+        # Flattened state has empty values for what was not saved; `set_state_dict` leaves out what is frozen here.
+        theirs = {key: value for key, value in theirs.items() if as_tensor(value) is not None}
+        # Of a parameter that FSDP1 has no piece of here, it has no state here either.
+        nothing = is_flattened(spec.parameter) and spec.parameter.numel() == 0
+        if theirs or (strict and spec.parameter.requires_grad and not nothing):
+            check_state(spec.name, mine, theirs)
+            pairs += [(tensor, value) for key, tensor in mine.items() if (value := as_tensor(theirs[key])) is not None]
+    for group, theirs in zip(groups, saved.groups, strict=True):
+        # Names are not loaded: the saved ones may be those of a pipeline stage.
+        group.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
+    # A trainer may load what it has just been given: then there is nothing to write.
+    written = [(tensor, value) for tensor, value in pairs if value is not tensor]
+    with torch.no_grad():
+        for tensor, value in written:
+            local(tensor).copy_(local(value))
+    return bool(written)
+
+
 def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
     """ValueError where saved param groups differ from `groups` in number, rule, parameters or what a rule goes by."""
     if len(saved) != len(groups):
@@ -124,6 +174,23 @@ def as_tensor(value: Any) -> Tensor | None:
     return torch.tensor(float(value)) if isinstance(value, int | float) else None
 
 
+def flattened_zeros(
+    specs: Sequence[ParamSpec], state: Mapping[Tensor, Mapping[str, Tensor]]
+) -> dict[int, dict[str, Tensor]]:
+    """For each parameter of an FSDP1 unit, by index, a zero of its shape for each state that others have and it lacks.
+
+    They take no memory: each is one number, expanded.
+    """
+    pieces = [i for i, spec in enumerate(specs) if is_flattened(spec.parameter)]
+    names = {key for i in pieces for key in state[specs[i].parameter]} - {"step"}
+    found = {}
+    for i in pieces:
+        zero = torch.zeros(1, dtype=specs[i].dtype, device=specs[i].parameter.device)
+        absent = names - set(state[specs[i].parameter])
+        found[i] = dict.fromkeys(sorted(absent), zero.expand(specs[i].parameter.shape))
+    return found
+
+
 def asked_by_pytorch() -> bool | None:
     """Whether PyTorch's `set_optimizer_state_dict` was called strictly, where that is what loads; else None.
 
@@ -161,7 +228,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _names_of(group: Mapping[str, Any]) -> Sequence[Any]:
-    names = group.get("names") or group.get("param_names") or ()
+    names = group.get("param_names") or ()
     # Those of another number of parameters are another rank's, as of a stage of a pipeline.
     return names if len(names) == len(group["params"]) else [f"param_{i}" for i in range(len(group["params"]))]
 
@@ -180,4 +247,4 @@ def _check_names(mine: Sequence[str], theirs: Sequence[str], *, strict: bool) ->
 
 
 def _label(group: Mapping[str, Any]) -> str:
-    return repr(group["role"] or group["names"][0])
+    return repr(group["role"] or group["param_names"][0])

@@ -121,14 +121,14 @@ def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any
                 candidate["layouts"].append(layouts[key])
                 drawn[key] = parameter, pieces[1:]
             try:
-                SymDist([dict(candidate)], world=mesh, **options)
+                SymDist([dict(candidate)], process_group=mesh, **options)
             except ValueError as error:
                 if "cannot run with strategy" not in str(error):
                     raise
                 drawn = {key: found for key, found in drawn.items() if key[0] != case or key[2] != strategy}
             else:
                 groups.append(candidate)
-    optimizer = SymDist(groups, world=mesh, **options)
+    optimizer = SymDist(groups, process_group=mesh, **options)
     for step in range(STEPS):
         for parameter, gradients in drawn.values():
             parameter.grad = gradients[step]
@@ -156,7 +156,7 @@ def counted(
     }
     for parameter in given["params"]:
         parameter.grad = torch.zeros_like(parameter)
-    SymDist([given], transport=counting, world=mesh).step()
+    SymDist([given], transport=counting, process_group=mesh).step()
     # The first is the agreement on gradients.
     (agreement, *log) = counting.log
     assert agreement.kind == "all_reduce"

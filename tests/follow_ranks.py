@@ -78,7 +78,9 @@ def followed(mesh: DeviceMesh, recipe: str, after: int, by: str) -> dict[str, Te
 def other_values(mesh: DeviceMesh, rank: int, used: bool) -> tuple[str, bool]:
     """What is said where `rank` has other values in its new pieces, and whether anything moved."""
     weights = [nn.Parameter(torch.arange(15.0).view(5, 3) + 1) for _ in range(2)]
-    optimizer = SymDist([{"params": [("a", weights[0]), ("b", weights[1])], "rule": "muon", "lr": 0.1}], world=mesh)
+    optimizer = SymDist(
+        [{"params": [("a", weights[0]), ("b", weights[1])], "rule": "muon", "lr": 0.1}], process_group=mesh
+    )
     if used:
         for weight in weights:
             weight.grad = torch.ones(5, 3)

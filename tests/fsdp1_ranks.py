@@ -100,7 +100,7 @@ def trained(mesh: DeviceMesh, strategy: str, bucket_bytes: int) -> tuple[dict[Ke
     read_units(model)
     groups = {i: _group(i, weight) for i, weight in inner.numbered().items()}
     groups = {i: group for i, group in groups.items() if _fits(group)}
-    optimizer = SymDist(list(groups.values()), bucket_bytes=bucket_bytes)
+    optimizer = SymDist(list(groups.values()), exchange={"bucket_bytes": bucket_bytes})
     for step in range(STEPS):
         model([tensors(case)[1][step] for case, _ in KINDS]).backward()
         optimizer.step()

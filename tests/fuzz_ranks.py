@@ -84,7 +84,7 @@ def trained(
                 raise
             group["strategy"] = "auto"
         groups.append(group)
-    optimizer = SymDist(groups, bucket_bytes=case["bucket_bytes"], **options)
+    optimizer = SymDist(groups, exchange={"bucket_bytes": case["bucket_bytes"]}, **options)
     for step in range(1, case["steps"] + 1):
         for parameter, copy, weight in weights:
             weight.grad = gradient(parameter, copy, step)
@@ -109,7 +109,7 @@ def on_ranks(mesh: DeviceMesh, case: Case) -> tuple[dict[str, Tensor], dict[str,
         missing = kind == "none" or (kind[0] == "hole" and coordinate[parameter["on"][kind[1]]] == kind[2])
         return None if missing else place(parameter, drawn(parameter, copy, step))
 
-    return trained(case, place, gradient, replicas=mesh if case["replicas"] else None)
+    return trained(case, place, gradient, replicate_group=mesh if case["replicas"] else None)
 
 
 def alone(case: Case) -> dict[str, Tensor]:

@@ -276,5 +276,5 @@ def clipped(mesh: DeviceMesh, model: str, max_norm: float, step: Step) -> tuple[
     held.give(1, step)
     first = (mesh.mesh_dim_names or ())[0]
     stages = mesh[first] if any(weight.stage is not None for weight in MODELS[model][1].values()) else None
-    norm = clip_grad_norm_(held.parameters.values(), max_norm, stages=stages)
+    norm = clip_grad_norm_(held.parameters.values(), max_norm, pipeline_group=stages)
     return float(norm), {name: None if p.grad is None else local(p.grad) for name, p in held.parameters.items()}

@@ -110,7 +110,7 @@ def overlapped(
     # For ranks that are in no lane: an optimizer needs something.
     groups.append({"params": [nn.Parameter(torch.ones(2))], "rule": "adamw", "lr": 0.1})
     transport = Slow(TorchTransport(), mine, seconds)
-    optimizer = SymDist(groups, world=world, bucket_bytes=bucket_bytes, transport=transport)
+    optimizer = SymDist(groups, process_group=world, exchange={"bucket_bytes": bucket_bytes}, transport=transport)
     train(weights, place, optimizer)
     return {key: local(weight).detach() for key, weight in weights.items()}
 

@@ -63,7 +63,7 @@ def shuffled(mesh: DeviceMesh, way: str) -> tuple[list[int], dict]:
 
 def replicas(mesh: DeviceMesh, dtype: torch.dtype) -> tuple[dict, dict[str, str]]:
     """Every case in plain tensors, whole on all ranks."""
-    weights, optimizer = train(torch.clone, dtype, STRATEGIES, replicas=mesh)
+    weights, optimizer = train(torch.clone, dtype, STRATEGIES, replicate_group=mesh)
     return weights, optimizer.strategies()
 
 

@@ -23,7 +23,9 @@ def on_the_wire(
     assert math.prod(sizes.values()) == dist.get_world_size()
     grid = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     sharded = shard(build(model, seed=0), grid)
-    optimizer = build_optimizer(sharded, recipe, communication_dtype=communication_dtype, bucket_bytes=bucket_bytes)
+    optimizer = build_optimizer(
+        sharded, recipe, exchange={"communication_dtype": communication_dtype, "bucket_bytes": bucket_bytes}
+    )
     for parameter in sharded.parameters():
         parameter.grad = torch.ones_like(parameter)
     with CollectiveCounter() as wire:

@@ -293,9 +293,9 @@ def from_stages(mesh: DeviceMesh, directory: str) -> tuple[list[Weights], bool]:
     """What stages saved, in one model: three more steps, and whether the groups still name their own parameters."""
     model, data = sharded(mesh, "fsdp", seed=1)
     optimizer = SymDist(groups_of(model))
-    names = [group["names"] for group in optimizer.param_groups]
+    names = [group["param_names"] for group in optimizer.param_groups]
     load(mesh, directory, model, optimizer, flat=True)
-    return pushed(model, optimizer, AFTER, data), names == [group["names"] for group in optimizer.param_groups]
+    return pushed(model, optimizer, AFTER, data), names == [group["param_names"] for group in optimizer.param_groups]
 
 
 def stages_alone() -> list[Weights]:

@@ -211,7 +211,7 @@ def counted(
     optimizer = SymDist(
         [{"params": parameters, "lr": 0.1, **group}],
         transport=counting,
-        communication_dtype=communication_dtype,
+        exchange={"communication_dtype": communication_dtype},
     )
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

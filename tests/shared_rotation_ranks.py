@@ -93,7 +93,7 @@ def flat(mesh: DeviceMesh, options: dict[str, Any], more: dict[str, Any]) -> lis
     names, wholes = flat_units()
     layouts = flat_layouts(ranks)
     parameters = [nn.Parameter(piece(wholes[0][j], layouts[j])) for j in range(len(names))]
-    optimizer = SymDist(groups_of(parameters, layouts, names, **options), world=mesh, **more)
+    optimizer = SymDist(groups_of(parameters, layouts, names, **options), process_group=mesh, **more)
     for step in range(1, STEPS + 1):
         for j, parameter in enumerate(parameters):
             parameter.grad = piece(wholes[step][j], layouts[j])

@@ -68,7 +68,7 @@ def pipeline(
             parameter.grad = distribute_tensor(draw(stage, i, step), data, [Shard(0)], src_data_rank=None)
             if step == 2 and dist.get_rank() == missing:
                 parameter.grad = None
-        norms.append(float(clip_grad_norm_(parameters, 1.0, stages=mesh["outer"])))
+        norms.append(float(clip_grad_norm_(parameters, 1.0, pipeline_group=mesh["outer"])))
         if step == 2 and broken is not None and (coordinate[0], coordinate[1]) == broken[:2]:
             gradient = parameters[broken[2]].grad
             assert gradient is not None
@@ -101,8 +101,8 @@ def overlapping(mesh: DeviceMesh, bucket_bytes: int) -> dict[str, Tensor]:
     parameters, optimizer = on_rings(
         mine,
         lambda tensor, ring: distribute_tensor(tensor, meshes[ring], [Shard(0)], src_data_rank=None),
-        bucket_bytes=bucket_bytes,
-        world=dist.group.WORLD,
+        exchange={"bucket_bytes": bucket_bytes},
+        process_group=dist.group.WORLD,
     )
     for _ in range(2):
         optimizer.step()

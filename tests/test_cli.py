@@ -61,8 +61,8 @@ def test_layers_fold_into_one_row(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_set_replaces_options(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--set", "router.rule=left_spectral", "--set", "router.alpha=1.0", "--set", "head.lr=0.2"]
-    rows, _ = route(capsys, "--model", "olmoe-tiny", *given, "--set", "attention.view={heads = 2, dim = 0}")
+    given = ["--override", "router.rule=left_spectral", "--override", "router.alpha=1.0", "--override", "head.lr=0.2"]
+    rows, _ = route(capsys, "--model", "olmoe-tiny", *given, "--override", "attention.view={heads = 2, dim = 0}")
     text = [" ".join(row) for row in rows]
     assert any("router left_spectral centered alpha=1.0 0.01" in row for row in text)
     assert any("head row_norm centered 0.2" in row for row in text)
@@ -74,7 +74,7 @@ def test_a_model_and_a_recipe_of_ones_own(capsys: pytest.CaptureFixture[str], tm
     model.write_text('family = "qwen3"\n[config]\nvocab_size = 96\nhidden_size = 16\nnum_hidden_layers = 1\n')
     recipe.write_text('[default]\nrule = "adamw"\nlr = 0.125\n')
     rows, _ = route(capsys, "--model", str(model), "--recipe", str(recipe), "--ranks", "1")
-    assert all("adamw 0.125 rows local" in " ".join(row) for row in rows)
+    assert all("adamw 0.125 as_stored local" in " ".join(row) for row in rows)
 
 
 def test_a_single_rank_sends_nothing() -> None:
@@ -95,12 +95,12 @@ REFUSED = {
     "recipe": (["--recipe", "nope"], "no recipe 'nope'"),
     "recipe file": (["--recipe", "nope.toml"], "nope.toml does not exist"),
     "model file": (["--model", "nope.toml"], "nope.toml"),
-    "option": (["--set", "head.nope=1"], "'head': rule 'row_norm' knows no option 'nope'"),
-    "role": (["--set", "nope.lr=1"], "'nope', which is no role"),
-    "role named like an argument": (["--set", "model.lr=1"], "'model', which is no role"),
-    "rule": (["--set", "head.rule=nope"], "no rule 'nope'"),
-    "strategy": (["--set", "embedding.strategy=local"], "cannot run with strategy 'local'"),
-    "setting": (["--set", "head"], "should be role.option=value"),
+    "option": (["--override", "head.nope=1"], "'head': rule 'row_norm' knows no option 'nope'"),
+    "role": (["--override", "nope.lr=1"], "'nope', which is no role"),
+    "role named like an argument": (["--override", "model.lr=1"], "'model', which is no role"),
+    "rule": (["--override", "head.rule=nope"], "no rule 'nope'"),
+    "strategy": (["--override", "embedding.strategy=local"], "cannot run with strategy 'local'"),
+    "setting": (["--override", "head"], "should be role.option=value"),
     "ranks": (["--ranks", "0"], "ranks=0 must be 1 or more"),
 }
 

@@ -26,7 +26,7 @@ WAYS = [
 ]
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 COPIES = 5
-SMALL_WAVES = {"bucket_bytes": 3000}
+SMALL_WAVES = {"exchange": {"bucket_bytes": 3000}}
 Whole = dict[tuple[str, int, str], Tensor]
 
 

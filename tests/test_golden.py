@@ -13,8 +13,8 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "reference.json").read_text())}
 TENSORS = load_file(GOLDEN / "reference.safetensors")
 VIEWS = {
-    "row": "rows",
-    "col": "columns",
+    "row": "as_stored",
+    "col": "transposed",
     "gpt_oss_gate_up_pair": "gate_up_interleaved",
     "olmoe_gate_up_pair": "gate_up_stacked",
 }

@@ -48,7 +48,9 @@ def plans(model: str) -> dict[str, list[Step]]:
 @pytest.mark.parametrize("model", MODELS)
 def test_weights_are_those_of_one_process(many: Ranks, model: str, plan: str, bucket_bytes: int) -> None:
     steps = plans(model)[plan]
-    results = many.run(MODELS[model][0], mixed_meshes_ranks.trained, model, steps, {"bucket_bytes": bucket_bytes})
+    results = many.run(
+        MODELS[model][0], mixed_meshes_ranks.trained, model, steps, {"exchange": {"bucket_bytes": bucket_bytes}}
+    )
     expected, start = mixed_meshes_ranks.alone(model, steps), starts(model)
     assert all((expected[name] - start[name]).norm() > 0.01 for name in start)
     near(model, results, expected, start)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from symdist import SymDist
+from symdist import SymDist, build_optimizer, route
 from symdist.engines.external_state import slots
 
 Group = dict[str, Any]
@@ -76,7 +77,7 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
 @pytest.mark.parametrize(
     ("shape", "group", "message"),
     [
-        ((4, 4), {"lr": 0.1, "role": "mine"}, "group 'mine' has no 'rule'.*route"),
+        ((4, 4), {"lr": 0.1, "role": "mine"}, "group 'mine' has no 'rule'.*build_optimizer"),
         ((4, 4), ROW | {"rule": "lion"}, "group 'mine': there is no rule 'lion'; the rules are adamw, aro, aurora"),
         ((4, 4), ROW | {"momentun": 0.9}, "group 'mine': rule 'row_norm' knows no option 'momentun'; .*momentum"),
         ((4, 4), ROW | {"alpha": 1.0}, "rule 'row_norm' knows no option 'alpha'"),
@@ -120,7 +121,7 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
         ((4, 4), ROW | {"rule": "normuon", "eps": -1.0}, "eps=-1.0 must be 0 or more"),
         ((4, 4), ROW | {"momentum": "x"}, "momentum='x' must be a finite number"),
         ((4, 4), ROW | {"weight_decay": None}, "weight_decay=None"),
-        ((4, 4), MUON | {"steps": -1}, "steps=-1 must be 0 or more"),
+        ((4, 4), MUON | {"ns_steps": -1}, "ns_steps=-1 must be 0 or more"),
         ((4, 4), MUON | {"ns_steps": 2.5}, "ns_steps=2.5 must be a whole number"),
         ((4, 4), MUON | {"damping": -1.0}, "damping=-1.0 must be 0 or more"),
         ((4, 4), MUON | {"rule": "polar", "alpha": float("nan")}, "alpha=nan must be a finite number"),
@@ -128,14 +129,14 @@ MUON: Group = {"rule": "muon", "lr": 0.1}
         ((4, 4), MUON | {"rule": "adamw", "betas": 0.9}, "betas=0.9 must be two numbers"),
         ((4, 4), MUON | {"rule": "adamw", "view": "bogus"}, "w: view 'bogus' is not one of"),
         ((4, 4), ROW | {"params": [3]}, "'params' must be parameters"),
-        ((4, 4), ROW | {"names": ["a", "b"]}, "1 params but 2 names"),
+        ((4, 4), ROW | {"param_names": ["a", "b"]}, "1 params but 2 names"),
         ((4, 4), ROW | {"params": []}, "group 'mine' has no parameters"),
     ],
 )
 def test_what_cannot_run_is_an_error_that_names_it(shape: tuple[int, ...], group: Group, message: str) -> None:
     given = {"params": [weight(*shape)], **group}
-    if given["params"] and "names" not in given:
-        given["names"] = ["w"]
+    if given["params"] and "param_names" not in given:
+        given["param_names"] = ["w"]
     with pytest.raises(ValueError, match=f"(?s){message}"):
         SymDist([given])
     optimizer = SymDist([{"params": [weight(3, 3)], **ROW}])
@@ -168,15 +169,93 @@ def test_a_parameter_may_be_given_once() -> None:
         SymDist([{"params": [("a", w)], **ROW}, {"params": [("b", w)], **MUON}])
 
 
-@pytest.mark.parametrize("options", [{"nonfinite": "ignore"}, {"bucket_bytes": 0}])
+@pytest.mark.parametrize("options", [{"nonfinite": "ignore"}, {"exchange": {"bucket_bytes": 0}}])
 def test_options_of_the_optimizer_are_checked(options: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(options))):
+    name, value = next(iter(options.items()))
+    with pytest.raises(ValueError, match=next(iter(value)) if isinstance(value, dict) else name):
         SymDist([{"params": [weight(3, 3)], **ROW}], **options)
 
 
-def test_a_bare_list_of_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="takes param groups"):
-        SymDist([weight(3, 3)])  # type: ignore[list-item]
+FORMS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tensors": lambda a, b: [a, b],
+    "pairs": lambda a, b: [("a", a), ("b", b)],
+    "a generator of pairs": lambda a, b: iter([("a", a), ("b", b)]),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_group_of_defaults_as_in_torch(form: str) -> None:
+    a, b, c, d = (weight(4, 3) for _ in range(4))
+    optimizer = SymDist(FORMS[form](a, b), rule="muon", lr=1e-2, weight_decay=0.1, momentum=0.5, nesterov=False)
+    (group,) = optimizer.param_groups
+    assert group["params"][0] is a
+    assert group["params"][1] is b
+    assert group["param_names"] == (["param_0", "param_1"] if form == "tensors" else ["a", "b"])
+    given = {"rule": "muon", "lr": 1e-2, "weight_decay": 0.1, "momentum": 0.5, "nesterov": False}
+    assert {key: optimizer.defaults[key] for key in given} == given
+    assert {key: group[key] for key in given} == given
+    other = SymDist([{"params": [c, d], **given}])
+    for optimizer_, (x, y) in ((optimizer, (a, b)), (other, (c, d))):
+        x.grad, y.grad = normal(4, 3, seed=1), normal(4, 3, seed=2)
+        optimizer_.step()
+    assert torch.equal(a, c)
+    assert torch.equal(b, d)
+
+
+def test_groups_over_defaults() -> None:
+    a, b, c = weight(4, 3), weight(4, 3), weight(3)
+    groups = [{"params": [a], "rule": "row_norm"}, {"params": [b], "lr": 0.3}]
+    optimizer = SymDist(groups, rule="muon", lr=1e-2, weight_decay=0.1, nesterov=False)
+    first, second = optimizer.param_groups
+    assert (first["rule"], first["lr"], first["weight_decay"]) == ("row_norm", 1e-2, 0.1)
+    assert "nesterov" not in first
+    assert (second["rule"], second["lr"], second["nesterov"]) == ("muon", 0.3, False)
+    optimizer.add_param_group({"params": [("c", c)], "rule": "adamw"})
+    third = optimizer.param_groups[2]
+    assert (third["lr"], third["weight_decay"], third["param_names"]) == (1e-2, 0.1, ["c"])
+    assert "nesterov" not in third
+    assert groups == [{"params": [a], "rule": "row_norm"}, {"params": [b], "lr": 0.3}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentun": 0.9}, "unexpected keyword argument 'momentun'; did you mean 'momentum'?"),
+        ({"betas": (0.9, 0.95)}, "unexpected keyword argument 'betas'"),
+        ({"replicas": None}, "unexpected keyword argument 'replicas'"),
+    ],
+)
+def test_an_unknown_keyword_is_a_type_error(options: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=re.escape(message)):
+        SymDist([weight(3, 3)], rule="muon", lr=0.1, **options)
+
+
+def test_an_unknown_role_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match="'ruoter', which is no role; did you mean 'router'"):
+        build_optimizer(nn.Sequential(nn.Linear(3, 3)), "muon", overrides={"ruoter": {"lr": 1.0}})
+
+
+def test_lr_scales_a_recipe_and_overrides_stand() -> None:
+    model = nn.ModuleDict({"up_proj": nn.Linear(3, 5), "norm": nn.LayerNorm(3)})
+    own, scaled = (route(model, "muon", lr=lr, overrides={"norm": {"lr": 7.0}}) for lr in (None, 0.5))
+    rates = [{group["role"]: group["lr"] for group in groups} for groups in (own, scaled)]
+    assert rates[1]["mlp_up"] == 0.5
+    assert rates[1]["bias"] == pytest.approx(rates[0]["bias"] * 0.5 / rates[0]["mlp_up"])
+    assert rates[1]["norm"] == rates[0]["norm"] == 7.0
+
+
+def test_repr_is_a_line_a_group() -> None:
+    optimizer = SymDist(
+        [{"params": [weight(4, 3) for _ in range(9)], "rule": "muon", "role": "matrix"}, {"params": [weight(3)]}],
+        rule="adamw",
+        lr=0.1,
+    )
+    assert repr(optimizer).splitlines() == [
+        "SymDist (",
+        "  (0) matrix: muon, 9 parameters, lr 0.1, weight_decay 0",
+        "  (1) params: adamw, 1 parameters, lr 0.1, weight_decay 0",
+        ")",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.grids import WAYS
 from tests.ranks import Ranks
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
-SMALL_WAVES = {"bucket_bytes": 4000}
+SMALL_WAVES = {"exchange": {"bucket_bytes": 4000}}
 Key = tuple[str, int, str]
 
 

@@ -23,7 +23,10 @@ def expected(model: str, recipe: str, mesh: str, communication_dtype: torch.dtyp
     """Of every rank, every collective."""
     found = []
     with simulate(
-        model, recipe, mesh=parse_mesh(mesh), bucket_bytes=bucket_bytes, communication_dtype=communication_dtype
+        model,
+        recipe,
+        mesh=parse_mesh(mesh),
+        exchange={"communication_dtype": communication_dtype, "bucket_bytes": bucket_bytes},
     ) as planned:
         for rank in range(planned.ranks):
             counting = CountingTransport()
@@ -111,7 +114,7 @@ def test_the_largest_meshes_are_planned() -> None:
 def test_buffers_stay_within_the_budget(model: str, ranks: int) -> None:
     waves = []
     for budget in (2e9, 1e9, 5e8):
-        found = plan_step(model, "muon", mesh={"dp_shard": ranks}, bucket_bytes=int(budget))
+        found = plan_step(model, "muon", mesh={"dp_shard": ranks}, exchange={"bucket_bytes": int(budget)})
         assert found.busiest.peak_bytes <= budget
         waves.append(found.waves)
     assert waves == sorted(waves)
@@ -121,7 +124,8 @@ def test_buffers_stay_within_the_budget(model: str, ranks: int) -> None:
 def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "plan.json", tmp_path / "plan.png"
     main(
-        f"plan --model olmoe-tiny --mesh dp=8,tp=2 --set router.rule=row_norm --communication-dtype bfloat16 --compare "
+        "plan --model olmoe-tiny --mesh dp=8,tp=2 --override router.rule=row_norm --communication-dtype "
+        "bfloat16 --compare "
         f"--json {file} --picture {picture}".split()
     )
     shown = capsys.readouterr().out
@@ -139,7 +143,7 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
         ("--mesh dp=4,pp=2", "'pp=2' should be NAME=SIZE"),
         ("--mesh dp=0", "'dp=0' should be NAME=SIZE"),
         ("--mesh dp=4,dp_shard=2", "'dp_shard=2' should be NAME=SIZE, each once"),
-        ("--mesh dp=4 --wave-mb 0", "wave_mb"),
+        ("--mesh dp=4 --bucket-mb 0", "bucket_mb"),
         ("--mesh dp=4 --recipe nothing", "nothing"),
         ("--mesh dp=4 --model nothing", "nothing"),
     ],

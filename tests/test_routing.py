@@ -69,7 +69,7 @@ def test_tied_embedding_is_one_parameter_that_is_not_centred() -> None:
     group = next(group for group in route(model, "gemma3") if group["role"] == "tied_embedding")
     assert not group.get("centered", False)
     with pytest.raises(ValueError, match="tied embedding must not be centred"):
-        route(model, "gemma3", tied_embedding={"centered": True})
+        route(model, "gemma3", overrides={"tied_embedding": {"centered": True}})
 
 
 SPLIT = {
@@ -92,7 +92,7 @@ def test_decay_reaches_the_scales_of_input_norms_only(family: str) -> None:
     optimizer = build_optimizer(model, SPLIT)
     roles_of_groups = [group["role"] for group in optimizer.param_groups]
     assert len(set(roles_of_groups)) == len(roles_of_groups)
-    found = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["names"]}
+    found = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
     assert {name: found[name] for name in norms} == decays
     with torch.no_grad():
         for parameter in norms.values():
@@ -124,7 +124,7 @@ def test_the_residual_stream_is_the_rows_whatever_the_shape(name: str, transpose
         parameter: (group["view"], named[parameter])
         for group in route(model, RESIDUAL)
         if group["rule"] == "aro"
-        for parameter in group["names"]
+        for parameter in group["param_names"]
     }
     assert {"transposed", "as_stored"} <= {view for view, _ in seen.values()}
     for parameter, (view, weight) in seen.items():
@@ -152,7 +152,9 @@ def test_kinds_of_norms_are_one_group_unless_the_recipe_tells_them_apart() -> No
 
     def grouped(recipe: dict[str, Any]) -> dict[str, int]:
         return {
-            group["role"]: len(group["names"]) for group in route(model, recipe) if norms.intersection(group["names"])
+            group["role"]: len(group["param_names"])
+            for group in route(model, recipe)
+            if norms.intersection(group["param_names"])
         }
 
     plain = {"default": {"rule": "adamw", "lr": 0.01}}
@@ -245,7 +247,7 @@ def test_every_recipe_builds_on_every_family(model: str, recipe: str) -> None:
     # The recipes of dense models say nothing of routers.
     says = load_recipe(recipe).options("router") is not None
     overrides = {} if says else {"router": {"rule": "row_norm", "centered": True, "lr": 0.01}}
-    optimizer = build_optimizer(built, recipe, **overrides)
+    optimizer = build_optimizer(built, recipe, overrides=overrides)
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in built.parameters())
     assert len(optimizer.strategies()) == len(held)
@@ -309,7 +311,7 @@ def test_plain_modules() -> None:
     }
     assert {name: found[name] for name in expected} == expected
     groups = route(Plain(), ADAMW | GATE | {"attention": {"rule": "muon", "lr": 1.0, "view": "heads"}})
-    views = {name: group["view"] for group in groups for name in group["names"]}
+    views = {name: group["view"] for group in groups for name in group["param_names"]}
     assert views["attention.wq.weight"] == {"heads": 4, "dim": 0}
     assert views["attention.wk.weight"] == {"heads": 2, "dim": 0}
     assert views["encoder.self_attn.in_proj_weight"] == {"heads": 12, "dim": 0}
@@ -328,7 +330,7 @@ def test_patterns_come_first_and_in_order() -> None:
         {"match": "*experts.1.*.weight", "role": "experts", "rule": "row_norm"},
     ]
     groups = route(Plain(), ADAMW | {"patterns": patterns})
-    of = {name: group for group in groups for name in group["names"]}
+    of = {name: group for group in groups for name in group["param_names"]}
     assert of["tok.weight"]["lr"] == 7.0
     assert of["tok.weight"]["role"] == "embedding"
     assert of["mixture.experts.1.w1.weight"]["rule"] == "row_norm"
@@ -361,7 +363,7 @@ def test_frozen_parameters_are_left_out() -> None:
 )
 def test_what_cannot_be_routed_is_refused(recipe: Any, overrides: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        route(Plain(), recipe, **overrides)
+        route(Plain(), recipe, overrides=overrides)
 
 
 def test_an_option_no_rule_knows_names_group_and_option() -> None:
@@ -429,7 +431,7 @@ def test_all_that_has_no_role_is_told_with_patterns_that_work(recipe: dict[str, 
     assert all(f"mixer.{name}.weight" in said.replace("[[]", "[") for name in model.mixer)
     patterns = tomllib.loads(said[said.index("[[patterns]]") :])["patterns"]
     groups = route(model, {**recipe, "patterns": patterns})
-    rules = {name: group["rule"] for group in groups for name in group["names"]}
+    rules = {name: group["rule"] for group in groups for name in group["param_names"]}
     assert set(rules) == {name for name, _ in model.named_parameters()}
     assert rules["mixer.conv1d.weight"] == rules["mixer.patches.weight"] == rules["mixer.shared_gate.weight"] == "adamw"
     assert rules["mixer.mix[0].weight"] == rules["fc1.weight"] == "muon"

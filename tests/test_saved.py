@@ -170,7 +170,9 @@ WRAPPERS = {
 def test_wrappers_do_not_count(wrapper: str, form: str) -> None:
     plain, wrapped = Net(2), WRAPPERS[wrapper](Net(2))
     one, other = stepped(plain), stepped(wrapped)
-    assert [group["names"] for group in one.param_groups] == [group["names"] for group in other.param_groups]
+    assert [group["param_names"] for group in one.param_groups] == [
+        group["param_names"] for group in other.param_groups
+    ]
     assert [group["role"] for group in one.param_groups] == [group["role"] for group in other.param_groups]
     for source, model, target in ((one, plain, wrapped), (other, wrapped, plain)):
         new = build_optimizer(target, "muon")
@@ -183,7 +185,7 @@ def test_a_single_wrapped_linear_is_found() -> None:
     recipe = {"matrix": {"rule": "muon", "lr": 0.1}, "patterns": [{"match": "weight", "role": "matrix"}]}
     linear = nn.Linear(4, 3, bias=False)
     for model in (linear, torch.compile(linear), checkpoint_wrapper(linear), Outer(linear)):
-        assert build_optimizer(model, recipe).param_groups[0]["names"] == ["weight"]
+        assert build_optimizer(model, recipe).param_groups[0]["param_names"] == ["weight"]
 
 
 def test_order_does_not_count_where_names_are_given() -> None:

@@ -61,7 +61,7 @@ def test_sums_are_taken_in_place(many: Ranks) -> None:
 @pytest.mark.parametrize("base", ["sinkhorn", "adam"])
 def test_small_waves_change_nothing(many: Ranks, base: str) -> None:
     way = "hsdp on 2 x 3"
-    results = many.run(WAYS[way].mesh, shared.sharded, way, {"base": base}, {"bucket_bytes": 2000})
+    results = many.run(WAYS[way].mesh, shared.sharded, way, {"base": base}, {"exchange": {"bucket_bytes": 2000}})
     shapes = [shape for _, _, shape, _ in shared.MATRICES]
     whole = [WAYS[way].whole([pieces[i] for pieces, _, _ in results], shape) for i, shape in enumerate(shapes)]
     assert far(whole, base) < 1e-9
@@ -79,7 +79,7 @@ def test_replicas_share_the_work(many: Ranks, strategy: str) -> None:
 @pytest.mark.parametrize("world", [2, 3, 8])
 @pytest.mark.parametrize("small", [False, True])
 def test_flat_is_alone(many: Ranks, world: int, base: str, small: bool) -> None:
-    results = many.run(world, shared.flat, {"base": base}, {"bucket_bytes": 2000} if small else {})
+    results = many.run(world, shared.flat, {"base": base}, {"exchange": {"bucket_bytes": 2000}} if small else {})
     layouts = shared.flat_layouts(Group(ranks=tuple(range(world)), index=0))
     units = []
     for j, layout in enumerate(layouts):
@@ -129,7 +129,7 @@ def test_stages_are_those_of_the_residual_stream() -> None:
         "other": {"rule": "adamw", "lr": 0.1},
     }
     optimizer = build_optimizer(model, recipe)
-    names = [name for group in optimizer.param_groups for name in group["names"]]
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
     layers = model.config.num_hidden_layers
     stages: dict[str, set[str]] = {}
     for wave in optimizer.plan().waves:

@@ -261,7 +261,7 @@ def test_errors(rule: str) -> None:
         ([group(rule, [a], weight_decay=-1)], "weight_decay=-1 must be"),
         ([group(rule, [a], params_of="x")], "knows no option 'params_of'"),
         ([{"params": [a], "rule": rule}], "has no 'lr'"),
-        ([a, b], "SymDist takes param groups"),
+        ([a, b], "has no 'rule'; give one, as in rule='muon'"),
         ([group(rule, [complex_weight])], "only floating-point"),
         ([group(rule, [])], "has no parameters"),
     ]
@@ -316,4 +316,4 @@ def test_a_trainers_bookkeeping_is_carried() -> None:
     other = SymDist([group("muon", weights()[:2], **BOOKKEEPING)])
     other.load_state_dict(state)
     assert other.param_groups[0]["wd_mult"] == 7.0
-    assert other.param_groups[0]["names"] == ["a", "b"]
+    assert other.param_groups[0]["param_names"] == ["a", "b"]

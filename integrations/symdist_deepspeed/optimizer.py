@@ -79,7 +79,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._relink = relink
         inner: dict[tuple[int, int], dict[str, Any]] = {}
         rates: dict[tuple[int, int], tuple[int, float]] = {}
-        homes: dict[int, dict[str, Tensor]] = {}
+        state_tensors: dict[int, dict[str, Tensor]] = {}
         for each in stepped:
             bound = _Bound(stepped=each)
             self._bound.append(bound)
@@ -93,17 +93,16 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                     bound.pieces.append(piece)
                     group["params"].append((piece.name, piece.parameter))
                     group["layouts"].append(piece.layout)
-                    homes[id(piece.parameter)] = {
+                    state_tensors[id(piece.parameter)] = {
                         slot: piece.of(self.state[each.tensor][slot]) for slot in slots(group["rule"], group).values()
                     }
             bound.note(self.state[each.tensor])
         self._symdist = ExternalStateSymDist(
             list(inner.values()),
-            homes=homes,
+            state_tensors=state_tensors,
             nonfinite=self._options.nonfinite,
-            communication_dtype=self._options.dtype,
-            bucket_bytes=self._options.bucket_bytes,
-            world=dist.group.WORLD,
+            exchange=self._options.exchange,
+            process_group=dist.group.WORLD,
             transport=transport_for([each.tensor for each in stepped]),
         )
         self._rates = list(rates.values())

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from symdist.optimizer import BUCKET_BYTES
+from symdist.exchange import ExchangeOptions
 from symdist.routing.recipes import Recipe, load_recipe
-
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +24,7 @@ class Options:
     lr: float | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     nonfinite: str = "raise"
-    communication_dtype: str | None = None
-    bucket_bytes: int = BUCKET_BYTES
+    exchange: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any] | None) -> "Options":
@@ -48,17 +45,11 @@ class Options:
             raise ValueError(f"optimizer SymDist: lr={lr!r} must be a positive number")
         if not isinstance(options.overrides, Mapping):
             raise ValueError(f'optimizer SymDist: overrides={options.overrides!r} must be {{"role": {{…}}}}')
-        if options.communication_dtype is not None and options.communication_dtype not in _DTYPES:
-            raise ValueError(
-                f"optimizer SymDist: communication_dtype={options.communication_dtype!r} is not "
-                f"{' or '.join(map(repr, _DTYPES))}"
-            )
+        try:
+            ExchangeOptions.of(options.exchange)
+        except ValueError as error:
+            raise ValueError(f"optimizer SymDist: {error}") from None
         return options
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """What matrices travel as."""
-        return None if self.communication_dtype is None else _DTYPES[self.communication_dtype]
 
     def scaled(self) -> tuple[Recipe, float]:
         """The recipe with its rates scaled and its overrides in place, and the rate of its matrices.

@@ -54,7 +54,7 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
     place = {
         id(parameter): (name, group)
         for group in routed
-        for name, parameter in zip(group["names"], group["params"], strict=True)
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
     groups: list[dict[str, Any]] = []
     found: dict[int, Routed] = {}
@@ -93,7 +93,7 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
 def _completed(group: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """All options of a group, checked while its parameters still have names."""
     full = with_defaults({**group, **told})
-    return {key: value for key, value in full.items() if key not in ("params", "names", "lr")}
+    return {key: value for key, value in full.items() if key not in ("params", "param_names", "lr")}
 
 
 def _user_groups(given: Any, model: nn.Module) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:

@@ -4,12 +4,10 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
+from symdist.exchange import BUCKET_BYTES
 from symdist.routing.recipes import parse_overrides
 
 NAME = "symdist"
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -45,9 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--symdist-communication-dtype",
-        choices=tuple(_DTYPES),
+        choices=("bfloat16", "float32", "float64"),
         default=None,
         help="what matrices travel as to the ranks that own them; by default as they are computed",
+    )
+    group.add_argument(
+        "--symdist-bucket-bytes",
+        type=int,
+        default=BUCKET_BYTES,
+        help="bound on the buffers of a step in flight on a rank; 1 GiB by default",
     )
     return parser
 
@@ -59,11 +63,13 @@ def options_of(args: Any, *, vocabulary: int | None) -> Mapping[str, Any]:
     """
     if args.symdist_recipe is None:
         raise ValueError("--optimizer symdist needs a recipe: --symdist-recipe olmoe")
-    dtype = args.symdist_communication_dtype
     return {
         "recipe": args.symdist_recipe,
         "overrides": parse_overrides(args.symdist_override, option="--symdist-override"),
         "vocabulary": args.symdist_vocabulary if args.symdist_vocabulary is not None else vocabulary,
         "nonfinite": args.symdist_nonfinite,
-        "communication_dtype": None if dtype is None else _DTYPES[dtype],
+        "exchange": {
+            "communication_dtype": args.symdist_communication_dtype,
+            "bucket_bytes": args.symdist_bucket_bytes,
+        },
     }

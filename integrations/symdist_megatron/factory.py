@@ -8,15 +8,14 @@ from functools import partial
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
-import torch
 from megatron.core import parallel_state
 from megatron.core.optimizer.grad_scaler import ConstantGradScaler
 from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer, MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from symdist.exchange import ExchangeLike
 from symdist.gradients.nonfinite import NonFinite
-from symdist.optimizer import BUCKET_BYTES
 from symdist.routing.recipes import RecipeLike
 from symdist_megatron.joint_step import WholeStep
 from symdist_megatron.optimizer import MegatronSymDist
@@ -38,8 +37,7 @@ def get_symdist_optimizer(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     vocabulary: int | None = None,
     nonfinite: NonFinite = "raise",
-    communication_dtype: torch.dtype | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
+    exchange: ExchangeLike = None,
     layer_wise: bool = False,
     config_overrides: Any = None,
     use_gloo_process_groups: bool = True,
@@ -63,8 +61,7 @@ def get_symdist_optimizer(
         overrides=overrides or {},
         vocabulary=vocabulary,
         nonfinite=nonfinite,
-        communication_dtype=communication_dtype,
-        bucket_bytes=bucket_bytes,
+        exchange=exchange,
     )
     chunks = list(model_chunks)
     by_layers = layer_wise or bool(getattr(config, "use_layer_wise_distributed_optimizer", False))

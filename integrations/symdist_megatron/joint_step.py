@@ -117,11 +117,10 @@ class WholeStep:
                     }
         return ExternalStateSymDist(
             list(groups.values()),
-            homes=states,
+            state_tensors=states,
             nonfinite=options.nonfinite,
-            communication_dtype=options.communication_dtype,
-            bucket_bytes=options.bucket_bytes,
-            world=dist.group.WORLD,
+            exchange=options.exchange,
+            process_group=dist.group.WORLD,
         )
 
     @torch.no_grad()

@@ -5,10 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
+from symdist.exchange import ExchangeLike
 from symdist.gradients.nonfinite import NonFinite
-from symdist.optimizer import BUCKET_BYTES
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 
 
@@ -20,8 +18,7 @@ class Options:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     vocabulary: int | None = None
     nonfinite: NonFinite = "raise"
-    communication_dtype: torch.dtype | None = None
-    bucket_bytes: int = BUCKET_BYTES
+    exchange: ExchangeLike = None
 
 
 @dataclass(frozen=True, kw_only=True)

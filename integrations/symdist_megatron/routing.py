@@ -80,13 +80,15 @@ def _route(
     rules: dict[str, str] = {}
     for group in route_sites(sites, proportion.recipe, taken=taken):
         for padding, units in _by_padding(group, options.vocabulary).items():
-            own = {**group, "params": units, "names": [unit.name for unit in units]}
+            own = {**group, "params": units, "param_names": [unit.name for unit in units]}
             if padding:
                 own["padding_rows"] = padding
             full = with_defaults(own)
             rules[group["role"]] = full["rule"]
             decay = float(full["weight_decay"])
-            told = {key: value for key, value in full.items() if key not in ("params", "names", "lr", "weight_decay")}
+            told = {
+                key: value for key, value in full.items() if key not in ("params", "param_names", "lr", "weight_decay")
+            }
             torn = [unit.name for unit in units if unit.opaque and not coordinate_wise(full)]
             if torn:
                 raise ValueError(

@@ -26,7 +26,7 @@ class Config:
     """Values of the model's configuration, as pairs: --model-overrides num_hidden_layers 8."""
     recipe: str = "small-moe"
     """A recipe of symdist.routing.recipes, or a TOML file of the same form."""
-    set: UseAppendAction[tuple[str, ...]] = ()
+    override: UseAppendAction[tuple[str, ...]] = ()
     """An option of a role in place of the recipe's, as in router.lr=0.02; may be given again."""
     data: DataConfig = field(default_factory=DataConfig)
     """The corpus."""
@@ -84,8 +84,8 @@ class Config:
     """Check everything, show routing and plan, and stop; needs no torchrun, but NNODES and NPROC in the environment."""
 
     def overrides(self) -> dict[str, dict[str, Any]]:
-        """`set` by role and option; ValueError for a word that is not role.option=value."""
-        return parse_overrides(self.set)
+        """`override` by role and option; ValueError for a word that is not role.option=value."""
+        return parse_overrides(self.override)
 
     def data_ranks(self, ranks: int) -> int:
         """How many of the ranks see other sequences."""
@@ -180,7 +180,7 @@ def words(content: dict[str, Any], *, prefix: str) -> list[str]:
         option = prefix + name.replace("_", "-")
         if name == "model_overrides" and isinstance(value, dict):
             found += [option, *(_text(word) for pair in value.items() for word in pair)] if value else []
-        elif name == "set":
+        elif name == "override":
             found += [word for item in value for word in (option, _text(item))]
         elif isinstance(value, dict):
             found += words(value, prefix=f"{option}.")

@@ -50,7 +50,7 @@ class Training(Resumable):
         self.flops_per_token = flops_per_token(outline, active=self.active_parameters, sequence=config.sequence)
         watchdog.doing("building the model", slow=True)
         self.model = self._build(outline)
-        watchdog.detail = lambda: "" if self.symdist is None else self.symdist.where()
+        watchdog.detail = lambda: "" if self.symdist is None else self.symdist.progress()
         # After the build: what shards a model may put hooks of its own on the routers, and these see what those return.
         self.monitor = self._watch()
         self.measures = Measures(ranks, self.symdist)
@@ -195,13 +195,13 @@ class Training(Resumable):
         spike = self.spikes.judge(loss)
         if spike:
             assert self.symdist is not None, "the configuration was checked"
-            self.symdist.skip_next()
+            self.symdist.skip_next_step()
         self.watchdog.doing(f"step {number}, optimizer")
         before = self.left_out
         norm, seconds = self._update()
         if spike and self.symdist is not None:
             # An engine that leaves out the step itself does not come to it.
-            self.symdist.skip_next(False)
+            self.symdist.skip_next_step(False)
         self.step = number
         self._optimizer_times.append(seconds)
         self._step_times.append(self._clock() - started)

@@ -36,7 +36,7 @@ def describe(
         }
     }
     if optimizer is not None:
-        routing = optimizer.routing()
+        routing = optimizer.assignments()
         files[ROUTING] = [dataclasses.asdict(each) for each in routing]
         files[PLAN] = _plan(optimizer, files[ROUTING])
     return files

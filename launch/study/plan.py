@@ -17,7 +17,7 @@ from symdist.routing.recipes import Recipe, load_recipe, parse_overrides, parse_
 
 RECORD = "study-run.json"
 # Of a run's options, those that arms, grid and seeds decide, and those on which no measure depends.
-_DECIDED = ("model", "recipe", "set", "seed", "output", "resume", "validate_every")
+_DECIDED = ("model", "recipe", "override", "seed", "output", "resume", "validate_every")
 _IRRELEVANT = ("output", "resume", "log_every", "checkpoint_every", "keep")
 
 
@@ -29,7 +29,7 @@ class Arm:
     name: str
     recipe: str
     label: str
-    set: tuple[str, ...] = ()
+    override: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -38,7 +38,7 @@ class Arm:
 
     def tuned(self) -> Recipe:
         """The recipe with the settings; ValueError where it is unknown or has rates that settings cannot reach."""
-        recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set, option=f"arm {self.key}: set"))
+        recipe = load_recipe(self.recipe).overridden(parse_overrides(self.override, option=f"arm {self.key}: override"))
         if any("lr" in pattern for pattern in recipe.patterns):
             raise ValueError(
                 f"arm {self.key}: recipe {self.recipe} has a rate in a pattern; give it in a role's section"
@@ -48,12 +48,15 @@ class Arm:
     def settings(self, multiplier: float) -> tuple[str, ...]:
         """The settings with every learning rate of the stack given, `multiplier` times as high."""
         sections = self.tuned().multiplied("lr", multiplier).sections
-        return (*self.set, *(f"{role}.lr={options['lr']!r}" for role, options in sections.items() if "lr" in options))
+        return (
+            *self.override,
+            *(f"{role}.lr={options['lr']!r}" for role, options in sections.items() if "lr" in options),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A comparison of arms, which stand in the file as [[arms]] tables: model, name, recipe, label, set."""
+    """A comparison of arms, which stand in the file as [[arms]] tables: model, name, recipe, label, override."""
 
     output: Path = Path("runs/study")
     """The folder of runs, tables and picture."""
@@ -137,7 +140,7 @@ class Study:
             self.run,
             model=run.arm.model,
             recipe=run.arm.recipe,
-            set=run.arm.settings(run.multiplier),
+            override=run.arm.settings(run.multiplier),
             seed=run.seed,
             output=self.folder(run),
             resume="auto",
@@ -201,14 +204,14 @@ def parse(arguments: list[str], *, description: str | None) -> Study:
 
 
 def _arm(table: dict[str, Any]) -> Arm:
-    given = {**table, "set": tuple(table.get("set", ()))}
+    given = {**table, "override": tuple(table.get("override", ()))}
     given.setdefault("label", given.get("name"))
     known = {each.name for each in dataclasses.fields(Arm)}
     if unknown := sorted(set(given) - known):
         raise ValueError(f"arm {table}: {', '.join(unknown)} is unknown; an arm has {', '.join(sorted(known))}")
     if missing := sorted(known - set(given)):
         raise ValueError(f"arm {table} has no {', '.join(missing)}")
-    if wrong := sorted(key for key in known - {"set"} if not isinstance(given[key], str)):
+    if wrong := sorted(key for key in known - {"override"} if not isinstance(given[key], str)):
         raise ValueError(f"arm {table}: {', '.join(wrong)} must be text")
     return Arm(**given)
 

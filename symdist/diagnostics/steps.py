@@ -41,7 +41,7 @@ class StepMonitor:
         self._measured = False
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
         self._device = parameters[0].device if parameters else torch.device("cpu")
-        self._optimizer.observer = self
+        self._optimizer._observer = self
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:

@@ -31,16 +31,16 @@ def slots(rule: str, options: Mapping[str, Any] | None = None) -> dict[str, str]
 
 
 class ExternalStateSymDist(SymDist):
-    """SymDist over pieces of larger tensors; `homes` has, by `id` of a piece, its part of their state.
+    """SymDist over pieces of larger tensors; `state_tensors` has, by `id` of a piece, its part of their state.
 
     Momentum and moments thus lie where an engine saves, loads and moves them. The count of steps is the piece's own.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, homes: dict[int, dict[str, Tensor]], **options: Any):
-        self._homes = homes
+    def __init__(self, groups: list[dict[str, Any]], *, state_tensors: dict[int, dict[str, Tensor]], **options: Any):
+        self._state_tensors = state_tensors
         self._slots: dict[int, dict[str, str]] = {}
         super().__init__(groups, **options)
-        del self._homes
+        del self._state_tensors
 
     def slots(self, piece: Tensor) -> Mapping[str, str]:
         """Of a piece's states, which of the engine's each lies in."""
@@ -50,10 +50,10 @@ class ExternalStateSymDist(SymDist):
         """Nothing: pieces are the adapter's own, which moves them with the engine's tensors."""
 
     def _new_state(self, member: ParamSpec) -> dict[str, Tensor]:
-        homes = self._homes[id(member.parameter)]
+        state_tensors = self._state_tensors[id(member.parameter)]
         found = slots(member.rule.name, self.param_groups[member.group])
         self._slots[id(member.parameter)] = found
-        state = {name: homes[slot] for name, slot in found.items()}
+        state = {name: state_tensors[slot] for name, slot in found.items()}
         if member.rule.accumulator == "adam":
             state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
         return state

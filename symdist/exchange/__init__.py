@@ -6,12 +6,16 @@ from symdist.exchange.collectives.transport import CountingTransport, TorchTrans
 from symdist.exchange.execution.flat_job import FlatJob
 from symdist.exchange.execution.job import Job, Stack, StepInputs, StepOutputs, Strategy
 from symdist.exchange.execution.scheduler import Task, run
+from symdist.exchange.options import BUCKET_BYTES, ExchangeLike, ExchangeOptions
 from symdist.exchange.planning.dry_run import dry_run
 from symdist.exchange.planning.plan import Plan, make_plan
 
 __all__ = [
+    "BUCKET_BYTES",
     "CountingTransport",
     "ExchangeError",
+    "ExchangeLike",
+    "ExchangeOptions",
     "FlatJob",
     "Job",
     "Plan",

@@ -2,27 +2,32 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from symdist.exchange import TorchTransport, Transport
 from symdist.gradients.partial_sums import bring_home, sum_up
-from symdist.layouts import FlatLayout, Group, group_from, layout_of, local, same_group
+from symdist.layouts import FlatLayout, Group, layout_of, local, same_group
+from symdist.layouts.groups import Ranks, group_of
 
 
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, *, stages: Any = None, transport: Transport | None = None
+    parameters: Iterable[Tensor],
+    max_norm: float,
+    *,
+    pipeline_group: Ranks | None = None,
+    transport: Transport | None = None,
 ) -> Tensor:
     """Scale all gradients so that their global 2-norm is at most `max_norm`; return the norm before, a 0-d tensor.
 
     Pieces are summed over the ranks that hold them, whole gradients counted once, on any mix of meshes: the value is
-    that of the unsharded model. `stages` is a process group or mesh along which ranks hold *other* parameters of the
-    model, as pipeline stages do; their squares are added too. Two numbers a process group are sent. The ranks that
-    share a parameter must pass the same ones in the same order; those without a gradient count as zero. Gradients that
-    lie otherwise than their weights, in parts (`Partial`) or replicated, are brought to where these lie, and stay so.
+    that of the unsharded model. `pipeline_group` is a process group or mesh along which ranks hold *other* parameters
+    of the model, as pipeline stages do; their squares are added too. Two numbers a process group are sent. The ranks
+    that share a parameter must pass the same ones in the same order; those without a gradient count as zero. Gradients
+    that lie otherwise than their weights, in parts (`Partial`) or replicated, are brought to where these lie, and stay
+    so.
 
     Raises ValueError for `max_norm` that is not positive or a layout not supported.
     """
@@ -43,8 +48,9 @@ def clip_grad_norm_(
     total = torch.zeros(1, dtype=torch.float64, device=device)
     for each in held:
         total += each.found[0].to(device)
-    if stages is not None:
-        transport.all_reduce(total, group=group_from(stages)).wait()
+    pipeline = group_of("pipeline_group", pipeline_group)
+    if pipeline is not None:
+        transport.all_reduce(total, group=pipeline).wait()
     norm = total.sqrt().squeeze(0)
     factor = max_norm / (float(norm) + 1e-6)
     gradients = [local(parameter.grad) for _, parameter in named if parameter.grad is not None]

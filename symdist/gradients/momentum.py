@@ -83,14 +83,6 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
-def inward(weight: Tensor, update: Tensor) -> Tensor:
-    """1 where subtracting the update does not take a weight away from zero, else 0.
-
-    Source: cautious weight decay, arXiv 2510.12402, which decays these alone.
-    """
-    return (weight * update >= 0).to(update.dtype)
-
-
 def advance(
     accumulator: str, states: Sequence[State], gradients: list[Tensor], options: Mapping[str, Any]
 ) -> list[Tensor]:

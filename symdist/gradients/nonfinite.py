@@ -51,8 +51,9 @@ def ranks_that_agree(
     strays = [group for group in groups if not set(group.ranks) <= set(largest.ranks)]
     if strays:
         raise ValueError(
-            f"parameters lie on unrelated meshes, of ranks {largest.ranks} and {strays[0].ranks}; say world=, the "
-            "process group of all ranks that train this model"
+            f"parameters lie on unrelated meshes, of ranks {largest.ranks} and {strays[0].ranks}; give "
+            "process_group=, the "
+            "ranks that train this model"
         )
     return largest
 

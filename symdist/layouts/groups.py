@@ -1,12 +1,23 @@
 """Groups of ranks, from what PyTorch has for them."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist.layouts.dtensor import mesh_group
 from symdist.layouts.grid import Group
+
+Ranks: TypeAlias = dist.ProcessGroup | DeviceMesh
+"""How a user names ranks."""
+
+
+def group_of(option: str, ranks: Ranks | None) -> Group | None:
+    """The group that an option names; ValueError, naming the option, for what is neither group nor mesh."""
+    try:
+        return None if ranks is None else group_from(ranks)
+    except TypeError as error:
+        raise ValueError(f"{option}: {error}") from None
 
 
 def group_from(ranks: Any) -> Group:

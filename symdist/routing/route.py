@@ -17,19 +17,33 @@ from symdist.rules import get_rule
 _LOOKED_UP = ("embedding", "tied_embedding")
 
 
-def route(model: nn.Module, recipe: RecipeLike, **overrides: Mapping[str, Any]) -> list[dict[str, Any]]:
+def route(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    lr: float | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """The param groups of a model: one for each role and set of options, parameters in the model's order.
 
-    `recipe` is a name, a TOML file or a mapping; `overrides` replace options by role, as in
-    `router={"rule": "left_spectral"}`. Frozen parameters are left out. Beside the views a group knows, a recipe may
-    say "heads" (head by head), "neurons" (rows are the hidden neurons of an MLP), "residual" (rows are the residual
-    stream), "apart" (what shares one tensor, as
-    gate and up do, each by itself) or nothing (`[out, in]`), and each parameter gets the view that means.
+    Frozen parameters are left out. Beside the views a group knows, a recipe may say "heads" (head by head), "neurons"
+    (rows are the hidden neurons of an MLP), "residual" (rows are the residual stream), "apart" (what shares one
+    tensor, as gate and up do, each by itself) or nothing (`[out, in]`), and each parameter gets the view that means.
 
-    Raises ValueError for a matrix without a role, a role without a section, a pattern that nothing takes, and a view
-    that does not fit; always with the parameter's name and what to do.
+    Args:
+        model: The model, sharded or not.
+        recipe: A recipe's name, a TOML file or a mapping of the same form.
+        lr: The learning rate of the matrices; all others follow in proportion. None leaves the recipe's own.
+        overrides: Options of roles in place of the recipe's, rates as they stand.
+
+    Raises:
+        ValueError: For a matrix without a role, a role without a section, a pattern that nothing takes, and a view
+            that does not fit; always with the parameter's name and what to do.
+
+    Example:
+        >>> groups = symdist.route(model, "olmoe", overrides={"router": {"rule": "left_spectral"}})
     """
-    return route_sites(find_sites(model), load_recipe(recipe).overridden(overrides))
+    return route_sites(find_sites(model), load_recipe(recipe).adjusted(lr=lr, overrides=overrides))
 
 
 def route_sites(
@@ -52,9 +66,9 @@ def route_sites(
         role, options = found
         options["view"] = _view(name, options, role, site)
         key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
-        group = groups.setdefault(key, {"params": [], "names": [], "role": role, **options})
+        group = groups.setdefault(key, {"params": [], "param_names": [], "role": role, **options})
         group["params"].append(parameter)
-        group["names"].append(name)
+        group["param_names"].append(name)
     if lost:
         raise ValueError(_advice(lost, recipe))
     if taken is None:

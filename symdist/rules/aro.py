@@ -56,9 +56,9 @@ def aro(
     "residual" in a recipe. Of the rotation `[m, m]` only the first `k = min(m, n)` columns can matter, and are kept, as
     state of the parameter's shape and layout.
 
-    With `share = "residual_stage"` the matrices that write to a stage of the residual stream, and those that read from it, have
-    one rotation, of the sum `Σ M·f(RᵀM)ᵀ` over them, with each f at root mean square 1, "identity" as it is. Its
-    columns are kept by the matrices in turn, those of experts apart.
+    With `share = "residual_stage"` the matrices that write to a stage of the residual stream, and those that read from
+    it, have one rotation, of the sum `Σ M·f(RᵀM)ᵀ` over them, with each f at root mean square 1, "identity" as it is.
+    Its columns are kept by the matrices in turn, those of experts apart.
 
     Equivariant under rotations of the rows with `R_{t−1}` turned along: a common rotation of the residual stream; under
     permutations of the columns; with "row_norm" and "identity", under all rotations of them. "identity" is power

@@ -46,7 +46,7 @@ def parts(model: nn.Module) -> Parts:
     """What the recipe `muon` takes for matrices, and the rest. Raises ValueError for a matrix of an unknown role."""
     found = Parts(matrices={}, stacks={}, rest={})
     for group in route(model, "muon"):
-        for name, parameter in zip(group["names"], group["params"], strict=True):
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if group["rule"] != "muon":
                 found.rest[name] = parameter
             elif parameter.dim() == 2:

@@ -25,7 +25,9 @@ class Route:
     """A recipe, or a TOML file of the same form."""
     ranks: int = 2
     """Ranks to shard over, as FSDP2 does."""
-    set: tuple[str, ...] = ()
+    lr: float | None = None
+    """The learning rate of the recipe's matrices; all others follow in proportion."""
+    override: tuple[str, ...] = ()
     """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
     all: bool = False
     """Show every parameter, not one row for all layers alike."""
@@ -36,7 +38,7 @@ class Route:
         from symdist.tools.preview import preview
         from symdist.tools.tables import route_table, totals
 
-        recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set))
+        recipe = load_recipe(self.recipe).adjusted(lr=self.lr, overrides=parse_overrides(self.override))
         if self.ranks < 1:
             raise ValueError(f"ranks={self.ranks} must be 1 or more")
         found = preview(self.model, recipe, mesh={"dp_shard": self.ranks})
@@ -58,11 +60,13 @@ class Plan:
     """Weights in the partitions of a ZeRO stage, over dp alone, instead of in shards."""
     recipe: str = "small-moe"
     """A recipe, or a TOML file of the same form."""
-    set: tuple[str, ...] = ()
+    lr: float | None = None
+    """The learning rate of the recipe's matrices; all others follow in proportion."""
+    override: tuple[str, ...] = ()
     """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
     communication_dtype: Literal["float32", "bfloat16"] = "float32"
     """What matrices travel as to their owners and back."""
-    wave_mb: float = 1000.0
+    bucket_mb: float = 1000.0
     """Megabytes of buffers in flight."""
     bandwidth: float = 50.0
     """GB/s that a rank sends."""
@@ -81,21 +85,23 @@ class Plan:
 
     def run(self) -> None:
         """Print the tables, and write the files that are asked for."""
-        import torch
-
+        from symdist.exchange import ExchangeOptions
         from symdist.routing.recipes import load_recipe, parse_overrides
         from symdist.tools.plan import Machine, StepPlan, parse_mesh, plan_step, smaller_meshes
         from symdist.tools.plan_tables import alternatives_table, draw, plan_table, summary
 
-        recipe = load_recipe(self.recipe).overridden(parse_overrides(self.set))
+        recipe = load_recipe(self.recipe).adjusted(lr=self.lr, overrides=parse_overrides(self.override))
         machine = Machine(
             bandwidth=self.bandwidth * 1e9,
             flops=self.tflops * 1e12,
             model_flops=self.model_tflops * 1e12,
             tokens=self.tokens,
         )
-        if self.wave_mb <= 0:
-            raise ValueError(f"wave_mb={self.wave_mb} must be positive")
+        if self.bucket_mb <= 0:
+            raise ValueError(f"bucket_mb={self.bucket_mb} must be positive")
+        exchange = ExchangeOptions(
+            communication_dtype=self.communication_dtype, bucket_bytes=max(1, int(self.bucket_mb * 1e6))
+        )
 
         def planned(mesh: dict[str, int]) -> StepPlan:
             return plan_step(
@@ -104,8 +110,7 @@ class Plan:
                 mesh=mesh,
                 zero=self.zero,
                 machine=machine,
-                bucket_bytes=int(self.wave_mb * 1e6),
-                communication_dtype=getattr(torch, self.communication_dtype),
+                exchange=exchange,
                 alternatives=self.compare,
             )
 
@@ -210,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
     import tyro
 
-    # --set may be repeated; the lists of other subcommands are given in one go, runs without a word before them.
+    # --override may be repeated; the lists of other subcommands are given in one go, runs without a word before them.
     marks: dict[str, Any] = dict.fromkeys(("route", "plan"), tyro.conf.UseAppendAction)
     marks["report"] = tyro.conf.PositionalRequiredArgs
     commands = tuple(

@@ -10,19 +10,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from symdist.diagnostics.memory import peak_bytes
-from symdist.exchange import CountingTransport, Stack
+from symdist.exchange import CountingTransport, ExchangeLike, Stack
 from symdist.exchange.planning.costs import unit_cost, units_of
 from symdist.layouts import FlatLayout, Group, Layout
-from symdist.optimizer import BUCKET_BYTES
 from symdist.routing.recipes import RecipeLike
 from symdist.rules.linalg.orthonormal import OPERATIONS
 from symdist.tools.models import active_parameters
-from symdist.tools.simulate import Pretended
-from symdist.tools.simulate_flat import pretend_on
+from symdist.tools.simulate import Simulated
+from symdist.tools.simulate_flat import simulate_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,8 +149,7 @@ def plan_step(
     zero: int | None = None,
     built: Mapping[str, Any] | None = None,
     machine: Machine | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
-    communication_dtype: torch.dtype | None = None,
+    exchange: ExchangeLike = None,
     alternatives: bool = False,
 ) -> StepPlan:
     """Run a step on meta tensors, as four to sixteen ranks of the mesh would, that with most work among them.
@@ -163,49 +160,48 @@ def plan_step(
     `route` and `SymDist` refuse.
     """
     machine = machine or Machine()
-    with pretend_on(
+    with simulate_on(
         model,
         recipe,
         mesh=mesh,
         zero=zero,
         built=built,
-        bucket_bytes=bucket_bytes,
-        communication_dtype=communication_dtype,
-    ) as pretended:
-        work = _by_rank(pretended, pretended.step(CountingTransport()))
-        looked_at = _sample(work, most=_ranks_to_look_at(pretended))
-        found = {rank: _costs(pretended, rank) for rank in looked_at}
+        exchange=exchange,
+    ) as simulated:
+        work = _by_rank(simulated, simulated.step(CountingTransport()))
+        looked_at = _sample(work, most=_ranks_to_look_at(simulated))
+        found = {rank: _costs(simulated, rank) for rank in looked_at}
         sender = max(found, key=lambda rank: (found[rank].sent, -rank))
         busiest = _most(found.values())
         mean = sum(work) / len(work)
-        tokens = machine.tokens / pretended.mesh.get("tp", 1)
+        tokens = machine.tokens / simulated.mesh.get("tp", 1)
         return StepPlan(
             model=str(model),
             recipe=str(recipe) if isinstance(recipe, str | Path) else getattr(recipe, "name", "given"),
-            mesh=dict(mesh) if zero is None else {f"ZeRO-{zero}": pretended.ranks},
-            ranks=pretended.ranks,
+            mesh=dict(mesh) if zero is None else {f"ZeRO-{zero}": simulated.ranks},
+            ranks=simulated.ranks,
             looked_at=len(found),
-            roles=_roles(pretended, sender),
+            roles=_roles(simulated, sender),
             busiest=busiest,
             mean_sent=sum(costs.sent for costs in found.values()) / len(found),
-            waves=len(pretended.plan.waves),
+            waves=len(simulated.plan.waves),
             balance=max(work) / mean if mean else 1.0,
-            indivisible=pretended.plan.largest_unit / mean if mean else 1.0,
+            indivisible=simulated.plan.largest_unit / mean if mean else 1.0,
             communication_seconds=busiest.sent / machine.bandwidth,
             compute_seconds=busiest.flops / machine.flops,
             model_seconds=6
-            * active_parameters(cast("PreTrainedModel", pretended.model))
+            * active_parameters(cast("PreTrainedModel", simulated.model))
             * tokens
             / machine.model_flops,
             machine=machine,
-            alternatives=_alternatives(pretended, busiest) if alternatives else [],
+            alternatives=_alternatives(simulated, busiest) if alternatives else [],
         )
 
 
-def _costs(pretended: Pretended, rank: int, only: set[int] | None = None) -> Costs:
+def _costs(simulated: Simulated, rank: int, only: set[int] | None = None) -> Costs:
     counting = CountingTransport()
     with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as flops:
-        peak = peak_bytes(lambda: pretended.step(counting, rank=rank, only=only), device="meta")
+        peak = peak_bytes(lambda: simulated.step(counting, rank=rank, only=only), device="meta")
     return Costs(sent=counting.sent, collectives=counting.collectives, flops=flops.get_total_flops(), peak_bytes=peak)
 
 
@@ -219,18 +215,18 @@ def _most(costs: Iterable[Costs]) -> Costs:
     )
 
 
-def _by_rank(pretended: Pretended, work_of: Mapping[Group, list[float]]) -> list[float]:
+def _by_rank(simulated: Simulated, work_of: Mapping[Group, list[float]]) -> list[float]:
     """The operations of every rank in a step."""
-    work = [0.0] * pretended.ranks
+    work = [0.0] * simulated.ranks
     for group, loads in work_of.items():
-        for rank in range(pretended.ranks):
-            work[rank] += loads[pretended.place_in(group, rank)]
+        for rank in range(simulated.ranks):
+            work[rank] += loads[simulated.place_in(group, rank)]
     return work
 
 
-def _ranks_to_look_at(pretended: Pretended) -> int:
+def _ranks_to_look_at(simulated: Simulated) -> int:
     """So many that the answer comes within a minute: a rank's step takes as long as there are matrices to route."""
-    units = sum(len(job.members) * units_of(job.stack) for job in pretended.plan.jobs)
+    units = sum(len(job.members) * units_of(job.stack) for job in simulated.plan.jobs)
     return max(4, min(16, 20_000 // max(1, units)))
 
 
@@ -243,34 +239,34 @@ def _sample(work: Sequence[float], *, most: int) -> list[int]:
     return sorted({*spread, ranks - 1, work.index(max(work)), work.index(min(work))})
 
 
-def _roles(pretended: Pretended, rank: int) -> list[RoleCosts]:
-    strategies = pretended.plan.strategies()
+def _roles(simulated: Simulated, rank: int) -> list[RoleCosts]:
+    strategies = simulated.plan.strategies()
     members: dict[str, set[int]] = {}
-    for i, member in enumerate(pretended.members):
-        members.setdefault(pretended.groups[member.group]["role"], set()).add(i)
+    for i, member in enumerate(simulated.members):
+        members.setdefault(simulated.groups[member.group]["role"], set()).add(i)
     return [
         RoleCosts(
             role=role,
-            rules=tuple(sorted({pretended.members[i].rule.name for i in indices})),
+            rules=tuple(sorted({simulated.members[i].rule.name for i in indices})),
             parameters=len(indices),
-            weights=sum(math.prod(pretended.members[i].layout.shape) for i in indices),
+            weights=sum(math.prod(simulated.members[i].layout.shape) for i in indices),
             strategies=dict(sorted(Tally(strategies.get(i, "local") for i in indices).items())),
-            costs=_costs(pretended, rank, indices),
+            costs=_costs(simulated, rank, indices),
         )
         for role, indices in members.items()
     ]
 
 
-def _alternatives(pretended: Pretended, ours: Costs) -> list[Alternative]:
+def _alternatives(simulated: Simulated, ours: Costs) -> list[Alternative]:
     """What users run instead, on the ranks that hold each weight: for the matrices that a matrix rule steps."""
     gathered = exchanged = all_work = shared_work = 0.0
     by_shape: dict[tuple[tuple[int, ...], int], list[Stack]] = {}
     matrices = 0
-    for member in pretended.members:
+    for member in simulated.members:
         if member.stack is None or not member.rule.matrices:
             continue
         cells = _cells(member.layout)
-        role = pretended.groups[member.group]["role"]
+        role = simulated.groups[member.group]["role"]
         matrices += cells > 1
         all_work += _unit_flops(member.stack) * units_of(member.stack)
         gathered += math.prod(member.layout.shape) * 4 * (cells - 1) / cells

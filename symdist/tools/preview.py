@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symdist.assignment import Assignment, routed
+from symdist.assignment import Assignment, assignment
 from symdist.exchange import CountingTransport
 from symdist.routing.recipes import RecipeLike
-from symdist.tools.simulate_flat import pretend_on
+from symdist.tools.simulate_flat import simulate_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,20 +40,20 @@ def preview(
     `model` is a preset or a TOML file, with further options of `symdist.tools.models.build` in `built`. No process
     group may be open. Raises ValueError for whatever `build`, `shard`, `route` and `SymDist` refuse.
     """
-    with pretend_on(model, recipe, mesh=mesh, zero=zero, built=built) as pretended:
+    with simulate_on(model, recipe, mesh=mesh, zero=zero, built=built) as simulated:
         counting = CountingTransport()
-        pretended.step(counting)
-        where = pretended.plan.strategies()
+        simulated.step(counting)
+        where = simulated.plan.strategies()
         found = {
-            member.name: routed(member, pretended.groups[member.group], where.get(i, "local"))
-            for i, member in enumerate(pretended.members)
+            member.name: assignment(member, simulated.groups[member.group], where.get(i, "local"))
+            for i, member in enumerate(simulated.members)
         }
-        order = {name: i for i, (name, _) in enumerate(pretended.model.named_parameters())}
+        order = {name: i for i, (name, _) in enumerate(simulated.model.named_parameters())}
         return Preview(
             # Parts of a parameter come after all that are in one.
             parameters=sorted(found.values(), key=lambda each: order.get(each.name, len(order))),
-            groups=len(pretended.groups),
-            stacks=len({member.stack for member in pretended.members} - {None}),
+            groups=len(simulated.groups),
+            stacks=len({member.stack for member in simulated.members} - {None}),
             collectives=counting.collectives,
             sent=counting.sent,
         )

@@ -17,18 +17,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from symdist.exchange import CountingTransport, FlatJob, Job, Plan, dry_run
+from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, FlatJob, Job, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS, ranks_that_agree
 from symdist.layouts import Group, Layout
-from symdist.optimizer import BUCKET_BYTES
-from symdist.param_groups import ParamSpec, describe_member, plan_step, with_defaults
+from symdist.param_groups import ParamSpec, describe_member, plan_params, with_defaults
 from symdist.routing.recipes import RecipeLike
 from symdist.routing.route import route
 from symdist.tools.models import build, shard
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pretended:
+class Simulated:
     """A model on a mesh of which this process is rank 0; `members` and `plan` are those of its optimizer."""
 
     model: nn.Module
@@ -87,7 +86,7 @@ class Pretended:
 
     def _of(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Job | None:
         """What of a job is of the parameters `only`, as a rank sees it."""
-        assert isinstance(job, Job), "DTensors alone are pretended"
+        assert isinstance(job, Job), "DTensors alone are simulated"
         kept = [i for i, member in enumerate(job.members) if only is None or member in only]
         if not kept:
             return None
@@ -108,9 +107,8 @@ def simulate(
     *,
     mesh: Mapping[str, int],
     built: Mapping[str, Any] | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
-    communication_dtype: torch.dtype | None = None,
-) -> Iterator[Pretended]:
+    exchange: ExchangeLike = None,
+) -> Iterator[Simulated]:
     """Shard a model over a mesh, as `symdist.tools.models.shard` does, and route it; nothing is materialised.
 
     `model` is a preset or a TOML file, see `symdist.tools.models.build`, of which `built` has further options; `mesh`
@@ -131,10 +129,10 @@ def simulate(
         members = [
             describe_member(parameter, name=name, index=i, group=group)
             for i, group in enumerate(groups)
-            for name, parameter in zip(group["names"], group["params"], strict=True)
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]
-        plan = plan_step(members, bucket_bytes=bucket_bytes, communication_dtype=communication_dtype)
-        yield Pretended(model=sharded, mesh=dict(mesh), groups=groups, members=members, plan=plan)
+        plan = plan_params(members, exchange=ExchangeOptions.of(exchange))
+        yield Simulated(model=sharded, mesh=dict(mesh), groups=groups, members=members, plan=plan)
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook

@@ -12,30 +12,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from symdist.exchange import CountingTransport, FlatJob, Job, Plan, dry_run
+from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, FlatJob, Job, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS
 from symdist.layouts import Group
 from symdist.layouts.flat import flat_bounds, flat_vector
-from symdist.optimizer import BUCKET_BYTES
-from symdist.param_groups import ParamSpec, describe_member, flat_parts, plan_step, with_defaults
+from symdist.param_groups import ParamSpec, describe_member, flat_parts, plan_params, with_defaults
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 from symdist.routing.route import route
 from symdist.tools.models import build
-from symdist.tools.simulate import Pretended, simulate
+from symdist.tools.simulate import Simulated, simulate
 
 # DeepSpeed pads a group of parameters to a multiple of this, a rank.
 _ALIGN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretendedFlat(Pretended):
+class SimulatedFlat(Simulated):
     """A model in ZeRO partitions; of each rank the optimizer is made anew, for each has other matrices whole."""
 
     stage: int
     bounds: Mapping[str, tuple[int, ...]]
     """Of each parameter, by name: where the ranks' runs of it meet."""
-    bucket_bytes: int
-    communication_dtype: torch.dtype | None
+    exchange: ExchangeOptions
 
     def place_in(self, group: Group, rank: int) -> int:
         """All ranks are in one group, in order."""
@@ -46,17 +44,17 @@ class PretendedFlat(Pretended):
         ranks = Group(ranks=tuple(range(self.ranks)), index=rank)
         members = []
         for i, group in enumerate(self.groups):
-            for name, parameter in zip(group["names"], group["params"], strict=True):
+            for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 parts = flat_parts(name, tuple(parameter.shape), group, bounds=self.bounds[name], ranks=ranks)
                 for its_name, layout, _ in parts:
                     piece = torch.empty(layout.local_shape, device="meta", requires_grad=True)
                     members.append(describe_member(piece, name=its_name, index=i, group=group, layout=layout))
-        return members, plan_step(members, bucket_bytes=self.bucket_bytes, communication_dtype=self.communication_dtype)
+        return members, plan_params(members, exchange=self.exchange)
 
     def step(
         self, counting: CountingTransport, *, rank: int = 0, only: set[int] | None = None
     ) -> dict[Group, list[float]]:
-        """See `Pretended.step`; in ZeRO all ranks agree on whether gradients are finite, and nothing is in parts."""
+        """See `Simulated.step`; in ZeRO all ranks agree on whether gradients are finite, and nothing is in parts."""
         plan = self.plan if rank == 0 else self.seen_by(rank)[1]
         if only is None and self.ranks > 1:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
@@ -89,9 +87,8 @@ def simulate_flat(
     stage: int,
     ranks: int,
     built: Mapping[str, Any] | None = None,
-    bucket_bytes: int = BUCKET_BYTES,
-    communication_dtype: torch.dtype | None = None,
-) -> Iterator[PretendedFlat]:
+    exchange: ExchangeLike = None,
+) -> Iterator[SimulatedFlat]:
     """Partition a model as ZeRO does at a stage, and route it; nothing is materialised.
 
     Stages 1 and 2 put all parameters of one kind of state and one schedule in one vector, and cut that; stage 3 cuts
@@ -107,7 +104,7 @@ def simulate_flat(
     kinds = list(dict.fromkeys(loaded.kind_of(group["role"], group["rule"]) for group in routed))
     # As an engine takes them: one vector after another.
     groups = sorted(routed, key=lambda group: kinds.index(loaded.kind_of(group["role"], group["rule"])))
-    found = PretendedFlat(
+    found = SimulatedFlat(
         model=made,
         mesh={"zero": ranks},
         groups=groups,
@@ -115,16 +112,15 @@ def simulate_flat(
         plan=Plan(local=[], waves=[]),
         stage=stage,
         bounds=_bounds(made, groups, loaded, stage=stage, ranks=ranks),
-        bucket_bytes=bucket_bytes,
-        communication_dtype=communication_dtype,
+        exchange=ExchangeOptions.of(exchange),
     )
     members, plan = found.seen_by(0)
     yield dataclasses.replace(found, members=members, plan=plan)
 
 
-def pretend_on(
+def simulate_on(
     model: str | Path, recipe: RecipeLike, *, mesh: Mapping[str, int], zero: int | None, **options: Any
-) -> AbstractContextManager[Pretended]:
+) -> AbstractContextManager[Simulated]:
     """`simulate` on a mesh, or with `zero` `simulate_flat` at that stage, over a mesh of `dp_shard` alone."""
     if zero is None:
         return simulate(model, recipe, mesh=mesh, **options)
@@ -139,7 +135,7 @@ def _bounds(
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     if stage == 3:
         return {name: flat_bounds(0, size, part=-(-size // ranks), ranks=ranks) for name, size in sizes.items()}
-    kind = {name: recipe.kind_of(group["role"], group["rule"]) for group in groups for name in group["names"]}
+    kind = {name: recipe.kind_of(group["role"], group["rule"]) for group in groups for name in group["param_names"]}
     bounds: dict[str, tuple[int, ...]] = {}
     for each in dict.fromkeys(kind.values()):
         names = [name for name in sizes if kind.get(name) == each]

@@ -58,7 +58,7 @@ def waited_for(world: DeviceMesh, recipe: Any) -> list[str]:
 
     def look() -> None:
         while not done.is_set():
-            where = optimizer.where()
+            where = optimizer.progress()
             if where and where not in seen:
                 seen.append(where)
                 if "ship over ranks " in where:
@@ -72,7 +72,7 @@ def waited_for(world: DeviceMesh, recipe: Any) -> list[str]:
     done.set()
     if world.get_rank() == 0:
         watching.join()
-    return [*seen, optimizer.where()]
+    return [*seen, optimizer.progress()]
 
 
 def broken_off(world: DeviceMesh, recipe: Any) -> str:

@@ -39,10 +39,10 @@ def alone() -> tuple[dict[str, float], dict[str, float]]:
             [
                 (before[name] * (1 - group["lr"] * group["weight_decay"]) - after[name].detach()).flatten()
                 for group in groups
-                for name in group["names"]
+                for name in group["param_names"]
             ]
         )
-        weights = torch.cat([after[name].detach().flatten() for group in groups for name in group["names"]])
+        weights = torch.cat([after[name].detach().flatten() for group in groups for name in group["param_names"]])
         expected[f"update_rms/{role}"] = float(steps.square().mean().sqrt())
         expected[f"weight_rms/{role}"] = float(weights.square().mean().sqrt())
     momentum = optimizer.state[after["model.embed_tokens.weight"]]["momentum"]
@@ -83,7 +83,7 @@ def test_a_step_that_was_not_armed_is_not_measured() -> None:
     optimizer.step()
     assert monitor.summary() == {}
     monitor.arm()
-    optimizer.skip_next()
+    optimizer.skip_next_step()
     optimizer.step()
     assert monitor.summary() == {}
     assert optimizer.skipped_steps == 1
@@ -93,7 +93,7 @@ def test_a_step_that_is_left_out_changes_nothing() -> None:
     model, optimizer = steps_ranks.prepared(RECIPE)
     before = [weight.detach().clone() for weight in model.parameters()]
     momenta = [state["momentum"].clone() for state in optimizer.state.values() if "momentum" in state]
-    optimizer.skip_next()
+    optimizer.skip_next_step()
     optimizer.step()
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     now = [state["momentum"] for state in optimizer.state.values() if "momentum" in state]

@@ -104,8 +104,8 @@ def test_a_checkpoint_of_another_recipe_is_refused(corpus: Path, whole: Path, tm
         (Config(steps=0), 1, "--steps is 0"),
         (Config(clip=-1.0), 1, "must not be negative"),
         (Config(recipe="nothing"), 1, "there is no recipe 'nothing'"),
-        (Config(set=("router",)), 1, "should be role.option=value"),
-        (Config(set=("gate.lr=1",)), 1, "which is no role"),
+        (Config(override=("router",)), 1, "should be role.option=value"),
+        (Config(override=("gate.lr=1",)), 1, "which is no role"),
     ],
 )
 def test_what_cannot_run_is_refused(config: Config, ranks: int, message: str) -> None:
@@ -116,10 +116,10 @@ def test_what_cannot_run_is_refused(config: Config, ranks: int, message: str) ->
 def test_toml_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
-        'steps = 7\nset = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n'
+        'steps = 7\noverride = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n'
         "[model_overrides]\nhidden_size = 64\ntie_word_embeddings = true\n"
     )
-    given = ["--config", str(path), "--steps", "9", "--data.source", "texts", "--set", "head.lr=1"]
+    given = ["--config", str(path), "--steps", "9", "--data.source", "texts", "--override", "head.lr=1"]
     config = parse_as(FsdpRun, given)
     assert (config.steps, config.data.vocabulary, config.data.source) == (9, 512, "texts")
     assert config.overrides() == {"router": {"lr": 0.5}, "head": {"lr": 1}}

@@ -253,10 +253,10 @@ def test_without_deepspeed_it_says_what_to_install(
         ({"optimizer": {"params": {"nonfinite": "raise"}}}, {}, "nonfinite is 'raise', but .*--nonfinite skip"),
         (
             {"optimizer": {"params": {"overrides": {"router": {"lr": 1.0}}}}},
-            {"set": ("router.lr=2.0",)},
-            "the override of router.lr is 1.0, but the run has --set router.lr=2.0",
+            {"override": ("router.lr=2.0",)},
+            "the override of router.lr is 1.0, but the run has --override router.lr=2.0",
         ),
-        ({"optimizer": {"type": "AdamW"}}, {"set": ("router.lr=2.0",)}, "optimizer is AdamW, which has no recipe"),
+        ({"optimizer": {"type": "AdamW"}}, {"override": ("router.lr=2.0",)}, "optimizer is AdamW, which has no recipe"),
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size is 2, but this job splits data"),
         ([], {}, "should hold an object"),
     ],
@@ -274,7 +274,7 @@ def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
     path.write_text(
         json.dumps({"train_batch_size": "auto", "optimizer": {"params": params}, "bf16": {"enabled": "auto"}})
     )
-    run = DeepSpeedRun(deepspeed=path, clip=0.0, precision="bfloat16", accumulation=2, set=("router.lr=2.0",))
+    run = DeepSpeedRun(deepspeed=path, clip=0.0, precision="bfloat16", accumulation=2, override=("router.lr=2.0",))
     settings = run.settings(ranks=4)
     assert settings["gradient_clipping"] == 0.0
     assert settings["train_batch_size"] == 16

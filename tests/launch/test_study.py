@@ -31,7 +31,7 @@ model = "olmoe-tiny"
 name = "stack"
 recipe = "small-moe"
 label = "row-norm stack, AdamW router"
-set = ["router.rule=adamw", "router.lr=8e-3"]
+override = ["router.rule=adamw", "router.lr=8e-3"]
 """
 
 
@@ -133,7 +133,7 @@ def test_runs_had_the_multiplied_rates_and_nothing_else_differed(done: tuple[Pat
     assert sections["router"] == {"rule": "adamw", "centered": True, "lr": 8e-3}
     for role, options in half["recipe"]["sections"].items():
         assert options == sections[role] | {"lr": sections[role]["lr"] / 2}
-    assert {key for key in whole if whole[key] != half[key]} == {"set", "recipe"}
+    assert {key for key in whole if whole[key] != half[key]} == {"override", "recipe"}
     assert whole["steps"] == whole["validate_every"] == 4
 
 

@@ -41,5 +41,5 @@ def test_every_parameter_has_its_role() -> None:
 @pytest.mark.parametrize("recipe", [name for name in recipe_names() if name not in ("gemma3", "qwen3")])
 def test_recipes_for_mixtures_take_it(recipe: str) -> None:
     model = build("deepseek-v3-tiny", device="meta")
-    taken = [name for group in route(model, recipe) for name in group["names"]]
+    taken = [name for group in route(model, recipe) for name in group["param_names"]]
     assert sorted(taken) == sorted(name for name, _ in model.named_parameters())

@@ -65,6 +65,6 @@ def losses(mesh: DeviceMesh, settings: Config, ep_size: int, steps: int) -> tupl
         engine.step()
         found.append(over_ranks(loss))
     inner = engine.basic_optimizer.symdist
-    rules = {name: group["rule"] for group in inner.param_groups for name in group["names"]}
+    rules = {name: group["rule"] for group in inner.param_groups for name in group["param_names"]}
     engine.destroy()
     return found, rules

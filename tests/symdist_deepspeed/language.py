@@ -123,7 +123,7 @@ def printed(mesh: DeviceMesh, code: str, settings: Config) -> tuple[list[float],
     engine = names["engine"]
     losses = train(engine, range(3))
     inner = engine.basic_optimizer.symdist
-    rules = {name: group["rule"] for group in inner.param_groups for name in group["names"]}
+    rules = {name: group["rule"] for group in inner.param_groups for name in group["param_names"]}
     engine.destroy()
     return losses, rules
 
@@ -134,6 +134,6 @@ def tied(mesh: DeviceMesh, settings: Config) -> tuple[list[float], dict[str, str
     engine = engine_of(whole, settings)
     losses = train(engine, range(8))
     inner = engine.basic_optimizer.symdist
-    roles = {name: group["role"] for group in inner.param_groups for name in group["names"]}
+    roles = {name: group["role"] for group in inner.param_groups for name in group["param_names"]}
     engine.destroy()
     return losses, roles

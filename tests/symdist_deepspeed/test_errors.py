@@ -36,8 +36,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown option": (params(betas=[0.9, 0.95]), "optimizer SymDist knows no option 'betas'; it knows recipe, lr,"),
     "rate that is none": (params(lr="fast"), "lr='fast' must be a positive number"),
     "dtype that is none": (
-        params(communication_dtype="float16"),
-        "communication_dtype='float16' is not 'bfloat16' or 'float32'",
+        params(exchange={"communication_dtype": "float16"}),
+        "communication_dtype='float16' is none of 'bfloat16', 'float32', 'float64'",
     ),
     "nonfinite that is none": (params(nonfinite="ignore"), "nonfinite='ignore' is not 'raise', 'skip' or 'zero'"),
     "no role": (

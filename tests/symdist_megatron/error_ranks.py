@@ -134,7 +134,7 @@ def norms(mesh: DeviceMesh, how: How) -> dict[str, str]:
     kinds = {role: RECIPE["other"] for role in ("input_norm", "output_norm", "qk_norm")}
     made = get_symdist_optimizer(optimizer_config(how), chunks, recipe=RECIPE | kinds)
     groups = made.whole.symdist.param_groups
-    return {name: group["role"] for group in groups for name in group["names"] if "norm" in name}
+    return {name: group["role"] for group in groups for name in group["param_names"] if "norm" in name}
 
 
 def command_line(mesh: DeviceMesh, words: list[str]) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Run:
         return {
             f"{name} {option}": group[option]
             for group in self.optimizer.whole.symdist.param_groups
-            for name in group["names"]
+            for name in group["param_names"]
             for option in ("lr", "weight_decay")
         }
 

@@ -137,7 +137,7 @@ def test_the_command_line(worlds: Worlds) -> None:
             "overrides": {"router": {"rule": "left_spectral"}, "head": {"lr": 0.1}},
             "vocabulary": 37,
             "nonfinite": "raise",
-            "communication_dtype": None,
+            "exchange": {"communication_dtype": None, "bucket_bytes": 1 << 30},
         },
     }
     (found,) = worlds(1).run(1, RANKS + "command_line", ["--optimizer", "symdist"])

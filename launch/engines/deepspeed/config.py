@@ -104,10 +104,10 @@ class DeepSpeedRun(Config):
     def _fill_optimizer(self, settings: dict[str, Any]) -> None:
         optimizer = settings.setdefault("optimizer", {})
         if optimizer.setdefault("type", TYPE) != TYPE:
-            if self.set:
+            if self.override:
                 raise ValueError(
                     f"{self.deepspeed}: the optimizer is {optimizer['type']}, which has no recipe that "
-                    f"--set {self.set[0]} could change; give its options in the file"
+                    f"--override {self.override[0]} could change; give its options in the file"
                 )
             if self.spike_sigma:
                 raise ValueError(
@@ -132,7 +132,9 @@ class DeepSpeedRun(Config):
             for name, value in options.items():
                 given = overrides.setdefault(role, {}).setdefault(name, value)
                 if _plain(given) != _plain(value):
-                    raise self._contradiction(f"the override of {role}.{name}", given, f"--set {role}.{name}={value}")
+                    raise self._contradiction(
+                        f"the override of {role}.{name}", given, f"--override {role}.{name}={value}"
+                    )
 
 
 def precision(settings: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ class StepProgress:
         else:
             self._marks.remove(mark)
 
-    def where(self) -> str:
+    def text(self) -> str:
         """The first collective that is not over, or the wave at work; empty between steps."""
         for mark in list(self._marks):
             if not mark.done():

@@ -88,13 +88,13 @@ def run(
     transport: Transport,
     meanwhile: Callable[[], None] = lambda: None,
     work: Mapping[Group, Sequence[float]] | None = None,
-    trail: StepProgress | None = None,
+    progress: StepProgress | None = None,
     timing: Timing = nullcontext,
 ) -> dict[Group, list[float]]:
     """Run every task of every wave to its end, and `meanwhile` once, while the first collectives are under way.
 
     `work` has the operations that the ranks of a group do anyhow; roots and QRs go to those with least. Returned is
-    what they do then. `trail` is told what is under way. Raises ExchangeError where a collective fails.
+    what they do then. `progress` is told what is under way. Raises ExchangeError where a collective fails.
 
     A wave's first collectives start before the wave before it is computed, and its updates travel home while the next
     one is: up to three waves hold buffers, but only one is computed.
@@ -105,17 +105,17 @@ def run(
     ring of ranks, each waiting for another, can close, even where ranks take part in different waves.
     """
     loads = {group: list(of_ranks) for group, of_ranks in (work or {}).items()}
-    trail = trail or StepProgress()
-    trail.begin(len(waves))
+    progress = progress or StepProgress()
+    progress.begin(len(waves))
     flights = [
-        _WaveRun(wave, _WaveContext(transport=transport, loads=loads, trail=trail, timing=timing, wave=i + 1))
+        _WaveRun(wave, _WaveContext(transport=transport, loads=loads, progress=progress, timing=timing, wave=i + 1))
         for i, wave in enumerate(waves)
     ]
     if flights:
         flights[0].start()
     meanwhile()
     for i, flight in enumerate(flights):
-        trail.wave = i + 1
+        progress.wave = i + 1
         following = flights[i + 1] if i + 1 < len(flights) else None
         early = following is not None and _may_overlap(waves[i], waves[i + 1])
         if following is not None and early:
@@ -127,7 +127,7 @@ def run(
             flights[i - 1].finish()
     if flights:
         flights[-1].finish()
-    trail.end()
+    progress.end()
     return loads
 
 
@@ -147,7 +147,7 @@ class _WaveContext:
 
     transport: Transport
     loads: dict[Group, list[float]]
-    trail: StepProgress
+    progress: StepProgress
     timing: Timing
     wave: int
 
@@ -258,7 +258,7 @@ class _Bucket:
                 except RuntimeError as error:
                     raise ExchangeError(f"{self._mark.text if self._mark else ''} failed: {error}") from error
                 if self._mark is not None:
-                    self._way.trail.waited(self._mark, self._device)
+                    self._way.progress.waited(self._mark, self._device)
                 self._next()
 
     def hand_out(self) -> None:
@@ -275,4 +275,4 @@ class _Bucket:
             self._answers = finished.value
         else:
             assert self._group is not None
-            self._mark = self._way.trail.started(self._way.wave, self._kind, self._group, self._names, self.handle)
+            self._mark = self._way.progress.started(self._way.wave, self._kind, self._group, self._names, self.handle)

@@ -15,6 +15,7 @@ from symdist.exchange.collectives.balance import balance
 from symdist.exchange.collectives.residual_sums import StagePlan, StageSlot
 from symdist.exchange.execution.flat_job import FlatJob
 from symdist.exchange.execution.job import Job, Stack, Strategy, travels_as
+from symdist.exchange.options import ExchangeOptions
 from symdist.exchange.planning.costs import FLOPS_PER_BYTE, Axis, shard_cost, unit_cost, unit_flops, units_of
 from symdist.exchange.planning.flat_plan import plan_flat
 from symdist.layouts import FlatLayout, Group
@@ -64,11 +65,11 @@ def make_plan(
     stacks: Mapping[Stack, Sequence[int]],
     *,
     names: Sequence[str],
-    bucket_bytes: int,
-    communication_dtype: torch.dtype | None = None,
+    exchange: ExchangeOptions,
     stages: Mapping[int, StageSlot] | None = None,
 ) -> Plan:
-    """Choose where every stack runs, cut waves whose buffers stay below `bucket_bytes`, and share out the owned units.
+    """Choose where every stack runs, cut waves whose buffers stay below `exchange.bucket_bytes`, and share out the
+    owned units.
 
     `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks that hold them;
     `names` are all parameters' names. `stages` has the parameters that rules couple: those of a stage are in one wave.
@@ -78,14 +79,14 @@ def make_plan(
     """
     jobs: list[Job] = []
     # While one wave is computed the next sets out and the one before comes home.
-    budget = bucket_bytes // 2
+    budget = exchange.bucket_bytes // 2
     sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
     in_stages = StagePlan.cut(stages or {}, sizes, budget=budget)
     flat = {stack: members for stack, members in stacks.items() if isinstance(stack.layout, FlatLayout)}
     for stack, members in stacks.items():
         if stack in flat:
             continue
-        dtype = travels_as(stack, communication_dtype)
+        dtype = travels_as(stack, exchange.communication_dtype)
         strategy = _choose(stack, len(members), dtype, name=names[members[0]])
         if stack.coupled:
             parts = in_stages.parts(members, lambda member: member)
@@ -106,7 +107,12 @@ def make_plan(
     every: list[Job | FlatJob] = [
         *_with_owners(jobs, work),
         *plan_flat(
-            flat, names=names, budget=budget, communication_dtype=communication_dtype, work=work, stages=in_stages
+            flat,
+            names=names,
+            budget=budget,
+            communication_dtype=exchange.communication_dtype,
+            work=work,
+            stages=in_stages,
         ),
     ]
     local = [job for job in every if job.strategy == "local" and not job.stages]

@@ -1,5 +1,6 @@
 """A recipe: which rule, with which options, each role of parameter gets. One TOML file a stack."""
 
+import difflib
 import importlib.util
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -90,6 +91,13 @@ class Recipe:
             )
         base = own if lr is None else float(lr)
         return self.multiplied("lr", base / own), base
+
+    def adjusted(
+        self, *, lr: float | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> "Recipe":
+        """The recipe at a rate of its matrices, where one is given, with options of some roles replaced."""
+        recipe = self if lr is None else self.at_rate(lr)[0]
+        return recipe.overridden(overrides or {})
 
     def multiplied(self, option: str, factor: float) -> "Recipe":
         """The recipe with a number multiplied wherever it is given."""
@@ -214,4 +222,9 @@ def _load_rules(files: Any, beside: Path, *, name: str) -> None:
 
 def _check_role(role: str, where: str) -> None:
     if role not in FALLBACK and role != "default":
-        raise ValueError(f"{where} names {role!r}, which is no role; the roles are {', '.join([*FALLBACK, 'default'])}")
+        near = difflib.get_close_matches(role, (*FALLBACK, "default"), n=1)
+        raise ValueError(
+            f"{where} names {role!r}, which is no role; "
+            + (f"did you mean {near[0]!r}? The roles are " if near else "the roles are ")
+            + ", ".join([*FALLBACK, "default"])
+        )

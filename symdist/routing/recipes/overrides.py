@@ -13,7 +13,7 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def parse_overrides(words: Sequence[str], *, option: str = "--set") -> dict[str, dict[str, Any]]:
+def parse_overrides(words: Sequence[str], *, option: str = "--override") -> dict[str, dict[str, Any]]:
     """`role.option=value` words by role and option; ValueError, naming the command's `option`, for another form."""
     overrides: dict[str, dict[str, Any]] = {}
     for word in words:

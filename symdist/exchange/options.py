@@ -1,0 +1,68 @@
+"""What of the exchange between ranks can be tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, TypeAlias
+
+import torch
+
+BUCKET_BYTES = 1 << 30
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+ExchangeLike: TypeAlias = "ExchangeOptions | Mapping[str, Any] | None"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeOptions:
+    """How matrices travel between ranks: the same in Python, in a DeepSpeed config and for Megatron.
+
+    Attributes:
+        communication_dtype: What matrices travel as to the ranks that own them, and updates back: `torch.bfloat16`,
+            `torch.float32` or `torch.float64`, or the name of one. None, the default, is the dtype of the state.
+            bfloat16 halves what owners cost and rounds updates to 8 bits. Sums, Grams and what a rule remembers always
+            travel as they are.
+        bucket_bytes: Bound on the buffers of all waves in flight on a rank, in bytes; 1 GiB. Lower it where a step
+            runs out of memory: there are more collectives then, and each is smaller.
+
+    Raises:
+        ValueError: For another dtype, or a bound that is not positive.
+
+    Example:
+        >>> SymDist(groups, exchange=ExchangeOptions(communication_dtype=torch.bfloat16))
+    """
+
+    communication_dtype: Any = None
+    bucket_bytes: int = BUCKET_BYTES
+
+    def __post_init__(self) -> None:
+        dtype = self.communication_dtype
+        dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+        if dtype not in (None, *_DTYPES.values()):
+            raise ValueError(
+                f"communication_dtype={self.communication_dtype!r} is none of {', '.join(map(repr, _DTYPES))}, and not "
+                "None for the dtype of the state; float16 would lose small gradients"
+            )
+        object.__setattr__(self, "communication_dtype", dtype)
+        size = self.bucket_bytes
+        if isinstance(size, bool) or not isinstance(size, int | float) or size < 1 or size != int(size):
+            raise ValueError(f"bucket_bytes={size!r} must be a positive whole number of bytes")
+        object.__setattr__(self, "bucket_bytes", int(size))
+
+    @classmethod
+    def of(cls, given: ExchangeLike) -> ExchangeOptions:
+        """The options themselves, or those of a mapping, as a config has them; None stands for the defaults.
+
+        Raises:
+            ValueError: For an unknown key, or a value as the class itself refuses it.
+        """
+        if isinstance(given, cls):
+            return given
+        if given is not None and not isinstance(given, Mapping):
+            raise ValueError(f"exchange={given!r} must be ExchangeOptions or a mapping of the same keys")
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given or {}) - set(known))
+        if unknown:
+            raise ValueError(f"exchange knows no option {', '.join(map(repr, unknown))}; it knows {', '.join(known)}")
+        return cls(**(given or {}))
