@@ -87,7 +87,7 @@ class View:
             case "heads_1":
                 return matrices.reshape(b, q // self.unit, p, self.unit).transpose(1, 2).reshape(shape)
 
-    def seen(self, split: DimSplit) -> SplitKind:
+    def split_kind(self, split: DimSplit) -> SplitKind:
         """What a split of the stored tensor is to these matrices.
 
         "batch": it runs between them; "rows", "columns": it cuts each of them so; "unaligned": the pieces are no blocks

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from symdist.exchange import ExchangeOptions, Plan, Stack, StageSlot, make_plan
 from symdist.layouts import FlatLayout, Group, Layout, layout_of, local
 from symdist.matrix_views import bind_view
-from symdist.routing.residual_stream import Stage, residual_stage
+from symdist.routing.residual_stream import ResidualStage, residual_stage
 from symdist.rules import Rule, get_rule, rule_names
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
@@ -87,7 +87,7 @@ class ParamSpec:
     dtype: torch.dtype
     """The dtype of its state and of all arithmetic: float32, or wider where the parameter is."""
     stack: Stack | None
-    stage: Stage | None = None
+    stage: ResidualStage | None = None
     """Of the residual stream, where its rule couples the matrices of one."""
     holds: bool = False
     """Whether it may keep some of what its stage shares."""
@@ -380,7 +380,7 @@ def plan_params(members: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> P
 
 def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:
     """The stage of every coupled member, and which columns it keeps of what that shares: those that come next."""
-    by_stage: dict[Stage, list[int]] = {}
+    by_stage: dict[ResidualStage, list[int]] = {}
     for i, member in enumerate(members):
         if member.stage is not None and member.parameter.requires_grad:
             by_stage.setdefault(member.stage, []).append(i)

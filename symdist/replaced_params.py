@@ -129,7 +129,7 @@ def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
     if "deepspeed" in sys.modules and all(parameter.dim() == 1 for parameter in given):
         message += (
             "DeepSpeed has put its partitions in their place, which do not tell of matrices; it must make the "
-            "optimizer itself. After `import symdist_deepspeed` give it no optimizer object but, in its config, "
+            "optimizer itself. After symdist_deepspeed.register() give it no optimizer object but, in its config, "
             '"optimizer": {"type": "SymDist", "params": {"recipe": "…"}}'
         )
     else:

@@ -46,10 +46,10 @@ class Step:
 
     def task(self, job: Job | FlatJob) -> Task:
         """A job as the scheduler runs it."""
-        note = None
+        observe_root = None
         if self._observer is not None:
-            note = partial(self._observer.rooted, [self._role(self._specs[i].group) for i in job.members])
-        task = job.task(partial(self._read, job), partial(self._write, job), note=note)
+            observe_root = partial(self._observer.rooted, [self._role(self._specs[i].group) for i in job.members])
+        task = job.task(partial(self._read, job), partial(self._write, job), observe_root=observe_root)
         task.names = [self._specs[i].name for i in job.members]
         return task
 
@@ -100,8 +100,8 @@ class Step:
         place_of = {index: place for place, index in enumerate(job.members)}
         for group, indices in self._by_group(job.members):
             places = [place_of[i] for i in indices]
-            for name, layer in zip(job.stack.state_names, made.states, strict=True):
-                torch._foreach_copy_([self._local_state(i)[name] for i in indices], [layer[place] for place in places])
+            for name, field in zip(job.stack.state_names, made.states, strict=True):
+                torch._foreach_copy_([self._local_state(i)[name] for i in indices], [field[place] for place in places])
             chosen = [made.updates[place] for place in places]
             decay_and_subtract(
                 [local(self._specs[i].parameter) for i in indices],

@@ -67,9 +67,9 @@ def cut(keys: list[Key], way: str, ranks: int) -> dict[Key, dict[str, Any]]:
 
 def piece(whole: Tensor, layout: FlatLayout) -> Tensor:
     """What this rank holds: written down apart from the library."""
-    blocks = whole.split(layout.across, dim=1) if layout.across else [whole]
+    blocks = whole.split(layout.column_blocks, dim=1) if layout.column_blocks else [whole]
     elements = torch.cat([block.reshape(-1) for block in blocks])
-    place = layout.order.index(layout.group.index) if layout.order else layout.group.index
+    place = layout.rank_order.index(layout.group.index) if layout.rank_order else layout.group.index
     return elements[layout.bounds[place] : layout.bounds[place + 1]]
 
 

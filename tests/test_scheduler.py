@@ -57,9 +57,9 @@ def owned(events: list[str], name: str) -> Task:
 
     def asking() -> Generator[Any, Any, None]:
         route = GridRedistribution(LAYOUT, count=1, owners=(0,))
-        (whole,) = yield Gather(layers=[[torch.ones(2, 3)]], route=route, dtype=torch.float32, like=torch.empty(0))
+        (whole,) = yield Gather(fields=[[torch.ones(2, 3)]], route=route, dtype=torch.float32, like=torch.empty(0))
         events.append(f"compute {name}")
-        yield Scatter(layers=[whole], route=route, dtype=torch.float32, like=torch.empty(0), shape=(2, 3))
+        yield Scatter(fields=[whole], route=route, dtype=torch.float32, like=torch.empty(0), shape=(2, 3))
         events.append(f"move {name}")
 
     return Task(asking(), home=LAYOUT.group)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from symdist import SymDist, build_optimizer
 from symdist.layouts import Group
-from symdist.rules import Matrix, answer_alone, get_rule
+from symdist.rules import Matrix, get_rule, run_locally
 from symdist.tools.models import build
 from tests import flat_ranks
 from tests import shared_rotation_ranks as shared
@@ -202,6 +202,6 @@ def test_a_rule_may_be_run_by_itself() -> None:
     values = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).double()
     matrix = Matrix(values=values, rows=5, columns=8, state={"rotation": torch.zeros_like(values)})
     update = get_rule("aro").update
-    shared_update, _ = answer_alone(update(matrix, share="stage"))
-    own_update, _ = answer_alone(update(matrix, share="matrix"))
+    shared_update, _ = run_locally(update(matrix, share="stage"))
+    own_update, _ = run_locally(update(matrix, share="matrix"))
     assert torch.allclose(shared_update, own_update, rtol=0, atol=1e-9)

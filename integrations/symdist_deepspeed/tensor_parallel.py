@@ -124,7 +124,7 @@ def _block(cut: Cut, grid: Grid, bounds: list[tuple[int, ...]] | None, order: tu
             shape=cut.shape,
             group=world,
             bounds=tuple(joined),
-            order=tuple(world.ranks.index(rank) for rank in order),
-            across=cut.sizes if cut.dim == 1 and len(cut.shape) == 2 else (),
+            rank_order=tuple(world.ranks.index(rank) for rank in order),
+            column_blocks=cut.sizes if cut.dim == 1 and len(cut.shape) == 2 else (),
         )
     return Block(layout=layout, flat=flat)

@@ -116,6 +116,6 @@ def _flat(unit: Unit, home: Home, bounds: tuple[int, ...]) -> FlatLayout:
         shape=unit.shape,
         group=home.everyone,
         bounds=tuple(joined_bounds),
-        order=home.order,
-        across=unit.widths if unit.cut == 1 else (),
+        rank_order=home.order,
+        column_blocks=unit.widths if unit.cut == 1 else (),
     )

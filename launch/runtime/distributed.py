@@ -78,8 +78,8 @@ class Ranks:
 def launched() -> tuple[int, int]:
     """This process's rank and the number of ranks, as the launcher tells them; ValueError where there was none."""
     if "RANK" not in os.environ:
-        script = f"launch/{Path(sys.argv[0]).name}"
-        raise ValueError(f"start this with torchrun, as in: torchrun --nproc_per_node=2 {script}")
+        module = f"launch.{Path(sys.argv[0]).stem}"
+        raise ValueError(f"start this with torchrun, as in: torchrun --nproc_per_node=2 -m {module}")
     missing = [name for name in ("LOCAL_RANK", "WORLD_SIZE") if name not in os.environ]
     if missing:
         raise ValueError(f"the launcher set RANK but not {' and '.join(missing)}; start this with torchrun")

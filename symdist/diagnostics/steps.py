@@ -129,4 +129,4 @@ def _shares(layout: Layout | FlatLayout) -> int:
     """The number of ranks that hold a tensor once between them."""
     if isinstance(layout, FlatLayout):
         return layout.group.size
-    return layout.cells.size if layout.cells is not None else 1
+    return layout.shard_group.size if layout.shard_group is not None else 1

@@ -93,7 +93,7 @@ def _by_ranks(named: Iterable[tuple[str, Tensor]]) -> list[_Held]:
         key = same_group(parameter)
         if key not in keys:
             layout = layout_of(parameter, name=name)
-            keys[key] = layout.group, 1 if isinstance(layout, FlatLayout) else layout.replicas
+            keys[key] = layout.group, 1 if isinstance(layout, FlatLayout) else layout.num_replicas
         where = keys[key]
         if where not in held:
             found = torch.zeros(2, dtype=torch.float64, device=parameter.device)

@@ -18,19 +18,19 @@ Range: TypeAlias = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class FlatLayout:
-    """A matrix or vector of global `shape` cut, in row-major order, into consecutive runs of elements: one a rank.
+    """A matrix or vector of global `shape` cut, in row-major order, into consecutive ranges of elements: one a rank.
 
     `bounds` are the offsets at which they meet, from 0 to the number of elements: rank i of `group` holds
-    `bounds[i]` to `bounds[i + 1]`, which may be nothing. A piece is a vector. `order` has, where ranks do not hold the
-    runs in their own order, whose each is. `across` has, where a matrix is cut into blocks of columns first, as by
-    tensor parallelism, their widths: its elements then are those of one block after another.
+    `bounds[i]` to `bounds[i + 1]`, which may be nothing. A piece is a vector. `rank_order[i]` is the rank that holds
+    range i; empty means rank i. `column_blocks` are the widths of the blocks of columns that a matrix is cut into
+    first, as by tensor parallelism: its elements then are those of one block after another; empty means that it is not.
     """
 
     shape: tuple[int, ...]
     group: Group
     bounds: tuple[int, ...]
-    order: tuple[int, ...] = ()
-    across: tuple[int, ...] = ()
+    rank_order: tuple[int, ...] = ()
+    column_blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         rising = all(low <= high for low, high in itertools.pairwise(self.bounds))
@@ -38,14 +38,14 @@ class FlatLayout:
             raise ValueError(f"bounds {self.bounds} are not {self.group.size + 1} rising offsets")
         if self.bounds[0] != 0 or self.bounds[-1] != math.prod(self.shape):
             raise ValueError(f"bounds {self.bounds} do not cover the {math.prod(self.shape)} elements of {self.shape}")
-        if self.order and sorted(self.order) != list(range(self.group.size)):
-            raise ValueError(f"order {self.order} is not one of {self.group.size} ranks")
-        if self.across and (len(self.shape) != 2 or sum(self.across) != self.shape[1]):
-            raise ValueError(f"blocks of {self.across} columns do not make up a matrix of {self.shape}")
+        if self.rank_order and sorted(self.rank_order) != list(range(self.group.size)):
+            raise ValueError(f"rank_order {self.rank_order} is not one of {self.group.size} ranks")
+        if self.column_blocks and (len(self.shape) != 2 or sum(self.column_blocks) != self.shape[1]):
+            raise ValueError(f"blocks of {self.column_blocks} columns do not make up a matrix of {self.shape}")
 
     def size_at(self, rank: int) -> int:
         """How many elements a rank holds."""
-        place = self.order.index(rank) if self.order else rank
+        place = self.rank_order.index(rank) if self.rank_order else rank
         return self.bounds[place + 1] - self.bounds[place]
 
     @property
@@ -56,7 +56,7 @@ class FlatLayout:
     @property
     def mine(self) -> tuple[int, int]:
         """Where this rank's run begins and ends."""
-        place = self.order.index(self.group.index) if self.order else self.group.index
+        place = self.rank_order.index(self.group.index) if self.rank_order else self.group.index
         return self.bounds[place], self.bounds[place + 1]
 
     @property
@@ -67,10 +67,10 @@ class FlatLayout:
     @functools.cached_property
     def runs(self) -> tuple[Range, ...]:
         """What the ranks hold that hold anything, one run after another."""
-        return _runs(self.bounds, self.order)
+        return _runs(self.bounds, self.rank_order)
 
     @functools.cached_property
-    def sole(self) -> int | None:
+    def sole_owner(self) -> int | None:
         """The rank that holds everything, if one does."""
         return self.runs[0][0] if len(self.runs) == 1 else None
 
@@ -83,35 +83,35 @@ class FlatLayout:
         """The nearest layout in blocks of `multiple` whole rows: one that is cut goes to who has its first element."""
         block = self.width * multiple
         ranges = list(itertools.pairwise(-(-bound // block) * multiple for bound in self.bounds))
-        if self.order:
-            ranges = [ranges[self.order.index(rank)] for rank in range(self.group.size)]
+        if self.rank_order:
+            ranges = [ranges[self.rank_order.index(rank)] for rank in range(self.group.size)]
         return Layout(
             shape=self.shape, grid=_line(self.group), splits=(DimSplit(dim=0, axes=(0,), ranges=tuple(ranges)),)
         )
 
     def matrix(self, elements: Tensor) -> Tensor:
         """`[k, n]`, all elements of k matrices, as `[k, p, q]`."""
-        return matrices_of(elements, self.shape, across=self.across)
+        return matrices_of(elements, self.shape, column_blocks=self.column_blocks)
 
     def elements(self, matrices: Tensor) -> Tensor:
         """The inverse of `matrix`."""
-        return elements_of(matrices, across=self.across)
+        return elements_of(matrices, column_blocks=self.column_blocks)
 
 
-def matrices_of(elements: Tensor, shape: tuple[int, ...], *, across: tuple[int, ...]) -> Tensor:
-    """`[k, n]`, all elements of k matrices of a shape, as `[k, p, q]`; see `FlatLayout` for `across`."""
-    if not across:
+def matrices_of(elements: Tensor, shape: tuple[int, ...], *, column_blocks: tuple[int, ...]) -> Tensor:
+    """`[k, n]`, all elements of k matrices of a shape, as `[k, p, q]`; see `FlatLayout`."""
+    if not column_blocks:
         return elements.view(elements.shape[0], *shape)
     rows = shape[0]
-    blocks = elements.split([rows * width for width in across], dim=1)
+    blocks = elements.split([rows * width for width in column_blocks], dim=1)
     return torch.cat([block.view(-1, rows, block.shape[1] // rows) for block in blocks], dim=2)
 
 
-def elements_of(matrices: Tensor, *, across: tuple[int, ...]) -> Tensor:
+def elements_of(matrices: Tensor, *, column_blocks: tuple[int, ...]) -> Tensor:
     """The inverse of `matrices_of`."""
-    if not across:
+    if not column_blocks:
         return matrices.flatten(1)
-    return torch.cat([block.flatten(1) for block in matrices.split(across, dim=2)], dim=1)
+    return torch.cat([block.flatten(1) for block in matrices.split(column_blocks, dim=2)], dim=1)
 
 
 def runs_of_rows(layout: Layout) -> tuple[Range, ...]:

@@ -70,7 +70,7 @@ class Layout:
         return self.grid.group(split.axes)
 
     @functools.cached_property
-    def cells(self) -> Group | None:
+    def shard_group(self) -> Group | None:
         """The ranks that together hold the tensor once, this one among them; None where this rank holds all of it."""
         axes = [axis for split in self.splits for axis in split.axes]
         return self.grid.group(axes) if self.grid is not None and axes else None
@@ -88,7 +88,7 @@ class Layout:
         return [self._box(position) for position in self.grid.order]
 
     @functools.cached_property
-    def replica(self) -> list[tuple[int, ...]]:
+    def replica_ids(self) -> list[tuple[int, ...]]:
         """Of every rank of `group`, which copy of the tensor its piece belongs to."""
         if self.grid is None:
             return [()]
@@ -97,9 +97,9 @@ class Layout:
         return [tuple(self.grid.coordinate(position)[axis] for axis in free) for position in self.grid.order]
 
     @property
-    def replicas(self) -> int:
+    def num_replicas(self) -> int:
         """How many copies of the tensor there are."""
-        return len(set(self.replica))
+        return len(set(self.replica_ids))
 
     @property
     def local_shape(self) -> tuple[int, ...]:

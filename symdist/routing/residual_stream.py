@@ -17,7 +17,7 @@ WRITES_RESIDUAL = frozenset(("attention_o", "mlp_down", "expert_down"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class ResidualStage:
     """A stage of the residual stream: `number` counts the layers before it, None for the one after the last.
 
     `tower` is the stack of layers, None where a name does not tell it.
@@ -27,16 +27,16 @@ class Stage:
     number: int | None
 
 
-def residual_stage(name: str, role: str) -> Stage:
+def residual_stage(name: str, role: str) -> ResidualStage:
     """Which stage a matrix writes to, or reads from.
 
     A layer's first number tells which it is: it reads from the stage before it and writes to the one after. An
     embedding writes to the first stage, a head reads from the last. Raises ValueError where that is not known.
     """
     if role in ("embedding", "tied_embedding"):
-        return Stage(tower=None, number=0)
+        return ResidualStage(tower=None, number=0)
     if role == "head":
-        return Stage(tower=None, number=None)
+        return ResidualStage(tower=None, number=None)
     words = plain_name(name).split(".")
     place = next((i for i, word in enumerate(words) if word.isdecimal()), None)
     if place is None or role not in READS_RESIDUAL | WRITES_RESIDUAL:
@@ -45,4 +45,4 @@ def residual_stage(name: str, role: str) -> Stage:
             "share = 'matrix' needs to know none"
         )
     tower = ".".join(words[:place])
-    return Stage(tower=tower, number=int(words[place]) + (role in WRITES_RESIDUAL))
+    return ResidualStage(tower=tower, number=int(words[place]) + (role in WRITES_RESIDUAL))

@@ -4,7 +4,7 @@ from symdist.rules import adamw, aro, aurora, hybrid, muon, normuon, row_norm, s
 from symdist.rules.linalg.inverse_root import InverseRoot, Numerics, inverse_root
 from symdist.rules.matrix import Matrix, Places, center_rows
 from symdist.rules.registry import ACCUMULATOR_STATE, Rule, get_rule, rule, rule_names
-from symdist.rules.requests import Asking, Orthonormal, Request, Root, Stage, Sum, answer_alone, relayed
+from symdist.rules.requests import Asking, Orthonormal, Request, Root, StageSum, Sum, relayed, run_locally
 
 __all__ = [
     "ACCUMULATOR_STATE",
@@ -17,10 +17,9 @@ __all__ = [
     "Request",
     "Root",
     "Rule",
-    "Stage",
+    "StageSum",
     "Sum",
     "adamw",
-    "answer_alone",
     "aro",
     "aurora",
     "center_rows",
@@ -33,6 +32,7 @@ __all__ = [
     "row_norm",
     "rule",
     "rule_names",
+    "run_locally",
     "scion",
     "spectral",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from symdist.rules.matrix import Matrix
 from symdist.rules.registry import rule
-from symdist.rules.requests import Asking, Orthonormal, Stage, Sum
+from symdist.rules.requests import Asking, Orthonormal, StageSum, Sum
 
 Base: TypeAlias = Literal["sinkhorn", "row_norm", "sign", "adam", "identity"]
 
@@ -80,7 +80,7 @@ def aro(
             ahead_norm = yield Sum(values=ahead.square().sum((-2, -1), keepdim=True), across="columns")
             numbers = ahead.shape[-2] * matrix.columns
             weight = scale * (numbers / torch.where(ahead_norm > 0, ahead_norm, 1)).sqrt()
-        found = yield Stage(values=(m * weight) @ ahead.mT, orthonormal=True)
+        found = yield StageSum(values=(m * weight) @ ahead.mT, orthonormal=True)
     else:
         found = yield Orthonormal(values=m @ ahead.mT, across="columns")
     # Without any momentum there is nothing to turn to.
@@ -116,7 +116,7 @@ def _remembered(matrix: Matrix, *, coupled: bool) -> Generator[Any, Any, tuple[T
     magnitude = matrix.values.abs().sum((-2, -1)) / (matrix.rows * matrix.columns)
     if coupled:
         scale = yield Sum(values=magnitude[:, None, None], across="columns")
-        whole = yield Stage(values=whole)
+        whole = yield StageSum(values=whole)
     else:
         total = yield Sum(values=torch.cat([whole.flatten(1), magnitude[:, None]], dim=1), across="columns")
         scale, whole = total[:, -1, None, None], total[:, :-1].view(b, m, k)

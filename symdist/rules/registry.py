@@ -128,7 +128,7 @@ def rule(
     `splits` is a tuple, or a function of (options, rows, columns). `state` names what the rule remembers between
     steps, or is a function of the options that does: each is a tensor of the parameter's shape and layout, zero at the
     start, found in `matrix.state`; the rule then returns `(update, {name: new})`. Only a rule that `couples` may ask
-    for a `Stage`, and all of a stage ask for the same ones, in one order. `ordered` refuses views under which the
+    for a `StageSum`, and all of a stage ask for the same ones, in one order. `ordered` refuses views under which the
     columns of a piece are not next to each other in the matrix. Raises ValueError for a name already taken.
     """
 

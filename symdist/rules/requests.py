@@ -23,7 +23,7 @@ class Sum:
     values: Tensor
     across: Axis
 
-    def alone(self) -> Tensor:
+    def answer_locally(self) -> Tensor:
         """The answer where nobody holds another part."""
         return self.values
 
@@ -41,7 +41,7 @@ class Root:
     numerics: Numerics
     unit: Tensor | None = None
 
-    def alone(self) -> InverseRoot:
+    def answer_locally(self) -> InverseRoot:
         """The answer where this rank holds the whole matrix."""
         return inverse_root(self.gram, self.numerics).of_larger(self.unit)
 
@@ -56,7 +56,7 @@ class Orthonormal:
     values: Tensor
     across: Axis
 
-    def alone(self) -> Tensor:
+    def answer_locally(self) -> Tensor:
         """The answer where this rank holds the whole matrix."""
         return orthonormal(self.values)
 
@@ -66,7 +66,7 @@ class Orthonormal:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Stage:
+class StageSum:
     """Add `values` `[b, m, k]` over all matrices of the same stage, and all ranks that hold some of them.
 
     Answered, for every matrix, with the sum of its stage, or with that sum's columns made orthonormal.
@@ -75,12 +75,12 @@ class Stage:
     values: Tensor
     orthonormal: bool = False
 
-    def alone(self) -> Tensor:
+    def answer_locally(self) -> Tensor:
         """The answer where every matrix is a stage of its own."""
         return orthonormal(self.values) if self.orthonormal else self.values
 
 
-Request: TypeAlias = Sum | Root | Orthonormal | Stage
+Request: TypeAlias = Sum | Root | Orthonormal | StageSum
 Asking: TypeAlias = Generator[Any, Any, Any]
 """The type of a running rule: it yields requests, is sent their answers, and returns the update, or that and state."""
 
@@ -96,11 +96,11 @@ def relayed(asking: Generator[Any, Any, T], relay: Callable[[Any], Generator[Any
         answer = yield from relay(request)
 
 
-def answer_alone(asking: Generator[Any, Any, T]) -> T:
+def run_locally(asking: Generator[Any, Any, T]) -> T:
     """Run a rule on a matrix that is whole on this rank: every request answers itself."""
     answer: Any = None
     while True:
         try:
-            answer = asking.send(answer).alone()
+            answer = asking.send(answer).answer_locally()
         except StopIteration as finished:
             return finished.value

@@ -265,17 +265,17 @@ def _alternatives(simulated: Simulated, ours: Costs) -> list[Alternative]:
     for member in simulated.members:
         if member.stack is None or not member.rule.matrices:
             continue
-        cells = _cells(member.layout)
+        shards = _num_shards(member.layout)
         role = simulated.groups[member.group]["role"]
-        matrices += cells > 1
+        matrices += shards > 1
         all_work += _unit_flops(member.stack) * units_of(member.stack)
-        gathered += math.prod(member.layout.shape) * 4 * (cells - 1) / cells
+        gathered += math.prod(member.layout.shape) * 4 * (shards - 1) / shards
         if role not in ("embedding", "tied_embedding", "head", "router"):
-            by_shape.setdefault((member.layout.shape, cells), []).append(member.stack)
-    for (shape, cells), stacks in by_shape.items():
+            by_shape.setdefault((member.layout.shape, shards), []).append(member.stack)
+    for (shape, shards), stacks in by_shape.items():
         # Batches of as many as there are ranks, the last one padded; bfloat16 there and back.
-        batches = -(-len(stacks) // cells)
-        exchanged += 2 * batches * math.prod(shape) * 2 * (cells - 1) / cells
+        batches = -(-len(stacks) // shards)
+        exchanged += 2 * batches * math.prod(shape) * 2 * (shards - 1) / shards
         shared_work += batches * _unit_flops(stacks[0]) * units_of(stacks[0])
     return [
         Alternative(name="this plan", sent=ours.sent, collectives=ours.collectives, flops=ours.flops),
@@ -283,16 +283,16 @@ def _alternatives(simulated: Simulated, ours: Costs) -> list[Alternative]:
         Alternative(
             name="Muon by all-to-all of equal shapes, AdamW elsewhere",
             sent=exchanged,
-            collectives=2 * sum(-(-len(stacks) // cells) for (_, cells), stacks in by_shape.items() if cells > 1),
+            collectives=2 * sum(-(-len(stacks) // shards) for (_, shards), stacks in by_shape.items() if shards > 1),
             flops=shared_work,
         ),
         Alternative(name="AdamW", sent=0.0, collectives=0, flops=0.0),
     ]
 
 
-def _cells(layout: Layout | FlatLayout) -> int:
+def _num_shards(layout: Layout | FlatLayout) -> int:
     """Among how many ranks a weight is cut."""
-    group = layout.group if isinstance(layout, FlatLayout) else layout.cells
+    group = layout.group if isinstance(layout, FlatLayout) else layout.shard_group
     return group.size if group is not None else 1
 
 

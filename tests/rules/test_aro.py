@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from symdist import SymDist
-from symdist.rules import Matrix, answer_alone, get_rule
+from symdist.rules import Matrix, get_rule, run_locally
 from symdist.rules.linalg.orthonormal import orthonormal
 
 BASES = ("sinkhorn", "row_norm", "sign", "adam", "identity")
@@ -24,7 +24,7 @@ def remembering(values: Tensor, base: str) -> dict[str, Tensor]:
 
 def aro(values: Tensor, state: dict[str, Tensor], **options: Any) -> tuple[Tensor, dict[str, Tensor]]:
     matrix = Matrix(values=values, rows=values.shape[-2], columns=values.shape[-1], state=state)
-    return answer_alone(get_rule("aro").update(matrix, **options))
+    return run_locally(get_rule("aro").update(matrix, **options))
 
 
 def rotation(state: dict[str, Tensor]) -> Tensor:

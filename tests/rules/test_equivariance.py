@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from symdist import SymDist, rule_names
-from symdist.rules import Matrix, answer_alone, get_rule
+from symdist.rules import Matrix, get_rule, run_locally
 
 Options = dict[str, Any]
 
@@ -388,7 +388,7 @@ def test_no_rule_writes_to_its_input(name: str, dtype: torch.dtype) -> None:
     before = values.clone()
     state = {name: torch.rand(2, 9, 5, dtype=dtype) for name in rule.remembers({**rule.defaults, **given})}
     kept = {name: held.clone() for name, held in state.items()}
-    update = answer_alone(
+    update = run_locally(
         rule.update(Matrix(values=values, rows=9, columns=5, state=state), **{**rule.defaults, **given})
     )
     if isinstance(update, tuple):

@@ -1,5 +1,6 @@
 """DeepSpeed engines in test ranks: a model whose gradients are given, and what a step makes of its weights."""
 
+import importlib
 import logging
 import os
 import random
@@ -14,7 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-import symdist_deepspeed  # noqa: F401  It registers the type.
+import symdist_deepspeed
 from symdist import SymDist
 from symdist_deepspeed.transport import Staged
 from tests.cases import CASES
@@ -33,6 +34,7 @@ def connect() -> None:
     os.environ["RANK"] = str(dist.get_rank())
     os.environ["WORLD_SIZE"] = str(dist.get_world_size())
     os.environ["DS_ACCELERATOR"] = "cpu"
+    symdist_deepspeed.register()
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
 
@@ -233,7 +235,7 @@ def strange_parameter(mesh: DeviceMesh, cases: list[str]) -> str:
 
 def another_deepspeed(mesh: DeviceMesh) -> tuple[str, str]:
     """What registering says where something is missing, and whether the type is still there after."""
-    from symdist_deepspeed import registration
+    registration: Any = importlib.import_module("symdist_deepspeed.register")
 
     there = getattr(torch.optim, registration.TYPE)
     needed = dict(registration._NEEDED)

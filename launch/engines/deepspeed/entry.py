@@ -39,7 +39,9 @@ def _import_deepspeed() -> None:
         # DeepSpeed looks for itself what devices there are, at its import.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        import symdist_deepspeed  # noqa: F401  It registers the type.
+        import symdist_deepspeed
+
+        symdist_deepspeed.register()
     except ModuleNotFoundError as error:
         if error.name != "deepspeed":
             raise

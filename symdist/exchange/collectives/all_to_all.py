@@ -16,11 +16,11 @@ def answer_ships(
 ) -> Generator[Any, None, list[list[Tensor]]]:
     """Every rank receives the pieces of what it owns and puts them together."""
     likes = [request.like for request in requests]
-    routes = [(request.route, len(request.layers)) for request in requests]
-    kept = [[request.route.kept(layer) for layer in request.layers] for request in requests]
+    routes = [(request.route, len(request.fields)) for request in requests]
+    kept = [[request.route.kept(field) for field in request.fields] for request in requests]
     moving = _all_to_all(
-        [_merged([request.route.sent_pieces(layer) for layer in request.layers]) for request in requests],
-        [_times(route.received_pieces(), layers) for route, layers in routes],
+        [_merged([request.route.sent_pieces(field) for field in request.fields]) for request in requests],
+        [_times(route.received_pieces(), fields) for route, fields in routes],
         like=likes[0].to(requests[0].dtype),
         group=group,
         transport=transport,
@@ -31,9 +31,9 @@ def answer_ships(
     return [
         [
             route.wholes(parts, like=like, kept=here)
-            for parts, here in zip(_layers(received.pop(0), layers), kept.pop(0), strict=True)
+            for parts, here in zip(_fields(received.pop(0), fields), kept.pop(0), strict=True)
         ]
-        for (route, layers), like in zip(routes, likes, strict=True)
+        for (route, fields), like in zip(routes, likes, strict=True)
     ]
 
 
@@ -42,11 +42,11 @@ def answer_returns(
 ) -> Generator[Any, None, list[list[list[Tensor]]]]:
     """Every owner cuts what it made and sends each rank its piece."""
     likes = [request.like for request in requests]
-    routes = [(request.route, len(request.layers), request.shape) for request in requests]
-    kept = [[request.route.kept_home(layer) for layer in request.layers] for request in requests]
+    routes = [(request.route, len(request.fields), request.shape) for request in requests]
+    kept = [[request.route.kept_home(field) for field in request.fields] for request in requests]
     moving = _all_to_all(
-        [_merged([request.route.sent_home(layer) for layer in request.layers]) for request in requests],
-        [_times(route.received_home(), layers) for route, layers, _ in routes],
+        [_merged([request.route.sent_home(field) for field in request.fields]) for request in requests],
+        [_times(route.received_home(), fields) for route, fields, _ in routes],
         like=likes[0].to(requests[0].dtype),
         group=group,
         transport=transport,
@@ -56,24 +56,24 @@ def answer_returns(
     return [
         [
             route.home(parts, shape=shape, like=like, kept=here)
-            for parts, here in zip(_layers(received.pop(0), layers), kept.pop(0), strict=True)
+            for parts, here in zip(_fields(received.pop(0), fields), kept.pop(0), strict=True)
         ]
-        for (route, layers, shape), like in zip(routes, likes, strict=True)
+        for (route, fields, shape), like in zip(routes, likes, strict=True)
     ]
 
 
-def _merged(layers: list[dict[int, list[Tensor]]]) -> dict[int, list[Tensor]]:
-    """What goes to each rank, one layer after another."""
-    return {rank: [tensor for layer in layers for tensor in layer[rank]] for rank in layers[0]}
+def _merged(fields: list[dict[int, list[Tensor]]]) -> dict[int, list[Tensor]]:
+    """What goes to each rank, one field after another."""
+    return {rank: [tensor for field in fields for tensor in field[rank]] for rank in fields[0]}
 
 
-def _times(counts: dict[int, int], layers: int) -> dict[int, int]:
-    return {rank: count * layers for rank, count in counts.items()}
+def _times(counts: dict[int, int], fields: int) -> dict[int, int]:
+    return {rank: count * fields for rank, count in counts.items()}
 
 
-def _layers(received: dict[int, Tensor], layers: int) -> list[dict[int, Tensor]]:
-    """The inverse of `_merged`, on what arrived: by rank, each layer's share of one flat buffer."""
-    return [{rank: flat.chunk(layers)[i] for rank, flat in received.items()} for i in range(layers)]
+def _fields(received: dict[int, Tensor], fields: int) -> list[dict[int, Tensor]]:
+    """The inverse of `_merged`, on what arrived: by rank, each field's share of one flat buffer."""
+    return [{rank: flat.chunk(fields)[i] for rank, flat in received.items()} for i in range(fields)]
 
 
 def _all_to_all(

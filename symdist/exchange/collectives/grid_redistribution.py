@@ -54,7 +54,7 @@ class GridRedistribution:
         experts = canonical_shape(layout.shape)[0]
         me = self.group.index
         self.here = self.boxes[me]
-        self._copy = layout.replica
+        self._copy = layout.replica_ids
         self.whole_here = not layout.splits
 
         self.outgoing: dict[int, list[int]] = {}

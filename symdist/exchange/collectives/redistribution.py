@@ -43,11 +43,11 @@ class Redistribution(Protocol):
 class Gather:
     """Send this rank's pieces along `route`, as `dtype`; answered with what is put together here.
 
-    A layer is one tensor of each parameter; all layers travel together and are answered one by one, in the dtype and
+    A field is one tensor of each parameter; all fields travel together and are answered one by one, in the dtype and
     on the device of `like`, an empty tensor.
     """
 
-    layers: Sequence[Sequence[Tensor]]
+    fields: Sequence[Sequence[Tensor]]
     route: Redistribution
     dtype: torch.dtype
     like: Tensor
@@ -55,9 +55,9 @@ class Gather:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scatter:
-    """Send the layers made here back, as `dtype`; answered with this rank's pieces, layer by layer, like `like`."""
+    """Send the fields made here back, as `dtype`; answered with this rank's pieces, field by field, like `like`."""
 
-    layers: Sequence[Tensor]
+    fields: Sequence[Tensor]
     route: Redistribution
     dtype: torch.dtype
     like: Tensor

@@ -10,7 +10,7 @@ from torch import Tensor
 from symdist.exchange.collectives.reduce import answer_shared, answer_sums
 from symdist.exchange.collectives.transport import Transport
 from symdist.layouts import Group
-from symdist.rules import Orthonormal, Places, Stage, Sum, relayed
+from symdist.rules import Orthonormal, Places, StageSum, Sum, relayed
 
 T = TypeVar("T")
 
@@ -88,24 +88,24 @@ class StageContribution:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StageSum:
-    """A rule's `Stage` with who asks it."""
+class StageRequest:
+    """A rule's `StageSum` with who asks it."""
 
-    asked: Stage
+    asked: StageSum
     share: StageContribution
 
 
 def shared(asking: Generator[Any, Any, Any], share: StageContribution) -> Generator[Any, Any, Any]:
-    """The generator with its `Stage` requests made those of `share`."""
+    """The generator with its `StageSum` requests made those of `share`."""
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
-        return (yield StageSum(asked=request, share=share) if isinstance(request, Stage) else request)
+        return (yield StageRequest(asked=request, share=share) if isinstance(request, StageSum) else request)
 
     return relayed(asking, relay)
 
 
 def answer_stages(
-    requests: Sequence[StageSum],
+    requests: Sequence[StageRequest],
     *,
     group: Group | None,
     transport: Transport,
@@ -128,7 +128,7 @@ def answer_stages(
         Orthonormal(values=total, across="all") if requests[0].asked.orthonormal else Sum(values=total, across="all")
     )
     if group is None or group.size == 1:
-        found = answer.alone()
+        found = answer.answer_locally()
     elif isinstance(answer, Orthonormal):
         (found,) = yield from answer_shared([answer], group=group, transport=transport, loads=loads)
     else:

@@ -20,16 +20,16 @@ from symdist.exchange.execution.job import (
     Strategy,
     Tensors,
     WriteOutputs,
-    alone_but_for_stages,
-    finished,
-    noted,
-    updated,
+    answered_locally,
+    observed,
+    run_rule,
+    written,
 )
 from symdist.exchange.execution.scheduler import Task
 from symdist.layouts import Group
 from symdist.layouts.flat import FlatLayout, elements_of, matrices_of, runs_of_rows
 from symdist.matrix_views import SplitKind
-from symdist.rules import answer_alone
+from symdist.rules import run_locally
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class FlatJob:
     communication_dtype: torch.dtype = torch.float32
     stages: tuple[StageSlot, ...] = ()
     """Of `everyone`, where their rule couples the matrices of a stage; they are then all put together by owners."""
-    across: tuple[int, ...] = ()
+    column_blocks: tuple[int, ...] = ()
     """Blocks of columns that the matrices are cut in first."""
 
     @property
@@ -75,7 +75,7 @@ class FlatJob:
     def summed(self) -> dict[SplitKind, Group]:
         """What the rule's sums run across."""
         in_place = self.strategy == "reduce" and not self.alone
-        return {axis: group for axis, group in self.stack.seen.items() if axis != "batch"} if in_place else {}
+        return {axis: group for axis, group in self.stack.splits.items() if axis != "batch"} if in_place else {}
 
     @functools.cached_property
     def route(self) -> FlatRedistribution:
@@ -87,52 +87,58 @@ class FlatJob:
             want = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
         return FlatRedistribution(self.group, have=have, want=want)
 
-    def task(self, begin: ReadInputs, done: WriteOutputs, *, note: RootObserver | None = None) -> Task:
+    def task(
+        self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_root: RootObserver | None = None
+    ) -> Task:
         """The job as a task, see `Job.task`."""
         if self.strategy == "local":
-            asking = noted(self._here(begin), note, range(len(self.members)), self.group.size)
-            return Task(finished(self.stack, asking, done))
+            asking = observed(self._here(read_inputs), observe_root, range(len(self.members)), self.group.size)
+            return Task(written(self.stack, asking, write_outputs))
         along: dict[str, Group] = dict(self.summed.items())
-        together = finished(self.stack, self._together(begin, note), done)
+        together = written(self.stack, self._together(read_inputs, observe_root), write_outputs)
         return Task(together, along=along, home=self.group, strategy=self.strategy)
 
-    def _here(self, begin: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
+    def _here(self, read_inputs: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
         shape = self.stack.layout.shape
-        layers = [
-            (torch.stack(layer) if len(layer) > 1 else layer[0]).view(-1, *shape)
-            for layer in begin().layers(self.stack.dtype)
+        fields = [
+            (torch.stack(field) if len(field) > 1 else field[0]).view(-1, *shape)
+            for field in read_inputs().fields(self.stack.dtype)
         ]
-        made = yield from updated(self.stack, layers, [range(size) for size in shape])
-        return [list(layer.flatten(1)) for layer in made]
+        made = yield from run_rule(self.stack, fields, [range(size) for size in shape])
+        return [list(field.flatten(1)) for field in made]
 
-    def _together(self, begin: ReadInputs, note: RootObserver | None) -> Generator[Any, Any, list[Tensors]]:
+    def _together(
+        self, read_inputs: ReadInputs, observe_root: RootObserver | None
+    ) -> Generator[Any, Any, list[Tensors]]:
         stack, route = self.stack, self.route
         # Whether a row was touched is known only where the row is whole, so that travels too.
-        layers = begin().layers(stack.dtype)
+        fields = read_inputs().fields(stack.dtype)
         if self.travels:
-            wanted = yield Gather(layers=layers, route=route, dtype=self.communication_dtype, like=stack.like)
+            wanted = yield Gather(fields=fields, route=route, dtype=self.communication_dtype, like=stack.like)
         else:
-            wanted = [route.wholes({}, like=stack.like, kept=route.kept(layer)) for layer in layers]
-        del layers
+            wanted = [route.wholes({}, like=stack.like, kept=route.kept(field)) for field in fields]
+        del fields
         if self.summed:
-            made = yield from noted(self._updated_in_place(wanted), note, range(len(self.members)), 1)
+            made = yield from observed(self._updated_in_place(wanted), observe_root, range(len(self.members)), 1)
         elif self.stages:
-            made = yield from self._updated_in_stages(wanted, note)
+            made = yield from self._updated_in_stages(wanted, observe_root)
         else:
-            made = self._updated_alone(wanted, note)
+            made = self._updated_alone(wanted, observe_root)
         del wanted
         if self.travels:
-            return (yield Scatter(layers=made, route=route, dtype=self.communication_dtype, like=stack.like, shape=()))
-        return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(layer)) for layer in made]
+            return (yield Scatter(fields=made, route=route, dtype=self.communication_dtype, like=stack.like, shape=()))
+        return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(field)) for field in made]
 
     def _updated_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
         """All are cut alike: one stack, whose sums run over the other ranks."""
         layout = self.stack.layout
-        stacks = [layer.view(len(self.members), *layout.local_shape) for layer in wanted]
-        made = yield from updated(self.stack, stacks, layout.box)
+        stacks = [field.view(len(self.members), *layout.local_shape) for field in wanted]
+        made = yield from run_rule(self.stack, stacks, layout.box)
         return [tensor.reshape(-1) for tensor in made]
 
-    def _updated_in_stages(self, wanted: list[Tensor], note: RootObserver | None) -> Generator[Any, Any, list[Tensor]]:
+    def _updated_in_stages(
+        self, wanted: list[Tensor], observe_root: RootObserver | None
+    ) -> Generator[Any, Any, list[Tensor]]:
         """All that this rank owns, be it nothing: it still has a part in sums over stages."""
         stack = self.stack
         stage_of = dict(zip(self.everyone, self.stages, strict=True))
@@ -140,13 +146,13 @@ class FlatJob:
         here = [stage_of[self.members[i]] for i in owned for _ in range(stack.view.count)]
         share = StageContribution.of(here, self.stages, copies=1)
         shape = stack.layout.shape
-        flat = [layer.view(len(owned), math.prod(shape)) for layer in wanted]
-        stacks = [matrices_of(layer, shape, across=self.across) for layer in flat]
-        asking = updated(stack, stacks, [range(size) for size in shape], share)
-        made = yield from alone_but_for_stages(noted(asking, note, owned, self.group.size))
-        return [elements_of(layer, across=self.across).reshape(-1) for layer in made]
+        flat = [field.view(len(owned), math.prod(shape)) for field in wanted]
+        stacks = [matrices_of(field, shape, column_blocks=self.column_blocks) for field in flat]
+        asking = run_rule(stack, stacks, [range(size) for size in shape], share)
+        made = yield from answered_locally(observed(asking, observe_root, owned, self.group.size))
+        return [elements_of(field, column_blocks=self.column_blocks).reshape(-1) for field in made]
 
-    def _updated_alone(self, wanted: list[Tensor], note: RootObserver | None) -> list[Tensor]:
+    def _updated_alone(self, wanted: list[Tensor], observe_root: RootObserver | None) -> list[Tensor]:
         """Each matrix, or its rows, by itself: those of as many rows in one stack."""
         stack = self.stack
         made = [torch.empty_like(wanted[0]) for _ in range(1 + stack.masked + len(stack.state_names))]
@@ -163,22 +169,22 @@ class FlatJob:
             places = list(of_members.values())
             rows = range(start // row, (start + size) // row)
             shape = (len(places), len(rows), *stack.layout.shape[1:])
-            flat = [_stacked(layer, places).view(len(places), -1) for layer in wanted]
+            flat = [_stacked(field, places).view(len(places), -1) for field in wanted]
             # Blocks of columns are put side by side where the matrix is whole, and only there.
             stacks = [
-                self.layouts[0].matrix(layer) if self.strategy == "owner" else layer.view(shape) for layer in flat
+                self.layouts[0].matrix(field) if self.strategy == "owner" else field.view(shape) for field in flat
             ]
-            asking = updated(stack, stacks, [rows, *(range(size) for size in stack.layout.shape[1:])])
-            found = answer_alone(noted(asking, note, list(of_members), self.group.size))
-            for layer, tensor in zip(made, found, strict=True):
+            asking = run_rule(stack, stacks, [rows, *(range(size) for size in stack.layout.shape[1:])])
+            found = run_locally(observed(asking, observe_root, list(of_members), self.group.size))
+            for field, tensor in zip(made, found, strict=True):
                 back = self.layouts[0].elements(tensor) if self.strategy == "owner" else tensor.flatten(1)
                 for at, one in zip(places, back, strict=True):
-                    layer[at] = one
+                    field[at] = one
         return made
 
 
-def _stacked(layer: Tensor, places: list[slice]) -> Tensor:
+def _stacked(field: Tensor, places: list[slice]) -> Tensor:
     """The parts of a vector; without a copy where they follow each other."""
     if all(a.stop == b.start for a, b in itertools.pairwise(places)):
-        return layer[places[0].start : places[-1].stop]
-    return torch.stack([layer[place] for place in places])
+        return field[places[0].start : places[-1].stop]
+    return torch.stack([field[place] for place in places])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from symdist.exchange.collectives.grid_redistribution import GridRedistribution
 from symdist.exchange.collectives.redistribution import Gather, Scatter
-from symdist.exchange.collectives.residual_sums import StageContribution, StageSlot, StageSum, shared
+from symdist.exchange.collectives.residual_sums import StageContribution, StageRequest, StageSlot, shared
 from symdist.exchange.execution.scheduler import Task
 from symdist.layouts import Group
 from symdist.matrix_views import SplitKind, View
@@ -36,7 +36,7 @@ class StepInputs:
     gradients: Tensors | None = None
     states: tuple[Tensors, ...] = ()
 
-    def layers(self, dtype: torch.dtype) -> list[Tensors]:
+    def fields(self, dtype: torch.dtype) -> list[Tensors]:
         """All there is of every parameter, of one dtype; of gradients, where they are not zero."""
         touched = [] if self.gradients is None else [[gradient.ne(0).to(dtype) for gradient in self.gradients]]
         return [self.directions, *touched, *self.states]
@@ -114,16 +114,16 @@ class Stack:
         """Whether some weights may not move."""
         return self.skip_zero_grad_rows or self.padding_rows > 0
 
-    def made(self, layers: Sequence[Tensors]) -> StepOutputs:
-        """The layers that `updated` made, by what they are."""
+    def made(self, fields: Sequence[Tensors]) -> StepOutputs:
+        """The fields that `run_rule` made, by what they are."""
         first = 1 + self.masked
-        return StepOutputs(updates=layers[0], moved=layers[1] if self.masked else None, states=tuple(layers[first:]))
+        return StepOutputs(updates=fields[0], moved=fields[1] if self.masked else None, states=tuple(fields[first:]))
 
     @functools.cached_property
-    def seen(self) -> dict[SplitKind, Group]:
+    def splits(self) -> dict[SplitKind, Group]:
         """What the splits of the layout are to the matrices, and the ranks over which each runs."""
         # Several splits that run between matrices, or tear them, differ in nothing that matters here.
-        return {self.view.seen(split): self.layout.group_of(split) for split in self.layout.splits}
+        return {self.view.split_kind(split): self.layout.group_of(split) for split in self.layout.splits}
 
     def first_column(self, box: Sequence[range]) -> int:
         """Where the columns of a piece begin in the matrix."""
@@ -165,45 +165,57 @@ class Job:
         """How the matrices of an owner's job travel."""
         return GridRedistribution(self.stack.layout, count=len(self.members), owners=self.owners)
 
-    def task(self, begin: ReadInputs, done: WriteOutputs, *, note: RootObserver | None = None) -> Task:
-        """The job as a task that calls `begin` when it starts and `done` when it has run.
+    def task(
+        self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_root: RootObserver | None = None
+    ) -> Task:
+        """The job as a task that calls `read_inputs` when it starts and `write_outputs` when it has run.
 
-        `note`, where given, is told every inverse root that is taken or received here.
+        `observe_root`, where given, is told every inverse root that is taken or received here.
         """
         home = self.stack.layout.group
         if self.strategy == "owner":
-            return Task(finished(self.stack, self._at_owners(begin, note), done), home=home, strategy="owner")
+            return Task(
+                written(self.stack, self._at_owners(read_inputs, observe_root), write_outputs),
+                home=home,
+                strategy="owner",
+            )
         # Every rank speaks that holds a part of the matrices: all of them, over as many as have other ones.
-        batch = self.stack.seen.get("batch")
+        batch = self.stack.splits.get("batch")
         ranks = batch.size if batch is not None else 1
-        asking = finished(self.stack, noted(self._in_place(begin), note, range(len(self.members)), ranks), done)
+        asking = written(
+            self.stack,
+            observed(self._in_place(read_inputs), observe_root, range(len(self.members)), ranks),
+            write_outputs,
+        )
         if self.strategy == "local" and not self.stages:
             return Task(asking)
-        along: dict[str, Group] = {axis: group for axis, group in self.stack.seen.items() if axis != "batch"}
+        along: dict[str, Group] = {axis: group for axis, group in self.stack.splits.items() if axis != "batch"}
         return Task(asking, along=along, home=home, strategy=self.strategy)
 
-    def _in_place(self, begin: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
-        layers = [
-            torch.stack(layer) if len(layer) > 1 else layer[0].unsqueeze(0)
-            for layer in begin().layers(self.stack.dtype)
+    def _in_place(self, read_inputs: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
+        fields = [
+            torch.stack(field) if len(field) > 1 else field[0].unsqueeze(0)
+            for field in read_inputs().fields(self.stack.dtype)
         ]
         share = None
         if self.stages:
-            matrices = self.stack.view.matrices(layers[0]).shape[0] // len(self.members)
+            matrices = self.stack.view.matrices(fields[0]).shape[0] // len(self.members)
             here = [stage for stage in self.stages for _ in range(matrices)]
-            share = StageContribution.of(here, self.stages, copies=self.stack.layout.replicas)
-        made = yield from updated(self.stack, layers, self.stack.layout.box, share)
-        return [list(layer.unbind(0)) for layer in made]
+            share = StageContribution.of(here, self.stages, copies=self.stack.layout.num_replicas)
+        made = yield from run_rule(self.stack, fields, self.stack.layout.box, share)
+        return [list(field.unbind(0)) for field in made]
 
-    def _at_owners(self, begin: ReadInputs, note: RootObserver | None) -> Generator[Any, Any, list[Tensors]]:
+    def _at_owners(
+        self, read_inputs: ReadInputs, observe_root: RootObserver | None
+    ) -> Generator[Any, Any, list[Tensors]]:
         stack, route = self.stack, self.route
         # Whether a row was touched is known only where the row is whole, so that travels too.
-        layers = begin().layers(stack.dtype)
+        fields = read_inputs().fields(stack.dtype)
         if route.whole_here:
-            wholes = [route.own_wholes(layer) for layer in layers]
+            wholes = [route.own_wholes(field) for field in fields]
         else:
-            wholes = yield Gather(layers=layers, route=route, dtype=self.communication_dtype, like=stack.like)
-        del layers
+            wholes = yield Gather(fields=fields, route=route, dtype=self.communication_dtype, like=stack.like)
+        del fields
         made = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
         # Who owns nothing still has a part in sums over stages.
         if route.owned or self.stages:
@@ -215,14 +227,14 @@ class Job:
             if self.stages:
                 here = [self.stages[unit] for unit in units for _ in range(stack.view.count // experts)]
                 share = StageContribution.of(here, self.stages, copies=1)
-            asking = updated(stack, wholes, [range(size) for size in stack.layout.shape], share)
-            made = yield from alone_but_for_stages(noted(asking, note, units, route.group.size))
+            asking = run_rule(stack, wholes, [range(size) for size in stack.layout.shape], share)
+            made = yield from answered_locally(observed(asking, observe_root, units, route.group.size))
             if len(stack.layout.shape) == 1:
                 made = [tensor.unsqueeze(-1) for tensor in made]
         del wholes
         return (
             yield Scatter(
-                layers=made,
+                fields=made,
                 route=route,
                 dtype=self.communication_dtype,
                 like=stack.like,
@@ -236,47 +248,51 @@ def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.d
     return stack.dtype if communication_dtype is None or stack.state_names else communication_dtype
 
 
-def finished(stack: Stack, asking: Generator[Any, Any, list[Tensors]], done: WriteOutputs) -> Generator[Any, Any, None]:
-    """The generator with its result handed to `done`."""
+def written(
+    stack: Stack, asking: Generator[Any, Any, list[Tensors]], write_outputs: WriteOutputs
+) -> Generator[Any, Any, None]:
+    """The generator with its result handed to `write_outputs`."""
     # Handed on at once, so that no update outlives its use while others are under way.
-    done(stack.made((yield from asking)))
+    write_outputs(stack.made((yield from asking)))
 
 
-def alone_but_for_stages(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+def answered_locally(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
     """The generator of matrices that are whole here: what it asks answers itself, sums over stages apart."""
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
-        return (yield request) if isinstance(request, StageSum) else request.alone()
+        return (yield request) if isinstance(request, StageRequest) else request.answer_locally()
 
     return relayed(asking, relay)
 
 
-def noted(
-    asking: Generator[Any, Any, T], note: RootObserver | None, members: Sequence[int], ranks: float
+def observed(
+    asking: Generator[Any, Any, T], observe_root: RootObserver | None, members: Sequence[int], ranks: float
 ) -> Generator[Any, Any, T]:
-    """The generator with every inverse root it is answered told to `note`: of `members`, and for so many `ranks`."""
-    if note is None:
+    """The generator with every inverse root it is answered told to `observe_root`: of `members`, and for so many
+    `ranks`.
+    """
+    if observe_root is None:
         return asking
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
         answer = yield request
         if isinstance(answer, InverseRoot):
-            note(answer, members, ranks)
+            observe_root(answer, members, ranks)
         return answer
 
     return relayed(asking, relay)
 
 
-def updated(
-    stack: Stack, layers: Sequence[Tensor], box: Sequence[range], share: StageContribution | None = None
+def run_rule(
+    stack: Stack, fields: Sequence[Tensor], box: Sequence[range], share: StageContribution | None = None
 ) -> Generator[Any, Any, list[Tensor]]:
     """Run the rule on stacks of pieces or wholes, which are what `box` tells of every stored dimension.
 
-    The layers are those of `StepInputs.layers`, and become those of `StepOutputs`: the update, where it may move for a
+    The fields are those of `StepInputs.fields`, and become those of `StepOutputs`: the update, where it may move for a
     stack of which not all does, and the new state. `share` is given where the rule couples the matrices of a stage.
     """
-    shape = tuple(layers[0].shape)
-    values, *others = [stack.view.matrices(layer) for layer in layers]
+    shape = tuple(fields[0].shape)
+    values, *others = [stack.view.matrices(field) for field in fields]
     touched = others.pop(0).ne(0) if stack.skip_zero_grad_rows else None
     real = _real(stack, box, values)
     if real is not None:
@@ -302,7 +318,7 @@ def updated(
         assert moved is not None
         made = [update * moved, moved.expand_as(update)]
     made += [state[name] for name in stack.state_names]
-    return [stack.view.to_stored(layer, shape) for layer in made]
+    return [stack.view.to_stored(field, shape) for field in made]
 
 
 def _real(stack: Stack, box: Sequence[range], values: Tensor) -> Tensor | None:

@@ -11,7 +11,7 @@ from symdist.exchange.collectives.all_to_all import answer_returns, answer_ships
 from symdist.exchange.collectives.progress import ExchangeError, PendingCollective, StepProgress
 from symdist.exchange.collectives.redistribution import Gather, Scatter
 from symdist.exchange.collectives.reduce import answer_shared, answer_sums
-from symdist.exchange.collectives.residual_sums import StageSum, answer_stages
+from symdist.exchange.collectives.residual_sums import StageRequest, answer_stages
 from symdist.exchange.collectives.transport import Handle, Transport
 from symdist.layouts import Group
 from symdist.rules import Orthonormal, Root, Sum
@@ -21,7 +21,7 @@ _ANSWERS: dict[type, Any] = {
     Sum: answer_sums,
     Root: answer_shared,
     Orthonormal: answer_shared,
-    StageSum: answer_stages,
+    StageRequest: answer_stages,
     Scatter: answer_returns,
 }
 
@@ -66,14 +66,14 @@ class Task:
         try:
             request = self.asking.send(answer)
             while not (groups := self._asked(request)):
-                request = self.asking.send(request.alone())
+                request = self.asking.send(request.answer_locally())
         except StopIteration:
             return
         assert len(groups) == 1 or isinstance(request, Sum), "what one rank works on is a sum over one axis"
         self.pending, self.group, self._then = request, groups[0], groups[1:]
 
     def _asked(self, request: Any) -> list[Group | None]:
-        if isinstance(request, StageSum):
+        if isinstance(request, StageRequest):
             # To this rank's other tasks, also where there is no other rank.
             return [self.home]
         if isinstance(request, Gather | Scatter):
@@ -195,9 +195,9 @@ class _WaveRun:
         last = [task for task in waiting if isinstance(task.pending, Scatter)]
         asking = [task for task in waiting if not isinstance(task.pending, Scatter)]
         # Roots and QRs wait for those still summing, so that all of them share one reduce-scatter.
-        sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal | StageSum)]
+        sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal | StageRequest)]
         # A stage's sum waits for all that have a part in it.
-        sooner = sooner or [task for task in asking if not isinstance(task.pending, StageSum)]
+        sooner = sooner or [task for task in asking if not isinstance(task.pending, StageRequest)]
         self._landing += [_Bucket(tasks, self._way) for tasks in _buckets(last)]
         self._up = [_Bucket(tasks, self._way) for tasks in _buckets(sooner or asking)]
         under_way = {id(task) for task in last}
@@ -208,7 +208,7 @@ def _buckets(tasks: list[Task]) -> list[list[Task]]:
     buckets: dict[tuple[Any, ...], list[Task]] = {}
     for task in tasks:
         key: tuple[Any, ...] = (list(_ANSWERS).index(type(task.pending)), task.group, *_kind(task.pending))
-        if isinstance(task.pending, StageSum):
+        if isinstance(task.pending, StageRequest):
             key = (*key, task.pending.asked.values.shape[1:], task.pending.asked.orthonormal)
         buckets.setdefault(key, []).append(task)
     return list(buckets.values())
@@ -220,7 +220,7 @@ def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
             return request.dtype, request.like.device
         case Root():
             return request.gram.dtype, request.gram.device
-        case StageSum():
+        case StageRequest():
             return request.asked.values.dtype, request.asked.values.device
     return request.values.dtype, request.values.device
 
@@ -242,7 +242,7 @@ class _Bucket:
         group = tasks[0].group
         self._group = group
         more = {}
-        if group is not None and isinstance(requests[0], Root | Orthonormal | StageSum):
+        if group is not None and isinstance(requests[0], Root | Orthonormal | StageRequest):
             more["loads"] = way.loads.setdefault(group, [0.0] * group.size)
         self._answering = _ANSWERS[type(requests[0])](requests, group=group, transport=way.transport, **more)
         self.handle: Handle | None = None

@@ -13,7 +13,7 @@ from symdist.exchange.collectives.grid_redistribution import canonical_shape
 from symdist.exchange.collectives.triangles import packed_size
 from symdist.exchange.execution.job import Stack
 from symdist.matrix_views import View
-from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, Stage
+from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, StageSum
 from symdist.rules.linalg.orthonormal import OPERATIONS
 
 Axis: TypeAlias = Literal["rows", "columns"]
@@ -96,7 +96,7 @@ def _ask(
                 answer = request.values
                 numbers = request.values.nbytes / dtype.itemsize
             # What a stage shares is not the one matrix's.
-            across = None if isinstance(request, Stage) else request.across
+            across = None if isinstance(request, StageSum) else request.across
             for axis in axes:
                 summed[axis] += numbers if across in (axis, "all") else 0
     return RuleCost(summed=summed, flops=counter.get_total_flops(), root_flops=root_flops)

@@ -32,7 +32,7 @@ class _Kind:
 
     stack: Stack
     name: str
-    across: tuple[int, ...]
+    column_blocks: tuple[int, ...]
     """Blocks of columns that the matrices are cut in first."""
     whole: Cut = field(default_factory=list)
     cut: Cut = field(default_factory=list)
@@ -73,9 +73,14 @@ def plan_flat(
     kinds: dict[tuple[Stack, tuple[int, ...]], _Kind] = {}
     for stack, members in stacks.items():
         assert isinstance(stack.layout, FlatLayout)
-        everywhere, across = dataclasses.replace(stack, layout=stack.layout.everywhere), stack.layout.across
-        kind = kinds.setdefault((everywhere, across), _Kind(stack=everywhere, name=names[members[0]], across=across))
-        (kind.whole if stack.layout.sole is not None and not across else kind.cut).extend(
+        everywhere, column_blocks = (
+            dataclasses.replace(stack, layout=stack.layout.everywhere),
+            stack.layout.column_blocks,
+        )
+        kind = kinds.setdefault(
+            (everywhere, column_blocks), _Kind(stack=everywhere, name=names[members[0]], column_blocks=column_blocks)
+        )
+        (kind.whole if stack.layout.sole_owner is not None and not column_blocks else kind.cut).extend(
             (i, stack.layout) for i in members
         )
     for kind in kinds.values():
@@ -84,7 +89,7 @@ def plan_flat(
         kind.cut.sort(key=lambda item: item[0])
     coupled = [kind for kind in kinds.values() if kind.stack.coupled]
     for kind in coupled:
-        kind.owners |= {i: layout.sole for i, layout in kind.whole if layout.sole is not None}
+        kind.owners |= {i: layout.sole_owner for i, layout in kind.whole if layout.sole_owner is not None}
         kind.sent, kind.whole = kind.whole, []
     _lighten([kind for kind in kinds.values() if not kind.stack.coupled], work)
     placed = [(kind, _choose(kind, communication_dtype)) for kind in kinds.values()]
@@ -101,7 +106,7 @@ def plan_flat(
                 kind.stack, part, owners | kind.owners, math.inf if kind.stack.coupled else budget, dtype
             )
             jobs += [
-                dataclasses.replace(job, stages=stages.of(job.everyone), across=kind.across)
+                dataclasses.replace(job, stages=stages.of(job.everyone), column_blocks=kind.column_blocks)
                 if kind.stack.coupled
                 else job
                 for job in of_part
@@ -132,9 +137,9 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
         here: dict[int, list[tuple[float, int, _Kind, FlatLayout]]] = {}
         for unit in units:
             _, _, kind, layout = unit
-            assert layout.sole is not None
-            loads[layout.sole] += _work(kind.stack)
-            here.setdefault(layout.sole, []).append(unit)
+            assert layout.sole_owner is not None
+            loads[layout.sole_owner] += _work(kind.stack)
+            here.setdefault(layout.sole_owner, []).append(unit)
         mean = sum(loads) / len(loads)
         # At most one move a matrix.
         for _ in units:
@@ -182,16 +187,16 @@ def _rows_stack(kind: _Kind, layout: FlatLayout) -> Stack:
 
 
 def _admits_rows(kind: _Kind) -> bool:
-    if kind.across:
+    if kind.column_blocks:
         return False
     # Whatever the cut: a view that tears one cut tears them all.
-    seen = set(_rows_stack(kind, kind.cut[0][1]).seen)
+    seen = set(_rows_stack(kind, kind.cut[0][1]).splits)
     return "unaligned" not in seen and seen <= {"batch", *kind.stack.admitted}
 
 
 def _alone(rows: Stack) -> bool:
     """Whether whole rows are all the rule needs."""
-    axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+    axes = [axis for axis in rows.splits if axis in ("rows", "columns")]
     if not axes:
         return True
     if rows.skip_zero_grad_rows and "columns" in axes:
@@ -206,7 +211,7 @@ def _reduce_cost(kind: _Kind) -> float:
     ranks = kind.group.size
     for layout, count in Counter(layout for _, layout in kind.cut).items():
         rows = _rows_stack(kind, layout)
-        axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+        axes = [axis for axis in rows.splits if axis in ("rows", "columns")]
         asked = shard_cost(rows, rows.layout.largest_shape, axes)
         sent = 2 * count * sum(asked.summed.values()) * (ranks - 1) / ranks * kind.stack.dtype.itemsize
         roots = asked.root_flops * -(-count // ranks)
@@ -246,8 +251,8 @@ def _add_work(kind: _Kind, strategy: Strategy, loads: list[float]) -> None:
     """The operations of every rank on what lies there."""
     unit = _work(kind.stack)
     for _, layout in kind.whole:
-        assert layout.sole is not None
-        loads[layout.sole] += unit
+        assert layout.sole_owner is not None
+        loads[layout.sole_owner] += unit
     for rank in kind.owners.values():
         loads[rank] += unit
     if strategy == "reduce":
@@ -281,7 +286,7 @@ def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int
 
 def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
     """Of the matrices that are whole on this rank; others need not know."""
-    here = [(i, layout) for i, layout in kind.whole if layout.sole == kind.group.index]
+    here = [(i, layout) for i, layout in kind.whole if layout.sole_owner == kind.group.index]
     each = 4.0 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
     step = max(1, int(budget // max(1.0, each)))
     return [_job(kind.stack, here[i : i + step], "local") for i in range(0, len(here), step)]
@@ -323,7 +328,7 @@ def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
 
 
 def _summed(rows: Stack) -> float:
-    axes = [axis for axis in rows.seen if axis in ("rows", "columns")]
+    axes = [axis for axis in rows.splits if axis in ("rows", "columns")]
     return sum(shard_cost(rows, rows.layout.largest_shape, axes).summed.values())
 
 

@@ -122,15 +122,15 @@ def make_plan(
 
 def _cut(stack: Stack) -> dict[Axis, Group]:
     """The splits that cut the matrices themselves, and over which ranks."""
-    return {seen: group for seen, group in stack.seen.items() if seen in ("rows", "columns")}
+    return {axis: group for axis, group in stack.splits.items() if axis in ("rows", "columns")}
 
 
 def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Strategy:
     cut = _cut(stack)
     costs: dict[Strategy, Callable[[], float]] = {}
-    if not cut and "unaligned" not in stack.seen:
+    if not cut and "unaligned" not in stack.splits:
         costs["local"] = lambda: count * _operations(stack) / FLOPS_PER_BYTE
-    elif "unaligned" not in stack.seen and set(cut) <= set(stack.admitted):
+    elif "unaligned" not in stack.splits and set(cut) <= set(stack.admitted):
         costs["reduce"] = lambda: _reduce_cost(stack, count, cut)
     if stack.layout.group is not None:
         costs["owner"] = lambda: _owner_cost(stack, count, communication_dtype)
@@ -156,14 +156,14 @@ def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> f
     """Of the busiest rank, in bytes sent: all its pieces there, its share of updates back to every copy."""
     layout = stack.layout
     assert layout.group is not None
-    ranks, copies = layout.group.size, layout.replicas
+    ranks, copies = layout.group.size, layout.num_replicas
     units = count * units_of(stack)
     share = -(-units // ranks)
     unit = math.prod(layout.shape) / units_of(stack)
-    cells = ranks // copies
-    layers = 1 + len(stack.state_names)
-    there = layers * count * math.prod(layout.largest_shape) * (cells - 1) / cells / copies
-    back = layers * share * unit * (copies - 1 / cells)
+    shards = ranks // copies
+    fields = 1 + len(stack.state_names)
+    there = fields * count * math.prod(layout.largest_shape) * (shards - 1) / shards / copies
+    back = fields * share * unit * (copies - 1 / shards)
     asked = unit_cost(stack)
     return (there + back) * communication_dtype.itemsize + share * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
 
@@ -236,8 +236,8 @@ def _flight_bytes(stack: Stack, strategy: Strategy) -> float:
         return ((4.0 + 3.0 * states) * piece + 6.0 * sum(summed.values())) * stack.dtype.itemsize
     assert stack.layout.group is not None
     share = math.prod(stack.layout.shape) / stack.layout.group.size
-    layers = 1 + states
-    return layers * (2.0 * piece + (6.0 + stack.layout.replicas) * share) * stack.dtype.itemsize
+    fields = 1 + states
+    return fields * (2.0 * piece + (6.0 + stack.layout.num_replicas) * share) * stack.dtype.itemsize
 
 
 def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
