@@ -46,7 +46,7 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stepped:
+class OptimizedTensor:
     """A tensor that DeepSpeed hands to the optimizer, in the param group of index `group`.
 
     `publish` brings its values to what the model computes with, for tensors that DeepSpeed has already brought there
@@ -59,7 +59,7 @@ class Stepped:
     publish: Callable[[], None] = field(default=lambda: None)
 
 
-def read_partitions(engine: Any) -> list[Stepped]:
+def read_partitions(engine: Any) -> list[OptimizedTensor]:
     """What the optimizer of an engine is handed in a step.
 
     Raises ValueError, naming it, for a wrapper that symdist does not know.
@@ -86,7 +86,7 @@ def ranks_of(group: Any) -> Group:
     return ascending(dist.group.WORLD if group is None else group)
 
 
-def _whole(engine: Any, pairs: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> list[Stepped]:
+def _whole(engine: Any, pairs: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> list[OptimizedTensor]:
     """Stage 0: parameters, or their masters, whole on all ranks of data parallelism; experts on those of theirs."""
     ranks: dict[Any, Group] = {}
 
@@ -98,13 +98,13 @@ def _whole(engine: Any, pairs: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> lis
         return ranks[name]
 
     return [
-        Stepped(tensor=stepped, group=i, parts=[Part(parameter=parameter, ranks=of(parameter))])
+        OptimizedTensor(tensor=stepped, group=i, parts=[Part(parameter=parameter, ranks=of(parameter))])
         for i, of_group in enumerate(pairs)
         for parameter, stepped in of_group
     ]
 
 
-def _stage_1_and_2(wrapper: Any) -> list[Stepped]:
+def _stage_1_and_2(wrapper: Any) -> list[OptimizedTensor]:
     found = []
     for i, tensor in enumerate(wrapper.single_partition_of_fp32_groups):
         ranks = ranks_of(wrapper.real_dp_process_group[i])
@@ -113,11 +113,13 @@ def _stage_1_and_2(wrapper: Any) -> list[Stepped]:
         flat = wrapper.bit16_groups_flat[i]
         offsets = [(p.data_ptr() - flat.data_ptr()) // flat.element_size() for p in parameters]
         parts = _parts(zip(parameters, offsets, strict=True), part=int(wrapper.partition_size[i]), ranks=ranks)
-        found.append(Stepped(tensor=tensor, group=i, parts=parts, publish=partial(_publish, wrapper, i, ranks.index)))
+        found.append(
+            OptimizedTensor(tensor=tensor, group=i, parts=parts, publish=partial(_publish, wrapper, i, ranks.index))
+        )
     return found
 
 
-def _bf16(wrapper: Any) -> list[Stepped]:
+def _bf16(wrapper: Any) -> list[OptimizedTensor]:
     found = []
     for i, tensor in enumerate(wrapper.fp32_groups_flat_partition):
         parameters = wrapper.bf16_groups[i]
@@ -126,7 +128,7 @@ def _bf16(wrapper: Any) -> list[Stepped]:
             offsets.append(offsets[-1] + parameter.numel())
         ranks = ranks_of(wrapper.real_dp_process_group[i])
         parts = _parts(zip(parameters, offsets, strict=False), part=tensor.numel(), ranks=ranks)
-        found.append(Stepped(tensor=tensor, group=i, parts=parts))
+        found.append(OptimizedTensor(tensor=tensor, group=i, parts=parts))
     return found
 
 
@@ -140,8 +142,8 @@ def _parts(placed: Iterable[tuple[Tensor, int]], *, part: int, ranks: Group) -> 
     return parts
 
 
-def _stage_3(wrapper: Any) -> list[Stepped]:
-    """Every parameter is cut by itself; a sub-group's pieces lie one after another."""
+def _stage_3(wrapper: Any) -> list[OptimizedTensor]:
+    """Every parameter is cut by itself; a sub-group's shards lie one after another."""
     found = []
     for i, tensor in enumerate(wrapper.fp32_partitioned_groups_flat):
         parts = []
@@ -153,7 +155,9 @@ def _stage_3(wrapper: Any) -> list[Stepped]:
             parts.append(Part(parameter=parameter, ranks=ranks, start=start, bounds=bounds))
             start += part
         publish = partial(wrapper._reassign_or_swap_out_partitioned_parameters, i)
-        found.append(Stepped(tensor=tensor, group=wrapper.sub_group_to_group_id[i], parts=parts, publish=publish))
+        found.append(
+            OptimizedTensor(tensor=tensor, group=wrapper.sub_group_to_group_id[i], parts=parts, publish=publish)
+        )
     return found
 
 

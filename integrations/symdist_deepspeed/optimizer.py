@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed drives: its flat tensors outside, the pieces of parameters they are made of inside."""
+"""The optimizer that DeepSpeed drives: its flat tensors outside, the shards of parameters they are made of inside."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
 from symdist.param_groups import flat_parts
 from symdist_deepspeed.options import Options
-from symdist_deepspeed.routing import Routed
+from symdist_deepspeed.routing import EngineAssignment
 from symdist_deepspeed.transport import transport_for
 
 if TYPE_CHECKING:
-    from symdist_deepspeed.layout import Part, Stepped
+    from symdist_deepspeed.layout import OptimizedTensor, Part
 
 
 class DeepSpeedSymDist(torch.optim.Optimizer):
@@ -34,11 +34,11 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
     rate in proportion to it.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, routed: dict[int, Routed], options: Options):
+    def __init__(self, groups: list[dict[str, Any]], *, routed: dict[int, EngineAssignment], options: Options):
         self._routed = routed
         self._options = options
         self._symdist: ExternalStateSymDist | None = None
-        self._bound: list[_Bound] = []
+        self._bound: list[BoundTensor] = []
         self._waiting: set[int] = set()
         self._relink: Callable[[], None] = lambda: None
         self._rates: list[tuple[int, float]] = []
@@ -53,7 +53,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
     @property
     def symdist(self) -> ExternalStateSymDist:
-        """The optimizer of the pieces; RuntimeError before DeepSpeed has made its partitions."""
+        """The optimizer of the shards; RuntimeError before DeepSpeed has made its partitions."""
         if self._symdist is None:
             raise RuntimeError("SymDist is not attached to a DeepSpeed engine yet")
         return self._symdist
@@ -68,7 +68,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         """Steps left out for gradients that were not finite."""
         return self.symdist.skipped_steps
 
-    def attach(self, stepped: list[Stepped], *, relink: Callable[[], None]) -> None:
+    def attach(self, stepped: list[OptimizedTensor], *, relink: Callable[[], None]) -> None:
         """Take over what DeepSpeed made of the parameters: called once, by all ranks.
 
         `relink` is called when state has been made or has moved. Raises ValueError, by name, for a parameter whose
@@ -81,7 +81,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         rates: dict[tuple[int, int], tuple[int, float]] = {}
         state_tensors: dict[int, dict[str, Tensor]] = {}
         for each in stepped:
-            bound = _Bound(stepped=each)
+            bound = BoundTensor(stepped=each)
             self._bound.append(bound)
             self._make_state(each.tensor, self._all_groups[each.group])
             for part in each.parts:
@@ -89,12 +89,12 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                 key = each.group, id(routed.options)
                 rates[key] = each.group, routed.lr_ratio
                 group = inner.setdefault(key, {**routed.options, "lr": 0.0, "params": [], "layouts": []})
-                for piece in _pieces(part, each.tensor, routed):
-                    bound.pieces.append(piece)
-                    group["params"].append((piece.name, piece.parameter))
-                    group["layouts"].append(piece.layout)
-                    state_tensors[id(piece.parameter)] = {
-                        slot: piece.of(self.state[each.tensor][slot]) for slot in slots(group["rule"], group).values()
+                for shard in _shards(part, each.tensor, routed):
+                    bound.shards.append(shard)
+                    group["params"].append((shard.name, shard.parameter))
+                    group["layouts"].append(shard.layout)
+                    state_tensors[id(shard.parameter)] = {
+                        slot: shard.of(self.state[each.tensor][slot]) for slot in slots(group["rule"], group).values()
                     }
             bound.note(self.state[each.tensor])
         self._symdist = ExternalStateSymDist(
@@ -111,7 +111,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Let the pieces lie where DeepSpeed has moved tensors and state to; what it left is held no longer."""
+        """Let the shards lie where DeepSpeed has moved tensors and state to; what it left is held no longer."""
         moved = [bound.follow(self.state[bound.stepped.tensor], self.symdist) for bound in self._bound]
         if any(moved):
             self._relink()
@@ -253,7 +253,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
 
 @dataclass(kw_only=True)
-class _Piece:
+class MatrixShard:
     """A matrix or vector in a stepped tensor: `start` to `stop` of it, or all of it where these are None."""
 
     name: str
@@ -263,32 +263,32 @@ class _Piece:
     stop: int | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece's part of a tensor like the stepped one."""
+        """The shard's part of a tensor like the stepped one."""
         return tensor if self.start is None else tensor.detach()[self.start : self.stop]
 
 
-class _Bound:
-    """A stepped tensor with its pieces, and what these are bound to."""
+class BoundTensor:
+    """A stepped tensor with its shards, and what these are bound to."""
 
-    def __init__(self, *, stepped: Stepped):
+    def __init__(self, *, stepped: OptimizedTensor):
         self.stepped = stepped
-        self.pieces: list[_Piece] = []
+        self.shards: list[MatrixShard] = []
         self._address = 0
         self._state: dict[str, Any] = {}
         self._steps = 0.0
 
     def take_gradient(self) -> None:
-        """Let the pieces have their parts of the gradient, which is kept until the step is taken."""
+        """Let the shards have their parts of the gradient, which is kept until the step is taken."""
         gradient = self.stepped.tensor.grad
-        for piece in self.pieces:
-            if piece.start is not None:
-                piece.parameter.grad = None if gradient is None else piece.of(gradient)
+        for shard in self.shards:
+            if shard.start is not None:
+                shard.parameter.grad = None if gradient is None else shard.of(gradient)
 
     def drop_gradient(self) -> None:
         """Let the gradient go."""
-        for piece in self.pieces:
-            if piece.start is not None:
-                piece.parameter.grad = None
+        for shard in self.shards:
+            if shard.start is not None:
+                shard.parameter.grad = None
 
     def note(self, state: Mapping[str, Any]) -> None:
         """Remember where the tensor and its state lie."""
@@ -304,19 +304,19 @@ class _Bound:
             # Only a universal checkpoint brings it, for a momentum that has no use for it.
             del state[name]
         if tensor.data_ptr() != self._address:
-            for piece in self.pieces:
-                if piece.start is not None:
-                    piece.parameter.data = piece.of(tensor)
+            for shard in self.shards:
+                if shard.start is not None:
+                    shard.parameter.data = shard.of(tensor)
         moved = [name for name in known if state[name] is not self._state[name]]
-        for piece in self.pieces if moved else ():
-            held = symdist.state[piece.parameter]
-            for key, name in symdist.slots(piece.parameter).items():
+        for shard in self.shards if moved else ():
+            held = symdist.state[shard.parameter]
+            for key, name in symdist.slots(shard.parameter).items():
                 if name in moved:
-                    held[key] = piece.of(state[name])
+                    held[key] = shard.of(state[name])
         if float(state["step"]) != self._steps:
-            for piece in self.pieces:
-                if "step" in symdist.state[piece.parameter]:
-                    symdist.state[piece.parameter]["step"].fill_(float(state["step"]))
+            for shard in self.shards:
+                if "step" in symdist.state[shard.parameter]:
+                    symdist.state[shard.parameter]["step"].fill_(float(state["step"]))
         self.note(state)
         return bool(moved)
 
@@ -326,12 +326,12 @@ class _Bound:
         self.note(state)
 
 
-def _pieces(part: Part, tensor: Tensor, routed: Routed) -> list[_Piece]:
-    """A parameter's pieces in a tensor: one, or of a stack of matrices one each."""
+def _shards(part: Part, tensor: Tensor, routed: EngineAssignment) -> list[MatrixShard]:
+    """A parameter's shards in a tensor: one, or of a stack of matrices one each."""
     name, shape, options = routed.name, routed.shape, routed.options
     if part.bounds is None:
         whole = part.block.layout if part.block is not None else replicated(shape, part.ranks)
-        return [_Piece(name=name, parameter=tensor, layout=whole)]
+        return [MatrixShard(name=name, parameter=tensor, layout=whole)]
     if part.block is not None:
         assert part.block.flat is not None
         if len(shape) > 2:
@@ -344,5 +344,5 @@ def _pieces(part: Part, tensor: Tensor, routed: Routed) -> list[_Piece]:
         start = part.start + offset
         stop = start + layout.local_shape[0]
         parameter = nn.Parameter(tensor.detach()[start:stop])
-        found.append(_Piece(name=its_name, parameter=parameter, layout=layout, start=start, stop=stop))
+        found.append(MatrixShard(name=its_name, parameter=parameter, layout=layout, start=start, stop=stop))
     return found

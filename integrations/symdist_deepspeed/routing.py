@@ -22,7 +22,7 @@ _DEEPSPEEDS = ("name", "moe", "lr")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routed:
+class EngineAssignment:
     """A parameter by its name and full shape, with the options of its rule; its rate is `lr_ratio` of its group's.
 
     Parameters of equal `options` share one dict.
@@ -34,7 +34,7 @@ class Routed:
     lr_ratio: float
 
 
-def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[str, Any]], dict[int, Routed]]:
+def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[str, Any]], dict[int, EngineAssignment]]:
     """The param groups for DeepSpeed, and by `id` what each parameter of them is.
 
     A group has all parameters of one kind of state, momentum or Adam's two moments, that `given`, the engine's
@@ -57,7 +57,7 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
     groups: list[dict[str, Any]] = []
-    found: dict[int, Routed] = {}
+    found: dict[int, EngineAssignment] = {}
     for own, parameters in _user_groups(given, model):
         told = {key: value for key, value in own.items() if key not in _DEEPSPEEDS}
         merged: dict[tuple[int, str | None], dict[str, Any]] = {}
@@ -78,7 +78,7 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
             )
             into["params"].append(parameter)
             into["rules"][group["role"]] = group["rule"]
-            found[id(parameter)] = Routed(
+            found[id(parameter)] = EngineAssignment(
                 name=name,
                 shape=shapes[id(parameter)],
                 options=made[id(group)],

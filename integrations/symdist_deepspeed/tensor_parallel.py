@@ -8,7 +8,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
 from symdist.layouts import DimSplit, FlatLayout, Grid, Layout
-from symdist_deepspeed.layout import Block, Stepped, ranks_of
+from symdist_deepspeed.layout import Block, OptimizedTensor, ranks_of
 
 _META = "ds_autotp_universal_checkpoint_meta"
 
@@ -67,7 +67,7 @@ def cut_of(parameter: Any, *, ranks: int, name: str) -> Cut | None:
     return None
 
 
-def with_blocks(engine: Any, stepped: list[Stepped], names: Mapping[int, str]) -> list[Stepped]:
+def with_blocks(engine: Any, stepped: list[OptimizedTensor], names: Mapping[int, str]) -> list[OptimizedTensor]:
     """The same, with the block that each part of a cut parameter belongs to. All ranks must call it.
 
     Raises ValueError where the ranks are not data parallelism times tensor parallelism, or a cut is not supported.

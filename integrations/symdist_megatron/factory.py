@@ -17,11 +17,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from symdist.exchange import ExchangeLike
 from symdist.gradients.nonfinite import NonFinite
 from symdist.routing.recipes import RecipeLike
-from symdist_megatron.joint_step import WholeStep
+from symdist_megatron.joint_step import JointStep
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options, check_features
 from symdist_megatron.peaks import follow_schedulers
-from symdist_megatron.rank_grid import Homes, find_home
+from symdist_megatron.rank_grid import RankGrids, find_rank_grid
 from symdist_megatron.routing import Routing, route_model
 from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, SymDistLayerWise, stepped_by
 
@@ -67,8 +67,8 @@ def get_symdist_optimizer(
     by_layers = layer_wise or bool(getattr(config, "use_layer_wise_distributed_optimizer", False))
     check_features(config, chunks, layer_wise=by_layers)
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, chunks, use_gloo_process_groups)
-    homes = _homes(groups, pg_collection)
-    routing = route_model(chunks, options, config, homes=homes)
+    rank_grids = _rank_grids(groups, pg_collection)
+    routing = route_model(chunks, options, config, rank_grids=rank_grids)
     # To Megatron's factory it is an Adam; and one config is all wrappers'.
     own = copy.copy(config)
     own.optimizer, own.lr = "adam", routing.scaled.lr
@@ -92,7 +92,7 @@ def get_symdist_optimizer(
     ]
     shared = _group(pg_collection, "embd", partial(parallel_state.get_embedding_group, check_initialized=False))
     follow_schedulers()
-    chain.attach(WholeStep(given, routing=routing, homes=homes, options=options, shared=shared))
+    chain.attach(JointStep(given, routing=routing, rank_grids=rank_grids, options=options, shared=shared))
     return chain
 
 
@@ -177,14 +177,14 @@ def _group(pg_collection: Any, name: str, default: Callable[[], Any]) -> Any:
     return found if found is not None else default()
 
 
-def _homes(groups: Mapping[str, Any], pg_collection: Any) -> Homes:
+def _rank_grids(groups: Mapping[str, Any], pg_collection: Any) -> RankGrids:
     dense, expert = groups["intra_dp_cp_group"], groups["intra_expt_dp_group"]
     tensor = _group(pg_collection, "tp", parallel_state.get_tensor_model_parallel_group)
     expert_tensor = _group(pg_collection, "expt_tp", parallel_state.get_expert_tensor_parallel_group)
-    of_dense = find_home(dense, tensor)
+    of_dense = find_rank_grid(dense, tensor)
     # A collection may leave out the groups of experts where there are none.
-    of_experts = find_home(expert, expert_tensor) if expert is not None else of_dense
-    return Homes(
+    of_experts = find_rank_grid(expert, expert_tensor) if expert is not None else of_dense
+    return RankGrids(
         dense=of_dense,
         expert=of_experts,
         expert_rank=_group(pg_collection, "ep", parallel_state.get_expert_model_parallel_group).rank(),

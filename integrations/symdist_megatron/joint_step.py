@@ -1,4 +1,4 @@
-"""One step of all of a rank's Megatron optimizers: their tensors' pieces under one SymDist."""
+"""One step of all of a rank's Megatron optimizers: their tensors' shards under one SymDist."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,33 +9,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
-from symdist_megatron.layout import Held, Piece, piece_of
+from symdist_megatron.layout import HeldRange, MatrixShard, shard_of
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options
-from symdist_megatron.rank_grid import Home, Homes
-from symdist_megatron.routing import Routed, Routing
+from symdist_megatron.rank_grid import RankGrid, RankGrids
+from symdist_megatron.routing import Routing, UnitAssignment
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stepped:
+class OptimizedTensor:
     """A model's parameter and the tensor that Megatron has stepped for it; none where other ranks hold all of it."""
 
     parameter: Any
     group: int
     tensor: Tensor | None
-    held: Held
+    held: HeldRange
 
 
 @dataclass(kw_only=True)
-class _Bound:
-    """A stepped tensor with the pieces it is made of, and where it and its state lay when they were bound."""
+class BoundTensor:
+    """A stepped tensor with the shards it is made of, and where it and its state lay when they were bound."""
 
     parameter: Any
     base: MegatronSymDist
     tensor: Tensor
     address: int
     state: dict[str, Tensor]
-    pieces: list[Piece] = field(default_factory=list)
+    shards: list[MatrixShard] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class _Rate:
 
     base: MegatronSymDist
     group: int
-    routed: Routed
+    routed: UnitAssignment
 
     def lr(self) -> float:
         return float(self.base.param_groups[self.group]["lr"]) * self.routed.lr_ratio
@@ -56,8 +56,8 @@ class _Rate:
         return float(group["weight_decay"]) * self.routed.decay_ratio
 
 
-class WholeStep:
-    """SymDist over the pieces of all tensors that the optimizers of a rank step, dense parameters' and experts'.
+class JointStep:
+    """SymDist over the shards of all tensors that the optimizers of a rank step, dense parameters' and experts'.
 
     All ranks must make one, with the same options. `stepped` has, for each optimizer, its parameters in an order that
     is the same on all ranks that hold them; `shared` is the group of the ranks that each have a copy of an embedding
@@ -66,22 +66,22 @@ class WholeStep:
 
     def __init__(
         self,
-        stepped: Sequence[tuple[MegatronSymDist, Sequence[Stepped]]],
+        stepped: Sequence[tuple[MegatronSymDist, Sequence[OptimizedTensor]]],
         *,
         routing: Routing,
-        homes: Homes,
+        rank_grids: RankGrids,
         options: Options,
         shared: Any = None,
     ):
         self._bases = [base for base, _ in stepped]
-        self._bound: list[_Bound] = []
+        self._bound: list[BoundTensor] = []
         self._rates: list[_Rate] = []
         self._counted = 0
         said: str | None = None
         trains = any(given for _, given in stepped)
         try:
             if trains:
-                self.symdist = self._made(stepped, routing, homes, options)
+                self.symdist = self._made(stepped, routing, rank_grids, options)
         except ValueError as error:
             # Of ranks that hold the same parameters all fail alike, but there are other stages.
             said = str(error)
@@ -91,28 +91,28 @@ class WholeStep:
 
     def _made(
         self,
-        stepped: Sequence[tuple[MegatronSymDist, Sequence[Stepped]]],
+        stepped: Sequence[tuple[MegatronSymDist, Sequence[OptimizedTensor]]],
         routing: Routing,
-        homes: Homes,
+        rank_grids: RankGrids,
         options: Options,
     ) -> ExternalStateSymDist:
-        """The optimizer of the pieces of what is stepped."""
+        """The optimizer of the shards of what is stepped."""
         groups: dict[tuple[int, int, int], dict[str, Any]] = {}
         states: dict[int, dict[str, Tensor]] = {}
         for place, (base, given) in enumerate(stepped):
             base.complete_state([(each.parameter, each.tensor) for each in given if each.tensor is not None])
             for each in given:
-                home = homes.of(each.parameter, expert=routing.described[id(each.parameter)].expert)
-                bound = self._bind(base, each, home, routing.routed[id(each.parameter)])
-                for piece, routed in zip(bound.pieces, routing.routed[id(each.parameter)], strict=True):
+                rank_grid = rank_grids.of(each.parameter, expert=routing.described[id(each.parameter)].expert)
+                bound = self._bind(base, each, rank_grid, routing.routed[id(each.parameter)])
+                for shard, routed in zip(bound.shards, routing.routed[id(each.parameter)], strict=True):
                     key = place, each.group, id(routed.options)
                     if key not in groups:
                         groups[key] = {**routed.options, "lr": 0.0, "params": [], "layouts": []}
                         self._rates.append(_Rate(base=base, group=each.group, routed=routed))
-                    groups[key]["params"].append((piece.name, piece.parameter))
-                    groups[key]["layouts"].append(piece.layout)
-                    states[id(piece.parameter)] = {
-                        slot: piece.of(bound.state[slot])
+                    groups[key]["params"].append((shard.name, shard.parameter))
+                    groups[key]["layouts"].append(shard.layout)
+                    states[id(shard.parameter)] = {
+                        slot: shard.of(bound.state[slot])
                         for slot in slots(routed.options["rule"], routed.options).values()
                     }
         return ExternalStateSymDist(
@@ -146,7 +146,9 @@ class WholeStep:
         self._twins.agree()
         return True
 
-    def _bind(self, base: MegatronSymDist, given: Stepped, home: Home, routed: Sequence[Routed]) -> _Bound:
+    def _bind(
+        self, base: MegatronSymDist, given: OptimizedTensor, rank_grid: RankGrid, routed: Sequence[UnitAssignment]
+    ) -> BoundTensor:
         tensor, state = given.tensor, {}
         if tensor is None:
             dtype = torch.promote_types(given.parameter.dtype, torch.float32)
@@ -154,11 +156,11 @@ class WholeStep:
             state = dict.fromkeys(ENGINE_STATE_NAMES, tensor)
         else:
             state = dict(base.state[tensor])
-        bound = _Bound(parameter=given.parameter, base=base, tensor=tensor, address=tensor.data_ptr(), state=state)
+        bound = BoundTensor(parameter=given.parameter, base=base, tensor=tensor, address=tensor.data_ptr(), state=state)
         for each in routed:
-            piece = piece_of(each.unit, home, given.held, each.options)
-            piece.bind(tensor)
-            bound.pieces.append(piece)
+            shard = shard_of(each.unit, rank_grid, given.held, each.options)
+            shard.bind(tensor)
+            bound.shards.append(shard)
         self._bound.append(bound)
         return bound
 
@@ -169,10 +171,10 @@ class WholeStep:
             moved = any(now[key] is not bound.state[key] for key in bound.state)
             if moved or bound.tensor.data_ptr() != bound.address:
                 bound.state, bound.address = dict(now), bound.tensor.data_ptr()
-                for piece in bound.pieces:
-                    if not piece.copied:
-                        piece.bind(bound.tensor)
-                        self._fill_state(bound, piece)
+                for shard in bound.shards:
+                    if not shard.copied:
+                        shard.bind(bound.tensor)
+                        self._fill_state(bound, shard)
         steps = self._bases[0].steps
         if steps != self._counted:
             self._counted = steps
@@ -181,34 +183,34 @@ class WholeStep:
                     state["step"].fill_(steps)
 
     def _take(self) -> None:
-        """Give the pieces their gradients, and those that are no views their values."""
+        """Give the shards their gradients, and those that are no views their values."""
         for bound in self._bound:
             gradient = bound.tensor.grad
-            for piece in bound.pieces:
-                if piece.copied:
-                    piece.parameter.data = piece.of(bound.tensor)
-                    self._fill_state(bound, piece)
-                piece.parameter.grad = None if gradient is None else piece.of(gradient)
+            for shard in bound.shards:
+                if shard.copied:
+                    shard.parameter.data = shard.of(bound.tensor)
+                    self._fill_state(bound, shard)
+                shard.parameter.grad = None if gradient is None else shard.of(gradient)
 
     def _let_go(self, *, written: bool = False) -> None:
         """Let the gradients go, and what was copied, after writing it back."""
         for bound in self._bound:
-            for piece in bound.pieces:
-                piece.parameter.grad = None
-                if piece.copied:
-                    state = self.symdist.state[piece.parameter]
-                    held = self.symdist.slots(piece.parameter)
+            for shard in bound.shards:
+                shard.parameter.grad = None
+                if shard.copied:
+                    state = self.symdist.state[shard.parameter]
+                    held = self.symdist.slots(shard.parameter)
                     if written:
-                        piece.put(bound.tensor, piece.parameter.data)
+                        shard.put(bound.tensor, shard.parameter.data)
                         for key, slot in held.items():
-                            piece.put(bound.state[slot], state[key])
-                    piece.parameter.data = piece.parameter.data.new_empty(0)
+                            shard.put(bound.state[slot], state[key])
+                    shard.parameter.data = shard.parameter.data.new_empty(0)
                     state.update({key: state[key].new_empty(0) for key in held})
 
-    def _fill_state(self, bound: _Bound, piece: Piece) -> None:
-        state = self.symdist.state[piece.parameter]
-        for key, slot in self.symdist.slots(piece.parameter).items():
-            state[key] = piece.of(bound.state[slot])
+    def _fill_state(self, bound: BoundTensor, shard: MatrixShard) -> None:
+        state = self.symdist.state[shard.parameter]
+        for key, slot in self.symdist.slots(shard.parameter).items():
+            state[key] = shard.of(bound.state[slot])
 
 
 class _TiedEmbeddingSync:
@@ -218,13 +220,13 @@ class _TiedEmbeddingSync:
     first stage's weights then go to the others.
     """
 
-    def __init__(self, bound: Sequence[_Bound], strategies: Mapping[str, str], group: Any):
+    def __init__(self, bound: Sequence[BoundTensor], strategies: Mapping[str, str], group: Any):
         self._group = group
         self._tensors: list[Tensor] = []
         if group is None or dist.get_world_size(group) == 1:
             return
         mine = [each for each in bound if getattr(each.parameter, "shared_embedding", False)]
-        summed = any(strategies[piece.name] != "local" for each in mine for piece in each.pieces)
+        summed = any(strategies[shard.name] != "local" for each in mine for shard in each.shards)
         sizes = [each.tensor.numel() for each in mine]
         found: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(found, (summed, sizes), group=group)

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from symdist.layouts import DimSplit, FlatLayout, Layout
 from symdist.param_groups import coordinate_wise
-from symdist_megatron.parameters import Unit
-from symdist_megatron.rank_grid import Home
+from symdist_megatron.parameters import MatrixSpec
+from symdist_megatron.rank_grid import RankGrid
 from symdist_megatron.strided_slice import joined, put_back
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class HeldRange:
     """Of a parameter, the elements that a rank steps: from `low` to `high` of its tensor-parallel part.
 
     `bounds` has where the data-parallel ranks' runs of that part meet, or is None where all have all of it. `copies`
@@ -28,18 +28,18 @@ class Held:
 
 
 @dataclass(kw_only=True)
-class Piece:
+class MatrixShard:
     """A unit's part of a stepped tensor, as a parameter of its own, and how it lies on all ranks.
 
     Where the part lies in one stretch of memory the parameter is a view of it; else it is filled for the step alone.
     """
 
     name: str
-    unit: Unit
+    unit: MatrixSpec
     layout: Layout | FlatLayout
-    held: Held
+    held: HeldRange
     at: int
-    """Where the stretch of the unit's memory that may be held here begins, see `Window`."""
+    """Where the stretch of the unit's memory that may be held here begins, see `StridedSlice`."""
     parameter: nn.Parameter = field(init=False)
     copied: bool = False
 
@@ -65,31 +65,31 @@ class Piece:
         low = min(max(unit.base, held.low), held.high)
         high = min(max(unit.base + unit.size, held.low), held.high)
         here = tensor.detach().view(-1)[low - held.low : high - held.low]
-        return self.unit.window.parts(here, at=self.at + low - unit.base)
+        return self.unit.strided_slice.parts(here, at=self.at + low - unit.base)
 
 
-def piece_of(unit: Unit, home: Home, held: Held, options: Mapping[str, Any]) -> Piece:
-    """The piece of a unit that is held so, for the rule that `options` name.
+def shard_of(unit: MatrixSpec, rank_grid: RankGrid, held: HeldRange, options: Mapping[str, Any]) -> MatrixShard:
+    """The shard of a unit that is held so, for the rule that `options` name.
 
     A rule that treats every number by itself, on nothing but local ones, is told of no other rank.
     """
-    rank = home.across.index if unit.cut is not None else 0
+    rank = rank_grid.across.index if unit.cut is not None else 0
     at = rank * unit.size
     low = min(max(held.low - unit.base, 0), unit.size)
     high = min(max(held.high - unit.base, 0), unit.size)
-    mine = unit.window.between(at + low, at + high)
+    mine = unit.strided_slice.between(at + low, at + high)
     layout: Layout | FlatLayout
     if coordinate_wise(options):
         layout = Layout(shape=(mine,))
     elif held.bounds is None:
-        layout = _whole(unit, home, copies=held.copies)
+        layout = _whole(unit, rank_grid, copies=held.copies)
     else:
-        layout = _flat(unit, home, held.bounds)
-    return Piece(name=unit.name, unit=unit, layout=layout, held=held, at=at)
+        layout = _flat(unit, rank_grid, held.bounds)
+    return MatrixShard(name=unit.name, unit=unit, layout=layout, held=held, at=at)
 
 
-def _whole(unit: Unit, home: Home, *, copies: bool) -> Layout:
-    grid = home.grid if copies else home.shards
+def _whole(unit: MatrixSpec, rank_grid: RankGrid, *, copies: bool) -> Layout:
+    grid = rank_grid.grid if copies else rank_grid.tensor_grid
     if unit.cut is None or grid is None:
         return Layout(shape=unit.shape, grid=grid)
     ends = [sum(unit.widths[: i + 1]) for i in range(len(unit.widths))]
@@ -98,24 +98,24 @@ def _whole(unit: Unit, home: Home, *, copies: bool) -> Layout:
     return Layout(shape=unit.shape, grid=grid, splits=(split,))
 
 
-def _flat(unit: Unit, home: Home, bounds: tuple[int, ...]) -> FlatLayout:
+def _flat(unit: MatrixSpec, rank_grid: RankGrid, bounds: tuple[int, ...]) -> FlatLayout:
     """In runs of the memory of all tensor-parallel ranks one after another."""
 
     def within(rank: int) -> list[int]:
         at = rank * unit.size
         places = (min(max(bound - unit.base, 0), unit.size) for bound in bounds)
-        return [unit.window.between(at, at + place) for place in places]
+        return [unit.strided_slice.between(at, at + place) for place in places]
 
     if unit.cut is None:
-        return FlatLayout(shape=unit.shape, group=home.data, bounds=tuple(within(0)))
+        return FlatLayout(shape=unit.shape, group=rank_grid.data, bounds=tuple(within(0)))
     joined_bounds = [0]
-    for rank in range(home.across.size):
+    for rank in range(rank_grid.across.size):
         first = joined_bounds[-1]
         joined_bounds += [first + bound for bound in within(rank)[1:]]
     return FlatLayout(
         shape=unit.shape,
-        group=home.everyone,
+        group=rank_grid.everyone,
         bounds=tuple(joined_bounds),
-        rank_order=home.order,
+        rank_order=rank_grid.rank_order,
         column_blocks=unit.widths if unit.cut == 1 else (),
     )

@@ -12,8 +12,8 @@ from torch import nn
 
 from symdist.routing.recipes import Recipe
 from symdist.routing.sites import ParamSite, norm_role
-from symdist_megatron.rank_grid import Homes
-from symdist_megatron.strided_slice import Window
+from symdist_megatron.rank_grid import RankGrids
+from symdist_megatron.strided_slice import StridedSlice
 
 # megatron-core 0.17 dropped the first.
 _EXPERTS = tuple(
@@ -22,12 +22,12 @@ _EXPERTS = tuple(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class MatrixSpec:
     """A matrix, or vector, that a parameter consists of, alone or beside others.
 
     `shape` is that of the whole of it, on all tensor-parallel ranks, `cut` the dimension along which these share it and
     `widths` what each has. In memory it lies among the `size` elements from `base` of every rank's part of the
-    parameter: put one after another, rank by rank, these are what `window` looks at.
+    parameter: put one after another, rank by rank, these are what `strided_slice` looks at.
     """
 
     name: str
@@ -35,17 +35,17 @@ class Unit:
     site: ParamSite
     base: int
     size: int
-    window: Window
+    strided_slice: StridedSlice
     cut: int | None = None
     widths: tuple[int, ...] = ()
     vocabulary: bool = False
     """Whether its rows are those of the vocabulary, filled up to what tensor parallelism divides."""
     opaque: bool = False
-    """Whether it is in several pieces a rank, and nothing says what these are."""
+    """Whether it is in several shards a rank, and nothing says what these are."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Described:
+class ParamSpec:
     """A parameter by a name that does not depend on the layout, and its matrices.
 
     `expert` says whose ranks it is cut over: those of the experts' tensor parallelism.
@@ -54,7 +54,7 @@ class Described:
     name: str
     parameter: nn.Parameter
     expert: bool
-    units: tuple[Unit, ...]
+    units: tuple[MatrixSpec, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,24 +66,24 @@ class _Part:
     site: ParamSite
 
 
-def describe(chunks: Sequence[nn.Module], *, homes: Homes, recipe: Recipe) -> list[Described]:
+def describe(chunks: Sequence[nn.Module], *, rank_grids: RankGrids, recipe: Recipe) -> list[ParamSpec]:
     """Every trainable parameter of a rank's model chunks, once.
 
     A fused q, k and v is taken apart unless the recipe speaks of `attention_qkv`, or all three are seen head by head in
     the same way; gate and up of a dense MLP unless it speaks of `mlp_gate_up`, or sees them in pairs. Raises
     ValueError, naming it, for a parameter whose module says one thing and its shape another.
     """
-    found: list[Described] = []
+    found: list[ParamSpec] = []
     seen: set[int] = set()
     for chunk in chunks:
-        for name, parameter, chain in _walk(chunk, homes):
+        for name, parameter, chain in _walk(chunk, rank_grids):
             if id(parameter) not in seen and parameter.requires_grad:
                 seen.add(id(parameter))
-                found.append(_describe(name, parameter, chain, homes=homes, recipe=recipe))
+                found.append(_describe(name, parameter, chain, rank_grids=rank_grids, recipe=recipe))
     return found
 
 
-def _walk(chunk: nn.Module, homes: Homes) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
+def _walk(chunk: nn.Module, rank_grids: RankGrids) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
     """Name, parameter, and the chain of (attribute, module) from the model to the module that holds it.
 
     Layers and experts go by their numbers in the whole model.
@@ -97,7 +97,7 @@ def _walk(chunk: nn.Module, homes: Homes) -> Iterator[tuple[str, nn.Parameter, l
             if chain[-1][0] == "layers" and isinstance(getattr(child, "layer_number", None), int):
                 place = str(child.layer_number - 1)  # type: ignore[operator]
             elif chain[-1][0] == "local_experts":
-                place = str(homes.expert_rank * len(module._modules) + int(attribute))
+                place = str(rank_grids.expert_rank * len(module._modules) + int(attribute))
             # What wraps the model, DDP and half-precision modules, calls it so.
             inner = prefix if attribute == "module" and len(chain) <= 3 else f"{prefix}{place}."
             yield from descend(child, inner, [*chain, (attribute, child)])
@@ -106,11 +106,11 @@ def _walk(chunk: nn.Module, homes: Homes) -> Iterator[tuple[str, nn.Parameter, l
 
 
 def _describe(
-    name: str, parameter: nn.Parameter, chain: list[tuple[str, nn.Module]], *, homes: Homes, recipe: Recipe
-) -> Described:
+    name: str, parameter: nn.Parameter, chain: list[tuple[str, nn.Module]], *, rank_grids: RankGrids, recipe: Recipe
+) -> ParamSpec:
     expert = not getattr(parameter, "allreduce", True) or any(isinstance(module, _EXPERTS) for _, module in chain)
-    ranks, dense = homes.tensor_ranks(expert=expert), homes.tensor_ranks(expert=False)
-    if homes.of(parameter, expert=expert) is homes.dense and ranks != dense:
+    ranks, dense = rank_grids.tensor_ranks(expert=expert), rank_grids.tensor_ranks(expert=False)
+    if rank_grids.of(parameter, expert=expert) is rank_grids.dense and ranks != dense:
         raise ValueError(
             f"{name}: tensor parallelism is over {dense} ranks for all but experts, and over {ranks} for these, whose "
             "gradients Megatron then reduces over the wrong ranks where there is no expert parallelism; set "
@@ -124,8 +124,8 @@ def _describe(
         )
     holder = chain[-1][1]
     if type(holder).__name__ == "GroupedMLP" and isinstance(holder, _EXPERTS):
-        units = _grouped(name, parameter, holder, ranks=ranks, homes=homes, recipe=recipe)
-        return Described(name=name, parameter=parameter, expert=True, units=units)
+        units = _grouped(name, parameter, holder, ranks=ranks, rank_grids=rank_grids, recipe=recipe)
+        return ParamSpec(name=name, parameter=parameter, expert=True, units=units)
     site, parts, count = _site(name.rsplit(".", 1)[-1], parameter, chain, recipe=recipe)
     cut = _cut(name, parameter, site, holder, expert=expert) if ranks > 1 and parameter.dim() == 2 else None
     strange = cut is not None and site.fused is None and getattr(parameter, "partition_stride", 1) != 1
@@ -140,25 +140,25 @@ def _describe(
         parts = [_Part(name=part, size=rows, site=ParamSite(role=f"{kind}_{part}")) for part in ("gate", "up")]
         count = ranks
     if not parts:
-        whole = Unit(
+        whole = MatrixSpec(
             name=name,
             shape=shape,
             site=site,
             base=0,
             size=parameter.numel(),
-            window=Window.whole(parameter.numel() * (ranks if cut is not None else 1)),
+            strided_slice=StridedSlice.whole(parameter.numel() * (ranks if cut is not None else 1)),
             cut=cut,
             widths=() if cut is None else (parameter.shape[cut],) * ranks,
             vocabulary=isinstance(holder, VocabParallelEmbedding) or chain[-1][0] == "output_layer",
             opaque=strange,
         )
-        return Described(name=name, parameter=parameter, expert=expert, units=(whole,))
+        return ParamSpec(name=name, parameter=parameter, expert=expert, units=(whole,))
     period = sum(part.size for part in parts)
     if shape[0] != count * period:
         raise ValueError(
             f"{name} has {shape[0]} rows; its module says {count} times {' + '.join(str(part.size) for part in parts)}"
         )
-    return Described(
+    return ParamSpec(
         name=name,
         parameter=parameter,
         expert=expert,
@@ -168,65 +168,65 @@ def _describe(
 
 def _sections(
     name: str, parameter: nn.Parameter, parts: Sequence[_Part], *, count: int, cut: int | None, ranks: int
-) -> Iterator[Unit]:
+) -> Iterator[MatrixSpec]:
     """Rows of a fused weight, every part by itself."""
     width, size = parameter.shape[1], parameter.numel()
     period = sum(part.size for part in parts) * width
     start = 0
     for part in parts:
-        window = Window(count=count, period=period, start=start, stop=start + part.size * width)
-        start = window.stop
-        yield Unit(
+        strided_slice = StridedSlice(count=count, period=period, start=start, stop=start + part.size * width)
+        start = strided_slice.stop
+        yield MatrixSpec(
             name=f"{name}[{part.name}]",
             shape=(count * part.size, width),
             site=part.site,
             base=0,
             size=size,
-            window=window,
+            strided_slice=strided_slice,
             cut=cut,
             widths=()
             if cut is None
-            else tuple(window.between(rank * size, (rank + 1) * size) // width for rank in range(ranks)),
+            else tuple(strided_slice.between(rank * size, (rank + 1) * size) // width for rank in range(ranks)),
         )
 
 
 def _grouped(
-    name: str, parameter: nn.Parameter, module: Any, *, ranks: int, homes: Homes, recipe: Recipe
-) -> tuple[Unit, ...]:
+    name: str, parameter: nn.Parameter, module: Any, *, ranks: int, rank_grids: RankGrids, recipe: Recipe
+) -> tuple[MatrixSpec, ...]:
     """The experts of a grouped MLP: `[expert, in, out]` in memory, whatever the parameter's shape says."""
     count, hidden = module.num_local_experts, module.config.hidden_size
-    first = homes.expert_rank * count
+    first = rank_grids.expert_rank * count
     size = parameter.numel() // count
     inner = size // hidden
     up = name.endswith("weight1")
     gated = up and module.config.gated_linear_unit
     role = f"expert_{'gate_up' if gated else 'up' if up else 'down'}"
     site = ParamSite(role=role, transposed=True, fused="stacked" if gated else None, blocks=ranks)
-    windows = [("", site, Window.whole(size * ranks), inner)]
+    slices = [("", site, StridedSlice.whole(size * ranks), inner)]
     if gated and _gates_apart(recipe, "expert"):
         half = inner // 2
-        windows = [
+        slices = [
             (
                 f"[{part}]",
                 ParamSite(role=f"expert_{part}", transposed=True),
-                Window(count=ranks * hidden, period=inner, start=i * half, stop=(i + 1) * half),
+                StridedSlice(count=ranks * hidden, period=inner, start=i * half, stop=(i + 1) * half),
                 half,
             )
             for i, part in enumerate(("gate", "up"))
         ]
     return tuple(
-        Unit(
+        MatrixSpec(
             name=f"{name}[{first + i}]{suffix}",
             shape=(hidden, ranks * width) if up else (ranks * width, hidden),
             site=its_site,
             base=i * size,
             size=size,
-            window=window,
+            strided_slice=strided_slice,
             cut=None if ranks == 1 else (1 if up else 0),
             widths=() if ranks == 1 else (width,) * ranks,
         )
         for i in range(count)
-        for suffix, its_site, window, width in windows
+        for suffix, its_site, strided_slice, width in slices
     )
 
 

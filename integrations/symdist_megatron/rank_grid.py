@@ -11,7 +11,7 @@ from symdist.layouts import Grid, Group, ascending
 
 
 @dataclass(frozen=True, kw_only=True)
-class Home:
+class RankGrid:
     """Data-parallel × tensor-parallel ranks; `columns[t]` are the data-parallel ranks of tensor-parallel rank t."""
 
     data: Group
@@ -24,7 +24,7 @@ class Home:
         return _grid([self.data, self.across], [rank for row in zip(*self.columns, strict=True) for rank in row])
 
     @functools.cached_property
-    def shards(self) -> Grid | None:
+    def tensor_grid(self) -> Grid | None:
         """The ranks of tensor parallelism alone."""
         return _grid([self.across], list(self.across.ranks))
 
@@ -35,22 +35,22 @@ class Home:
         return self.grid.group(range(len(self.grid.sizes)))
 
     @functools.cached_property
-    def order(self) -> tuple[int, ...]:
+    def rank_order(self) -> tuple[int, ...]:
         """The places in `everyone` of all ranks, one tensor-parallel rank's after another's."""
         place = {rank: i for i, rank in enumerate(self.everyone.ranks)}
         return tuple(place[rank] for column in self.columns for rank in column)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Homes:
+class RankGrids:
     """Those of all kinds of parameters; `expert_rank` is this rank's place among expert parallelism's."""
 
-    dense: Home
-    expert: Home
+    dense: RankGrid
+    expert: RankGrid
     expert_rank: int
 
-    def of(self, parameter: Any, *, expert: bool) -> Home:
-        """The home of a parameter, which is one of an expert or not.
+    def of(self, parameter: Any, *, expert: bool) -> RankGrid:
+        """The ranks of a parameter, which is one of an expert or not.
 
         Without expert parallelism Megatron reduces the gradients of experts like all others, over the same ranks.
         """
@@ -61,15 +61,15 @@ class Homes:
         return (self.expert if expert else self.dense).across.size
 
 
-def find_home(data: Any, across: Any) -> Home:
-    """The home of two process groups. All ranks of `across` must call it; raises ValueError where they overlap."""
+def find_rank_grid(data: Any, across: Any) -> RankGrid:
+    """The ranks of two process groups. All ranks of `across` must call it; raises ValueError where they overlap."""
     mine, tensor = ascending(data), ascending(across)
     columns: list[Any] = [None] * tensor.size
     dist.all_gather_object(columns, list(mine.ranks), group=across)
     every = [rank for column in columns for rank in column]
     if len(set(every)) != mine.size * tensor.size:
         raise ValueError(f"symdist: data-parallel ranks {columns} of tensor-parallel ranks {tensor.ranks} overlap")
-    return Home(data=mine, across=tensor, columns=tuple(map(tuple, columns)))
+    return RankGrid(data=mine, across=tensor, columns=tuple(map(tuple, columns)))
 
 
 def _grid(groups: Sequence[Group], ranks: list[int]) -> Grid | None:

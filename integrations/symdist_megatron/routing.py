@@ -10,20 +10,20 @@ from torch import nn
 from symdist.param_groups import coordinate_wise, with_defaults
 from symdist.routing.route import check_patterns, route_sites
 from symdist_megatron.options import Options, Scaled, scaled
-from symdist_megatron.parameters import Described, Unit, describe
-from symdist_megatron.rank_grid import Homes
+from symdist_megatron.parameters import MatrixSpec, ParamSpec, describe
+from symdist_megatron.rank_grid import RankGrids
 
 _VOCABULARIES = ("embedding", "tied_embedding", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Routed:
+class UnitAssignment:
     """A unit with the options of its rule, and its rate and decay beside those of Megatron's group.
 
     Units of equal `options` share one dict. `decay_ratio` is None where Megatron decays nothing: `decay` then stands.
     """
 
-    unit: Unit
+    unit: MatrixSpec
     options: Mapping[str, Any]
     lr_ratio: float
     decay_ratio: float | None
@@ -34,13 +34,13 @@ class Routed:
 class Routing:
     """By `id` of a model's parameter, what it is and what becomes of its units; `rules` has the rule of every role."""
 
-    described: Mapping[int, Described]
-    routed: Mapping[int, tuple[Routed, ...]]
+    described: Mapping[int, ParamSpec]
+    routed: Mapping[int, tuple[UnitAssignment, ...]]
     rules: Mapping[str, str]
     scaled: Scaled
 
 
-def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, homes: Homes) -> Routing:
+def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, rank_grids: RankGrids) -> Routing:
     """Route the parameters of this rank's chunks. All ranks must call it.
 
     Raises ValueError, on every rank and naming the parameter, for whatever `symdist.route` refuses on any.
@@ -48,11 +48,11 @@ def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, h
     said: str | None = None
     taken: set[int] = set()
     rules: dict[str, str] = {}
-    described: list[Described] = []
-    routed: dict[int, tuple[Routed, ...]] = {}
+    described: list[ParamSpec] = []
+    routed: dict[int, tuple[UnitAssignment, ...]] = {}
     proportion = scaled(options, config)
     try:
-        described = describe(chunks, homes=homes, recipe=proportion.recipe)
+        described = describe(chunks, rank_grids=rank_grids, recipe=proportion.recipe)
         routed, rules = _route(described, options, proportion, taken)
     except ValueError as error:
         said = str(error)
@@ -73,10 +73,10 @@ def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, h
 
 
 def _route(
-    described: Sequence[Described], options: Options, proportion: Scaled, taken: set[int]
-) -> tuple[dict[int, tuple[Routed, ...]], dict[str, str]]:
+    described: Sequence[ParamSpec], options: Options, proportion: Scaled, taken: set[int]
+) -> tuple[dict[int, tuple[UnitAssignment, ...]], dict[str, str]]:
     sites = {unit.name: (unit, unit.site) for each in described for unit in each.units}
-    by_name: dict[str, Routed] = {}
+    by_name: dict[str, UnitAssignment] = {}
     rules: dict[str, str] = {}
     for group in route_sites(sites, proportion.recipe, taken=taken):
         for padding, units in _by_padding(group, options.vocabulary).items():
@@ -92,11 +92,11 @@ def _route(
             torn = [unit.name for unit in units if unit.opaque and not coordinate_wise(full)]
             if torn:
                 raise ValueError(
-                    f"{torn[0]} is in several pieces on each tensor-parallel rank, and its module does not say what "
+                    f"{torn[0]} is in several shards on each tensor-parallel rank, and its module does not say what "
                     "they are; name a coordinate-wise rule for it, such as adamw, or run it without tensor parallelism"
                 )
             for unit in units:
-                by_name[unit.name] = Routed(
+                by_name[unit.name] = UnitAssignment(
                     unit=unit,
                     options=told,
                     lr_ratio=float(full["lr"]) / proportion.lr,
@@ -106,9 +106,9 @@ def _route(
     return {id(each.parameter): tuple(by_name[unit.name] for unit in each.units) for each in described}, rules
 
 
-def _by_padding(group: Mapping[str, Any], vocabulary: int | None) -> dict[int, list[Unit]]:
+def _by_padding(group: Mapping[str, Any], vocabulary: int | None) -> dict[int, list[MatrixSpec]]:
     """The units of a group by how many of their rows only fill the vocabulary up."""
-    found: dict[int, list[Unit]] = {}
+    found: dict[int, list[MatrixSpec]] = {}
     for unit in group["params"]:
         over = 0
         if vocabulary is not None and group["role"] in _VOCABULARIES and unit.vocabulary:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class StridedSlice:
     """Of each of `count` stretches of `period` elements, one after another, the elements from `start` to `stop`."""
 
     count: int
@@ -17,7 +17,7 @@ class Window:
     stop: int
 
     @classmethod
-    def whole(cls, numel: int) -> "Window":
+    def whole(cls, numel: int) -> "StridedSlice":
         """Everything there is."""
         return cls(count=1, period=numel, start=0, stop=numel)
 
@@ -56,7 +56,7 @@ class Window:
 
 
 def joined(parts: list[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """The parts as one tensor: a view where there is one that lies in one piece, else a copy."""
+    """The parts as one tensor: a view where there is one that lies in one shard, else a copy."""
     if len(parts) == 1 and parts[0].is_contiguous():
         return parts[0].view(shape)
     if not math.prod(shape):

@@ -20,8 +20,8 @@ from symdist_megatron.checkpoints import (
     with_groups,
     without_groups,
 )
-from symdist_megatron.joint_step import Stepped, WholeStep
-from symdist_megatron.layout import Held
+from symdist_megatron.joint_step import JointStep, OptimizedTensor
+from symdist_megatron.layout import HeldRange
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.peaks import saved_rates, take_rates
 
@@ -76,19 +76,19 @@ class SymDistDistributedOptimizer(DistributedOptimizer):
 class SymDistChain(ChainedOptimizer):
     """Megatron's chain of optimizers, all of which are stepped at once before each publishes what it holds."""
 
-    whole: WholeStep
+    joint_step: JointStep
     owned = False
     """Whether each data-parallel rank has parameters of its own."""
     _saved_rates: Sequence[tuple[dict[str, Any], dict[str, Any]]] = ()
 
-    def attach(self, whole: WholeStep) -> None:
-        """Take the steps with `whole`."""
-        self.whole = whole
+    def attach(self, joint_step: JointStep) -> None:
+        """Take the steps with `joint_step`."""
+        self.joint_step = joint_step
 
     @property
     def skipped_steps(self) -> int:
         """Steps left out for gradients that were not finite, beside those that Megatron leaves out itself."""
-        return self.whole.symdist.skipped_steps
+        return self.joint_step.symdist.skipped_steps
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
@@ -150,7 +150,7 @@ class SymDistChain(ChainedOptimizer):
 
         Megatron's own, of norms and of gathering weights, come beside them.
         """
-        return self.whole.symdist.trace_collectives()
+        return self.joint_step.symdist.trace_collectives()
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
@@ -160,7 +160,7 @@ class SymDistChain(ChainedOptimizer):
             flag = torch.tensor([float(found)], device=torch.cuda.current_device())
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             found = bool(flag.item())
-        if self.whole.symdist.nonfinite == "zero":
+        if self.joint_step.symdist.nonfinite == "zero":
             # Before norms are taken of them.
             for each in self.chained_optimizers:
                 for parameter in each.get_parameters():
@@ -174,7 +174,7 @@ class SymDistChain(ChainedOptimizer):
         timers = self.config.timers
         if timers is not None:
             timers("symdist-step", log_level=1).start(barrier=self.config.barrier_with_L1_time)
-        stepped = self.whole.step()
+        stepped = self.joint_step.step()
         if timers is not None:
             timers("symdist-step").stop()
         return super().step_with_ready_grads() if stepped else False
@@ -189,7 +189,7 @@ class SymDistLayerWise(SymDistChain, LayerWiseDistributedOptimizer):
     owned = True
 
 
-def stepped_by(wrapper: MegatronOptimizer, *, owned: bool = False) -> list[Stepped]:
+def stepped_by(wrapper: MegatronOptimizer, *, owned: bool = False) -> list[OptimizedTensor]:
     """What a wrapper has stepped: for every parameter of the model it serves, in the order of its groups.
 
     `owned` says that no other data-parallel rank has these parameters.
@@ -202,18 +202,18 @@ def stepped_by(wrapper: MegatronOptimizer, *, owned: bool = False) -> list[Stepp
         for of_group, mains in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
             of_masters.update((id(main), parameter) for parameter, main in zip(of_group, mains, strict=True))
     return [
-        Stepped(
+        OptimizedTensor(
             parameter=of_masters.get(id(tensor), tensor),
             group=i,
             tensor=tensor,
-            held=Held(low=0, high=tensor.numel(), bounds=None, copies=not owned),
+            held=HeldRange(low=0, high=tensor.numel(), bounds=None, copies=not owned),
         )
         for i, group in enumerate(base.param_groups)
         for tensor in group["params"]
     ]
 
 
-def _of_distributed(wrapper: DistributedOptimizer, base: MegatronSymDist) -> Iterator[Stepped]:
+def _of_distributed(wrapper: DistributedOptimizer, base: MegatronSymDist) -> Iterator[OptimizedTensor]:
     """Of the distributed optimizer: runs of each parameter, as the gradient buffers' buckets are cut."""
     places: dict[int, tuple[int, Any]] = {}
     for buffer in wrapper.buffers:
@@ -242,9 +242,9 @@ def _of_distributed(wrapper: DistributedOptimizer, base: MegatronSymDist) -> Ite
                     f"symdist: a parameter of shape {tuple(parameter.shape)} lies otherwise in Megatron's buffers than "
                     f"symdist reads them: {high - low} elements here, not {0 if main is None else main.numel()}"
                 )
-            yield Stepped(
+            yield OptimizedTensor(
                 parameter=parameter,
                 group=i,
                 tensor=main,
-                held=Held(low=low, high=high, bounds=bounds if len(bounds) > 2 else None),
+                held=HeldRange(low=low, high=high, bounds=bounds if len(bounds) > 2 else None),
             )

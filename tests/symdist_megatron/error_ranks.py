@@ -121,7 +121,7 @@ def registered(mesh: DeviceMesh, how: How) -> dict[str, Any]:
     return {
         "said": said,
         "kind": type(made).__name__,
-        "rates": {group["role"]: group["lr"] for group in made.whole.symdist.param_groups},
+        "rates": {group["role"]: group["lr"] for group in made.joint_step.symdist.param_groups},
         "groups": [group["lr"] for group in made.param_groups],
         "adam": type(adam.chained_optimizers[0].optimizer).__name__,
         "registry": "symdist" in getattr(megatron_optimizer, "_EMERGING_OPTIMIZERS", {"symdist": None}),
@@ -133,7 +133,7 @@ def norms(mesh: DeviceMesh, how: How) -> dict[str, str]:
     _, chunks = build(how)
     kinds = {role: RECIPE["other"] for role in ("input_norm", "output_norm", "qk_norm")}
     made = get_symdist_optimizer(optimizer_config(how), chunks, recipe=RECIPE | kinds)
-    groups = made.whole.symdist.param_groups
+    groups = made.joint_step.symdist.param_groups
     return {name: group["role"] for group in groups for name in group["param_names"] if "norm" in name}
 
 

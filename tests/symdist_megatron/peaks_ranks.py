@@ -61,7 +61,7 @@ class Run:
             self.optimizer.step()
         return {
             f"{name} {option}": group[option]
-            for group in self.optimizer.whole.symdist.param_groups
+            for group in self.optimizer.joint_step.symdist.param_groups
             for name in group["param_names"]
             for option in ("lr", "weight_decay")
         }

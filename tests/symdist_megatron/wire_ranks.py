@@ -22,7 +22,7 @@ def counted(mesh: DeviceMesh, how: How, recipe: Any, options: dict[str, Any]) ->
     planned = optimizer.trace_collectives()
     optimizer.prepare_grads()
     with CollectiveCounter() as wire:
-        optimizer.whole.step()
+        optimizer.joint_step.step()
     return (
         [(moved.kind, moved.size, moved.sent) for moved in planned.log],
         [(moved.kind, moved.size, moved.sent) for moved in wire.log],

@@ -174,7 +174,7 @@ class MegatronTraining(Training):
     @property
     def symdist(self) -> SymDist:
         """See `Training`."""
-        return self.optimizer.whole.symdist
+        return self.optimizer.joint_step.symdist
 
     @property
     def mesh(self) -> dict[str, int]:
