@@ -58,10 +58,10 @@ def cut(keys: list[Key], way: str, ranks: int) -> dict[Key, dict[str, Any]]:
     for key, of_key in zip(keys, bounds, strict=True):
         found[key] = {"shape": shapes(key[0])[key[3]], "bounds": of_key}
         if way in ("shuffled", "columns"):
-            found[key]["order"] = tuple(source.sample(range(ranks), ranks))
+            found[key]["rank_order"] = tuple(source.sample(range(ranks), ranks))
         if way == "columns" and len(found[key]["shape"]) == 2:
             width = found[key]["shape"][1]
-            found[key]["across"] = (width - width // 3, width // 3)
+            found[key]["column_blocks"] = (width - width // 3, width // 3)
     return found
 
 
@@ -75,10 +75,10 @@ def piece(whole: Tensor, layout: FlatLayout) -> Tensor:
 
 def put_together(pieces: list[Tensor], given: dict[str, Any]) -> Tensor:
     """The whole tensor, from what all ranks hold."""
-    order = given.get("order") or range(len(pieces))
+    order = given.get("rank_order") or range(len(pieces))
     elements = torch.cat([pieces[rank] for rank in order])
     rows = given["shape"][0]
-    widths = given.get("across") or (elements.numel() // rows,)
+    widths = given.get("column_blocks") or (elements.numel() // rows,)
     blocks = elements.split([rows * width for width in widths])
     return torch.cat([block.view(rows, -1) for block in blocks], dim=1).view(given["shape"])
 

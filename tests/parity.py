@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
-from symdist.layouts import local
+from symdist.exchange.planning.plan import possible_strategies
+from symdist.layouts import group_from, local
+from symdist.param_groups import describe_member, with_defaults
 from tests.cases import CASES, LR, STEPS, tensors
 from tests.grids import WAYS
 
@@ -17,27 +19,36 @@ COPIES = 2
 """Parameters of each case, so that every stack holds several."""
 
 
+def whole(case: str) -> list[tuple[Tensor, list[Tensor]]]:
+    """Weight and gradients of every copy."""
+    return [tensors(case, copy) for copy in range(COPIES)]
+
+
+def possible(weight: Tensor, group: dict[str, Any], replicas: DeviceMesh | None) -> set[str]:
+    """The strategies that a group on such a weight admits."""
+    ranks = None if replicas is None else group_from(replicas)
+    full = with_defaults({**group, "lr": LR, "param_names": ["w"], "strategy": "owner"})
+    stack = describe_member(weight, name="w", index=0, group=full, replicas=ranks).stack
+    assert stack is not None
+    found = {"auto", *possible_strategies(stack)}
+    # What treats every number by itself is local wherever it lies.
+    plain = describe_member(weight, name="w", index=0, group=full | {"strategy": "local"}, replicas=ranks).stack is None
+    return found | {"local"} if plain else found
+
+
 def train(place: Callable[[Tensor], Tensor], dtype: torch.dtype, strategies: tuple[str, ...], **options: Any) -> Any:
     """Final weights by (case, copy, strategy), and the optimizer; a strategy a case cannot have is left out."""
     groups, drawn = [], {}
     for case, (_, group) in CASES.items():
-        for strategy in strategies:
+        here = [(place(weight.to(dtype)), [place(g.to(dtype)) for g in gradients]) for weight, gradients in whole(case)]
+        admitted = possible(here[0][0], group, options.get("replicate_group"))
+        for strategy in (each for each in strategies if each in admitted):
             parameters = []
-            for copy in range(COPIES):
-                weight, gradients = tensors(case, copy)
-                parameter = nn.Parameter(place(weight.to(dtype)))
-                drawn[case, copy, strategy] = (parameter, [place(gradient.to(dtype)) for gradient in gradients])
+            for copy, (weight, gradients) in enumerate(here):
+                parameter = nn.Parameter(weight.detach().clone())
+                drawn[case, copy, strategy] = parameter, gradients
                 parameters.append((f"{case}/{copy}/{strategy}", parameter))
-            candidate = {"params": parameters, "lr": LR, "strategy": strategy, **group}
-            try:
-                SymDist([dict(candidate)], **options)
-            except ValueError as error:
-                if "cannot run with strategy" not in str(error):
-                    raise
-                for copy in range(COPIES):
-                    del drawn[case, copy, strategy]
-            else:
-                groups.append(candidate)
+            groups.append({"params": parameters, "lr": LR, "strategy": strategy, **group})
     optimizer = SymDist(groups, **options)
     for step in range(STEPS):
         for parameter, gradients in drawn.values():

@@ -125,23 +125,32 @@ def _cut(stack: Stack) -> dict[Axis, Group]:
     return {axis: group for axis, group in stack.splits.items() if axis in ("rows", "columns")}
 
 
-def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Strategy:
+def possible_strategies(stack: Stack) -> list[Strategy]:
+    """The strategies that a stack's rule, view and layout admit, where it lies on a grid: one at least."""
+    found: list[Strategy] = []
     cut = _cut(stack)
-    costs: dict[Strategy, Callable[[], float]] = {}
     if not cut and "unaligned" not in stack.splits:
-        costs["local"] = lambda: count * _operations(stack) / FLOPS_PER_BYTE
+        found.append("local")
     elif "unaligned" not in stack.splits and set(cut) <= set(stack.admitted):
-        costs["reduce"] = lambda: _reduce_cost(stack, count, cut)
-    if stack.layout.group is not None:
-        costs["owner"] = lambda: _owner_cost(stack, count, communication_dtype)
-    if stack.asked == "auto":
-        return min(costs, key=lambda strategy: costs[strategy]()) if len(costs) > 1 else next(iter(costs))
-    if stack.asked not in costs:
-        raise ValueError(
-            f"{name}: rule {stack.rule.name!r} cannot run with strategy {stack.asked!r} on this layout; "
-            f"it can with {', '.join(map(repr, costs))} or 'auto'"
-        )
-    return stack.asked
+        found.append("reduce")
+    return [*found, "owner"] if stack.layout.group is not None else found
+
+
+def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Strategy:
+    possible = possible_strategies(stack)
+    if stack.asked != "auto":
+        if stack.asked not in possible:
+            raise ValueError(
+                f"{name}: rule {stack.rule.name!r} cannot run with strategy {stack.asked!r} on this layout; "
+                f"it can with {', '.join(map(repr, possible))} or 'auto'"
+            )
+        return stack.asked
+    costs: dict[Strategy, Callable[[], float]] = {
+        "local": lambda: count * _operations(stack) / FLOPS_PER_BYTE,
+        "reduce": lambda: _reduce_cost(stack, count, _cut(stack)),
+        "owner": lambda: _owner_cost(stack, count, communication_dtype),
+    }
+    return min(possible, key=lambda strategy: costs[strategy]()) if len(possible) > 1 else possible[0]
 
 
 def _operations(stack: Stack) -> float:
