@@ -229,7 +229,11 @@ def counted_mixed(mesh: DeviceMesh, copies: int) -> list[str]:
         {"params": [nn.Parameter(place(mesh, draw(i, copy))) for copy in range(copies)], "lr": 0.1, **group}
         for i, (_, group) in enumerate(MIXED[:WHOLE])
     ]
-    SymDist(groups, transport=counting).step()
+    optimizer = SymDist(groups, transport=counting)
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
     return [moved.kind for moved in counting.log]
 
 

@@ -266,7 +266,7 @@ def test_gradients_in_parts_are_summed_up(ranks: Ranks, world: int, missing: int
     mean = (world + 1) / 2
     for (matrix, vector, whole), norm, kinds in ranks.run(world, sharded.gradients_in_parts, missing):
         assert torch.equal(matrix, torch.full((3, 4), total).double())
-        assert close([vector], [torch.full((5,), total / world).double()], 1e-12)
+        assert close([vector], [torch.full((5,), total / world, dtype=torch.float64)], 1e-12)
         assert torch.equal(whole, torch.ones(2, 3).double())
         assert float(norm) == pytest.approx((12 * total**2 + 5 * mean**2 + 6) ** 0.5)
         # Whether any is in parts, which, their sum, and whether that is finite.

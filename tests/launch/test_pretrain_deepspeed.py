@@ -315,7 +315,9 @@ def test_configs_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_local_rank_is_taken_from_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    # Set first, so that what the entry sets goes with the test.
+    monkeypatch.setenv("LOCAL_RANK", "")
+    monkeypatch.delenv("LOCAL_RANK")
     given = ["--local_rank=1", "--steps", "3", "--local-rank", "2"]
     assert list(entry._without_local_rank(given)) == ["--steps", "3"]
     monkeypatch.setenv("LOCAL_RANK", "0")

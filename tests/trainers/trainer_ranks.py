@@ -67,6 +67,8 @@ def launched() -> Iterator[None]:
         told |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         told |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     before = dict(os.environ)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
     os.environ.update(told)
     try:
         with language.exact():
