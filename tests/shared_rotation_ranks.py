@@ -83,7 +83,7 @@ def sharded(
 
 def replicated(mesh: DeviceMesh, options: dict[str, Any]) -> tuple[list[Tensor], dict[str, str]]:
     """The same in plain tensors, whole on all ranks."""
-    weights, optimizer = train(torch.clone, {"replicas": mesh}, **options)
+    weights, optimizer = train(torch.clone, {"replicate_group": mesh}, **options)
     return weights, optimizer.strategies()
 
 

@@ -108,7 +108,7 @@ SIGNS = ("sign", "adam")
 )
 def test_alone_in_a_stage_a_matrix_has_its_own_rotation(shape: tuple[int, int], base: str) -> None:
     weights = []
-    for share in ("matrix", "stage"):
+    for share in ("matrix", "residual_stage"):
         generator = torch.Generator().manual_seed(0)
         weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
         group = {"rule": "aro", "base": base, "share": share, "role": "attention_o", "lr": 1.0}
@@ -125,7 +125,7 @@ def test_stages_are_those_of_the_residual_stream() -> None:
     """A layer reads from one and writes to the next; the embedding writes to the first, the head reads the last."""
     model = build("qwen3-tiny", vocabulary=64, device="meta").to_empty(device="cpu")
     recipe = {
-        "default": {"rule": "aro", "view": "residual", "share": "stage", "lr": 0.1},
+        "default": {"rule": "aro", "view": "residual", "share": "residual_stage", "lr": 0.1},
         "other": {"rule": "adamw", "lr": 0.1},
     }
     optimizer = build_optimizer(model, recipe)
@@ -153,7 +153,7 @@ def test_a_rotation_of_the_stream_turns_all_that_touch_it() -> None:
     updates: list[list[Tensor]] = []
     for rotate in (torch.eye(6, dtype=torch.float64), turn):
         writes, reads = (nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in ((6, 9), (8, 6)))
-        shared_options: dict[str, Any] = {"rule": "aro", "share": "stage", "lr": 1.0, "momentum": 0.5}
+        shared_options: dict[str, Any] = {"rule": "aro", "share": "residual_stage", "lr": 1.0, "momentum": 0.5}
         optimizer = SymDist(
             [
                 {"params": [("layers.0.o", writes)], "role": "attention_o", **shared_options},
@@ -175,7 +175,7 @@ def test_a_rotation_of_the_stream_turns_all_that_touch_it() -> None:
 
 def test_what_cannot_share_is_told() -> None:
     weight = nn.Parameter(torch.zeros(6, 4))
-    group = {"rule": "aro", "share": "stage", "lr": 0.1}
+    group = {"rule": "aro", "share": "residual_stage", "lr": 0.1}
     with pytest.raises(ValueError, match=r"layers\.0\.gizmo has role 'other': it is not known which stage"):
         SymDist([{"params": [("layers.0.gizmo", weight)], "role": "other", **group}])
     with pytest.raises(ValueError, match="not known which stage"):
@@ -202,6 +202,6 @@ def test_a_rule_may_be_run_by_itself() -> None:
     values = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).double()
     matrix = Matrix(values=values, rows=5, columns=8, state={"rotation": torch.zeros_like(values)})
     update = get_rule("aro").update
-    shared_update, _ = run_locally(update(matrix, share="stage"))
+    shared_update, _ = run_locally(update(matrix, share="residual_stage"))
     own_update, _ = run_locally(update(matrix, share="matrix"))
     assert torch.allclose(shared_update, own_update, rtol=0, atol=1e-9)

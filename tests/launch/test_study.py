@@ -88,7 +88,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
-        assert runner.main(command[2:]) == 0
+        assert runner.main(command[3:]) == 0
     assert {path: path.stat().st_mtime_ns for path in ended} == written
     return config, output
 
@@ -195,8 +195,8 @@ def test_a_diverged_run_is_the_worst(losses: tuple[float, ...], best: float | No
     [
         ('model = "olmoe-tiny"\nrecipe = "adamv"', (), "arm olmoe-tiny/a: there is no recipe 'adamv'"),
         ('model = "olmo-tiny"\nrecipe = "adamw"', (), "arm olmo-tiny/a: "),
-        ('model = "olmoe-tiny"\nrecipe = "adamw"\nset = ["rooter.lr=1"]', (), "'rooter', which is no role"),
-        ('model = "olmoe-tiny"\nrecipe = "adamw"\nset = ["head.rate=1"]', (), "knows no option 'rate'"),
+        ('model = "olmoe-tiny"\nrecipe = "adamw"\noverride = ["rooter.lr=1"]', (), "'rooter', which is no role"),
+        ('model = "olmoe-tiny"\nrecipe = "adamw"\noverride = ["head.rate=1"]', (), "knows no option 'rate'"),
         ('model = "olmoe-tiny"', (), "has no recipe"),
         ('model = "olmoe-tiny"\nrecipe = "adamw"\nlr = 1', (), "lr is unknown"),
         ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--seeds", "7"), "none of them the sweep's 7"),

@@ -17,7 +17,7 @@ HOW = How(dtype="float32")
 
 REFUSED: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
     "recipe": ("olmo", {}, {}, "there is no recipe 'olmo'; there are .*olmoe"),
-    "role": (GOOD, {}, {"overrides": {"routers": {"lr": 1.0}}}, "'routers', which is no role; the roles are .*router"),
+    "role": (GOOD, {}, {"overrides": {"routers": {"lr": 1.0}}}, "'routers', which is no role; did you mean 'router'"),
     "rule": (GOOD | {"router": {"rule": "row", "lr": 0.1}}, {}, {}, "router.*'row'.*row_norm"),
     "option": (GOOD | {"router": {"rule": "row_norm", "lr": 0.1, "alpha": 1}}, {}, {}, "knows no option 'alpha'"),
     "no section": ({"matrix": {"rule": "muon", "lr": 0.1}}, {}, {}, "has role '.*', for which recipe .* no section"),
@@ -70,7 +70,7 @@ def test_also_one_that_shows_late(worlds: Worlds) -> None:
     recipe = GOOD | {"head": {"rule": "row_norm", "view": {"heads": 2, "dim": 1}, "lr": 0.1}}
     found = worlds(2).run(2, RANKS + "refused", replace(HOW, pp=2, tied=False), recipe, {}, {"vocabulary": 37})
     assert found[0] == found[1]
-    assert "padding_rows=3 needs a matrix seen by rows or columns" in found[0]
+    assert "padding_rows=3 needs a matrix seen as stored or transposed" in found[0]
 
 
 def test_all_ranks_must_train(worlds: Worlds) -> None:
