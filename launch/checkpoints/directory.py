@@ -27,7 +27,7 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or must not be read; says which one, why, and what to do."""
 
 
-class DamagedCheckpoint(CheckpointError):
+class DamagedCheckpointError(CheckpointError):
     """A checkpoint of this run cannot be read: another one may do."""
 
 
@@ -121,7 +121,7 @@ def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> in
         The number of ranks that wrote the checkpoint.
 
     Raises:
-        DamagedCheckpoint: where anything is missing or damaged.
+        DamagedCheckpointError: where anything is missing or damaged.
         CheckpointError: where it is another run's or program's.
     """
     manifest = _read_manifest(path)
@@ -138,7 +138,7 @@ def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> in
             problem = "does not match its checksum"
         else:
             continue
-        raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} {problem}; {CHOOSE}")
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} {problem}; {CHOOSE}")
     return manifest["world_size"]
 
 
@@ -147,7 +147,7 @@ def verify_sizes(path: Path) -> None:
     for name, entry in _read_manifest(path)["files"].items():
         file = path / name
         if not file.exists() or file.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} is missing or cut; {CHOOSE}")
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} is missing or cut; {CHOOSE}")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -176,17 +176,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint directory {path}; check the path")
     if not (path / _MANIFEST).exists():
-        raise DamagedCheckpoint(
+        raise DamagedCheckpointError(
             f"{path} has no {_MANIFEST}: it was never finished, or is no symdist checkpoint; {CHOOSE}"
         )
     try:
         manifest = json.loads((path / _MANIFEST).read_bytes())
     except ValueError as error:
-        raise DamagedCheckpoint(f"{path / _MANIFEST} is damaged ({error}); {CHOOSE}") from error
+        raise DamagedCheckpointError(f"{path / _MANIFEST} is damaged ({error}); {CHOOSE}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"{path} is not a {FORMAT} directory but some other program's; {CHOOSE}")
+        raise DamagedCheckpointError(f"{path} is not a {FORMAT} directory but some other program's; {CHOOSE}")
     if manifest.pop("sha256", None) != _digest(manifest):
-        raise DamagedCheckpoint(f"{path / _MANIFEST} is damaged (its checksum does not match); {CHOOSE}")
+        raise DamagedCheckpointError(f"{path / _MANIFEST} is damaged (its checksum does not match); {CHOOSE}")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
             f"{path} has format version {manifest.get('version')}, this program reads {VERSION}; "

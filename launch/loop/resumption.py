@@ -8,7 +8,7 @@ from typing import Any
 
 from launch.checkpoints.directory import (
     CheckpointError,
-    DamagedCheckpoint,
+    DamagedCheckpointError,
     check_mixing,
     newest_first,
     quarantine,
@@ -50,7 +50,7 @@ class Resumable(ABC):
     def load(self, path: Path) -> dict[str, Any]:
         """Restore model, optimizer and schedule; what `job` gave when the checkpoint was written.
 
-        Raises, on all ranks and before anything changes, DamagedCheckpoint for one that cannot be read, and ValueError
+        Raises, on all ranks and before anything changes, DamagedCheckpointError for one that cannot be read, and ValueError
         or CheckpointError for one that this run cannot go on from.
         """
 
@@ -130,7 +130,7 @@ class Resumable(ABC):
             self.watchdog.doing(f"loading {found[0]}", slow=True)
             try:
                 self._go_on(self.load(found[0]))
-            except DamagedCheckpoint as error:
+            except DamagedCheckpointError as error:
                 if self.ranks.rank == 0:
                     aside = quarantine(found[0])
                     log.event(self.step, "fallback", f"{error}: it is now {aside.name}, and the one before is tried")

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from launch.checkpoints.directory import CheckpointError, DamagedCheckpoint
+from launch.checkpoints.directory import CheckpointError, DamagedCheckpointError
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def on_all_ranks(function: Callable[[], T], failed: str, remedy: str, group: dist.ProcessGroup | None = None) -> T:
     """Call ``function``, which must not communicate; raise on all ranks what went wrong on any of them.
 
-    That is a DamagedCheckpoint only where each trouble is one.
+    That is a DamagedCheckpointError only where each trouble is one.
     """
     result: T | None = None
     failure: tuple[str, bool] | None = None
@@ -36,13 +36,13 @@ def on_all_ranks(function: Callable[[], T], failed: str, remedy: str, group: dis
     try:
         result = function()
     except CheckpointError as error:
-        failure, cause = (str(error), isinstance(error, DamagedCheckpoint)), error
+        failure, cause = (str(error), isinstance(error, DamagedCheckpointError)), error
     except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
         failure, cause = (f"{failed}: {_told(error, rank_and_world()[0])}; {remedy}", False), error
     # Ranks that met the same trouble say so once; a dict keeps their order.
     failures = dict.fromkeys(told for told in gather(failure, group) if told is not None)
     if failures:
-        kind = DamagedCheckpoint if all(damaged for _, damaged in failures) else CheckpointError
+        kind = DamagedCheckpointError if all(damaged for _, damaged in failures) else CheckpointError
         raise kind("\n".join(text for text, _ in failures)) from cause
     return cast(T, result)
 

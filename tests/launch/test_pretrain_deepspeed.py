@@ -15,7 +15,7 @@ import torch
 
 import symdist
 from launch.checkpoints import directory
-from launch.checkpoints.directory import CheckpointError, DamagedCheckpoint, describe_files
+from launch.checkpoints.directory import CheckpointError, DamagedCheckpointError, describe_files
 from launch.engines.deepspeed import checkpoint, entry
 from launch.engines.deepspeed.checkpoint import JOB
 from launch.engines.deepspeed.config import DeepSpeedRun, precision, zero_stage
@@ -181,7 +181,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
         checkpoint.checked_job(path, stage=stage, universal=universal, **asked)
 
     assert checkpoint.newest_universal(tmp_path) is None
-    with pytest.raises(DamagedCheckpoint, match="was never finished"):
+    with pytest.raises(DamagedCheckpointError, match="was never finished"):
         check(save("step-00000010.writing"))
     path = publish("step-00000010")
     with pytest.raises(CheckpointError, match="says load_universal, but no checkpoint in"):
@@ -205,7 +205,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="goes on to step-00000030, which a run from converted would mix with"):
         check(universal, universal=True)
     (newer / MODEL_STATES).write_bytes(b"")
-    with pytest.raises(DamagedCheckpoint, match=r"mp_rank_00_model_states\.pt has 0 bytes instead of"):
+    with pytest.raises(DamagedCheckpointError, match=r"mp_rank_00_model_states\.pt has 0 bytes instead of"):
         check(newer)
     (tmp_path / "other").mkdir()
     with pytest.raises(CheckpointError, match="is no checkpoint of DeepSpeed's"):
