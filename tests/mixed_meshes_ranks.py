@@ -140,7 +140,7 @@ def gradient(model: str, name: str, number: int, step: Step) -> Tensor | None:
     return None if name in step.get("gone", ()) else found
 
 
-class Held:
+class HeldModel:
     """A model as this rank holds it, or as one process does, and its optimizer."""
 
     def __init__(self, mesh: DeviceMesh | None, model: str, names: list[str] | None = None, **options: Any):
@@ -205,7 +205,7 @@ class Held:
 
 def trained(mesh: DeviceMesh, model: str, steps: list[Step], options: Options) -> dict[str, Tensor]:
     """This rank's pieces after steps."""
-    held = Held(mesh, model, **options)
+    held = HeldModel(mesh, model, **options)
     for number, step in enumerate(steps, 1):
         held.give(number, step)
         held.optimizer.step()
@@ -223,7 +223,7 @@ def shuffled(mesh: DeviceMesh, model: str, steps: list[Step]) -> tuple[tuple[int
 
 def alone(model: str, steps: list[Step]) -> dict[str, Tensor]:
     """The whole weights of one process."""
-    held = Held(None, model)
+    held = HeldModel(None, model)
     for number, step in enumerate(steps, 1):
         held.give(number, step)
         held.optimizer.step()
@@ -235,7 +235,7 @@ def broken(
 ) -> tuple[str, int, bool, dict[str, Tensor]]:
     """A good step, then one where `rank` has `value` in its piece of a gradient, and so have those with the same piece
     where it is to be zeroed: the error, skipped steps, whether anything moved, and the pieces."""
-    held = Held(mesh, model, nonfinite=nonfinite)
+    held = HeldModel(mesh, model, nonfinite=nonfinite)
     held.give(1, {})
     held.optimizer.step()
     held.give(2, {})
@@ -258,7 +258,7 @@ def broken(
 
 def zeroed(model: str, rank: int, name: str) -> dict[str, Tensor]:
     """What one process makes of such a gradient with zero in its place."""
-    held = Held(None, model)
+    held = HeldModel(None, model)
     held.give(1, {})
     held.optimizer.step()
     held.give(2, {})
@@ -272,7 +272,7 @@ def zeroed(model: str, rank: int, name: str) -> dict[str, Tensor]:
 
 def clipped(mesh: DeviceMesh, model: str, max_norm: float, step: Step) -> tuple[float, dict[str, Tensor | None]]:
     """The norm, and this rank's pieces of the gradients after clipping."""
-    held = Held(mesh, model)
+    held = HeldModel(mesh, model)
     held.give(1, step)
     first = (mesh.mesh_dim_names or ())[0]
     stages = mesh[first] if any(weight.stage is not None for weight in MODELS[model][1].values()) else None

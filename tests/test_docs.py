@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import symdist
 from symdist import SymDist, build_optimizer, route
 from symdist.routing.recipes import load, load_recipe
 from symdist.rules import registry
@@ -74,6 +75,18 @@ def test_the_layout_a_newcomer_adds() -> None:
     names["MyShard"].global_shape, names["MyShard"].sizes = (5, 2), (3, 2)
     exec(code, names)
     assert names["my_layout"](names["MyShard"](), name="w").local_shape == (2, 2)
+
+
+def test_the_readmes_front_door() -> None:
+    (code,) = (block for block in blocks("README.md", "python") if "add_param_group" in block)
+    given = {
+        name: [nn.Parameter(torch.zeros(shape))]
+        for name, shape in (("matrices", (3, 4)), ("rest", 3), ("more", (3, 2)))
+    }
+    space: dict = {"symdist": symdist, **given}
+    exec(code, space)
+    groups = space["optimizer"].param_groups
+    assert [(group["rule"], group["lr"]) for group in groups] == [("muon", 1e-2), ("adamw", 3e-4), ("row_norm", 1e-2)]
 
 
 def test_the_readmes_loop_and_recipe(tmp_path: Path) -> None:

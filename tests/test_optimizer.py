@@ -415,7 +415,7 @@ def test_a_rules_option_does_not_change_after_construction(option: str, value: A
 @pytest.mark.parametrize(
     "options", [{"rule": "muon"}, {"rule": "adamw"}, {"rule": "row_norm", "skip_zero_grad_rows": True}]
 )
-def test_cautious_decay_takes_what_goes_inward(options: dict[str, Any]) -> None:
+def test_cautious_weight_decay_takes_what_goes_inward(options: dict[str, Any]) -> None:
     """Decoupled decay of those weights alone that the update does not take away from zero, by the weights before."""
     generator = torch.Generator().manual_seed(0)
     start, gradient = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -439,7 +439,7 @@ def test_cautious_decay_takes_what_goes_inward(options: dict[str, Any]) -> None:
     assert not torch.allclose(found, everywhere)
 
 
-def test_cautious_decay_is_true_or_false() -> None:
+def test_cautious_weight_decay_is_true_or_false() -> None:
     with pytest.raises(ValueError, match="cautious_weight_decay=1 must be true or false"):
         SymDist([{"params": [nn.Parameter(torch.zeros(2, 2))], "rule": "muon", "lr": 0.1, "cautious_weight_decay": 1}])
 

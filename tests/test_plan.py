@@ -1,6 +1,7 @@
 """A plan says beforehand what a step then does: every collective of every rank, to the byte; and costs, on any mesh."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,26 @@ def test_the_largest_meshes_are_planned() -> None:
     assert found.busiest.peak_bytes < 4e9
     gathered = plan_step("qwen3-235b-a22b", "olmoe", mesh={"dp_shard": 8}, alternatives=True).alternatives[1]
     assert found.busiest.sent < gathered.sent / 10
+
+
+def test_the_readmes_figures_are_those_of_its_command() -> None:
+    text = " ".join((Path(__file__).resolve().parents[1] / "README.md").read_text().split())
+    said = re.search(
+        r" a rank sends (\d+) MB \((\d+) MB in bfloat16\) in (\d+) collectives, where gathering every matrix would "
+        r"send ([\d.]+) GB in (\d+)\.",
+        text,
+    )
+    assert said is not None
+    assert "symdist plan --model olmoe-1b-7b --mesh dp=64,tp=8 --recipe olmoe --compare" in text
+    mesh = {"dp_shard": 64, "tp": 8}
+    found = plan_step("olmoe-1b-7b", "olmoe", mesh=mesh, alternatives=True)
+    halved = plan_step("olmoe-1b-7b", "olmoe", mesh=mesh, exchange={"communication_dtype": "bfloat16"})
+    gathered = found.alternatives[1]
+    figures = (found.busiest.sent / 1e6, halved.busiest.sent / 1e6, found.busiest.collectives)
+    figures += (gathered.sent / 1e9, gathered.collectives)
+    assert [float(each) for each in said.groups()] == [
+        round(x, 1 if x < 20 and i == 3 else 0) for i, x in enumerate(figures)
+    ]
 
 
 @pytest.mark.parametrize(("model", "ranks"), [("olmoe-1b-7b", 64), ("qwen3-0.6b", 8)])

@@ -91,7 +91,7 @@ class Config:
         """How many of the ranks see other sequences."""
         return ranks
 
-    def pretended(self, ranks: int) -> dict[str, Any] | None:
+    def simulated(self, ranks: int) -> dict[str, Any] | None:
         """The `mesh`, or the stage of `zero`, on which `symdist plan` sees this run; None where it cannot."""
         return {"mesh": {"dp_shard": ranks}}
 

@@ -48,7 +48,7 @@ def dry_run(config: Config) -> None:
         f"data: {_data(config)}",
     )
     recipe = load_recipe(config.recipe).overridden(config.overrides())
-    layout = config.pretended(ranks)
+    layout = config.simulated(ranks)
     built = {
         "vocabulary": config.data.vocabulary,
         "overrides": config.model_settings(),

@@ -129,10 +129,10 @@ class _Plan:
 
 def _plan(model: str, recipes: Sequence[str], against: Sequence[str], ranks: int) -> tuple[list[_Plan], dict[str, str]]:
     """The arms, and why others cannot be run: decided here from shapes, so alike for all ranks."""
-    with simulate(model, "muon", mesh={"dp_shard": ranks}) as pretended:
-        refused = {name: reason for name in against if (reason := refusal(name, pretended.model, ranks))}
+    with simulate(model, "muon", mesh={"dp_shard": ranks}) as simulated:
+        refused = {name: reason for name in against if (reason := refusal(name, simulated.model, ranks))}
         arms = [
-            _Plan(name=name, note=describe_baseline(name, pretended.model), recipe=False)
+            _Plan(name=name, note=describe_baseline(name, simulated.model), recipe=False)
             for name in (ADAMW, *against)
             if name not in refused
         ]

@@ -236,7 +236,7 @@ class Reader:
         except ValueError as error:
             if time.time() - stat.st_mtime > _WRITING_SECONDS:
                 raise ValueError(f"{path} cannot be read: {error}") from None
-            # Asked for again next time.
+            # Read again next time.
             stamp, content = None, before[1]
         self._whole[name] = (stamp, content)
         return content != before[1]

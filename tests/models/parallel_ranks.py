@@ -47,13 +47,13 @@ MODELS: dict[str, Settings] = {
 }
 
 
-def small(name: str, *, favoured: bool = False, dtype: torch.dtype = torch.float64, **overrides: Any) -> Any:
+def small(name: str, *, favoured: bool = False, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """A small model of the family, the same weights wherever it is built.
 
     No two weights are alike, and the ones and zeros of norms and biases are gone: they would hide which is whose.
     `favoured` gives the first two experts of gpt-oss all tokens.
     """
-    model = build(name, overrides=MODELS[name] | overrides, dtype=dtype, seed=1)
+    model = build(name, overrides=MODELS[name] | changes, dtype=dtype, seed=1)
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -65,7 +65,7 @@ def label(value: Any) -> str:
 
 
 @contextmanager
-def pretended(shape: Mesh, *, rank: int = 0) -> Iterator[Any]:
+def simulated(shape: Mesh, *, rank: int = 0) -> Iterator[Any]:
     """A mesh of which this process is one rank, and the others do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=math.prod(shape.values()))
     try:
@@ -138,7 +138,7 @@ def placed(model: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def test_placements_under_fsdp_and_tp() -> None:
-    with pretended({"dp_shard": 2, "tp": 4}) as mesh:
+    with simulated({"dp_shard": 2, "tp": 4}) as mesh:
         found = placed(shard(parallel_ranks.small("gpt-oss-tiny"), mesh))
         wide = placed(shard(parallel_ranks.small("olmoe-tiny"), mesh))
         plain = shard(parallel_ranks.small("qwen3-tiny"), mesh)
@@ -158,7 +158,7 @@ def test_placements_under_fsdp_and_tp() -> None:
 
 
 def test_placements_under_replicas_and_ep() -> None:
-    with pretended({"dp_replicate": 2, "dp_shard": 2, "ep": 2, "tp": 2}) as mesh:
+    with simulated({"dp_replicate": 2, "dp_shard": 2, "ep": 2, "tp": 2}) as mesh:
         found = placed(shard(parallel_ranks.small("deepseek-v3-tiny"), mesh))
     strided = _StridedShard(0, split_factor=2)
     data = ("dp_replicate", "dp_shard_ep")
@@ -171,13 +171,13 @@ def test_placements_under_replicas_and_ep() -> None:
 
 
 def test_experts_are_cut_within_where_there_are_more_ranks_than_experts() -> None:
-    with pretended({"dp_shard": 8, "ep": 4}) as mesh:
+    with simulated({"dp_shard": 8, "ep": 4}) as mesh:
         found = placed(shard(parallel_ranks.small("qwen3-moe-tiny"), mesh))
     assert found["mlp.experts.down_proj"] == (("dp_shard", "ep"), (Shard(1), Shard(0)))
 
 
 def test_without_data_parallelism_what_is_whole_stays_a_plain_tensor() -> None:
-    with pretended({"tp": 4}) as mesh:
+    with simulated({"tp": 4}) as mesh:
         found = placed(shard(parallel_ranks.small("qwen3-moe-tiny"), mesh))
     assert found["self_attn.q_proj.weight"] == (("tp",), (Shard(0),))
     assert found["self_attn.q_norm.weight"] == found["mlp.experts.down_proj"] == ((), ())
@@ -185,7 +185,7 @@ def test_without_data_parallelism_what_is_whole_stays_a_plain_tensor() -> None:
 
 @pytest.mark.parametrize("names", [None, ("shard",), ("dp_shard",)], ids=str)
 def test_one_dimension_is_fsdp(names: tuple[str, ...] | None) -> None:
-    with pretended({"any": 4}):
+    with simulated({"any": 4}):
         mesh = init_device_mesh("cpu", (4,), mesh_dim_names=names)
         found = placed(shard(parallel_ranks.small("qwen3-tiny"), mesh))
     assert set(found.values()) == {(names, (Shard(0),))}
@@ -195,7 +195,7 @@ def test_one_dimension_is_fsdp(names: tuple[str, ...] | None) -> None:
 def test_layouts_alone_are_those_of_fsdp(shape: Mesh) -> None:
     for name in ("gpt-oss-tiny", "deepseek-v3-tiny"):
         for rank in (0, math.prod(shape.values()) - 1):
-            with pretended(shape, rank=rank) as mesh:
+            with simulated(shape, rank=rank) as mesh:
                 placed, laid = (
                     shard(build(name, device="meta", overrides=MODELS[name]), mesh, layouts_only=alone)
                     for alone in (False, True)
@@ -215,7 +215,7 @@ def test_layouts_alone_are_those_of_fsdp(shape: Mesh) -> None:
 
 
 def test_layouts_alone_keep_tied_weights_tied_and_take_uneven_sizes() -> None:
-    with pretended({"dp_shard": 2, "tp": 3}) as mesh:
+    with simulated({"dp_shard": 2, "tp": 3}) as mesh:
         overrides = {"tie_word_embeddings": True}
         model = shard(build("gemma3-tiny", device="meta", overrides=overrides), mesh, layouts_only=True)
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -231,7 +231,7 @@ def test_layouts_alone_keep_tied_weights_tied_and_take_uneven_sizes() -> None:
 )
 def test_thousands_of_ranks_take_seconds(shape: Mesh) -> None:
     start = time.perf_counter()
-    with pretended(shape) as mesh:
+    with simulated(shape) as mesh:
         model = shard(build("deepseek-v3", device="meta"), mesh, layouts_only=True)
     assert time.perf_counter() - start < 10
     assert active_parameters(model) == active_parameters(build("deepseek-v3", device="meta"))
@@ -259,19 +259,19 @@ def test_thousands_of_ranks_take_seconds(shape: Mesh) -> None:
 def test_refused(name: str, shape: Mesh, settings: dict[str, Any], message: str) -> None:
     model = parallel_ranks.small(name, **settings)
     before = list(model.parameters())
-    with pretended(shape) as mesh, pytest.raises(ValueError, match=message):
+    with simulated(shape) as mesh, pytest.raises(ValueError, match=message):
         shard(model, mesh)
     assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
 
 
 def test_unnamed_dimensions_are_refused() -> None:
-    with pretended({"dp_shard": 4}), pytest.raises(ValueError, match="2-dimensional mesh need names"):
+    with simulated({"dp_shard": 4}), pytest.raises(ValueError, match="2-dimensional mesh need names"):
         shard(parallel_ranks.small("qwen3-tiny"), init_device_mesh("cpu", (2, 2)))
 
 
 def test_mixed_precision_needs_data_parallelism() -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    with pretended({"tp": 4}) as mesh, pytest.raises(ValueError, match="add a dp_shard of size 1"):
+    with simulated({"tp": 4}) as mesh, pytest.raises(ValueError, match="add a dp_shard of size 1"):
         shard(parallel_ranks.small("qwen3-tiny"), mesh, policy=policy)
 
 
@@ -281,7 +281,7 @@ def test_another_family_is_refused_unless_for_its_layouts() -> None:
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=48, **sizes))
-    with pretended({"dp_shard": 2, "tp": 2}) as mesh:
+    with simulated({"dp_shard": 2, "tp": 2}) as mesh:
         with pytest.raises(ValueError, match="llama is not known to run under tp=2"):
             shard(model, mesh)
         found = placed(shard(model, mesh, layouts_only=True))

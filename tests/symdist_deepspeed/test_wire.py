@@ -16,10 +16,10 @@ Worlds = Callable[[int], Ranks]
 @pytest.mark.parametrize(("stage", "world"), [(1, 3), (2, 4), (3, 2), (3, 3)])
 def test_the_plan_is_what_is_sent(worlds: Worlds, stage: int, world: int, recipe: str) -> None:
     results = worlds(world).run(world, language.counted, language.config(stage, recipe))
-    with simulate_flat(language.meta_model(), recipe, stage=stage, ranks=world) as pretended:
+    with simulate_flat(language.meta_model(), recipe, stage=stage, ranks=world) as simulated:
         for rank, log in enumerate(results):
             planned = CountingTransport()
-            pretended.step(planned, rank=rank)
+            simulated.step(planned, rank=rank)
             assert [(moved.kind, moved.size, moved.sent) for moved in planned.log] == log
     assert all(log for log in results)
 

@@ -1,4 +1,4 @@
-"""What a step sends under Megatron is what its rehearsal says, collective by collective."""
+"""What a step sends under Megatron is what its trace says, collective by collective."""
 
 from collections.abc import Callable
 from dataclasses import replace

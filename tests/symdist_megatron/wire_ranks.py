@@ -1,4 +1,4 @@
-"""In test ranks: what a step of a Megatron model sends, by a watch on torch.distributed, and by its rehearsal."""
+"""In test ranks: what a step of a Megatron model sends, by a watch on torch.distributed, and by its trace."""
 
 from typing import Any
 

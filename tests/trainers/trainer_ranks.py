@@ -80,7 +80,7 @@ def launched() -> Iterator[None]:
         GradientState._reset_state()
 
 
-def pretend_accelerators() -> None:
+def feign_accelerators() -> None:
     """FSDP is for these only: from here on accelerate believes in them, and everything still runs on the CPU."""
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
@@ -92,7 +92,7 @@ def accelerated(
     plugin: dict[str, Any] = {"use_orig_params": use_orig_params} if version == 1 else {}
     with launched():
         PartialState(cpu=True)
-        pretend_accelerators()
+        feign_accelerators()
         accelerator = Accelerator(
             cpu=True,
             fsdp_plugin=FullyShardedDataParallelPlugin(
@@ -127,7 +127,7 @@ def run_trainer(folder: str, kind: str, recipe: str, how: str, way: str) -> Weig
     with launched():
         arguments = arguments_of(folder, **fsdp)
         if fsdp:
-            pretend_accelerators()
+            feign_accelerators()
         return learned(language.build(kind, dtype_of(how)), arguments, recipe, way, WRAPPED[how])
 
 

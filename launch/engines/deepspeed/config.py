@@ -31,7 +31,7 @@ class DeepSpeedRun(Config):
         super().check(ranks=ranks)
         self.settings(ranks=ranks)
 
-    def pretended(self, ranks: int) -> dict[str, Any] | None:
+    def simulated(self, ranks: int) -> dict[str, Any] | None:
         """See `Config`; at stage 0 weights are whole, and only the job itself tells what it shares out."""
         settings = self.settings(ranks=ranks)
         stage = zero_stage(settings)

@@ -61,7 +61,7 @@ class FsdpRun(Config):
         """See `Config`; ValueError where the mesh has another number of ranks."""
         return ranks // self.mesh.sizes(ranks)["tp"]
 
-    def pretended(self, ranks: int) -> dict[str, Any] | None:
+    def simulated(self, ranks: int) -> dict[str, Any] | None:
         """See `Config`."""
         sizes = self.mesh.sizes(ranks)
         return {"mesh": {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}}

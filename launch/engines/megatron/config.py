@@ -52,7 +52,7 @@ class MegatronRun(Config):
         if self.overlap and not self.distributed_optimizer:
             raise ValueError("--overlap gathers the weights that a distributed optimizer shards; leave one of them out")
 
-    def pretended(self, ranks: int) -> dict[str, Any] | None:
+    def simulated(self, ranks: int) -> dict[str, Any] | None:
         """See `Config`: Megatron's buffers are laid out by Megatron alone."""
         return None
 

@@ -68,8 +68,8 @@ def test_the_gathered_muon_is_muon(ranks: Ranks, world: int) -> None:
 
 def test_every_parameter_is_stepped_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.optim.Optimizer, "step", lambda self: None)
-    with simulate("olmoe-tiny", "muon", mesh={"dp_shard": 2}) as pretended:
-        model = pretended.model
+    with simulate("olmoe-tiny", "muon", mesh={"dp_shard": 2}) as simulated:
+        model = simulated.model
         every = sorted(map(id, model.parameters()))
         found = parts(model)
         assert (len(found.matrices), len(found.stacks), len(found.rest)) == (16, 8, len(every) - 24)
@@ -79,7 +79,7 @@ def test_every_parameter_is_stepped_by_one(monkeypatch: pytest.MonkeyPatch) -> N
             assert describe_baseline(name, model)
 
 
-def test_what_a_yardstick_cannot_step_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_a_baseline_cannot_step_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "narrow.toml"
     sizes = "vocab_size = 64\nhidden_size = 16\nnum_hidden_layers = 1\nhead_dim = 4\nnum_attention_heads = 4\n"
     path.write_text(f'family = "qwen3"\n[config]\n{sizes}num_key_value_heads = 4\nintermediate_size = 3\n')
@@ -87,8 +87,8 @@ def test_what_a_yardstick_cannot_step_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     for ranks, refused in ((1, []), (2, ["muon-fsdp2"]), (4, ["torch.optim.Muon", "muon-fsdp2"])):
-        with simulate(path, "muon", mesh={"dp_shard": ranks}) as pretended:
-            reasons = {name: refusal(name, pretended.model, ranks) for name in NAMES}
+        with simulate(path, "muon", mesh={"dp_shard": ranks}) as simulated:
+            reasons = {name: refusal(name, simulated.model, ranks) for name in NAMES}
         assert [name for name, reason in reasons.items() if reason] == refused
         for name in refused:
             assert "model.layers.0.mlp.gate_proj.weight [3, 16]" in str(reasons[name])
