@@ -61,7 +61,7 @@ def waited_for(world: DeviceMesh, recipe: Any) -> list[str]:
             where = optimizer.progress()
             if where and where not in seen:
                 seen.append(where)
-                if "ship over ranks " in where:
+                if "gather over ranks " in where:
                     store.set("symdist/test/seen", "yes")
             time.sleep(0.005)
 

@@ -105,12 +105,12 @@ def test_a_step_that_is_left_out_changes_nothing() -> None:
 def test_a_rank_that_waits_says_for_what(ranks: Ranks) -> None:
     seen, _ = ranks.run(2, steps_ranks.waited_for, RECIPE)
     assert seen[-1] == ""
-    told = next(where for where in seen if "ship over ranks " in where)
-    assert told.startswith("wave 1 of 1, ship over ranks 0, 1 for model.layers.0.self_attn.")
+    told = next(where for where in seen if "gather over ranks " in where)
+    assert told.startswith("wave 1 of 1, gather over ranks 0, 1 for model.layers.0.self_attn.")
     assert told.endswith(" more")
 
 
 def test_a_collective_that_fails_is_named(ranks: Ranks) -> None:
     for said in ranks.run(2, steps_ranks.broken_off, RECIPE):
-        assert "wave 1 of 1, ship over ranks 0, 1 for model.layers.0.self_attn." in said
+        assert "wave 1 of 1, gather over ranks 0, 1 for model.layers.0.self_attn." in said
         assert said.endswith("failed: connection closed by peer")
