@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from symdist.engines.bound_tensors import BoundTensor
 from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
@@ -38,7 +39,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._routed = routed
         self._options = options
         self._symdist: ExternalStateSymDist | None = None
-        self._bound: list[BoundTensor] = []
+        self._bound: list[_Bound] = []
         self._waiting: set[int] = set()
         self._relink: Callable[[], None] = lambda: None
         self._rates: list[tuple[int, float]] = []
@@ -81,7 +82,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         rates: dict[tuple[int, int], tuple[int, float]] = {}
         state_tensors: dict[int, dict[str, Tensor]] = {}
         for each in stepped:
-            bound = BoundTensor(stepped=each)
+            bound = _Bound(each)
             self._bound.append(bound)
             self._make_state(each.tensor, self._all_groups[each.group])
             for part in each.parts:
@@ -96,7 +97,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                     state_tensors[id(shard.parameter)] = {
                         slot: shard.of(self.state[each.tensor][slot]) for slot in slots(group["rule"], group).values()
                     }
-            bound.note(self.state[each.tensor])
+            bound.remember(self.state[each.tensor])
         self._symdist = ExternalStateSymDist(
             list(inner.values()),
             state_tensors=state_tensors,
@@ -112,7 +113,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
     @torch.no_grad()
     def follow(self) -> None:
         """Let the shards lie where DeepSpeed has moved tensors and state to; what it left is held no longer."""
-        moved = [bound.follow(self.state[bound.stepped.tensor], self.symdist) for bound in self._bound]
+        moved = [bound.follow(self.state[bound.tensor], self.symdist) for bound in self._bound]
         if any(moved):
             self._relink()
 
@@ -133,7 +134,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
             # The step before was broken off.
             self._forget()
         for bound in self._bound:
-            if id(bound.stepped.tensor) in given:
+            if id(bound.tensor) in given:
                 bound.take_gradient()
         self._waiting |= given
         if len(self._waiting) < len(self._bound):
@@ -150,13 +151,15 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         finally:
             self._forget()
         for bound in self._bound:
-            if id(bound.stepped.tensor) not in given:
-                bound.stepped.publish()
+            if id(bound.tensor) not in given:
+                bound.publish()
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's. DeepSpeed's converter to universal checkpoints wants `exp_avg_sq` of everything: momentum has
-        zeros there, of one element in memory and file.
+        """As torch's.
+
+        DeepSpeed's converter to universal checkpoints wants `exp_avg_sq` of everything: momentum has zeros there, of
+        one element in memory and file.
         """
         found = super().state_dict()
         if len(found["param_groups"]) == len(self._own):
@@ -213,7 +216,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._symdist.step()
         if self._symdist.skipped_steps == skipped:
             for bound in self._bound:
-                bound.count(self.state[bound.stepped.tensor])
+                bound.count(self.state[bound.tensor])
 
     def _check_loaded(self) -> None:
         """What a universal checkpoint said of the groups; at stage 3 it says of all what it knows of the first."""
@@ -254,76 +257,58 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
 @dataclass(kw_only=True)
 class MatrixShard:
-    """A matrix or vector in a stepped tensor: `start` to `stop` of it, or all of it where these are None."""
+    """A matrix's or vector's part of an optimized tensor: `start` to `stop`, or all of it where these are None."""
 
     name: str
     parameter: Tensor
     layout: FlatLayout | Layout
     start: int | None = None
     stop: int | None = None
+    copied = False
+    """Parts of flat tensors are always views."""
+
+    @property
+    def itself(self) -> bool:
+        """Whether the parameter is the optimized tensor."""
+        return self.start is None
+
+    def bind(self, tensor: Tensor) -> None:
+        """Let the parameter be its part of `tensor`."""
+        self.parameter.data = self.of(tensor)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The shard's part of a tensor like the stepped one."""
-        return tensor if self.start is None else tensor.detach()[self.start : self.stop]
+        """The part of a tensor that is like the optimized one."""
+        return tensor if self.itself else tensor.detach()[self.start : self.stop]
 
 
-class BoundTensor:
-    """A stepped tensor with its shards, and what these are bound to."""
+class _Bound(BoundTensor[MatrixShard]):
+    """A bound tensor that counts its steps as DeepSpeed does, tensor by tensor."""
 
-    def __init__(self, *, stepped: OptimizedTensor):
-        self.stepped = stepped
-        self.shards: list[MatrixShard] = []
-        self._address = 0
-        self._state: dict[str, Any] = {}
+    def __init__(self, optimized: OptimizedTensor):
+        super().__init__(optimized.tensor)
+        self.publish = optimized.publish
         self._steps = 0.0
 
-    def take_gradient(self) -> None:
-        """Let the shards have their parts of the gradient, which is kept until the step is taken."""
-        gradient = self.stepped.tensor.grad
-        for shard in self.shards:
-            if shard.start is not None:
-                shard.parameter.grad = None if gradient is None else shard.of(gradient)
-
-    def drop_gradient(self) -> None:
-        """Let the gradient go."""
-        for shard in self.shards:
-            if shard.start is not None:
-                shard.parameter.grad = None
-
-    def note(self, state: Mapping[str, Any]) -> None:
-        """Remember where the tensor and its state lie."""
-        self._address = self.stepped.tensor.data_ptr()
-        self._state = dict(state)
+    def remember(self, state: Mapping[str, Any]) -> None:
+        """See `BoundTensor`; the count is kept as a number, for loading writes into its tensor."""
+        super().remember(state)
         self._steps = float(state["step"])
 
-    def follow(self, state: dict[str, Any], symdist: ExternalStateSymDist) -> bool:
-        """Go where DeepSpeed has moved the tensor or its state to, as it does when it loads or offloads; whether."""
-        tensor = self.stepped.tensor
-        known = {name for name in self._state if name in ENGINE_STATE_NAMES}
-        for name in [name for name in state if name in ENGINE_STATE_NAMES and name not in known]:
+    def follow(self, state: Mapping[str, Any], symdist: ExternalStateSymDist) -> bool:
+        """See `BoundTensor`; the count of steps comes along, and state that the rules have no use for goes."""
+        for name in [name for name in state if name in ENGINE_STATE_NAMES and name not in self.state]:
             # Only a universal checkpoint brings it, for a momentum that has no use for it.
-            del state[name]
-        if tensor.data_ptr() != self._address:
-            for shard in self.shards:
-                if shard.start is not None:
-                    shard.parameter.data = shard.of(tensor)
-        moved = [name for name in known if state[name] is not self._state[name]]
-        for shard in self.shards if moved else ():
-            held = symdist.state[shard.parameter]
-            for key, name in symdist.slots(shard.parameter).items():
-                if name in moved:
-                    held[key] = shard.of(state[name])
+            del state[name]  # type: ignore[attr-defined]
         if float(state["step"]) != self._steps:
             for shard in self.shards:
                 if "step" in symdist.state[shard.parameter]:
                     symdist.state[shard.parameter]["step"].fill_(float(state["step"]))
-        self.note(state)
-        return bool(moved)
+        return super().follow(state, symdist)
 
     def count(self, state: dict[str, Any]) -> None:
         """One more step; a tensor of its own, for a universal checkpoint shares one among all."""
         state["step"] = torch.tensor(self._steps + 1)
-        self.note(state)
+        self.remember(state)
 
 
 def _shards(part: Part, tensor: Tensor, routed: EngineAssignment) -> list[MatrixShard]:

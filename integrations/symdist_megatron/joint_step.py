@@ -1,13 +1,14 @@
 """One step of all of a rank's Megatron optimizers: their tensors' shards under one SymDist."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from symdist.engines.bound_tensors import BoundTensor
 from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
 from symdist_megatron.layout import HeldRange, MatrixShard, shard_of
 from symdist_megatron.optimizer import MegatronSymDist
@@ -26,16 +27,13 @@ class OptimizedTensor:
     held: HeldRange
 
 
-@dataclass(kw_only=True)
-class BoundTensor:
-    """A stepped tensor with the shards it is made of, and where it and its state lay when they were bound."""
+class _Bound(BoundTensor[MatrixShard]):
+    """A bound tensor with the model's parameter that it is of, and the optimizer that keeps its state."""
 
-    parameter: Any
-    base: MegatronSymDist
-    tensor: Tensor
-    address: int
-    state: dict[str, Tensor]
-    shards: list[MatrixShard] = field(default_factory=list)
+    def __init__(self, parameter: Any, base: MegatronSymDist, tensor: Tensor):
+        super().__init__(tensor)
+        self.parameter = parameter
+        self.base = base
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +72,7 @@ class JointStep:
         shared: Any = None,
     ):
         self._bases = [base for base, _ in stepped]
-        self._bound: list[BoundTensor] = []
+        self._bound: list[_Bound] = []
         self._rates: list[_Rate] = []
         self._counted = 0
         said: str | None = None
@@ -148,7 +146,7 @@ class JointStep:
 
     def _bind(
         self, base: MegatronSymDist, given: OptimizedTensor, rank_grid: RankGrid, routed: Sequence[UnitAssignment]
-    ) -> BoundTensor:
+    ) -> _Bound:
         tensor, state = given.tensor, {}
         if tensor is None:
             dtype = torch.promote_types(given.parameter.dtype, torch.float32)
@@ -156,7 +154,8 @@ class JointStep:
             state = dict.fromkeys(ENGINE_STATE_NAMES, tensor)
         else:
             state = dict(base.state[tensor])
-        bound = BoundTensor(parameter=given.parameter, base=base, tensor=tensor, address=tensor.data_ptr(), state=state)
+        bound = _Bound(given.parameter, base, tensor)
+        bound.remember(state)
         for each in routed:
             shard = shard_of(each.unit, rank_grid, given.held, each.options)
             shard.bind(tensor)
@@ -167,14 +166,7 @@ class JointStep:
     def _follow(self) -> None:
         """Go where Megatron has moved tensors and state to, as it does to offload them, and count as it counts."""
         for bound in self._bound:
-            now = bound.base.state.get(bound.tensor, bound.state)
-            moved = any(now[key] is not bound.state[key] for key in bound.state)
-            if moved or bound.tensor.data_ptr() != bound.address:
-                bound.state, bound.address = dict(now), bound.tensor.data_ptr()
-                for shard in bound.shards:
-                    if not shard.copied:
-                        shard.bind(bound.tensor)
-                        self._fill_state(bound, shard)
+            bound.follow(bound.base.state.get(bound.tensor, bound.state), self.symdist)
         steps = self._bases[0].steps
         if steps != self._counted:
             self._counted = steps
@@ -185,18 +177,17 @@ class JointStep:
     def _take(self) -> None:
         """Give the shards their gradients, and those that are no views their values."""
         for bound in self._bound:
-            gradient = bound.tensor.grad
             for shard in bound.shards:
                 if shard.copied:
                     shard.parameter.data = shard.of(bound.tensor)
-                    self._fill_state(bound, shard)
-                shard.parameter.grad = None if gradient is None else shard.of(gradient)
+                    bound.fill_state(shard, self.symdist)
+            bound.take_gradient()
 
     def _let_go(self, *, written: bool = False) -> None:
         """Let the gradients go, and what was copied, after writing it back."""
         for bound in self._bound:
+            bound.drop_gradient()
             for shard in bound.shards:
-                shard.parameter.grad = None
                 if shard.copied:
                     state = self.symdist.state[shard.parameter]
                     held = self.symdist.slots(shard.parameter)
@@ -207,11 +198,6 @@ class JointStep:
                     shard.parameter.data = shard.parameter.data.new_empty(0)
                     state.update({key: state[key].new_empty(0) for key in held})
 
-    def _fill_state(self, bound: BoundTensor, shard: MatrixShard) -> None:
-        state = self.symdist.state[shard.parameter]
-        for key, slot in self.symdist.slots(shard.parameter).items():
-            state[key] = shard.of(bound.state[slot])
-
 
 class _TiedEmbeddingSync:
     """Embeddings that the first and the last stage of a pipeline both have, and step by equal gradients.
@@ -220,7 +206,7 @@ class _TiedEmbeddingSync:
     first stage's weights then go to the others.
     """
 
-    def __init__(self, bound: Sequence[BoundTensor], strategies: Mapping[str, str], group: Any):
+    def __init__(self, bound: Sequence[_Bound], strategies: Mapping[str, str], group: Any):
         self._group = group
         self._tensors: list[Tensor] = []
         if group is None or dist.get_world_size(group) == 1:

@@ -42,6 +42,8 @@ class MatrixShard:
     """Where the stretch of the unit's memory that may be held here begins, see `StridedSlice`."""
     parameter: nn.Parameter = field(init=False)
     copied: bool = False
+    itself = False
+    """It is never the tensor itself, but a view of it or a copy."""
 
     def bind(self, tensor: Tensor) -> None:
         """Let the parameter be its part of `tensor`."""
