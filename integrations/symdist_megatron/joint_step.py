@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from symdist.engines.agreement import gather, gather_unless_failed
 from symdist.engines.bound_tensors import BoundTensor
 from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
 from symdist_megatron.layout import HeldRange, MatrixShard, shard_of
@@ -75,15 +76,15 @@ class JointStep:
         self._bound: list[_Bound] = []
         self._rates: list[_Rate] = []
         self._counted = 0
-        said: str | None = None
+        failure: str | None = None
         trains = any(given for _, given in stepped)
         try:
             if trains:
                 self.symdist = self._made(stepped, routing, rank_grids, options)
         except ValueError as error:
             # Of ranks that hold the same parameters all fail alike, but there are other stages.
-            said = str(error)
-        _agree_to_begin(said, trains)
+            failure = str(error)
+        _agree_to_begin(failure, trains)
         self._let_go()
         self._twins = _TiedEmbeddingSync(self._bound, self.symdist.strategies(), shared)
 
@@ -214,8 +215,7 @@ class _TiedEmbeddingSync:
         mine = [each for each in bound if getattr(each.parameter, "shared_embedding", False)]
         summed = any(strategies[shard.name] != "local" for each in mine for shard in each.shards)
         sizes = [each.tensor.numel() for each in mine]
-        found: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(found, (summed, sizes), group=group)
+        found = gather((summed, sizes), group)
         if not any(theirs for theirs, _ in found):
             return
         if any(theirs != sizes for _, theirs in found):
@@ -231,14 +231,9 @@ class _TiedEmbeddingSync:
             dist.broadcast(tensor.detach(), src=dist.get_process_group_ranks(self._group)[0], group=self._group)
 
 
-def _agree_to_begin(said: str | None, trains: bool) -> None:
+def _agree_to_begin(failure: str | None, trains: bool) -> None:
     """ValueError on all ranks for what one has to say, or where one has nothing to step: it would stay out of steps."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (said, trains))
-    for theirs, _ in found:
-        if theirs is not None:
-            raise ValueError(theirs)
-    if idle := [rank for rank, (_, theirs) in enumerate(found) if not theirs]:
+    if idle := [rank for rank, theirs in enumerate(gather_unless_failed(trains, failure)) if not theirs]:
         raise ValueError(
             f"symdist: ranks {idle} train no parameter. Where all of a stage are frozen, cut the model in fewer; "
             "where layer_wise leaves some data-parallel ranks without any, use the distributed optimizer"

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 
+from symdist.engines.agreement import gather_unless_failed
 from symdist.param_groups import coordinate_wise, with_defaults
 from symdist.routing.route import check_patterns, route_sites
 from symdist_megatron.options import Options, Scaled, scaled
@@ -45,7 +45,7 @@ def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, r
 
     Raises ValueError, on every rank and naming the parameter, for whatever `symdist.route` refuses on any.
     """
-    said: str | None = None
+    failure: str | None = None
     taken: set[int] = set()
     rules: dict[str, str] = {}
     described: list[ParamSpec] = []
@@ -55,15 +55,11 @@ def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, r
         described = describe(chunks, rank_grids=rank_grids, recipe=proportion.recipe)
         routed, rules = _route(described, options, proportion, taken)
     except ValueError as error:
-        said = str(error)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (said, taken, [each.name for each in described][:3], rules))
-    for theirs, _, _, _ in found:
-        if theirs is not None:
-            raise ValueError(theirs)
-    every = {role: rule for _, _, _, of_rank in found for role, rule in of_rank.items()}
-    used = set().union(*(of_rank for _, of_rank, _, _ in found))
-    check_patterns(proportion.recipe, used, [name for _, _, names, _ in found for name in names])
+        failure = str(error)
+    found = gather_unless_failed((taken, [each.name for each in described][:3], rules), failure)
+    every = {role: rule for _, _, of_rank in found for role, rule in of_rank.items()}
+    used = set().union(*(of_rank for of_rank, _, _ in found))
+    check_patterns(proportion.recipe, used, [name for _, names, _ in found for name in names])
     return Routing(
         described={id(each.parameter): each for each in described},
         routed=routed,

@@ -1,12 +1,13 @@
-"""What all ranks do on_all_ranks or not at all: each tells the others how it went before any goes on."""
+"""What all ranks do together or not at all: each tells the others how it went before any goes on."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from launch.checkpoints.directory import CheckpointError, DamagedCheckpointError
+from symdist.engines.agreement import gather
 
 T = TypeVar("T")
 
@@ -14,15 +15,6 @@ T = TypeVar("T")
 def rank_and_world() -> tuple[int, int]:
     """This rank and their number."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return every rank's value, in rank order."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=group)
-    return values
 
 
 def on_all_ranks(function: Callable[[], T], failed: str, remedy: str, group: dist.ProcessGroup | None = None) -> T:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.runtime.watchdog import SLOW_SECONDS
+from symdist.engines.agreement import gather, gather_unless_failed
 
 T = TypeVar("T")
 
@@ -53,9 +54,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order."""
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        return gather(value)
 
     def everywhere(self, function: Callable[[], T]) -> T:
         """Call a function that may raise ValueError, which then all ranks raise."""
@@ -64,9 +63,7 @@ class Ranks:
             result = function()
         except ValueError as error:
             failure = str(error)
-        failures = dict.fromkeys(told for told in self.gather(failure) if told is not None)
-        if failures:
-            raise AllRanksError("\n".join(failures))
+        gather_unless_failed(None, failure, error=AllRanksError)
         return cast(T, result)
 
     def synchronize(self) -> None:
