@@ -39,7 +39,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._routed = routed
         self._options = options
         self._symdist: ExternalStateSymDist | None = None
-        self._bound: list[_Bound] = []
+        self._bound: list[_DeepSpeedTensor] = []
         self._waiting: set[int] = set()
         self._relink: Callable[[], None] = lambda: None
         self._rates: list[tuple[int, float]] = []
@@ -82,7 +82,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         rates: dict[tuple[int, int], tuple[int, float]] = {}
         state_tensors: dict[int, dict[str, Tensor]] = {}
         for each in stepped:
-            bound = _Bound(each)
+            bound = _DeepSpeedTensor(each)
             self._bound.append(bound)
             self._make_state(each.tensor, self._all_groups[each.group])
             for part in each.parts:
@@ -281,7 +281,7 @@ class MatrixShard:
         return tensor if self.itself else tensor.detach()[self.start : self.stop]
 
 
-class _Bound(BoundTensor[MatrixShard]):
+class _DeepSpeedTensor(BoundTensor[MatrixShard]):
     """A bound tensor that counts its steps as DeepSpeed does, tensor by tensor."""
 
     def __init__(self, optimized: OptimizedTensor):

@@ -28,7 +28,7 @@ class OptimizedTensor:
     held: HeldRange
 
 
-class _Bound(BoundTensor[MatrixShard]):
+class _MegatronTensor(BoundTensor[MatrixShard]):
     """A bound tensor with the model's parameter that it is of, and the optimizer that keeps its state."""
 
     def __init__(self, parameter: Any, base: MegatronSymDist, tensor: Tensor):
@@ -73,7 +73,7 @@ class JointStep:
         shared: Any = None,
     ):
         self._bases = [base for base, _ in stepped]
-        self._bound: list[_Bound] = []
+        self._bound: list[_MegatronTensor] = []
         self._rates: list[_Rate] = []
         self._counted = 0
         failure: str | None = None
@@ -147,7 +147,7 @@ class JointStep:
 
     def _bind(
         self, base: MegatronSymDist, given: OptimizedTensor, rank_grid: RankGrid, routed: Sequence[UnitAssignment]
-    ) -> _Bound:
+    ) -> _MegatronTensor:
         tensor, state = given.tensor, {}
         if tensor is None:
             dtype = torch.promote_types(given.parameter.dtype, torch.float32)
@@ -155,7 +155,7 @@ class JointStep:
             state = dict.fromkeys(ENGINE_STATE_NAMES, tensor)
         else:
             state = dict(base.state[tensor])
-        bound = _Bound(given.parameter, base, tensor)
+        bound = _MegatronTensor(given.parameter, base, tensor)
         bound.remember(state)
         for each in routed:
             shard = shard_of(each.unit, rank_grid, given.held, each.options)
@@ -207,7 +207,7 @@ class _TiedEmbeddingSync:
     first stage's weights then go to the others.
     """
 
-    def __init__(self, bound: Sequence[_Bound], strategies: Mapping[str, str], group: Any):
+    def __init__(self, bound: Sequence[_MegatronTensor], strategies: Mapping[str, str], group: Any):
         self._group = group
         self._tensors: list[Tensor] = []
         if group is None or dist.get_world_size(group) == 1:
