@@ -140,7 +140,7 @@ def test_a_missing_extra_says_what_to_install(
     with pytest.raises(SystemExit) as exit:
         main(["route", "--model", "olmoe-tiny"])
     assert exit.value.code == 2
-    assert "pip install symdist[launch]" in capsys.readouterr().err
+    assert "pip install symdist[tools]" in capsys.readouterr().err
 
 
 def test_the_library_does_not_load_the_command() -> None:

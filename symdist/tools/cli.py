@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
     except ImportError as error:
         if error.name in _EXTRA:
-            _refuse(f"this needs {error.name}: pip install symdist[launch]")
+            _refuse(f"this needs {error.name}: pip install symdist[tools]")
         if error.name is not None:
             raise
         # Raised by symdist itself, which says what to install.

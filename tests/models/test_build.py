@@ -255,4 +255,4 @@ sys.modules["transformers"] = None
 symdist.tools.models.build("olmoe-tiny")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ImportError: building a model needs transformers: pip install 'symdist[launch]'" in result.stderr
+    assert "ImportError: building a model needs transformers: pip install 'symdist[tools]'" in result.stderr

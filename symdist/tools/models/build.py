@@ -146,4 +146,4 @@ def _transformers() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
-        raise ImportError("building a model needs transformers: pip install 'symdist[launch]'") from error
+        raise ImportError("building a model needs transformers: pip install 'symdist[tools]'") from error
