@@ -104,8 +104,10 @@ class SymDist(torch.optim.Optimizer):
         self._model = None if model is None else ref(model)
         self._fresh = True
         """No step has been taken, and nothing loaded: all state is zero."""
-        given = params if isinstance(params, Tensor) else list(params)
-        groups = list(given) if len(given) and all(isinstance(each, Mapping) for each in given) else [{"params": given}]
+        # A set is refused with the reason where groups are read.
+        given: Any = params if isinstance(params, Tensor | set | frozenset) else list(params)
+        as_groups = isinstance(given, list) and given and all(isinstance(each, Mapping) for each in given)
+        groups = [dict(each) for each in given] if as_groups else [{"params": given}]
         defaults = {**({} if rule is None else {"rule": rule}), **({} if lr is None else {"lr": lr}), **options}
         self._constructed = False
         super().__init__(groups, defaults_for(groups, defaults))

@@ -202,6 +202,13 @@ def test_one_group_of_defaults_as_in_torch(form: str) -> None:
     assert torch.equal(b, d)
 
 
+def test_one_tensor_is_one_parameter_and_a_set_is_refused() -> None:
+    a = weight(4, 3)
+    assert SymDist(a, rule="muon", lr=0.1).param_groups[0]["params"][0] is a
+    with pytest.raises(ValueError, match="'params' is a set, whose order differs between ranks"):
+        SymDist({a}, rule="muon", lr=0.1)
+
+
 def test_groups_over_defaults() -> None:
     a, b, c = weight(4, 3), weight(4, 3), weight(3)
     groups = [{"params": [a], "rule": "row_norm"}, {"params": [b], "lr": 0.3}]
