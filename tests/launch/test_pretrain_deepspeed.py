@@ -76,8 +76,12 @@ def whole(job: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
     def run(stage: int) -> Path:
         output = folder / str(stage)
         if not output.exists():
-            launcher = deepspeeds_launcher() if stage == 2 else (*TORCHRUN, "--nproc_per_node=2")
-            done = train(*launcher, *job(output, "--checkpoint-every", "20", "--keep", "2", stage=stage))
+            words = job(output, "--checkpoint-every", "20", "--keep", "2", stage=stage)
+            started = (*TORCHRUN, "--nproc_per_node=2", *words)
+            if stage == 2:
+                # It has another word for -m.
+                started = (*deepspeeds_launcher(), "--module", *words[1:])
+            done = train(*started)
             assert done.returncode == 0, done.stderr
         return output
 
@@ -220,7 +224,7 @@ def refused(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_SIZE", "2")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", arguments[1:])
     assert entry.main() == 2
     return capsys.readouterr().err
 
