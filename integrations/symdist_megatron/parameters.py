@@ -231,8 +231,10 @@ def _grouped(
 
 
 def _gates_apart(recipe: Recipe, kind: str) -> bool:
-    """Whether a fused gate and up are two matrices: those of a dense MLP unless the recipe says otherwise, as in models
-    that keep them apart, and those of experts if it says so, for elsewhere too these are stored as one.
+    """Whether a fused gate and up are two matrices.
+
+    Those of a dense MLP are, unless the recipe says otherwise, as in models that store them apart. Those of experts are
+    only if the recipe says so, since other models store them as one, too.
     """
     role = f"{kind}_gate_up"
     view = (recipe.options(role) or {}).get("view")

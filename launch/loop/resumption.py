@@ -50,8 +50,9 @@ class Resumable(ABC):
     def load(self, path: Path) -> dict[str, Any]:
         """Restore model, optimizer and schedule; what `job` gave when the checkpoint was written.
 
-        Raises, on all ranks and before anything changes, DamagedCheckpointError for one that cannot be read, and ValueError
-        or CheckpointError for one that this run cannot go on from.
+        Raises:
+            DamagedCheckpointError: On all ranks and before anything changes, where it cannot be read.
+            ValueError: Likewise, where this run cannot go on from it; or CheckpointError.
         """
 
     @abstractmethod

@@ -15,10 +15,14 @@ ENGINE_STATE_NAMES = ("exp_avg", "exp_avg_sq")
 
 
 def slots(rule: str, options: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Which of an engine's `ENGINE_STATE_NAMES` each state of a rule lies in; `options` are those it goes by, or its
-    defaults.
+    """Which of an engine's `ENGINE_STATE_NAMES` each state of a rule lies in.
 
-    Raises ValueError, naming the rule, where it has more state than there are slots.
+    Args:
+        rule: The rule's name.
+        options: The options it runs with; its defaults unless given.
+
+    Raises:
+        ValueError: Naming the rule, where it has more state than there are names.
     """
     names = get_rule(rule).state_names(options)
     if len(names) > len(ENGINE_STATE_NAMES):

@@ -31,8 +31,14 @@ def unit_rows(x: Tensor, *, eps: Eps = "none", noise: float = 0.0) -> Generator[
 
 @rule("row_norm", splits=("rows", "columns"))
 def row_norm(matrix: Matrix, *, centered: bool = False, eps: Eps = "none") -> Asking:
-    """`U = D(M)·M`; centred, `U = Π·D(ΠM)·ΠM`. `eps="reference"` adds 1e-8 to lengths, which then decides how rare
-    tokens move: the row of one seen once in millions is about as long.
+    """`U = D(M)·M`; centred, `U = Π·D(ΠM)·ΠM`.
+
+    Args:
+        matrix: The stack of matrices, `[b, m, n]` on an unsharded rank.
+        centered: Whether the mean row is taken out, before and after. For heads and routers, whose function does not
+            change when all rows shift by one vector; never for embeddings.
+        eps: "reference" adds 1e-8 to the lengths, as the published code does. That decides how rare tokens move: the
+            row of one seen once in millions is about as long. "none" leaves lengths alone.
 
     Equivariant under row permutations and column rotations; centred, also invariant to adding `1aᵀ` to M.
     Costs nothing under row blocks, m numbers under column blocks, n numbers twice where centred under row blocks.

@@ -352,7 +352,7 @@ def test_normuon_is_its_formula(shape: tuple[int, int]) -> None:
 
 def test_aurora_evens_out_the_rows_of_tall_matrices() -> None:
     g = torch.diag(torch.linspace(0.1, 3.0, 40).double()) @ normal(40, 6)
-    exact = {"method": "exact", "scale": "none"}
+    exact = {"method": "exact", "adjust_lr": "none"}
     uneven = [step(g, **MUON, **exact)] + [step(g, iterations=k, **AURORA, **exact) for k in (1, 2, 6)]
     spread = [float(u.norm(dim=1).std() / u.norm(dim=1).mean()) for u in uneven]
     assert spread == sorted(spread, reverse=True)

@@ -64,8 +64,12 @@ def checked_job(
 ) -> dict[str, Any]:
     """What the loop had saved of itself, of a checkpoint from which a run that saves in `directory` can go on.
 
-    Raises DamagedCheckpointError where a file is missing or is not what was written, and CheckpointError, with the remedy,
-    where the run is another. `rank` of `world` looks through its share of the files.
+    Args:
+        rank: This rank, of `world`: it reads its share of the files.
+
+    Raises:
+        DamagedCheckpointError: Where a file is missing or is not what was written.
+        CheckpointError: With the remedy, where the run is another.
     """
     if not universal and path.is_dir() and not (path / "zero").is_dir():
         # The converter writes no manifest.

@@ -268,9 +268,7 @@ def answered_locally(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
 def observed(
     asking: Generator[Any, Any, T], observe_root: RootObserver | None, members: Sequence[int], ranks: float
 ) -> Generator[Any, Any, T]:
-    """The generator with every inverse root it is answered told to `observe_root`: of `members`, and for so many
-    `ranks`.
-    """
+    """A running rule whose every inverse root is also handed to `observe_root`, with `members` and `ranks`."""
     if observe_root is None:
         return asking
 

@@ -25,8 +25,10 @@ FLOPS_PER_BYTE = 1000.0
 
 @dataclass(frozen=True, kw_only=True)
 class RuleCost:
-    """What a rule asks for one piece: numbers summed across each axis, the triangles of its Grams among them, and
-    operations, apart from those of roots and QRs, which one rank takes for all.
+    """What a rule asks for one piece of a matrix.
+
+    Numbers summed across each axis, triangles of Grams included, and floating-point operations. Those of roots and QRs
+    are counted apart: one rank takes them for all.
     """
 
     summed: Mapping[Axis, float]

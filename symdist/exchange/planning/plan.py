@@ -68,8 +68,7 @@ def make_plan(
     exchange: ExchangeOptions,
     stages: Mapping[int, StageSlot] | None = None,
 ) -> Plan:
-    """Choose where every stack runs, cut waves whose buffers stay below `exchange.bucket_bytes`, and share out the
-    owned units.
+    """Choose where every stack runs, cut waves within `exchange.bucket_bytes`, and give the owned units owners.
 
     `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks that hold them;
     `names` are all parameters' names. `stages` has the parameters that rules couple: those of a stage are in one wave.
@@ -220,8 +219,9 @@ def _waves(jobs: list[Job | FlatJob], budget: int, stages: StagePlan) -> list[li
 
 
 def _coupled_bytes(stack: Stack) -> float:
-    """What a parameter whose stage is stepped at once holds on a rank while under way, about: its share of the weight,
-    and of what the stage shares there and back.
+    """About how many bytes a parameter of a residual stage holds on a rank while under way.
+
+    Its share of the weight, and of what the stage sends there and back.
     """
     ranks = 1 if stack.layout.group is None else stack.layout.group.size
     share = 8.0 * (1 + len(stack.state_names)) * math.prod(stack.layout.shape) / ranks
