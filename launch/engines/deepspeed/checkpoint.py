@@ -62,10 +62,16 @@ def checked_job(
     world: int,
     universal: bool,
 ) -> dict[str, Any]:
-    """What the loop had saved of itself, of a checkpoint from which a run that saves in `directory` can go on.
+    """What the loop saved of itself in a checkpoint, once it is known that this run can go on from it.
 
     Args:
-        rank: This rank, of `world`: it reads its share of the files.
+        path: The checkpoint.
+        directory: Where the run saves its own.
+        identity: What must be the same in both runs.
+        stage: The ZeRO stage of this run.
+        universal: Whether this run loads universal checkpoints.
+        rank: This rank, which reads its share of the files.
+        world: The number of ranks.
 
     Raises:
         DamagedCheckpointError: Where a file is missing or is not what was written.
