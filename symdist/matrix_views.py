@@ -120,11 +120,22 @@ class View:
 
 
 def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
-    """The view an option names, bound to a stored shape.
+    """Bind the view that an option names to a stored shape.
 
-    `view` is "as_stored", "transposed", "gate_up_stacked" (`[…, 2r, d]`), "gate_up_interleaved" (`[…, d, 2r]`),
-    `{"gate_up": b, "dim": 0 | 1}` (b blocks along that dimension, each with gates before ups) or
-    `{"heads": h, "dim": 0 | 1}`. Raises ValueError, naming the parameter, where the shape does not fit.
+    Args:
+        view: One of
+
+            - "as_stored": the trailing two dimensions as they are;
+            - "transposed": those, turned;
+            - "gate_up_stacked": `[…, 2r, d]`, gates before ups, seen as r pairs `[…, r, 2d]`;
+            - "gate_up_interleaved": `[…, d, 2r]`, gate and up in turn, seen as r pairs;
+            - `{"gate_up": b, "dim": 0 or 1}`: b blocks along that dimension, each with gates before ups;
+            - `{"heads": h, "dim": 0 or 1}`: h heads along that dimension, each a matrix.
+        shape: The whole stored tensor's: a vector, a matrix, or a stack `[k, p, q]` of matrices.
+        name: The parameter's, for the error.
+
+    Raises:
+        ValueError: Naming the parameter, for another view or where the shape does not fit.
     """
     if not 1 <= len(shape) <= 3:
         raise ValueError(

@@ -13,11 +13,14 @@ from symdist.routing.recipes import Recipe, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The params of `"type": "SymDist"`.
+    """The params of `"type": "SymDist"` in a DeepSpeed config.
 
-    `recipe` is a recipe's name, a TOML file, or a mapping of the same form. `lr` is the rate of the role "matrix": all
-    rates of the recipe are scaled in that proportion; without it they are as the recipe says. `overrides` replace
-    options by role, rates among them, which then are meant as they stand. The others are those of `symdist.SymDist`.
+    Attributes:
+        recipe: A recipe's name, a TOML file, or a mapping of the same form.
+        lr: The rate of the recipe's matrices; all others follow in proportion. None leaves the recipe's own.
+        overrides: Options of roles in place of the recipe's, rates as they stand.
+        nonfinite: What all ranks do together about a gradient that is inf or NaN: "raise", "skip" or "zero".
+        exchange: The keys of `symdist.ExchangeOptions`.
     """
 
     recipe: Any

@@ -44,17 +44,34 @@ def get_symdist_optimizer(
     pg_collection: Any = None,
     dump_param_to_param_group_map: str | None = None,
 ) -> SymDistChain:
-    """What `megatron.core.optimizer.get_megatron_optimizer` returns, with symdist's rules instead of Adam's.
+    """Make what `megatron.core.optimizer.get_megatron_optimizer` makes, with symdist's rules; all ranks call it.
 
-    `config` is Megatron's `OptimizerConfig`; its `lr` and `weight_decay` are those of the recipe's matrices, and all
-    others follow in proportion; without `lr` the recipe's rates stand. `overrides` replace options by role, and are
-    meant as they stand. `vocabulary` is the number of real tokens: further rows of embedding and head only fill it up
-    to what tensor parallelism divides, take no part and never move. `layer_wise` gives each data-parallel rank whole
-    parameters to step, and their state, as Megatron's layer-wise optimizer does over plain data parallelism. The
-    others are those of `symdist.SymDist`, and of Megatron's function. All ranks must call it.
+    Args:
+        config: Megatron's `OptimizerConfig`. Its `lr` and `weight_decay` are those of the recipe's matrices, and all
+            others follow in proportion; without `lr` the recipe's rates stand.
+        model_chunks: This rank's `DistributedDataParallel` chunks.
+        recipe: A recipe's name, a TOML file, or a mapping of the same form.
+        overrides: Options of roles in place of the recipe's, rates as they stand.
+        vocabulary: The number of real tokens. Further rows of embedding and head only fill it up to what tensor
+            parallelism divides: they take no part and never move.
+        nonfinite: What all ranks do together about a gradient that is inf or NaN: "raise", "skip" or "zero".
+        exchange: How matrices travel between ranks, `symdist.ExchangeOptions` or a mapping of its keys.
+        layer_wise: Whether each data-parallel rank steps whole parameters and keeps their state, as Megatron's
+            layer-wise optimizer does over plain data parallelism.
+        config_overrides: As of Megatron's function, like what follows.
+        use_gloo_process_groups: See there.
+        pg_collection: See there.
+        dump_param_to_param_group_map: See there.
 
-    Raises ValueError, naming it and the remedy, for an unknown recipe, rule, option or role, a parameter without a
-    role, a rule that does not fit, and for what of Megatron symdist cannot serve.
+    Returns:
+        A chain of Megatron's own wrappers, which training loop, schedulers and checkpoints drive as any other.
+
+    Raises:
+        ValueError: Naming it and the remedy, for an unknown recipe, rule, option or role, a parameter without a role, a
+            rule that does not fit, and for what of Megatron symdist cannot serve.
+
+    Example:
+        >>> optimizer = symdist_megatron.get_symdist_optimizer(config, model_chunks, recipe="olmoe")
     """
     options = Options(
         recipe=recipe,

@@ -20,16 +20,27 @@ def clip_grad_norm_(
     pipeline_group: Ranks | None = None,
     transport: Transport | None = None,
 ) -> Tensor:
-    """Scale all gradients so that their global 2-norm is at most `max_norm`; return the norm before, a 0-d tensor.
+    """Scale all gradients in place so that the whole model's 2-norm is at most `max_norm`.
 
-    Pieces are summed over the ranks that hold them, whole gradients counted once, on any mix of meshes: the value is
-    that of the unsharded model. `pipeline_group` is a process group or mesh along which ranks hold *other* parameters
-    of the model, as pipeline stages do; their squares are added too. Two numbers a process group are sent. The ranks
-    that share a parameter must pass the same ones in the same order; those without a gradient count as zero. Gradients
-    that lie otherwise than their weights, in parts (`Partial`) or replicated, are brought to where these lie, and stay
-    so.
+    Works on any mix of meshes: shards are summed over the ranks that hold them, replicas counted once, so the norm is
+    that of the unsharded model. It sends two numbers a process group. All ranks call it, those that share a parameter
+    with the same ones in the same order. Gradients that lie otherwise than their weights, in parts (`Partial`) or
+    replicated, are put where these lie, and stay so.
 
-    Raises ValueError for `max_norm` that is not positive or a layout not supported.
+    Args:
+        parameters: Parameters, or DTensors; those without a gradient count as zero.
+        max_norm: The bound, above 0; infinity measures only.
+        pipeline_group: Ranks that hold *other* parameters of the model, as pipeline stages do; their squares are added.
+        transport: Replaces the collectives, to count them.
+
+    Returns:
+        The norm before, a 0-d float32 tensor, the same on all ranks. A norm that is not finite scales nothing.
+
+    Raises:
+        ValueError: For `max_norm` that is not positive, or a layout that is not supported.
+
+    Example:
+        >>> norm = symdist.clip_grad_norm_(model.parameters(), 1.0)
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive; use float('inf') to measure only")

@@ -10,7 +10,13 @@ def adamw(matrix: Matrix, *, centered: bool = False) -> Asking:
     """The bias-corrected Adam direction, which the accumulator has already formed; centred, `Π` of it.
 
     Centring is for a router's bias: adding one number to every logit leaves the routing unchanged, so the update
-    should not move along it. Source: Loshchilov & Hutter, arXiv 1711.05101.
+    should not move along it.
+
+    Args:
+        matrix: The stack of matrices, or of vectors as `[b, m, 1]`.
+        centered: Whether the mean row is taken out. For the biases of routers.
+
+    Source: Loshchilov & Hutter, arXiv 1711.05101.
     """
     if centered:
         return (yield from center_rows(matrix, matrix.values))

@@ -65,6 +65,16 @@ def aro(
     iteration; at a fixed M "row_norm" converges to the polar factor.
     Under column blocks it moves `m·k` numbers three times (the rotation, and the product there and back) and `k` a
     round; sharing, `m·k` numbers four times a stage. It takes `6·m·n·k` operations and the QR of an `[m, k]`.
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        base: The base map f.
+        share: "matrix" for a rotation a matrix, "residual_stage" for one a stage of the residual stream; the latter
+            needs all matrices of a stage on the same ranks.
+        sinkhorn_steps: How often rows and columns are divided by their norms; 0 is 5. For the base "sinkhorn" alone.
+        beta2: Decay of the average of squares, 0.95 unless given. For the base "adam" alone.
+        rms: Root mean square of the update. 0.2 is about AdamW's, so its learning rates carry over.
+
     Source: Gong et al., ARO, arXiv 2602.09006.
     """
     coupled = share == "residual_stage"

@@ -43,6 +43,21 @@ def aurora(
     The rows of U come close to the one length √(n/m) that they can all have, while U stays a polar factor; a square or
     wide matrix has Muon's update, as its rows are of length 1 by themselves. s is Muon's.
     Equivariant under row permutations and column rotations. Moves, and takes the root of, `iterations` Grams.
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        iterations: Polar factors taken in all; 1 is Muon of rows scaled to one length.
+        beta: The power β, between 0 and 1, of each correction.
+        adjust_lr: The factor s: "spectral" √max(1, m/n), "match_rms_adamw" 0.2·√max(m, n), with which AdamW's learning
+            rates can be kept, or "none".
+        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
+            eigendecomposition, for tests and small matrices.
+        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
+        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
+            not be scaled up.
+        precision: "float32" iterates on the Gram. "bfloat16" iterates on the matrix itself, as Muon is usually run on
+            accelerators; its matrices then always go to an owner, and there is neither "exact" nor damping.
+
     Source: Dewulf et al., Aurora, arXiv 2606.27715.
     """
     polar = partial(

@@ -42,6 +42,22 @@ def hybrid(
 
     Centred, M is replaced by ΠM, X by ΠX, and the result is projected again. α is 0 unless given, `eps` row-norm's.
     Equivariant under row permutations and column rotations. Moves what its row norms and its Gram move.
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        order: Which of the two maps comes first.
+        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
+            the matrix runs by sums.
+        centered: Whether the mean row is taken out, before and after. For heads and routers.
+        alpha: The power of ν, 0 unless given; has no meaning with "polar_then_row", where the row norms divide it out.
+        scale: What ν is: the "nuclear" norm, "nuclear_over_frobenius", or "none", which needs `alpha` 0.
+        eps: As of `row_norm`.
+        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
+            eigendecomposition, for tests and small matrices.
+        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
+        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
+            not be scaled up.
+
     Source: Lau & Su, arXiv 2605.18106.
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)

@@ -21,7 +21,7 @@ def muon_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Ma
 
 
 def check_precision(options: Mapping[str, Any]) -> None:
-    """ValueError where bfloat16 is asked for together with what it has not."""
+    """Check that precision="bfloat16" is not combined with method="exact" or damping; ValueError where it is."""
     if options["precision"] == "bfloat16" and (options["method"] == "exact" or options["damping"]):
         raise ValueError("precision='bfloat16' iterates on the matrix itself: it has no exact method and no damping")
 
@@ -67,9 +67,23 @@ def muon(
 
     m, n count the matrix the view shows, so head by head where it is split by heads. The five quintic steps on M
     are a polynomial in its Gram; taking it there gives the same matrix with two products as large as M instead of
-    ten, and lets a split matrix run by its Gram. `precision="bfloat16"` takes the steps on M itself, as Muon is
-    usually run on accelerators; its matrices then always go to an owner. "float32" is float64 for float64 weights.
+    ten, and lets a split matrix run by its Gram. "float32" is float64 for float64 weights.
     Equivariant under O(m) × O(n).
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
+            the matrix runs by sums.
+        adjust_lr: The factor s: "spectral" √max(1, m/n), "match_rms_adamw" 0.2·√max(m, n), with which AdamW's learning
+            rates can be kept, or "none".
+        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
+            eigendecomposition, for tests and small matrices.
+        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
+        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
+            not be scaled up.
+        precision: "float32" iterates on the Gram. "bfloat16" iterates on the matrix itself, as Muon is usually run on
+            accelerators; its matrices then always go to an owner, and there is neither "exact" nor damping.
+
     Source: Jordan et al. 2024 (Muon); Liu et al., arXiv 2502.16982 (match_rms_adamw).
     """
     u = yield from muon_polar(

@@ -30,6 +30,23 @@ def normuon(
     number a weight, where `m` would do, is the price of checkpoints that every engine can cut anew.
     Equivariant under row permutations and column rotations. Moves what Muon does, and two numbers a matrix under row
     blocks, m numbers under column blocks.
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        beta2: Decay of the average v of each row's mean square.
+        eps: Added to √v.
+        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
+            the matrix runs by sums.
+        adjust_lr: The factor s: "spectral" √max(1, m/n), "match_rms_adamw" 0.2·√max(m, n), with which AdamW's learning
+            rates can be kept, or "none".
+        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
+            eigendecomposition, for tests and small matrices.
+        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
+        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
+            not be scaled up.
+        precision: "float32" iterates on the Gram. "bfloat16" iterates on the matrix itself, as Muon is usually run on
+            accelerators; its matrices then always go to an owner, and there is neither "exact" nor damping.
+
     Source: Li et al., NorMuon, arXiv 2510.05491.
     """
     q = yield from muon_polar(

@@ -124,12 +124,31 @@ def rule(
 ) -> Callable[[Callable[..., Asking]], Callable[..., Asking]]:
     """Register a generator `f(matrix, *, option=default, …)` as the rule `name`.
 
-    Its keyword-only parameters become the rule's options; one annotated with `Literal` admits only those values.
-    `splits` is a tuple, or a function of (options, rows, columns). `state` names what the rule remembers between
-    steps, or is a function of the options that does: each is a tensor of the parameter's shape and layout, zero at the
-    start, found in `matrix.state`; the rule then returns `(update, {name: new})`. Only a rule that `couples` may ask
-    for a `StageSum`, and all of a stage ask for the same ones, in one order. `ordered` refuses views under which the
-    columns of a piece are not next to each other in the matrix. Raises ValueError for a name already taken.
+    Its keyword-only parameters become the rule's options; one annotated with `Literal` admits only those values. Which
+    requests it yields must not depend on data.
+
+    Args:
+        name: What param groups and recipes call it.
+        splits: Under which splits of the matrix its requests are enough, a tuple of "rows" and "columns", or a function
+            of (options, rows, columns) that gives one. Under any other the rule runs whole at an owner.
+        accumulator: What becomes of the gradient first: "ema" and "heavy_ball" momentum, or "adam"'s direction.
+        check: Raises ValueError for options that contradict each other.
+        state: What the rule remembers between steps, by name, or a function of the options that says so. Each is a
+            tensor of the parameter's shape and layout, zero at the start, found in `matrix.state`; the rule then
+            returns `(update, {name: new})`.
+        couples: Whether, by its options, it asks for a `StageSum`; then all matrices of a stage ask for the same ones,
+            in one order.
+        ordered: Whether to refuse views under which the columns of a piece are not next to each other in the matrix.
+        matrices: Whether it needs a matrix, and refuses vectors.
+
+    Raises:
+        ValueError: For a name already taken.
+
+    Example:
+        >>> @rule("rms_rows", splits=("rows", "columns"))
+        ... def rms_rows(matrix, *, eps: float = 1e-8):
+        ...     squares = yield Sum(values=matrix.values.square().sum(-1, keepdim=True), across="columns")
+        ...     return matrix.values / ((squares / matrix.columns).sqrt() + eps)
     """
 
     def register(update: Callable[..., Asking]) -> Callable[..., Asking]:
@@ -160,7 +179,7 @@ def rule(
 
 
 def get_rule(name: str) -> Rule:
-    """The rule registered as `name`; ValueError with all names where there is none."""
+    """Return the rule registered as `name`; ValueError with all names where there is none."""
     if not isinstance(name, str) or name not in _RULES:
         raise ValueError(f"there is no rule {name!r}; the rules are {', '.join(rule_names())}")
     return _RULES[name]

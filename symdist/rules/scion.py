@@ -40,9 +40,22 @@ def scion(
     "spectral", for hidden layers: √(m/n)·polar(M). "sign", for a head: sign(M)/n. "row_rms", for an embedding: rows of
     root mean square 1, √n·D(M)·M. "row", for a head as well: rows of length 1/√n. With `weight_decay = 1` a step is
     `W ← (1−lr)·W − lr·U`, which stays in the ball of radius ρ; without, it is the unconstrained form. What Scion calls
-    α is 1 − `momentum`. `side`, `method`, `ns_steps` and `damping` are those of the polar factor.
+    α is 1 − `momentum`.
     Equivariant under O(m) × O(n); "sign" under signed permutations of both sides; "row_rms" and "row" under row
     permutations and column rotations. Moves what `polar`, nothing, and what `row_norm` moves.
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        norm: The norm, by what the layer does, as above.
+        radius: The radius ρ of the ball.
+        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
+            the matrix runs by sums.
+        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
+            eigendecomposition, for tests and small matrices.
+        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
+        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
+            not be scaled up.
+
     Source: Pethick et al., arXiv 2502.07529.
     """
     m, n = matrix.rows, matrix.columns

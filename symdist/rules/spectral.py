@@ -28,7 +28,7 @@ def spectral_splits(options: Mapping[str, Any], rows: int, columns: int) -> tupl
 
 
 def check_scale(options: Mapping[str, Any]) -> None:
-    """ValueError where alpha and the scale of ν contradict each other."""
+    """Check that alpha and the scale of ν do not contradict each other; ValueError where they do."""
     if options.get("alpha") and options["scale"] == "none":
         raise ValueError(f"alpha={options['alpha']} raises ν to a power, but scale='none' leaves ν out; drop one")
 
@@ -82,7 +82,20 @@ def right_spectral(
     """`U = ν^α·M·(MᵀM)^{-1/2}`; centred, of ΠM and projected again.
 
     Equivariant under row permutations (any left rotation) and column rotations. Under row blocks it moves the
-    n² numbers of the Gram. Source: Lau & Su, arXiv 2605.18106.
+    n² numbers of the Gram. For embeddings and heads.
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        centered: Whether the mean row is taken out, before and after. For heads and routers.
+        alpha: The power of ν. 0 is the plain spectral step, 1 scales it by ν.
+        scale: What ν is: the "nuclear" norm, "nuclear_over_frobenius", or "none", which needs `alpha` 0.
+        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
+            eigendecomposition, for tests and small matrices.
+        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
+        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
+            not be scaled up.
+
+    Source: Lau & Su, arXiv 2605.18106.
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side="right", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
@@ -102,6 +115,18 @@ def left_spectral(
     """`U = ν^α·(MMᵀ)^{-1/2}·M`; centred, of ΠM and projected again.
 
     The router's rule: its Gram is `[experts, experts]`. Under column blocks it moves the m² numbers of the Gram.
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        centered: Whether the mean row is taken out, before and after. For heads and routers.
+        alpha: The power of ν. 0 is the plain spectral step, 1 scales it by ν.
+        scale: What ν is: the "nuclear" norm, "nuclear_over_frobenius", or "none", which needs `alpha` 0.
+        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
+            eigendecomposition, for tests and small matrices.
+        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
+        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
+            not be scaled up.
+
     Source: Lau & Su, arXiv 2605.18106.
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
@@ -124,6 +149,20 @@ def polar(
 
     `alpha = 1` is PolarGrad, and without momentum (`momentum = 0`) stochastic spectral descent, `‖G‖_*·polar(G)`; 0 is
     the plain spectral step. Equivariant under O(m) × O(n). Moves the smaller Gram, or the one named.
+
+    Args:
+        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
+        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
+            the matrix runs by sums.
+        centered: Whether the mean row is taken out, before and after. For heads and routers.
+        alpha: The power of ν. 0 is the plain spectral step, 1 scales it by ν.
+        scale: What ν is: the "nuclear" norm, "nuclear_over_frobenius", or "none", which needs `alpha` 0.
+        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
+            eigendecomposition, for tests and small matrices.
+        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
+        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
+            not be scaled up.
+
     Source: Lau, Long & Su, PolarGrad, arXiv 2505.21799; Carlson, Cevher & Carin, *Stochastic spectral descent for
     restricted Boltzmann machines*, AISTATS 2015.
     """

@@ -139,7 +139,7 @@ class FlatJob:
     def _updated_in_stages(
         self, wanted: list[Tensor], observe_root: RootObserver | None
     ) -> Generator[Any, Any, list[Tensor]]:
-        """All that this rank owns, be it nothing: it still has a part in sums over stages."""
+        """Update the matrices this rank owns. A rank that owns none still joins the residual-stage sums."""
         stack = self.stack
         stage_of = dict(zip(self.everyone, self.stages, strict=True))
         owned = [i for i, (start, stop) in enumerate(self.route.wanted) if stop > start]

@@ -21,7 +21,7 @@ T = TypeVar("T")
 Strategy: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
 RootObserver: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
-"""Is told a root that was taken, of which members of a job, in order, and for how many ranks this one speaks."""
+"""Callback for each inverse root: the root, the job's member indices, and how many ranks this value represents."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,8 +93,8 @@ def run(
 ) -> dict[Group, list[float]]:
     """Run every task of every wave to its end, and `meanwhile` once, while the first collectives are under way.
 
-    `work` has the operations that the ranks of a group do anyhow; roots and QRs go to those with least. Returned is
-    what they do then. `progress` is told what is under way. Raises ExchangeError where a collective fails.
+    `work` has, by group, the FLOPs each rank already has; roots and QRs go to the least loaded. Returns the loads
+    including them. `progress` is told what is under way. Raises ExchangeError where a collective fails.
 
     A wave's first collectives start before the wave before it is computed, and its updates travel home while the next
     one is: up to three waves hold buffers, but only one is computed.

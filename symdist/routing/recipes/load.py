@@ -147,15 +147,22 @@ def schedule_key(schedules: Mapping[str, Any], role: str, rule: str) -> str | No
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with symdist, sorted."""
+    """Return the names of the recipes that come with symdist, sorted."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def load_recipe(recipe: RecipeLike) -> Recipe:
-    """A recipe by name, from a TOML file, or from a mapping of the same form.
+    """Load a recipe: which rule, with which options, each role gets.
 
-    `rules` of a recipe lists Python files, beside its own, that register rules: they are run. Raises ValueError for an
-    unknown name, a file that is no TOML, or registers no rule, and an unknown section.
+    Args:
+        recipe: A name (see `recipe_names`), a TOML file, a mapping of the same form, or a `Recipe`. Its key `rules` may
+            list Python files, beside the recipe's own, that register rules: they are run.
+
+    Raises:
+        ValueError: For an unknown name or section, a file that is no TOML, and one that registers no rule.
+
+    Example:
+        >>> load_recipe("olmoe").options("router")
     """
     if isinstance(recipe, Recipe):
         return recipe
