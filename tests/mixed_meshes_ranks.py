@@ -157,7 +157,7 @@ class HeldModel:
             name: nn.Parameter(self.place(weight, draw(name, weight.shape, 0))) for name, weight in self.weights.items()
         }
         if "plain stage" in model and mesh is not None:
-            options["world"] = mesh
+            options["process_group"] = mesh
         groups = [{"params": [(name, self.parameters[name])], **self.weights[name].options} for name in self.weights]
         for group in groups if mesh is None else ():
             group.pop("strategy", None)

@@ -19,7 +19,7 @@ GONE = {
     "adjust_lr, match_rms_adamw, ns_steps": r"match_rms\b(?!_)|muon_scale|MuonScale",
     "sinkhorn_steps": r"[\"']rounds[\"']|\brounds:",
     "process_group, replicate_group, pipeline_group": (
-        r"SymDist\([^)]*\b(world|replicas)=|clip_grad_norm_\([^)]*stages="
+        r"SymDist\([^)]*\b(world|replicas)=|clip_grad_norm_\([^)]*stages=|options\[\"(world|replicas)\"\]"
     ),
     "communication_dtype, bucket_bytes": r"exchange_dtype|exchange-dtype|wave_bytes|WAVE_BYTES|wave_mb",
     "param_names": r"group\[[\"']names[\"']\]",
