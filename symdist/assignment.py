@@ -1,4 +1,4 @@
-"""What became of a parameter: its role and rule, how it is seen, and where it is stepped."""
+"""How the optimizer treats a parameter: its role, rule, view and strategy, for reports."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """One parameter: what it is, and how and where it is stepped.
+    """How the optimizer treats one parameter.
 
-    `shape` is that of the whole tensor. `options` are those of its rule, and the decay, rows skipped and padding rows,
-    that are not at their defaults.
+    Attributes:
+        name: The parameter's name.
+        shape: The shape of the whole tensor, not of this rank's piece.
+        role: What the parameter is, by its param group; may be empty.
+        rule: The name of its rule.
+        options: The options that differ from their defaults: those of the rule and its momentum, and `weight_decay`,
+            `cautious_weight_decay`, `skip_zero_grad_rows` and `padding_rows`.
+        lr: The learning rate now.
+        view: How the tensor is seen as matrices.
+        strategy: Where its rule runs: "local", "reduce" or "owner".
     """
 
     name: str
@@ -31,7 +39,13 @@ class Assignment:
 
 
 def assignment(spec: ParamSpec, group: Mapping[str, Any], strategy: Strategy) -> Assignment:
-    """A member of a param group as its reader sees it."""
+    """Describe how a parameter is treated.
+
+    Args:
+        spec: The parameter.
+        group: Its param group.
+        strategy: Where its rule runs.
+    """
     defaults = {
         **{key: value for key, value in COMMON.items() if key not in ("view", "strategy", "role")},
         **ACCUMULATOR_OPTIONS[spec.rule.accumulator],

@@ -1,4 +1,4 @@
-"""Decoupled weight decay, of all weights or of those alone that their update takes towards zero."""
+"""Decoupled weight decay, of all weights or (cautious) only of those that their update does not move away from zero."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from torch import Tensor
 
 
 def decaying(weight: Tensor, update: Tensor) -> Tensor:
-    """1 where subtracting the update does not take a weight away from zero, else 0.
+    """Return 1 where subtracting the update does not move a weight away from zero, else 0.
 
-    Source: cautious weight decay, arXiv 2510.12402, which decays these alone.
+    Source: cautious weight decay (arXiv 2510.12402), which decays only those.
+
+    Args:
+        weight: A tensor of any shape.
+        update: Of the same shape; the mask has its dtype.
     """
     return (weight * update >= 0).to(update.dtype)
 
@@ -23,15 +27,19 @@ def decay_and_subtract(
     cautious: bool,
     moving: list[Tensor] | None = None,
 ) -> None:
-    """`W ← (1 − lr·weight_decay·c)·W − lr·U` in place, by the update's precision, however narrow the weights are.
+    """Decay the weights and subtract the updates: `W ← (1 − lr·weight_decay·c)·W − lr·U` in place.
+
+    The arithmetic has the updates' dtype, even if the weights are narrower.
 
     Args:
-        weights: This rank's pieces of the weights, in any dtype and strides.
-        updates: Pieces of the same shapes, at least as precise.
+        weights: This rank's pieces of the weights, in any dtype and strides; at least one.
+        updates: Pieces of the same shapes, in the same or a wider dtype.
         lr: The learning rate.
-        weight_decay: Decay per step, as a share of the weight over `lr`.
-        cautious: Whether c is 1 only where the update goes towards zero; else it is 1 everywhere.
-        moving: Where given, 1 for each element that may move, decay included, and 0 for each that may not.
+        weight_decay: The decay; a step takes `lr · weight_decay` of a weight away.
+        cautious: Whether c is 1 only where the update does not move the weight away from zero (see `decaying`), and
+            else 0. If False, c is 1 everywhere.
+        moving: 1 where an element may move and 0 where it may not decay (its update is 0 already). None, the default,
+            if all may.
     """
     if moving is None and not (cautious and weight_decay) and weights[0].dtype == updates[0].dtype:
         if weight_decay:

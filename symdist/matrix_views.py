@@ -1,7 +1,7 @@
-"""How a stored tensor is seen as matrices: transposed, by heads, in gate/up pairs, expert by expert.
+"""Views: how a stored tensor is seen as matrices (transposed, by heads, in gate/up pairs, expert by expert).
 
-A view acts on the trailing two dimensions; whatever stands before them is a stack. The same code acts on the whole
-tensor and on a rank's piece of it, because every cut it accepts leaves the piece a matrix of the same kind.
+A view acts on the trailing two dimensions; any dimension before them makes a stack. The same code works on the whole
+tensor and on a rank's piece of it, as long as the cut leaves pieces that are blocks of the matrices (`split_kind`).
 """
 
 import math
@@ -23,9 +23,16 @@ _NAMED = ("as_stored", "transposed", "gate_up_stacked", "gate_up_interleaved")
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A view bound to a stored shape: every matrix is `[rows, columns]` and the whole tensor holds `count` of them.
+    """A view bound to a stored shape.
 
-    `unit` is the head size for views by heads, for gate and up stacked in blocks the size of a block, else 1.
+    Attributes:
+        kind: The view's kind; "gate_up_stacked_1" is gate and up stacked along dimension 1, "heads_0" and "heads_1" are
+            heads along dimension 0 or 1.
+        stored: The whole stored tensor's shape.
+        count: Number of matrices in the whole tensor.
+        rows: Number of rows of each matrix.
+        columns: Number of columns of each matrix.
+        unit: For heads, the head size; for stacked gate and up, the size of a block of gates and ups; otherwise 1.
     """
 
     kind: Kind
@@ -37,11 +44,18 @@ class View:
 
     @property
     def single(self) -> bool:
-        """Whether all gates and ups are one block, which any cut between neurons tears."""
+        """Whether all gates and ups form one block, so that any cut between neurons separates gates from their ups."""
         return self.unit == self.stored[-2 if self.kind == "gate_up_stacked" else -1]
 
     def matrices(self, tensor: Tensor) -> Tensor:
-        """`[…, p, q]`, a stack of whole tensors or of pieces, as `[b, m, n]`."""
+        """View a tensor or a piece as matrices.
+
+        Args:
+            tensor: `[…, p, q]`, the stored tensor, a piece of it, or a stack of either; `[…, p]` for vectors.
+
+        Returns:
+            `[b, m, n]`.
+        """
         if len(self.stored) == 1:
             tensor = tensor[..., None]
         b = math.prod(tensor.shape[:-2])
@@ -66,7 +80,15 @@ class View:
                 return tensor.reshape(b, p, h, self.unit).transpose(1, 2).reshape(b * h, p, self.unit)
 
     def to_stored(self, matrices: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The inverse of `matrices`: `[b, m, n]` back as `shape`, that of the stack the matrices were seen in."""
+        """Undo `matrices`.
+
+        Args:
+            matrices: `[b, m, n]`.
+            shape: The shape that `matrices` was given.
+
+        Returns:
+            The values in that shape.
+        """
         if len(self.stored) == 1:
             return matrices.reshape(shape)
         b = math.prod(shape[:-2])
@@ -88,10 +110,11 @@ class View:
                 return matrices.reshape(b, q // self.unit, p, self.unit).transpose(1, 2).reshape(shape)
 
     def split_kind(self, split: DimSplit) -> SplitKind:
-        """What a split of the stored tensor is to these matrices.
+        """Tell how a split of the stored tensor cuts these matrices.
 
-        "batch": it runs between them; "rows", "columns": it cuts each of them so; "unaligned": the pieces are no blocks
-        of the matrices, and the rule can only run where they are put together.
+        Returns:
+            "batch" if it runs between matrices; "rows" or "columns" if it cuts each matrix that way; "unaligned" if the
+            pieces are not blocks of the matrices, so that the rule can only run where they are put together.
         """
         dim = split.dim - len(self.stored)
         if len(self.stored) == 1:
@@ -126,16 +149,19 @@ def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
         view: One of
 
             - "as_stored": the trailing two dimensions as they are;
-            - "transposed": those, turned;
-            - "gate_up_stacked": `[…, 2r, d]`, gates before ups, seen as r pairs `[…, r, 2d]`;
-            - "gate_up_interleaved": `[…, d, 2r]`, gate and up in turn, seen as r pairs;
-            - `{"gate_up": b, "dim": 0 or 1}`: b blocks along that dimension, each with gates before ups;
+            - "transposed": those dimensions swapped;
+            - "gate_up_stacked": `[…, 2r, d]`, all gates before all ups, seen as r pairs `[…, r, 2d]`;
+            - "gate_up_interleaved": `[…, d, 2r]`, gate and up alternating, seen as r pairs `[…, r, 2d]`;
+            - `{"gate_up": b, "dim": 0 or 1}`: b blocks along that dimension, each with its gates before its ups;
             - `{"heads": h, "dim": 0 or 1}`: h heads along that dimension, each a matrix.
-        shape: The whole stored tensor's: a vector, a matrix, or a stack `[k, p, q]` of matrices.
-        name: The parameter's, for the error.
+        shape: The whole stored tensor's shape: a vector `[p]`, a matrix `[p, q]`, or a stack of matrices `[k, p, q]`.
+        name: The parameter's name, for error messages.
+
+    Returns:
+        The bound view.
 
     Raises:
-        ValueError: Naming the parameter, for another view or where the shape does not fit.
+        ValueError: If there is no such view or the shape does not fit it.
     """
     if not 1 <= len(shape) <= 3:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Parameter groups: what a user may say of one, completed and checked."""
+"""Parameter groups: checks what a user gives, fills in defaults, and describes the parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMON: dict[str, Any] = {
     "role": "",
 }
 _READERS = {"params", "param_names", "lr", "rule"}
-# What trainers and PyTorch's schedulers keep in groups; carried, and no rule's business.
+# Keys that trainers and PyTorch's schedulers keep in param groups: accepted and carried along, but not used here.
 _BOOKKEEPING = frozenset(
     (
         *("name", "group_name", "initial_lr", "swa_lr", "base_lr", "max_lr", "min_lr", "pre_lr"),
@@ -41,22 +41,23 @@ _BOOKKEEPING = frozenset(
 
 
 class ParamGroup(TypedDict, total=False):
-    """What a param group may say, beside the options of its rule, which have their names there.
+    """The keys of a param group, besides the options of its rule, which are keys too.
 
     Attributes:
         params: Parameters, or `(name, parameter)` pairs. Required.
-        param_names: Their names, where `params` are not pairs; "param_0" and so on by default.
-        rule: One of `symdist.rule_names()`. Required here or as a default.
-        lr: The learning rate, 0 or more; may be changed between steps. Required here or as a default.
-        weight_decay: Decoupled decay: a step takes `lr · weight_decay` of a weight away. 0.
-        cautious_weight_decay: Whether only those weights decay that their update takes towards zero. False.
-        view: How the stored tensor is seen as matrices, see `symdist.matrix_views.bind_view`. "as_stored".
-        strategy: Where the rule runs: "local", "reduce", "owner", or "auto" for what costs least.
-        skip_zero_grad_rows: Whether a row whose gradient is exactly zero, as of a token that did not occur, keeps its
-            place, decay included. False.
-        padding_rows: The last so many rows are no tokens: they take no part and never move. 0.
-        role: What the parameters are, for the reader, the report and schedules.
-        layouts: For each parameter where it lies, or None for what the tensor itself tells.
+        param_names: The parameters' names, if `params` are not pairs; "param_0" and so on by default.
+        rule: One of `symdist.rule_names()`. Required here or as an optimizer default.
+        lr: The learning rate, 0 or more; may change between steps. Required here or as an optimizer default.
+        weight_decay: Decoupled decay: a step takes `lr · weight_decay` of a weight away. 0 by default.
+        cautious_weight_decay: Whether to decay only weights that their update does not move away from zero. False by
+            default.
+        view: How the stored tensor is seen as matrices, see `symdist.matrix_views.bind_view`. "as_stored" by default.
+        strategy: Where the rule runs: "local", "reduce", "owner", or "auto" (the default) for the cheapest.
+        skip_zero_grad_rows: Whether a row whose gradient is exactly zero, as of a token that did not occur, stays as it
+            is, without decay. False by default.
+        padding_rows: How many of the last rows are padding: they take no part and never move. 0 by default.
+        role: What the parameters are, as in "embedding": for reports and schedules. Empty by default.
+        layouts: For each parameter, how it is sharded, or None to read that from the tensor. None by default.
     """
 
     params: Any
@@ -75,7 +76,20 @@ class ParamGroup(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ParamSpec:
-    """A parameter as the optimizer sees it: `stack` is None where PyTorch's AdamW can step it as it lies."""
+    """A parameter as the optimizer sees it.
+
+    Attributes:
+        parameter: The parameter: a plain tensor or a DTensor.
+        name: Its name.
+        group: The index of its param group.
+        rule: Its rule.
+        layout: How it is sharded.
+        found_as: Its dtype, device and shape when it was described; these can change while it stays the same object.
+        dtype: The dtype of its state and all arithmetic: float32, or wider if the parameter is.
+        stack: What it shares with parameters that run together; None if PyTorch's AdamW can step the local piece.
+        stage: Its stage of the residual stream, if its rule couples the matrices of one.
+        holds: Whether it may keep some of what its stage shares.
+    """
 
     parameter: Tensor
     name: str
@@ -83,25 +97,21 @@ class ParamSpec:
     rule: Rule
     layout: Layout | FlatLayout
     found_as: tuple[object, ...]
-    """What may change of the parameter without a new one: dtype, device and shape."""
     dtype: torch.dtype
-    """The dtype of its state and of all arithmetic: float32, or wider where the parameter is."""
     stack: Stack | None
     stage: ResidualStage | None = None
-    """Of the residual stream, where its rule couples the matrices of one."""
     holds: bool = False
-    """Whether it may keep some of what its stage shares."""
 
 
 def defaults_for(groups: Iterable[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The optimizer's `defaults`: what was given beside the groups, over those of all groups.
+    """Return the optimizer's `defaults`: its keywords over the defaults that all groups share.
 
     Args:
-        groups: The param groups as they were given.
-        given: Keywords of the optimizer; each holds for the groups whose rule knows it.
+        groups: The param groups as the user gave them.
+        given: The optimizer's keywords; each applies to the groups whose rule has that option.
 
     Raises:
-        TypeError: For one that no group's rule knows.
+        TypeError: For a keyword that no group's rule has.
     """
     rules = {group.get("rule", given.get("rule")) for group in groups} & set(rule_names())
     known = {*COMMON, *_READERS}.union(*(_own_options(get_rule(name)) for name in rules))
@@ -123,17 +133,20 @@ def read_group(
     known: Sequence[ParamSpec],
     replicas: Group | None,
 ) -> tuple[dict[str, Any], list[ParamSpec]]:
-    """A param group as it was given, completed, and its parameters described.
+    """Complete a param group with defaults, check it, and describe its parameters.
 
     Args:
-        given: The group.
+        given: The group as the user gave it; not changed.
         index: Its index among the optimizer's groups.
-        defaults: Of the optimizer; the group takes those that its rule knows.
+        defaults: The optimizer's defaults; the group takes those that its rule has.
         known: The parameters of earlier groups.
-        replicas: The ranks that hold plain tensors alike, where that is known.
+        replicas: The ranks that hold identical plain tensors, if known.
+
+    Returns:
+        The completed group, and its parameters in order.
 
     Raises:
-        ValueError: Naming group or parameter and the remedy, for whatever the group cannot be stepped with.
+        ValueError: Naming the group or parameter and the remedy, if the group cannot be stepped.
     """
     group = dict(given)
     if "params" not in group:
@@ -164,14 +177,18 @@ def read_group(
 
 
 def _own_options(rule: Rule) -> dict[str, Any]:
-    """Defaults of a rule's own options, those of its momentum among them."""
+    """Defaults of a rule's own options, including those of its momentum."""
     return {**ACCUMULATOR_OPTIONS[rule.accumulator], **rule.defaults}
 
 
 def with_defaults(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group with every option of its rule filled in.
+    """Return the group with every common option and every option of its rule filled in.
 
-    Raises ValueError, naming the group, for a missing or unknown rule, an unknown option or a value out of range.
+    Args:
+        group: A group with "param_names"; not changed.
+
+    Raises:
+        ValueError: Naming the group, for a missing or unknown rule, an unknown option or a value out of range.
     """
     where = f"param group {group['role']!r}" if group.get("role") else f"param group of {group['param_names'][0]}"
     if "rule" not in group:
@@ -227,11 +244,19 @@ def describe_member(
     replicas: Group | None = None,
     layout: Layout | FlatLayout | None = None,
 ) -> ParamSpec:
-    """Find a parameter's layout, view and stack; `replicas` are the ranks that hold plain tensors alike.
+    """Find out a parameter's layout, view, stack and residual stage.
 
-    `layout` says where the parameter lies, for those that do not tell by themselves.
+    Args:
+        parameter: The parameter.
+        name: Its name.
+        index: The index of its param group.
+        group: The group, completed by `with_defaults`.
+        replicas: The ranks that hold identical plain tensors, if known.
+        layout: How the parameter is sharded; None, the default, to read that from the tensor.
 
-    Raises ValueError, naming it, where the rule, the view or the layout do not fit its shape.
+    Raises:
+        ValueError: Naming the parameter, if it is not floating-point, shares memory between elements, or if its rule,
+            view or layout do not fit its shape.
     """
     rule = get_rule(group["rule"])
     if not parameter.is_floating_point():
@@ -258,7 +283,7 @@ def describe_member(
     plain = not rule.matrices and not group["centered"] and not padding and not skip
     stacked = not plain or group["strategy"] in ("reduce", "owner")
     stack = None
-    # A view that nothing will look through is still checked; the default is left to tensors of any shape.
+    # A view is checked even if nothing uses it, except the default one, as tensors of any shape may have that.
     if stacked or group["view"] != COMMON["view"]:
         seen = group["view"]
         if isinstance(layout, Layout) and layout.interleaved:
@@ -292,13 +317,14 @@ def describe_member(
         dtype=dtype,
         stack=stack,
         stage=stage,
-        # Under expert parallelism ranks have others of them, and what is kept must not hang on that.
+        # Experts keep nothing: under expert parallelism ranks have different ones, and what is kept must not depend on
+        # how they are distributed.
         holds=stage is not None and len(layout.shape) == 2 and not str(group["role"]).startswith("expert"),
     )
 
 
 def _check_memory(name: str, parameter: Tensor) -> None:
-    """ValueError for a weight of which several elements are one number in memory: it has no one value to step to."""
+    """Raise ValueError if several elements share one number in memory (expanded tensors), as it cannot be stepped."""
     here = local(parameter)
     if any(stride == 0 and size > 1 for stride, size in zip(here.stride(), here.shape, strict=True)):
         raise ValueError(
@@ -308,10 +334,10 @@ def _check_memory(name: str, parameter: Tensor) -> None:
 
 
 def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, ordered: bool) -> Any:
-    """The view that shows of a tensor as it is stored what `view` shows of it in its own order.
+    """Translate a view of a tensor in its own order to one of the tensor as it is stored, interleaved over ranks.
 
-    Rows, and columns, may stand in any order: no rule minds, but for those that go by places. Raises ValueError,
-    naming the parameter, for a view that the order mixes.
+    For most views and rules nothing changes, as rules do not depend on the order of rows or columns; `ordered` rules
+    do. Raises ValueError, naming the parameter, for a view that does not work on the interleaved order.
     """
     for each in layout.interleaved:
         side = each.dim - (len(layout.shape) - 2)
@@ -331,7 +357,11 @@ def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, 
 
 
 def coordinate_wise(options: Mapping[str, Any]) -> bool:
-    """Whether a rule, by the options of `with_defaults`, treats every number by itself, whatever the others are."""
+    """Return whether a group's rule treats every element independently of all others.
+
+    Args:
+        options: The group, completed by `with_defaults`.
+    """
     rows = options.get("centered") or options["skip_zero_grad_rows"] or options["padding_rows"] > 0
     return not (get_rule(options["rule"]).matrices or rows)
 
@@ -339,11 +369,24 @@ def coordinate_wise(options: Mapping[str, Any]) -> bool:
 def flat_parts(
     name: str, shape: tuple[int, ...], options: Mapping[str, Any], *, bounds: tuple[int, ...], ranks: Group
 ) -> list[tuple[str, FlatLayout, int]]:
-    """A parameter that is cut in runs of elements, as what the optimizer takes of it: names, layouts, starts.
+    """Split a parameter that is cut in runs of elements into what the optimizer takes as parameters.
 
-    `options` are those of `with_defaults`, `bounds` the offsets at which the runs of `ranks` meet. A stack of matrices
-    is taken one by one, and what a rule does to each element by itself as one vector. A start is where this rank's
-    piece begins in its run.
+    A stack of matrices becomes one part per matrix. Under a rule that treats every element by itself, a parameter of
+    any shape becomes one vector.
+
+    Args:
+        name: The parameter's name.
+        shape: Its whole shape.
+        options: Its group's options, completed by `with_defaults`.
+        bounds: The offsets at which the ranks' runs meet, from 0 to the number of elements: one more than there are
+            ranks.
+        ranks: The ranks, in the order of their runs.
+
+    Returns:
+        For each part its name, its layout, and where this rank's piece of it starts within this rank's run.
+
+    Raises:
+        ValueError: If the parameter is empty.
     """
     if 0 in shape:
         raise ValueError(f"{name} has shape {shape} and so nothing in it; leave it out of the optimizer")
@@ -364,10 +407,16 @@ def flat_parts(
 
 
 def plan_params(members: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> Plan:
-    """The plan of a step: the members that share a stack put together, and each stack placed.
+    """Plan a step: group the parameters into stacks and choose where each stack runs.
 
-    Members without a stack, and frozen ones, are in no job. Raises ValueError, naming a parameter, where its strategy
-    does not fit.
+    Parameters without a stack, and frozen ones, are in no job.
+
+    Args:
+        members: All parameters of the optimizer.
+        exchange: Settings of the communication.
+
+    Raises:
+        ValueError: Naming a parameter, if its layout does not admit its strategy, or its residual stage cannot share.
     """
     stacks: dict[Stack, list[int]] = {}
     for i, member in enumerate(members):
@@ -379,7 +428,7 @@ def plan_params(members: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> P
 
 
 def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:
-    """The stage of every coupled member, and which columns it keeps of what that shares: those that come next."""
+    """By index, the residual stage of every coupled parameter, and which of the stage's shared columns it keeps."""
     by_stage: dict[ResidualStage, list[int]] = {}
     for i, member in enumerate(members):
         if member.stage is not None and member.parameter.requires_grad:
@@ -400,7 +449,7 @@ def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:
 
 def _kept(members: Sequence[ParamSpec], indices: Sequence[int], number: int) -> list[tuple[int, StageSlot]]:
     seen = {i: members[i].stack for i in indices}
-    # One name for each is told: of experts there may be hundreds.
+    # Error messages name one parameter per width and per set of ranks, as there may be hundreds of experts.
     rows: dict[int, str] = {}
     homes: dict[tuple[int, ...], str] = {}
     for i, stack in seen.items():
@@ -432,7 +481,12 @@ def _kept(members: Sequence[ParamSpec], indices: Sequence[int], number: int) -> 
 
 
 def check_stages(plan: Plan, peers: Group | None) -> None:
-    """ValueError where other ranks may hold other matrices of the stages that share rotations here."""
+    """Raise ValueError if other ranks may hold more matrices of the residual stages in this plan.
+
+    Args:
+        plan: The plan of a step.
+        peers: The ranks that train this model, or None if this rank is alone.
+    """
     home = next((job.stack.layout.group for job in plan.jobs if job.stages), None)
     coupled = any(job.stages for job in plan.jobs)
     if coupled and peers is not None and peers.size > 1 and (home is None or set(home.ranks) != set(peers.ranks)):
@@ -445,7 +499,18 @@ def check_stages(plan: Plan, peers: Group | None) -> None:
 
 
 def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
-    """Names, none where there are none, and parameters of a group; ValueError for anything but lists of either."""
+    """Read the names and parameters of a group.
+
+    Args:
+        params: A tensor, parameters, or `(name, parameter)` pairs.
+        group: The group; its "param_names" are used if `params` are not pairs.
+
+    Returns:
+        The names (empty if there are none) and the parameters.
+
+    Raises:
+        ValueError: For a set, a mix of pairs and parameters, or anything that is not a tensor.
+    """
     if isinstance(params, set | frozenset):
         raise ValueError("'params' is a set, whose order differs between ranks and runs; give a list")
     params = [params] if isinstance(params, Tensor) else list(params)
@@ -464,7 +529,7 @@ def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list
 
 
 def warn_of_narrow_weights(specs: Iterable[ParamSpec]) -> None:
-    """Say which weights are too narrow to take updates at usual rates, where any are."""
+    """Warn if trainable weights are bfloat16 or float16, as these are too coarse for updates at usual rates."""
     narrow = [
         spec
         for spec in specs

@@ -1,13 +1,17 @@
-"""Names of parameters, whatever wrappers stand round the modules that hold them."""
+"""Parameter names without the parts that module wrappers add."""
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Attributes in which torch.compile, FSDP and activation checkpointing keep the module that they wrap."""
+"""Attributes in which torch.compile, FSDP and activation checkpointing keep the wrapped module."""
 
 
 def plain_name(name: str) -> str:
-    """A name without what wrappers put into it: `module._orig_mod.layers.0.weight` is `layers.0.weight`.
+    """Remove from a parameter name what wrappers add to it.
 
-    Wrappers stand anywhere; `module`, as DistributedDataParallel calls what it wraps, only at the front.
+    Wrapper attributes are removed anywhere; `module`, which DistributedDataParallel adds, only at the front.
+
+    Example:
+        >>> plain_name("module._orig_mod.layers.0.weight")
+        'layers.0.weight'
     """
     words = [word for word in name.split(".") if word not in WRAPPERS]
     while len(words) > 1 and words[0] == "module":

@@ -1,7 +1,7 @@
-"""Parameters that were replaced since the optimizer was made: described anew, their state carried along.
+"""Parameters that were replaced after the optimizer was built: described anew, with their state carried over.
 
-Trainers shard a model after its optimizer is made, and put the new parameters into the groups (accelerate does) or
-leave that to the optimizer (`fully_shard` after `build_optimizer`).
+Some trainers shard the model after building the optimizer. They put the new parameters into the param groups, as
+accelerate does, or leave that to the optimizer, as with `fully_shard` after `build_optimizer`.
 """
 
 import sys
@@ -25,20 +25,30 @@ _RESUME = (
 
 
 def changed(member: ParamSpec, parameter: Tensor) -> bool:
-    """Whether a group's parameter is another than was described, or has become another under the same name."""
+    """Return whether a parameter is a new object, or has changed its dtype, device or shape since it was described.
+
+    Args:
+        member: The parameter as it was described.
+        parameter: The one in its param group now.
+    """
     return parameter is not member.parameter or member.found_as != found_as(parameter)
 
 
 def found_as(parameter: Tensor) -> tuple[object, ...]:
-    """What a description hangs on and may change without a new parameter."""
+    """Return what can change while a parameter stays the same object: its dtype, device and shape."""
     return parameter.dtype, parameter.device, parameter.shape
 
 
 def in_model(model: nn.Module, members: list[ParamSpec], given: list[Tensor]) -> list[Tensor]:
-    """The parameters that a model has by the members' names now, in place of those of the groups.
+    """Look up the parameters that a model has now under the members' names.
 
-    Only where a model has shards in place of what was whole: while FSDP2 has gathered its weights, a model shows these
-    and not what is to be stepped.
+    A DTensor is never replaced by a plain tensor: while FSDP2 has gathered its weights, the model shows those instead
+    of the shards to be stepped. Nor is any parameter replaced by one on the meta device.
+
+    Args:
+        model: The model.
+        members: The parameters as they were described.
+        given: The parameters in the param groups, in the same order; they stay where the model has no replacement.
     """
     read_units(model)
     now = {plain_name(name): each for name, each in model.named_parameters(remove_duplicate=False)}
@@ -62,21 +72,27 @@ def taken_over(
     peers_of: Callable[[list[ParamSpec]], Group | None],
     transport: Transport,
 ) -> tuple[list[ParamSpec], list[Mapping[str, Tensor]]]:
-    """Describe the parameters that stand in place of those described, and carry their state; all ranks call it.
+    """Describe the parameters that have replaced others, and carry over their state.
+
+    All ranks that train the model must call it.
 
     Args:
         specs: The parameters as they were described.
-        given: Those that the groups, or the model, have now.
+        given: The parameters in the groups or the model now, in the same order.
         groups: The optimizer's param groups.
-        state: Its state by parameter.
-        new_state: Makes state anew where all of it is zero; None where steps have been taken.
-        replicas: The ranks that hold plain tensors alike.
-        exchange: As the plan of a step takes it.
-        peers_of: The ranks that must do alike in a step of some parameters.
-        transport: Tells the others where a rank cannot.
+        state: Its state, by old parameter.
+        new_state: Makes fresh state, if no step has been taken; None if one has.
+        replicas: The ranks that hold identical plain tensors, if known.
+        exchange: Settings of the communication.
+        peers_of: Returns the ranks that must step the given parameters together.
+        transport: Tells the other ranks if this one fails.
+
+    Returns:
+        The new descriptions, and the state of each.
 
     Raises:
-        ValueError: On all ranks and before anything changes, where what is to become of one cannot be known.
+        ValueError: Before anything changes, if the parameters cannot be the old ones, laid out anew. If state cannot be
+            carried over on one rank, all ranks raise.
     """
     check_shapes(specs, given)
     found: list[ParamSpec] = []
@@ -95,7 +111,7 @@ def taken_over(
             states.append({})
             problem = problem or error
     plan_params(found, exchange=exchange)
-    # Whether values were kept is each rank's own to see, and all must do alike.
+    # Each rank sees only whether its own values were kept, but all must raise together.
     failed = torch.tensor([float(problem is not None)], device=given[0].device)
     peers = peers_of(found)
     if peers is not None and peers.size > 1:
@@ -109,7 +125,12 @@ def taken_over(
 
 
 def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
-    """ValueError where the new parameters cannot be the old ones laid out anew, or do not tell how they are."""
+    """Raise ValueError if the new parameters cannot be the old ones laid out anew, or are on the meta device.
+
+    Args:
+        members: The parameters as they were described.
+        given: The parameters now.
+    """
     for member, parameter in zip(members, given, strict=False):
         if parameter.is_meta:
             raise ValueError(f"{member.name} has moved to the meta device; materialise it (to_empty) before going on")
@@ -125,7 +146,7 @@ def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
         else f"there were {len(members)} of them, now there are {len(given)}"
     )
     message = f"the parameters in param_groups are others than those the optimizer was built of: {what}. "
-    # That DeepSpeed is there says little: transformers imports it.
+    # DeepSpeed in sys.modules alone proves little, as transformers imports it: so the shapes are looked at, too.
     if "deepspeed" in sys.modules and all(parameter.dim() == 1 for parameter in given):
         message += (
             "DeepSpeed has put its partitions in their place, which do not tell of matrices; it must make the "
@@ -138,10 +159,18 @@ def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
 
 
 def carried(old: ParamSpec, new: ParamSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a parameter that has been stepped, laid out as the new one is.
+    """Return the state of a parameter that has been stepped, laid out like the new parameter.
 
-    That is known where nothing moved, and where a rank had the whole, of which its new piece can be cut; if, that is,
-    the values are the old ones. Raises ValueError, naming the parameter and the remedy, for anything else.
+    This works if the layout is unchanged, or if this rank had the whole parameter, to cut the new piece from; and if
+    the new parameter has the old values.
+
+    Args:
+        old: The parameter as it was described.
+        new: The parameter now.
+        state: The old state.
+
+    Raises:
+        ValueError: Naming the parameter and the remedy, in any other case.
     """
     same = new.parameter is old.parameter
     if not _cut_from(old.layout, new.layout):
@@ -173,7 +202,7 @@ def _cut_from(old: Layout | FlatLayout, new: Layout | FlatLayout) -> bool:
 
 
 def _piece(whole: Tensor, old: Layout | FlatLayout, new: Layout | FlatLayout) -> Tensor:
-    """This rank's new piece, of what it had."""
+    """Cut this rank's new piece from its old one, which is whole unless the layouts are the same."""
     if old == new:
         return whole
     if isinstance(new, Layout):

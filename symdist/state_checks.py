@@ -1,4 +1,4 @@
-"""Saved state in each of its forms: matched to an optimizer's parameters, checked, and only then loaded."""
+"""Loading of saved state: any form is matched to the optimizer's parameters and checked before anything changes."""
 
 import re
 import sys
@@ -21,7 +21,12 @@ _REMEDY = "Build the optimizer with the recipe of the saved run"
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What is to be loaded: the options of each group, the state of each parameter in order, empty where none is."""
+    """A state dict matched to an optimizer.
+
+    Attributes:
+        groups: The options for each param group of the optimizer.
+        states: The state of each parameter, in the optimizer's order; empty if nothing was saved.
+    """
 
     groups: list[Mapping[str, Any]]
     states: list[Mapping[str, Any]]
@@ -35,14 +40,21 @@ def read_saved(
     strict: bool,
     matched: bool = False,
 ) -> Saved:
-    """Match a state dict to `groups`, whose parameters have `names`.
+    """Match a state dict to an optimizer's param groups.
 
-    It may be raw, as `Optimizer.state_dict` gives it; by names, as `torch.distributed.checkpoint.state_dict` does; or
-    flattened, with one key for each value. Wrappers in names do not count. Without `strict` parameters that it knows
-    nothing of have empty state, and what it knows of others is left out. `matched` says that PyTorch has put it in the
-    order of `groups` already, by the model's own names.
+    It may be raw, as from `Optimizer.state_dict`; keyed by names, as from `torch.distributed.checkpoint.state_dict`; or
+    flattened, with one key per value. Wrapper parts of names are ignored, see `plain_name`.
 
-    Raises ValueError for another form, and, naming the parameters or the group, for what does not match.
+    Args:
+        groups: The optimizer's param groups.
+        names: The names of each group's parameters.
+        state_dict: What was saved.
+        strict: Whether both must have the same parameters. If not, parameters without saved state get empty state, and
+            saved state of other parameters is ignored.
+        matched: Whether PyTorch has already put it in the order of `groups`, by the model's own names.
+
+    Raises:
+        ValueError: For any other form; or, naming the parameters or the group, if something does not match.
     """
     if "param_groups" not in state_dict or "state" not in state_dict:
         state_dict = _nested(state_dict)
@@ -56,7 +68,7 @@ def read_saved(
     alike = [len(group["params"]) for group in saved] == [len(of_group) for of_group in names]
     unnamed = any(_UNNAMED.match(name) for name in (*mine, *theirs)) or len(set(theirs)) < len(keys)
     if unnamed or (alike and (matched or theirs == mine)):
-        # Their order tells which is which.
+        # Matched by order.
         if matched and not strict:
             saved = [each if "rule" in each else {**own, **each} for own, each in zip(groups, saved, strict=True)]
         check_groups(groups, saved)
@@ -82,38 +94,38 @@ def load_state(
     strict: bool,
     matched: bool,
 ) -> bool:
-    """Write a state dict into groups and state, in place; tensors keep dtype and device.
+    """Load a state dict into param groups and state, in place; tensors keep their dtype and device.
 
     Args:
         specs: The optimizer's parameters.
-        groups: Its param groups; all keys but parameters and names are taken over.
-        state: Its state by parameter.
+        groups: Its param groups; all saved keys but "params" and "param_names" are written to them.
+        state: Its state, by parameter.
         state_dict: What was saved, in any form that `read_saved` takes.
-        strict: Whether it is an error that nothing was saved of a parameter.
+        strict: Whether it is an error if nothing was saved for a trainable parameter; see also `read_saved`.
         matched: See `read_saved`.
 
     Returns:
         Whether any tensor was written.
 
     Raises:
-        ValueError: By name and before anything changes, where groups, rules or state do not match.
+        ValueError: Naming the group or parameter, before anything changes, if groups, rules or state do not match.
     """
     names = [group["param_names"] for group in groups]
     saved = read_saved(groups, names, state_dict, strict=strict, matched=matched)
     pairs: list[tuple[Tensor, Tensor]] = []
     for spec, theirs in zip(specs, saved.states, strict=True):
         mine = state[spec.parameter]
-        # Flattened state has empty values for what was not saved; `set_state_dict` leaves out what is frozen here.
+        # Flattened state has empty values for what was not saved, and `set_state_dict` leaves out frozen parameters.
         theirs = {key: value for key, value in theirs.items() if as_tensor(value) is not None}
-        # Of a parameter that FSDP1 has no piece of here, it has no state here either.
+        # FSDP1 saves no state on this rank for a parameter of which it has no piece here.
         nothing = is_flattened(spec.parameter) and spec.parameter.numel() == 0
         if theirs or (strict and spec.parameter.requires_grad and not nothing):
             check_state(spec.name, mine, theirs)
             pairs += [(tensor, value) for key, tensor in mine.items() if (value := as_tensor(theirs[key])) is not None]
     for group, theirs in zip(groups, saved.groups, strict=True):
-        # Names are not loaded: the saved ones may be those of a pipeline stage.
+        # Names are not loaded: the saved ones may be another pipeline stage's.
         group.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
-    # A trainer may load what it has just been given: then there is nothing to write.
+    # A trainer may load the very tensors that the optimizer gave it: then there is nothing to write.
     written = [(tensor, value) for tensor, value in pairs if value is not tensor]
     with torch.no_grad():
         for tensor, value in written:
@@ -122,7 +134,12 @@ def load_state(
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """ValueError where saved param groups differ from `groups` in number, rule, parameters or what a rule goes by."""
+    """Raise ValueError if saved groups differ in number, rule, parameter count or options that fix the state.
+
+    Args:
+        groups: The optimizer's param groups.
+        saved: The saved ones, in the same order.
+    """
     if len(saved) != len(groups):
         raise ValueError(f"the saved state has {len(saved)} param groups, this optimizer {len(groups)}. {_REMEDY}")
     for mine, theirs in zip(groups, saved, strict=True):
@@ -136,7 +153,13 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
 
 
 def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
-    """ValueError where a saved group has another rule, or other options that the state hangs on."""
+    """Raise ValueError if a saved group differs in its rule or in options that its state depends on.
+
+    Args:
+        mine: The optimizer's param group.
+        theirs: The saved one; keys that it lacks are not compared.
+        where: Begins the message: the group or the parameter.
+    """
     fixed = {"rule", "view", "skip_zero_grad_rows", "padding_rows", *get_rule(mine["rule"]).defaults}
     changed = sorted(key for key in fixed if key in theirs and theirs[key] != mine[key])
     if changed:
@@ -147,7 +170,13 @@ def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str
 
 
 def check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
-    """ValueError, naming the parameter, where saved state lacks something or has another shape."""
+    """Raise ValueError if saved state lacks a tensor or has one of another shape, whole or local.
+
+    Args:
+        name: The parameter's name, for the message.
+        mine: The optimizer's state of the parameter.
+        theirs: The saved state; keys that `mine` lacks are ignored.
+    """
     for key, tensor in mine.items():
         found = as_tensor(theirs.get(key))
         if found is None:
@@ -168,7 +197,7 @@ def check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """A saved value, which may be a plain number, as a tensor; None for what is no value."""
+    """Return a saved value, a tensor or plain number, as a tensor; None for anything else."""
     if isinstance(value, Tensor):
         return value
     return torch.tensor(float(value)) if isinstance(value, int | float) else None
@@ -177,9 +206,15 @@ def as_tensor(value: Any) -> Tensor | None:
 def flattened_zeros(
     specs: Sequence[ParamSpec], state: Mapping[Tensor, Mapping[str, Tensor]]
 ) -> dict[int, dict[str, Tensor]]:
-    """For each parameter of an FSDP1 unit, by index, a zero of its shape for each state that others have and it lacks.
+    """Make zeros for the state that some parameters of FSDP1 units have and others lack, but for "step".
 
-    They take no memory: each is one number, expanded.
+    Args:
+        specs: The optimizer's parameters.
+        state: Its state, by parameter.
+
+    Returns:
+        For each parameter of an FSDP1 unit, by index, the zeros by state name, in the parameter's shape. Each is one
+        number, expanded, so they take no memory.
     """
     pieces = [i for i, spec in enumerate(specs) if is_flattened(spec.parameter)]
     names = {key for i in pieces for key in state[specs[i].parameter]} - {"step"}
@@ -192,10 +227,10 @@ def flattened_zeros(
 
 
 def asked_by_pytorch() -> bool | None:
-    """Whether PyTorch's `set_optimizer_state_dict` was called strictly, where that is what loads; else None.
+    """Return whether PyTorch's `set_optimizer_state_dict` is loading strictly; None if it is not what loads.
 
-    It does not hand this on, and what it hands over is the same either way: of a parameter without state, nothing, or
-    of flattened state empty values.
+    It looks for PyTorch's function on the call stack. PyTorch does not pass `strict` on, and what it passes is the same
+    either way: nothing for a parameter without state, or, of flattened state, empty values.
     """
     frame = sys._getframe(2)
     for _ in range(4):
@@ -209,7 +244,7 @@ def asked_by_pytorch() -> bool | None:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Flattened state, `state.NAME.KEY` and `param_groups.NAME.KEY`, by names, each a group of its own."""
+    """Turn flattened keys, `state.NAME.KEY` and `param_groups.NAME.KEY`, into a state dict with one group per name."""
     states: dict[str, dict[str, Any]] = {}
     groups: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -229,7 +264,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names_of(group: Mapping[str, Any]) -> Sequence[Any]:
     names = group.get("param_names") or ()
-    # Those of another number of parameters are another rank's, as of a stage of a pipeline.
+    # If their number differs, the names are another rank's, as of another pipeline stage.
     return names if len(names) == len(group["params"]) else [f"param_{i}" for i in range(len(group["params"]))]
 
 

@@ -1,4 +1,4 @@
-"""One step of an optimizer: what its jobs read, and what becomes of what they made."""
+"""One optimizer step: gives jobs their inputs, and writes their results to weights and state."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 
 class Step:
-    """Reads and writes the weights and the state of an optimizer for the jobs of one step.
+    """Reads and writes an optimizer's weights and state for the jobs of one step.
 
     Args:
-        specs: All parameters.
+        specs: All parameters of the optimizer.
         groups: The optimizer's param groups.
-        state: The state of every parameter.
+        state: The state of every parameter, by parameter.
         gradients: This rank's piece of every gradient, in the order of `specs`.
-        observer: What measures this step, if anything does.
+        observer: Measures this step; None for a step without diagnostics.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Step:
         self._observer = observer
 
     def task(self, job: Job | FlatJob) -> Task:
-        """A job as the scheduler runs it."""
+        """Make the task that runs a job of this step."""
         observe_root = None
         if self._observer is not None:
             observe_root = partial(self._observer.rooted, [self._role(self._specs[i].group) for i in job.members])
@@ -54,7 +54,7 @@ class Step:
         return task
 
     def adamw(self) -> None:
-        """Step what needs no other rank and no matrix: PyTorch's AdamW, on the pieces as they lie."""
+        """Step the parameters without a stack by PyTorch's AdamW, on the local pieces; nothing is sent."""
         plain = [i for i, spec in enumerate(self._specs) if spec.stack is None and spec.parameter.requires_grad]
         for group, indices in self._by_group(plain):
             weights = [local(self._specs[i].parameter) for i in indices]
@@ -70,7 +70,7 @@ class Step:
                 lr=lr,
                 weight_decay=0.0 if cautious else decay,
             )
-            # What the weights lose by themselves, without the step.
+            # The part of each weight's change that is decay, so that observers see the step without it.
             lost = [lr * decay * old for old in before]
             if cautious:
                 lost = [of * decaying(old, old - new) for of, old, new in zip(lost, before, wide, strict=True)]
@@ -96,7 +96,7 @@ class Step:
         )
 
     def _write(self, job: Job | FlatJob, made: StepOutputs) -> None:
-        """Take the updates from the weights, and keep what the rule remembers."""
+        """Subtract the updates and the decay from the weights, and store what the rule remembers."""
         place_of = {index: place for place, index in enumerate(job.members)}
         for group, indices in self._by_group(job.members):
             places = [place_of[i] for i in indices]

@@ -1,1 +1,1 @@
-"""What the adapters of engines share."""
+"""What the adapters for training engines (DeepSpeed, Megatron) share."""

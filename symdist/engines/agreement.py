@@ -1,4 +1,4 @@
-"""What all ranks learn of each other before any goes on: values, and whether any has failed."""
+"""Gathers values and failures of all ranks, so that all go on or all raise."""
 
 from typing import Any, TypeVar
 
@@ -8,11 +8,14 @@ T = TypeVar("T")
 
 
 def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Every rank's value, in rank order; all ranks of `group`, or of the job, call it.
+    """Gather every rank's value; all ranks of `group` must call it.
 
     Args:
-        value: This rank's value; it is pickled.
-        group: The ranks; all of them by default. Without a process group the value is the only one.
+        value: This rank's value, which must pickle.
+        group: The process group; the default group if None.
+
+    Returns:
+        The values in rank order; this rank's alone if torch.distributed is not initialized.
     """
     if not dist.is_initialized():
         return [value]
@@ -24,16 +27,19 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 def gather_unless_failed(
     value: T, failure: str | None, *, error: type[Exception] = ValueError, group: dist.ProcessGroup | None = None
 ) -> list[T]:
-    """Every rank's value, in rank order, where no rank has failed; all ranks call it.
+    """Gather every rank's value, or raise on all ranks if any has failed; all ranks of `group` must call it.
 
     Args:
-        value: This rank's value.
-        failure: What went wrong on this rank, if anything.
-        error: What to raise on all ranks, with each failure once, in rank order.
-        group: See `gather`.
+        value: This rank's value, which must pickle.
+        failure: What went wrong on this rank; None if nothing did.
+        error: The exception type to raise; its message has each distinct failure once, in rank order.
+        group: The process group; the default group if None.
+
+    Returns:
+        The values in rank order.
 
     Raises:
-        Exception: Of the kind `error`, on all ranks, where any rank has failed.
+        Exception: Of type `error`, on all ranks, if any rank has failed.
     """
     found = gather((value, failure), group)
     failures = dict.fromkeys(theirs for _, theirs in found if theirs is not None)

@@ -1,4 +1,4 @@
-"""Tensors that an engine optimizes and may move, bound to the matrix shards they are made of."""
+"""Keeps matrix shards bound to the engine tensors that they are parts of, which the engine may move."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymD
 
 
 class MatrixShardLike(Protocol):
-    """A matrix's part of an engine's tensor, as a parameter of its own."""
+    """A matrix's part of an engine tensor, as a parameter of its own."""
 
     parameter: Any
 
     @property
     def copied(self) -> bool:
-        """Whether the parameter holds a copy, filled for a step alone, instead of a view."""
+        """Whether the parameter is a copy, filled for each step, and not a view."""
 
     @property
     def itself(self) -> bool:
-        """Whether the parameter is the engine's tensor."""
+        """Whether the parameter is the engine tensor itself."""
 
     def bind(self, tensor: Tensor) -> None:
-        """Let the parameter be its part of `tensor`."""
+        """Make the parameter a view of its part of `tensor`."""
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor that is like the engine's."""
+        """Return this matrix's part of a tensor shaped like the engine's."""
 
 
 S = TypeVar("S", bound=MatrixShardLike)
 
 
 class BoundTensor(Generic[S]):
-    """An engine's tensor, its state there, and its shards, which go where the engine moves either.
+    """An engine tensor, its state in the engine, and the matrix shards that are its parts.
 
-    Engines move tensors when they load, offload or reshard. Both adapters call `follow` before a step.
+    Engines move tensors when they load, offload or reshard, so the adapters call `follow` before a step.
 
     Args:
-        tensor: What the engine optimizes.
+        tensor: The tensor that the engine optimizes.
 
     Attributes:
-        shards: Its matrices' parts, appended by the adapter.
-        state: The engine's state of it by name, as it was last followed.
+        tensor: The same.
+        shards: The matrix shards, appended by the adapter.
+        state: The engine's state of the tensor, by name, as of the last `remember` or `follow`.
     """
 
     def __init__(self, tensor: Tensor):
@@ -53,11 +54,19 @@ class BoundTensor(Generic[S]):
         self._address = 0
 
     def remember(self, state: Mapping[str, Any]) -> None:
-        """Note where the tensor and its state lie now."""
+        """Note where the tensor and its state are now."""
         self.state, self._address = dict(state), self.tensor.data_ptr()
 
     def follow(self, state: Mapping[str, Any], symdist: ExternalStateSymDist) -> bool:
-        """Bind the shards anew where the tensor or its state has moved; return whether the state has."""
+        """Bind the shards and their state again if the tensor or its state has moved.
+
+        Args:
+            state: The engine's state of the tensor now, by name.
+            symdist: The optimizer of the shards.
+
+        Returns:
+            Whether the state has moved.
+        """
         rebound = self.tensor.data_ptr() != self._address
         moved = any(state[name] is not self.state[name] for name in ENGINE_STATE_NAMES if name in self.state)
         self.remember(state)
@@ -69,20 +78,20 @@ class BoundTensor(Generic[S]):
         return moved
 
     def fill_state(self, shard: S, symdist: ExternalStateSymDist) -> None:
-        """Let a shard's state be its parts of the engine's."""
+        """Make a shard's state in `symdist` its parts of the engine's state."""
         held = symdist.state[shard.parameter]
         for key, name in symdist.slots(shard.parameter).items():
             held[key] = shard.of(self.state[name])
 
     def take_gradient(self) -> None:
-        """Give the shards their parts of the tensor's gradient."""
+        """Set the shards' gradients to their parts of the tensor's gradient."""
         gradient = self.tensor.grad
         for shard in self.shards:
             if not shard.itself:
                 shard.parameter.grad = None if gradient is None else shard.of(gradient)
 
     def drop_gradient(self) -> None:
-        """Let the shards' gradients go."""
+        """Set the shards' gradients to None."""
         for shard in self.shards:
             if not shard.itself:
                 shard.parameter.grad = None

@@ -1,4 +1,4 @@
-"""An optimizer of pieces whose state an engine keeps."""
+"""SymDist for engines: an optimizer whose state lies in tensors that the engine keeps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,18 +11,21 @@ from symdist.param_groups import ParamSpec
 from symdist.rules import get_rule
 
 ENGINE_STATE_NAMES = ("exp_avg", "exp_avg_sq")
-"""The names that engines have for state of a parameter's shape: Adam's, which are all that their checkpoints know."""
+"""Adam's names for state of a parameter's shape: the only ones that the engines' checkpoints save."""
 
 
 def slots(rule: str, options: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Which of an engine's `ENGINE_STATE_NAMES` each state of a rule lies in.
+    """Assign each state of a rule to one of `ENGINE_STATE_NAMES`.
 
     Args:
         rule: The rule's name.
-        options: The options it runs with; its defaults unless given.
+        options: The options it runs with; its defaults if None.
+
+    Returns:
+        The engine's name for each of the rule's state names.
 
     Raises:
-        ValueError: Naming the rule, where it has more state than there are names.
+        ValueError: Naming the rule, if it has more state than the engine has names.
     """
     names = get_rule(rule).state_names(options)
     if len(names) > len(ENGINE_STATE_NAMES):
@@ -35,9 +38,14 @@ def slots(rule: str, options: Mapping[str, Any] | None = None) -> dict[str, str]
 
 
 class ExternalStateSymDist(SymDist):
-    """SymDist over pieces of larger tensors; `state_tensors` has, by `id` of a piece, its part of their state.
+    """SymDist over pieces of engine tensors, with their state in the engine's tensors.
 
-    Momentum and moments thus lie where an engine saves, loads and moves them. The count of steps is the piece's own.
+    So the engine saves, loads and moves momentum and moments. Only Adam's step count is kept here, per piece.
+
+    Args:
+        groups: The param groups; their parameters are the pieces.
+        state_tensors: By `id` of a piece, its parts of the engine's state, by the names in `ENGINE_STATE_NAMES`.
+        **options: Keywords of `SymDist`.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, state_tensors: dict[int, dict[str, Tensor]], **options: Any):
@@ -47,11 +55,11 @@ class ExternalStateSymDist(SymDist):
         del self._state_tensors
 
     def slots(self, piece: Tensor) -> Mapping[str, str]:
-        """Of a piece's states, which of the engine's each lies in."""
+        """Return the engine's name for each state of a piece."""
         return self._slots[id(piece)]
 
     def _follow(self, *, at_step: bool = False) -> None:
-        """Nothing: pieces are the adapter's own, which moves them with the engine's tensors."""
+        """Do nothing: the adapter itself moves the pieces along with the engine's tensors."""
 
     def _new_state(self, member: ParamSpec) -> dict[str, Tensor]:
         state_tensors = self._state_tensors[id(member.parameter)]

@@ -1,4 +1,4 @@
-"""The exchange: decides where rules run and answers what they ask of other ranks."""
+"""The exchange: plans on which ranks each rule runs, and runs the collectives that rules need."""
 
 from symdist.exchange.collectives.progress import ExchangeError, StepProgress
 from symdist.exchange.collectives.residual_sums import StageSlot

@@ -1,4 +1,4 @@
-"""What of the exchange between ranks can be tuned."""
+"""Settings of the communication between ranks."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ ExchangeLike: TypeAlias = "ExchangeOptions | Mapping[str, Any] | None"
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeOptions:
-    """How matrices travel between ranks: the same in Python, in a DeepSpeed config and for Megatron.
+    """Settings of the communication between ranks, with the same keys in Python, DeepSpeed configs and Megatron.
 
     Attributes:
-        communication_dtype: What matrices travel as to the ranks that own them, and updates back: `torch.bfloat16`,
+        communication_dtype: The dtype in which matrices are sent to their owners, and updates back: `torch.bfloat16`,
             `torch.float32` or `torch.float64`, or the name of one. None, the default, is the dtype of the state.
-            bfloat16 halves what owners cost and rounds updates to 8 bits. Sums, Grams and what a rule remembers always
-            travel as they are.
-        bucket_bytes: Bound on the buffers of all waves in flight on a rank, in bytes; 1 GiB. Lower it where a step
-            runs out of memory: there are more collectives then, and each is smaller.
+            bfloat16 halves the bytes sent, and rounds updates to 8 bits. Sums, Grams, and stacks whose rule remembers
+            something are always sent in the dtype of the state.
+        bucket_bytes: Bound on the buffers of all waves in flight on a rank, in bytes; 1 GiB by default. Lower it if a
+            step runs out of memory: collectives then become smaller and more numerous.
 
     Raises:
-        ValueError: For another dtype, or a bound that is not positive.
+        ValueError: For any other dtype, or a bound that is not a positive whole number.
 
     Example:
         >>> SymDist(groups, exchange=ExchangeOptions(communication_dtype=torch.bfloat16))
@@ -52,10 +52,13 @@ class ExchangeOptions:
 
     @classmethod
     def of(cls, given: ExchangeLike) -> ExchangeOptions:
-        """The options themselves, or those of a mapping, as a config has them; None stands for the defaults.
+        """Make options from what a user or a config gives.
+
+        Args:
+            given: Options, which are returned as they are; a mapping with the same keys; or None for the defaults.
 
         Raises:
-            ValueError: For an unknown key, or a value as the class itself refuses it.
+            ValueError: For an unknown key or an invalid value.
         """
         if isinstance(given, cls):
             return given

@@ -1,1 +1,1 @@
-"""Gradients on their way to a rule: put together, checked, clipped, and taken into the momentum."""
+"""What happens to gradients before a rule sees them: redistribution, checks, clipping and momentum."""

@@ -1,4 +1,4 @@
-"""Gradient clipping by the norm of the whole model's gradient, however its pieces lie."""
+"""Gradient clipping by the global gradient norm, for any mix of layouts and meshes."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
@@ -20,27 +20,33 @@ def clip_grad_norm_(
     pipeline_group: Ranks | None = None,
     transport: Transport | None = None,
 ) -> Tensor:
-    """Scale all gradients in place so that the whole model's 2-norm is at most `max_norm`.
+    """Scale all gradients in place so that their global 2-norm is at most `max_norm`.
 
-    Works on any mix of meshes: shards are summed over the ranks that hold them, replicas counted once, so the norm is
-    that of the unsharded model. It sends two numbers a process group. All ranks call it, those that share a parameter
-    with the same ones in the same order. Gradients that lie otherwise than their weights, in parts (`Partial`) or
-    replicated, are put where these lie, and stay so.
+    The norm is that of the unsharded model's gradient, on any mix of meshes: shards are summed over the ranks that
+    hold them, and replicas count once. Gradients placed unlike their weights (`Partial`, or replicated where the weight
+    is sharded) are first redistributed to the weights' placements, and stay so. If the norm is inf or NaN, nothing is
+    scaled, and the optimizer sees the gradients as they came.
+
+    All ranks that share a parameter must call it, with the same parameters in the same order, and so must all ranks of
+    `pipeline_group`. It sends two numbers per set of ranks, and more only to redistribute gradients.
 
     Args:
-        parameters: Parameters, or DTensors; those without a gradient count as zero.
-        max_norm: The bound, above 0; infinity measures only.
-        pipeline_group: Ranks that hold *other* parameters of the model, as pipeline stages do; their squares are added.
-        transport: Replaces the collectives, to count them.
+        parameters: The parameters, plain tensors or DTensors; one without a gradient counts as zero.
+        max_norm: The bound, greater than 0; `float("inf")` measures the norm without clipping.
+        pipeline_group: A process group or mesh along which ranks hold *different* parameters of the model, as pipeline
+            stages do; their norms are included. None by default.
+        transport: What runs the collectives, for example to count them; `TorchTransport()` by default.
 
     Returns:
-        The norm before, a 0-d float32 tensor, the same on all ranks. A norm that is not finite scales nothing.
+        The norm before clipping, a 0-d float32 tensor.
 
     Raises:
-        ValueError: For `max_norm` that is not positive, or a layout that is not supported.
+        ValueError: If `max_norm` is not positive, or the layout of a parameter or gradient is not supported.
 
     Example:
+        >>> loss.backward()
         >>> norm = symdist.clip_grad_norm_(model.parameters(), 1.0)
+        >>> optimizer.step()
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm} must be positive; use float('inf') to measure only")
@@ -65,7 +71,7 @@ def clip_grad_norm_(
     norm = total.sqrt().squeeze(0)
     factor = max_norm / (float(norm) + 1e-6)
     gradients = [local(parameter.grad) for _, parameter in named if parameter.grad is not None]
-    # A norm that is not finite scales nothing: the optimizer then finds the gradient as it came.
+    # Leave the gradients alone if the norm is inf or NaN: the optimizer has its own policy for those.
     if gradients and factor < 1 and norm.isfinite():
         torch._foreach_mul_(gradients, factor)
     return norm.float()
@@ -73,9 +79,9 @@ def clip_grad_norm_(
 
 @dataclass
 class _Held:
-    """Parameters that lie on the same ranks in as many copies.
+    """Parameters on the same ranks with the same number of copies.
 
-    `found` has the square of their gradients' norm, and whether any rank has one that must be put together first.
+    `found` is `[2]`: the squared norm of their gradients, and whether any rank has a gradient to redistribute first.
     """
 
     group: Group | None
@@ -84,7 +90,7 @@ class _Held:
     found: Tensor
 
     def measure(self, elsewhere: set[int], transport: Transport) -> None:
-        """Over all ranks, each copy for its share; gradients `elsewhere` are not measured yet."""
+        """Sum the squares over the group into `found`; gradients of ids in `elsewhere` only set the flag."""
         self.found.zero_()
         for _, parameter in self.parameters:
             if id(parameter) in elsewhere:
@@ -97,7 +103,7 @@ class _Held:
 
 
 def _by_ranks(named: Iterable[tuple[str, Tensor]]) -> list[_Held]:
-    """By ranks in ascending order, which is that of their collectives."""
+    """Group the parameters by ranks and copies, sorted so that all ranks start their collectives in one order."""
     keys: dict[Hashable, tuple[Group | None, int]] = {}
     held: dict[tuple[Group | None, int], _Held] = {}
     for name, parameter in named:

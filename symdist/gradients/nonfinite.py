@@ -1,4 +1,4 @@
-"""What all ranks agree on before anything moves: whether gradients are there, finite, and where their weights are."""
+"""What all ranks agree on before a step: whether gradients exist, are finite, and are placed like their weights."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,31 +16,49 @@ NonFinite: TypeAlias = Literal["raise", "skip", "zero"]
 
 _LARGEST = 2.0**113
 _LARGEST_FLOAT64 = 2.0**400
-"""Beyond these a gradient counts as not finite: what is accumulated of it, and sums of it, could overflow."""
+"""Magnitudes above which a gradient counts as not finite, as its moments and sums could overflow.
+
+`_LARGEST_FLOAT64` is for float64 gradients, `_LARGEST` for all others.
+"""
 
 
 FLAGS = 3
-"""How many numbers all ranks sum up before a step."""
+"""How many numbers `agree` sums over all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """What all ranks know of their gradients before a step."""
+    """What all ranks know about the gradients before a step.
+
+    Attributes:
+        finite: Whether all gradients on all ranks are finite.
+        elsewhere: Whether any rank has a gradient placed unlike its weight, to be redistributed first.
+        any: Whether any rank has a gradient at all.
+    """
 
     finite: bool
     elsewhere: bool
-    """Whether any rank has a gradient that lies otherwise than its weight, and must be put together."""
     any: bool
-    """Whether any rank has a gradient at all."""
 
 
 def ranks_that_agree(
     parameters: Iterable[Tensor], layouts: Iterable[Layout | FlatLayout], *, replicas: Group | None = None
 ) -> Group | None:
-    """All ranks that must do the same about a gradient that is not finite, or None where this rank is alone.
+    """Find the ranks that must agree on whether to step.
 
-    Those of the mesh that the parameters' meshes were sliced from, which has pipeline stages too, those of the
-    `layouts` of others, and `replicas`. Raises ValueError where no one of these has them all.
+    Candidates are the mesh that the DTensors' meshes were sliced from (so pipeline stages are included), the ranks of
+    `layouts`, and `replicas`. The largest is taken.
+
+    Args:
+        parameters: The optimizer's parameters.
+        layouts: Their layouts.
+        replicas: The ranks that hold identical plain tensors, if known.
+
+    Returns:
+        The ranks, or None if this rank trains alone.
+
+    Raises:
+        ValueError: If no single candidate contains all the others.
     """
     meshes = {id(parameter.device_mesh): parameter for parameter in parameters if isinstance(parameter, DTensor)}
     groups = [peers(parameter) for parameter in meshes.values()] + ([replicas] if replicas is not None else [])
@@ -66,9 +84,19 @@ def agree(
     some: bool,
     transport: Transport,
 ) -> Agreed:
-    """Three numbers summed over `world`: all its ranks call it, and all learn the same.
+    """Tell all ranks of `world` about the gradients of each; all of them must call it.
 
-    `gradients` are this rank's, but for those that are `elsewhere`; `some` says that it has any.
+    It sums three numbers in one all-reduce.
+
+    Args:
+        gradients: This rank's local gradients, without those placed unlike their weights.
+        world: The ranks that must agree; None if this rank is alone.
+        elsewhere: Whether this rank has gradients placed unlike their weights.
+        some: Whether this rank has any gradient.
+        transport: What runs the all-reduce.
+
+    Returns:
+        The same answer on all ranks.
     """
     device = gradients[0].device if gradients else torch.device("cpu")
     flags = torch.stack([~_all_finite(gradients, device), *torch.tensor([elsewhere, some], device=device)]).float()
@@ -79,12 +107,17 @@ def agree(
 
 
 def zeroed(gradient: Tensor) -> Tensor:
-    """A gradient with zeros for what is not finite."""
+    """Return the gradient with zeros in place of elements that are not finite."""
     return torch.where(gradient.abs() <= _largest(gradient), gradient, 0)
 
 
 def not_finite_error(gradients: Sequence[Tensor], names: Sequence[str]) -> FloatingPointError:
-    """What all ranks raise where any has a gradient that is not finite, with the names of this rank's."""
+    """Make the error that all ranks raise if any gradient is not finite; it names the parameters on this rank.
+
+    Args:
+        gradients: This rank's local gradients.
+        names: Their parameters' names, in the same order.
+    """
     here = [name for name, each in zip(names, gradients, strict=True) if not bool((each.abs() <= _largest(each)).all())]
     where = f"of {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "held by another rank"
     return FloatingPointError(
@@ -98,20 +131,20 @@ def _largest(gradient: Tensor) -> float:
 
 
 def _all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Whether all are finite, a tensor: the step reads it together with what else it must know."""
+    """Whether all are finite, a 0-d bool tensor on `device` for the caller to send with its other flags."""
     by_limit: dict[float, list[Tensor]] = {}
     for gradient in gradients:
         if gradient.numel():
             by_limit.setdefault(_largest(gradient), []).append(gradient)
     fine = torch.ones((), dtype=torch.bool, device=device)
     for limit, held in by_limit.items():
-        # A sum of squares is one fast pass, but those of finite numbers can overflow: then the largest magnitude tells.
+        # The 2-norm is the faster test, but the squares of finite numbers can overflow. Then the max-norm decides.
         if not bool(_norms(held, 2, device) <= limit):
             fine = fine & (_norms(held, float("inf"), device) <= limit)
     return fine
 
 
 def _norms(gradients: list[Tensor], order: float, device: torch.device) -> Tensor:
-    """The largest of their norms, NaN where one is."""
+    """The largest of the gradients' norms, NaN if any is NaN."""
     norms = torch._foreach_norm(gradients, order)
     return torch.stack([norm.to(device, torch.float64) for norm in norms]).amax()

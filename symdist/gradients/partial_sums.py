@@ -1,4 +1,4 @@
-"""Gradients that lie otherwise than their weights, as tensor parallelism may leave them: brought to where these lie."""
+"""Redistribution of gradients whose DTensor placements differ from their weights', as tensor parallelism can leave."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,10 +14,18 @@ Named = tuple[str, Tensor]
 
 
 def bring_home(parameters: Iterable[Named]) -> list[Named]:
-    """Give every weight a `grad` placed as it is itself, where this rank has all of that; nothing is sent.
+    """Give weights a `grad` placed like themselves where that needs no communication.
 
-    That is so of a gradient that is replicated where its weight is sharded. Returned are the others: sums in parts
-    (`Partial`), and what other ranks have. Raises ValueError, naming the parameter, for a gradient on other ranks.
+    That works where every rank holds all of its piece, as for a gradient replicated where its weight is sharded.
+
+    Args:
+        parameters: `(name, parameter)` pairs. Plain tensors, and gradients placed like their weights, are left alone.
+
+    Returns:
+        The pairs whose gradient needs other ranks (`Partial`, or held elsewhere), for `sum_up`.
+
+    Raises:
+        ValueError: Naming the parameter, if its gradient lies on another set of ranks.
     """
     elsewhere: list[Named] = []
     for name, parameter in parameters:
@@ -35,11 +43,19 @@ def bring_home(parameters: Iterable[Named]) -> list[Named]:
 
 
 def sum_up(parameters: Iterable[Named], *, transport: Transport) -> None:
-    """Give every weight a `grad` placed as it is itself, with the help of other ranks: all of them call it.
+    """Give every weight a `grad` placed like itself, by communication.
 
-    One small all-reduce for each set of ranks says which gradients any of them has elsewhere, one more a dtype puts
-    these together whole, each for a moment. A gradient missing on some ranks counts as zero there. Raises ValueError,
-    naming the parameter, for a `Partial` that is neither a sum nor a mean.
+    All ranks that hold any of the parameters must call it, with the same parameters in the same order. For each set of
+    ranks, one small all-reduce finds the gradients that any rank has elsewhere; one more per dtype sums these, for a
+    moment at full size. A gradient missing on some ranks counts as zero there.
+
+    Args:
+        parameters: `(name, parameter)` pairs; plain tensors are left alone.
+        transport: What runs the all-reduces.
+
+    Raises:
+        ValueError: Naming the parameter, if its gradient cannot be summed: a `Partial` that is neither a sum nor a
+            mean, an interleaved layout, or another set of ranks.
     """
     by_group: dict[Group, list[tuple[str, DTensor]]] = {}
     for name, parameter in parameters:
@@ -64,7 +80,7 @@ def _sum_up(parameters: Sequence[tuple[str, DTensor]], group: Group, transport: 
         buffer = torch.cat([_share(name, parameter).to(dtype).reshape(-1) for name, parameter in alike])
         transport.all_reduce(buffer, group=group).wait()
         for (name, parameter), total in zip(alike, buffer.split([p.numel() for _, p in alike]), strict=True):
-            # A copy: the piece must not keep the whole in memory.
+            # A copy, so that the piece does not keep the full-size buffer alive.
             piece = dtensor_layout(parameter, name=name).piece(total.view(parameter.shape)).clone()
             parameter.grad = _placed(piece, parameter)
 
@@ -97,11 +113,11 @@ def _layout_of_gradient(name: str, parameter: DTensor, gradient: DTensor) -> Lay
 
 
 def _within(weight: Layout, found: Layout, here: Tensor) -> Tensor | None:
-    """The piece of a weight out of what is here of its gradient; None where some is not."""
+    """Cut the weight's local piece out of the local gradient; None if any rank's gradient lacks part of its piece."""
     if not found.splits:
         return weight.piece(here)
     if found.interleaved != weight.interleaved or not all(map(_covers, found.boxes, weight.boxes)):
-        # Some rank has not all it needs, so all of them give what they have.
+        # Tested for all ranks, not only this one, so that all of them choose the same way.
         return None
     return here[tuple(slice(b.start - a.start, b.stop - a.start) for a, b in zip(found.box, weight.box, strict=True))]
 
@@ -111,7 +127,7 @@ def _covers(box: Box, wanted: Box) -> bool:
 
 
 def _share(name: str, parameter: DTensor) -> Tensor:
-    """What this rank adds to the sum over all ranks, of the shape of the whole."""
+    """This rank's summand, in the full shape: its local gradient divided by the number of ranks that add the same."""
     gradient = parameter.grad
     share = parameter.to_local().new_zeros(tuple(parameter.shape))
     if gradient is None:
@@ -129,7 +145,7 @@ def _share(name: str, parameter: DTensor) -> Tensor:
             raise ValueError(
                 f"{name}: its gradient is placed {gradient.placements}; only sums and means can be added up"
             )
-        # The axes that it is not partial over hold the same, so it is taken once.
+        # Replicated axes would add the same summand several times, and a mean wants the average over its axis.
         averaged = isinstance(placement, Partial) and placement.reduce_op == "avg"
         copies *= size if averaged or isinstance(placement, Replicate) else 1
     share[tuple(slice(side.start, side.stop) for side in found.box)] = gradient.to_local() / copies

@@ -1,4 +1,4 @@
-"""Gradients as a step takes them: where their weights lie, and finite, as all ranks agree."""
+"""Gradients made ready for a step: placed like their weights and finite, as agreed by all ranks."""
 
 from collections.abc import Sequence
 
@@ -21,22 +21,23 @@ def ready_gradients(
     transport: Transport,
     progress: StepProgress,
 ) -> list[Tensor] | None:
-    """This rank's piece of every gradient, in the order of `specs`; all of `peers` call it.
+    """Collect this rank's piece of every gradient; all ranks of `peers` must call it.
 
     Args:
         specs: All parameters of the optimizer.
-        nonfinite: What to do about a gradient that is inf or NaN on any rank.
-        expected: Whether it is an error that no rank has a gradient at all, as before the first step.
-        peers: The ranks that must agree, or None where this rank is alone.
-        transport: What moves the flags, and gradients that lie elsewhere.
-        progress: Is told what is under way.
+        nonfinite: What to do if a gradient is inf or NaN on any rank: "raise", "skip" the step, or "zero" the elements.
+        expected: Whether it is an error if no rank has any gradient, as in the first step.
+        peers: The ranks that must agree, or None if this rank is alone.
+        transport: What runs the collectives.
+        progress: Told what is under way, for reports on a hung step.
 
     Returns:
-        The gradients, or None where the step is to be left out.
+        The local gradients in the order of `specs`, or None if the step is to be skipped.
 
     Raises:
-        FloatingPointError: On all ranks, where a gradient is not finite on any and `nonfinite` is "raise".
-        ValueError: For a gradient that cannot be brought to its weight, or where none is there but `expected`.
+        FloatingPointError: On all ranks, if a gradient is not finite on any rank and `nonfinite` is "raise".
+        ValueError: If a gradient cannot be redistributed to its weight's placements, or if there is none and
+            `expected` is set.
     """
     moving = [(spec.name, spec.parameter) for spec in specs if spec.parameter.requires_grad]
     some = any(parameter.grad is not None for _, parameter in moving)
@@ -65,9 +66,10 @@ def ready_gradients(
 
 
 def gradient_of(spec: ParamSpec) -> Tensor:
-    """This rank's gradient of a parameter, zero where it has none or is frozen.
+    """Return this rank's gradient of a parameter: zeros if it has none or is frozen.
 
-    Raises ValueError, naming the parameter, for one that is sparse, or lies otherwise than the weight.
+    Raises:
+        ValueError: Naming the parameter, if the gradient is sparse or placed unlike the weight.
     """
     gradient = spec.parameter.grad
     if gradient is None or not spec.parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Layouts: what piece of a weight this rank holds, and who holds the others."""
+"""Layouts: which piece of a weight this rank holds, and which ranks hold the others."""
 
 from collections.abc import Hashable
 
@@ -32,9 +32,19 @@ __all__ = [
 
 
 def layout_of(tensor: Tensor, *, name: str, replicas: Group | None = None) -> Layout | FlatLayout:
-    """The layout of a parameter; `replicas` are the ranks that hold plain tensors alike, where that is known.
+    """Find the layout of a parameter.
 
-    Raises ValueError, naming the parameter, where no layout fits.
+    Args:
+        tensor: A plain tensor, a DTensor, or a piece of an FSDP1 unit.
+        name: The parameter's name, for error messages.
+        replicas: The ranks that hold the same plain tensor; without them (default) only this rank counts. Ignored for
+            other tensors.
+
+    Returns:
+        The layout; a `FlatLayout` for sharded FSDP1 parameters.
+
+    Raises:
+        ValueError: If symdist supports no such tensor or layout.
     """
     if isinstance(tensor, DTensor):
         return dtensor_layout(tensor, name=name)
@@ -46,12 +56,18 @@ def layout_of(tensor: Tensor, *, name: str, replicas: Group | None = None) -> La
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's piece, sharing memory with `tensor`."""
+    """Return this rank's piece, which shares memory with `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def same_group(tensor: Tensor) -> Hashable:
-    """A key that tensors share whose pieces lie on the same ranks: cheaper to have than their layouts."""
+    """Return a key that is equal for tensors whose pieces lie on the same ranks.
+
+    This is cheaper than finding their layouts. All plain tensors share the key None.
+
+    Raises:
+        ValueError: If the tensor belongs to an FSDP1 unit whose layouts are not known.
+    """
     if isinstance(tensor, DTensor):
         return id(tensor.device_mesh), tensor.placements
     layout = fsdp1_layout(tensor, name="a parameter") if is_flattened(tensor) else None

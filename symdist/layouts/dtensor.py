@@ -1,4 +1,4 @@
-"""Weights that are DTensors: as FSDP2's `fully_shard`, tensor and expert parallelism and their products leave them."""
+"""Layouts of DTensors, as made by FSDP2's `fully_shard`, tensor and expert parallelism, and combinations of them."""
 
 import functools
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from symdist.layouts.layout import DimSplit, Interleaving, Layout
 
 
 def dtensor_layout(tensor: DTensor, *, name: str) -> Layout:
-    """The layout of a DTensor, as `placed_layout` reads it.
+    """Find the layout of a DTensor; see `placed_layout`.
 
-    Raises ValueError, naming the parameter, as that does, and for pieces that are not where the placements say.
+    Raises:
+        ValueError: As `placed_layout` does, or if this rank's piece has another shape than the placements give.
     """
     layout = placed_layout(tensor.device_mesh, tensor.placements, tuple(tensor.shape), name=name)
     local = tuple(tensor.to_local().shape)
@@ -30,15 +31,25 @@ def dtensor_layout(tensor: DTensor, *, name: str) -> Layout:
 def placed_layout(
     mesh: DeviceMesh, placements: Sequence[Placement], shape: tuple[int, ...], *, name: str, parts: bool = False
 ) -> Layout:
-    """The layout of a tensor that every mesh axis replicates or shards, plainly or strided.
+    """Find the layout of a tensor from its device mesh and placements.
 
-    A dimension sharded over several axes is cut in the order that the placements tell: a strided shard comes after all
-    axes to its right that shard the same dimension. That is how FSDP2 over tensor parallelism cuts, also where sizes
-    are so uneven (17 rows over 4 × 2) that DTensor's own reading of its placements is another. A strided shard with
-    none to its right deals out equal stretches of the dimension, as tensor parallelism does with a fused gate and up.
-    With `parts` partial sums are let pass, as what every rank of their axis has of the whole.
+    A dimension sharded over several mesh axes is cut in the order that the placements give: a strided shard comes after
+    all axes to its right that shard the same dimension. FSDP2 over tensor parallelism cuts this way, even for sizes so
+    uneven (17 rows over 4 × 2) that DTensor's own reading of its placements differs. A strided shard without such an
+    axis deals out equal stretches of the dimension, as tensor parallelism does with a fused gate and up.
 
-    Raises ValueError, naming the parameter, for other placements, and stretches that do not divide: alike on all ranks.
+    Args:
+        mesh: The device mesh; this rank must be in it.
+        placements: One for each mesh axis: Replicate, Shard or a strided shard.
+        shape: The whole tensor's shape.
+        name: The parameter's name, for error messages.
+        parts: Whether to accept partial sums too, as pieces that span the whole along their axis; False by default.
+
+    Returns:
+        The layout, without mesh axes of size one.
+
+    Raises:
+        ValueError: For other placements, or stretches that do not divide evenly; on all ranks alike.
     """
     known = (Replicate, Shard, _StridedShard, *((Partial,) if parts else ()))
     strange = [placement for placement in placements if type(placement) not in known]
@@ -48,7 +59,7 @@ def placed_layout(
             "Replicate, Shard and strided shards"
         )
     sizes = tuple(mesh.mesh.shape)
-    # An axis of one rank changes nothing, and left out makes equal what is equal.
+    # An axis of one rank changes nothing; without it, layouts that mean the same compare equal.
     axes = [axis for axis, size in enumerate(sizes) if size > 1]
     if not axes:
         return Layout(shape=shape)
@@ -69,18 +80,18 @@ def placed_layout(
 
 
 def peers(tensor: DTensor) -> Group:
-    """All ranks of the mesh that the tensor's mesh was sliced from: those that train the model together."""
+    """Return all ranks of the mesh that the tensor's mesh was sliced from: those that train the model together."""
     mesh = tensor.device_mesh._get_root_mesh()
     return _grid(mesh, list(range(mesh.ndim))).group(range(mesh.ndim))
 
 
 def mesh_group(mesh: DeviceMesh) -> Group:
-    """All ranks of a mesh."""
+    """Return all ranks of a mesh."""
     return _grid(mesh, list(range(mesh.ndim))).group(range(mesh.ndim))
 
 
 def _grid(mesh: DeviceMesh, axes: list[int]) -> Grid:
-    """The mesh without its axes of size one."""
+    """The mesh reduced to `axes`: those of more than one rank."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside the mesh holds no piece"
     sizes = tuple(mesh.size(axis) for axis in axes)
@@ -94,7 +105,7 @@ def _grid(mesh: DeviceMesh, axes: list[int]) -> Grid:
 def _order_of_cuts(
     placements: Sequence[Placement], cutting: list[int], sizes: tuple[int, ...], *, name: str
 ) -> list[int]:
-    """The mesh axes that cut a dimension, in the order of cutting."""
+    """The mesh axes that cut a dimension, in the order in which they cut it."""
     order: list[int] = []
     right = 1
     for axis in reversed(cutting):
@@ -127,7 +138,7 @@ def _interleaving(dim: int, size: int, placement: Any, ranks: int, *, name: str)
 
 @functools.lru_cache(maxsize=4096)
 def _ranges(size: int, counts: tuple[int, ...], order: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """The block of every coordinate of an array of `counts` ranks, row-major, cut by its axes in `order`."""
+    """The block at every coordinate of an array of `counts` ranks, in row-major order, cut by its axes in `order`."""
     blocks: dict[tuple[int, ...], tuple[int, int]] = {(): (0, size)}
     for axis in order:
         blocks = {
@@ -135,12 +146,12 @@ def _ranges(size: int, counts: tuple[int, ...], order: tuple[int, ...]) -> tuple
             for at, (start, stop) in blocks.items()
             for i, chunk in enumerate(_chunks(start, stop, counts[axis]))
         }
-    # From coordinates in the order of cutting to those in the order of the axes.
+    # Coordinates are in the order of cutting; put them into the order of the axes.
     inverse = [order.index(axis) for axis in range(len(order))]
     return tuple(block for _, block in sorted((tuple(at[i] for i in inverse), block) for at, block in blocks.items()))
 
 
 def _chunks(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
-    """How `torch.chunk`, and so DTensor, cuts: equal blocks rounded up, then what is left, then nothing."""
+    """Cut as `torch.chunk` and DTensor do: blocks of the size rounded up, then a smaller one, then empty ones."""
     block = -(-(stop - start) // parts)
     return [(min(start + i * block, stop), min(start + (i + 1) * block, stop)) for i in range(parts)]

@@ -1,4 +1,4 @@
-"""Weights that an engine keeps as stretches of one long vector: ZeRO partitions, flat data-parallel buffers."""
+"""Layouts of weights stored as stretches of one long vector: ZeRO partitions, flat data-parallel buffers."""
 
 import functools
 import itertools
@@ -13,17 +13,22 @@ from symdist.layouts.grid import Grid, Group
 from symdist.layouts.layout import DimSplit, Layout
 
 Range: TypeAlias = tuple[int, int, int]
-"""A rank, by its place in the group, and the elements from start to stop that it has."""
+"""A rank, by its place in the group, and where its elements start and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatLayout:
-    """A matrix or vector of global `shape` cut, in row-major order, into consecutive ranges of elements: one a rank.
+    """A matrix or vector cut, in row-major order, into consecutive ranges of elements, one per rank.
 
-    `bounds` are the offsets at which they meet, from 0 to the number of elements: rank i of `group` holds
-    `bounds[i]` to `bounds[i + 1]`, which may be nothing. A piece is a vector. `rank_order[i]` is the rank that holds
-    range i; empty means rank i. `column_blocks` are the widths of the blocks of columns that a matrix is cut into
-    first, as by tensor parallelism: its elements then are those of one block after another; empty means that it is not.
+    A rank's piece is a vector, and may be empty.
+
+    Attributes:
+        shape: The whole tensor's shape.
+        group: The ranks that hold it.
+        bounds: The offsets where ranges meet, from 0 to the number of elements; range i starts at `bounds[i]`.
+        rank_order: `rank_order[i]` is the place in the group of the rank that holds range i; empty (default) means i.
+        column_blocks: Widths of the blocks of columns that a matrix is cut into first, as by tensor parallelism. The
+            elements are then those of one block after another. Empty (default) means that it is not cut.
     """
 
     shape: tuple[int, ...]
@@ -44,7 +49,7 @@ class FlatLayout:
             raise ValueError(f"blocks of {self.column_blocks} columns do not make up a matrix of {self.shape}")
 
     def size_at(self, rank: int) -> int:
-        """How many elements a rank holds."""
+        """Return how many elements the rank at place `rank` of the group holds."""
         place = self.rank_order.index(rank) if self.rank_order else rank
         return self.bounds[place + 1] - self.bounds[place]
 
@@ -55,32 +60,39 @@ class FlatLayout:
 
     @property
     def mine(self) -> tuple[int, int]:
-        """Where this rank's run begins and ends."""
+        """The offsets where this rank's range starts and stops."""
         place = self.rank_order.index(self.group.index) if self.rank_order else self.group.index
         return self.bounds[place], self.bounds[place + 1]
 
     @property
     def width(self) -> int:
-        """The elements of a row."""
+        """The number of elements in a row."""
         return math.prod(self.shape[1:])
 
     @functools.cached_property
     def runs(self) -> tuple[Range, ...]:
-        """What the ranks hold that hold anything, one run after another."""
+        """The nonempty ranges and their ranks, in order of offset."""
         return _runs(self.bounds, self.rank_order)
 
     @functools.cached_property
     def sole_owner(self) -> int | None:
-        """The rank that holds everything, if one does."""
+        """The place in the group of the only rank that holds anything; None where several do."""
         return self.runs[0][0] if len(self.runs) == 1 else None
 
     @functools.cached_property
     def everywhere(self) -> Layout:
-        """The same ranks, each with the whole: where an owner puts it together."""
+        """The layout with the whole tensor on each of these ranks, as on the owner that puts it together."""
         return Layout(shape=self.shape, grid=_line(self.group))
 
     def by_rows(self, *, multiple: int = 1) -> Layout:
-        """The nearest layout in blocks of `multiple` whole rows: one that is cut goes to who has its first element."""
+        """Return the nearest layout in whole rows.
+
+        Args:
+            multiple: Number of rows that must stay together as a block; 1 by default.
+
+        Returns:
+            A layout that gives each block to the rank that holds its first element.
+        """
         block = self.width * multiple
         ranges = list(itertools.pairwise(-(-bound // block) * multiple for bound in self.bounds))
         if self.rank_order:
@@ -90,16 +102,25 @@ class FlatLayout:
         )
 
     def matrix(self, elements: Tensor) -> Tensor:
-        """`[k, n]`, all elements of k matrices, as `[k, p, q]`."""
+        """Reshape `[k, n]`, all n elements of each of k matrices, to `[k, p, q]`."""
         return matrices_of(elements, self.shape, column_blocks=self.column_blocks)
 
     def elements(self, matrices: Tensor) -> Tensor:
-        """The inverse of `matrix`."""
+        """Undo `matrix`."""
         return elements_of(matrices, column_blocks=self.column_blocks)
 
 
 def matrices_of(elements: Tensor, shape: tuple[int, ...], *, column_blocks: tuple[int, ...]) -> Tensor:
-    """`[k, n]`, all elements of k matrices of a shape, as `[k, p, q]`; see `FlatLayout`."""
+    """Reshape all elements of some matrices into the matrices.
+
+    Args:
+        elements: `[k, n]`, for k matrices of n elements each.
+        shape: The shape of one matrix.
+        column_blocks: See `FlatLayout`.
+
+    Returns:
+        `[k, p, q]`.
+    """
     if not column_blocks:
         return elements.view(elements.shape[0], *shape)
     rows = shape[0]
@@ -108,14 +129,14 @@ def matrices_of(elements: Tensor, shape: tuple[int, ...], *, column_blocks: tupl
 
 
 def elements_of(matrices: Tensor, *, column_blocks: tuple[int, ...]) -> Tensor:
-    """The inverse of `matrices_of`."""
+    """Undo `matrices_of`: `[k, p, q]` back to `[k, n]`."""
     if not column_blocks:
         return matrices.flatten(1)
     return torch.cat([block.flatten(1) for block in matrices.split(column_blocks, dim=2)], dim=1)
 
 
 def runs_of_rows(layout: Layout) -> tuple[Range, ...]:
-    """The runs of elements that a layout in whole rows means."""
+    """Return the ranges of elements that a layout in whole rows gives to each rank, in order of offset."""
     width = math.prod(layout.shape[1:])
     (split,) = layout.splits
     runs = [(i, a * width, b * width) for i, (a, b) in enumerate(split.ranges) if a < b and width]
@@ -123,19 +144,38 @@ def runs_of_rows(layout: Layout) -> tuple[Range, ...]:
 
 
 def flat_vector(sizes: list[int], *, ranks: int, align: int = 1) -> list[tuple[int, ...]]:
-    """The bounds of tensors that lie one after another in one vector, cut into equal parts of a multiple of `align`."""
+    """Compute the bounds of tensors that lie one after another in a vector that ranks share equally.
+
+    Args:
+        sizes: Number of elements of each tensor.
+        ranks: Number of ranks.
+        align: Each rank's part is a multiple of this many elements; 1 by default.
+
+    Returns:
+        The bounds of each tensor; see `FlatLayout`.
+    """
     part = -(-sum(sizes) // (ranks * align)) * align
     return [flat_bounds(start, size, part=part, ranks=ranks) for start, size in zip(_starts(sizes), sizes, strict=True)]
 
 
 @functools.lru_cache(maxsize=65536)
 def flat_bounds(start: int, size: int, *, part: int, ranks: int) -> tuple[int, ...]:
-    """The bounds of a tensor of `size` elements at `start` of a vector of which every rank holds `part` elements."""
+    """Compute the bounds of one tensor in a vector of which every rank holds an equal part.
+
+    Args:
+        start: Offset of the tensor in the vector.
+        size: Number of its elements.
+        part: Number of elements each rank holds.
+        ranks: Number of ranks.
+
+    Returns:
+        The bounds; see `FlatLayout`.
+    """
     return (*(min(max(rank * part - start, 0), size) for rank in range(ranks)), size)
 
 
 def replicated(shape: tuple[int, ...], group: Group) -> Layout:
-    """A tensor that is the same on all ranks of a group."""
+    """Return the layout of a tensor that is the same on all ranks of a group."""
     return Layout(shape=shape, grid=_line(group)) if group.size > 1 else Layout(shape=shape)
 
 

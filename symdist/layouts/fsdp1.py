@@ -1,6 +1,6 @@
-"""Weights under `FullyShardedDataParallel` with `use_orig_params=True`: stretches of one long vector for each unit.
+"""Layouts under `FullyShardedDataParallel` with `use_orig_params=True`, which keeps one long vector per unit.
 
-The original parameters stay, as one-dimensional pieces that do not tell what they are pieces of; their units do.
+The original parameters stay as one-dimensional pieces. Where a piece lies in its matrix, only its FSDP unit knows.
 """
 
 from collections.abc import Iterator
@@ -15,15 +15,18 @@ from symdist.layouts.groups import ascending
 from symdist.layouts.layout import Layout
 
 _LAYOUTS = WeakIdKeyDictionary()
-"""Of parameters of units that have been read; a parameter is the same object from before it is wrapped on."""
+"""The layouts that `read_units` found, by parameter: wrapping a model keeps its parameter objects."""
 
 _REMEDY = "build the optimizer with symdist.build_optimizer(model, recipe), where model is the wrapped one"
 
 
 def read_units(model: nn.Module) -> None:
-    """Note where the parameters of a model's FSDP units lie, for `fsdp1_layout`. All ranks call it.
+    """Record where the parameters of a model's FSDP units lie, for `fsdp1_layout`.
 
-    Raises ValueError, naming the unit and the remedy, for one that has put its parameters into another of its own.
+    Every rank must call it, since each records its own pieces.
+
+    Raises:
+        ValueError: If a unit was wrapped without `use_orig_params=True`, or holds a parameter that is not contiguous.
     """
     for name, module in model.named_modules():
         handle = getattr(module, "_handle", None) if isinstance(module, FSDP) else None
@@ -39,12 +42,20 @@ def read_units(model: nn.Module) -> None:
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Whether a tensor belongs to an FSDP unit, as a piece or as the flat parameter itself."""
+    """Tell whether a tensor belongs to an FSDP unit, as a piece or as the flat parameter itself."""
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
 def fsdp1_layout(tensor: Tensor, *, name: str) -> Layout | FlatLayout:
-    """The layout of a parameter of an FSDP unit; ValueError, naming it, where no unit is known that it belongs to."""
+    """Look up the layout of a parameter of an FSDP unit.
+
+    Args:
+        tensor: The piece that this rank holds.
+        name: The parameter's name, for error messages.
+
+    Raises:
+        ValueError: If it is the flat parameter itself, or belongs to no unit that `read_units` has seen.
+    """
     if getattr(tensor, "_is_flat_param", False):
         raise ValueError(
             f"{name} is the flat parameter of a FullyShardedDataParallel unit, of which nothing tells the matrices; "
@@ -59,7 +70,7 @@ def fsdp1_layout(tensor: Tensor, *, name: str) -> Layout | FlatLayout:
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of the whole parameter, be it in pieces."""
+    """Return the shape of the whole parameter, also where `tensor` is a piece of an FSDP unit's."""
     layout = _LAYOUTS.get(tensor) if is_flattened(tensor) else None
     return tuple(tensor.shape) if layout is None else layout.shape
 
@@ -73,7 +84,7 @@ def _of_unit(handle: Any) -> Iterator[tuple[nn.Parameter, Layout | FlatLayout]]:
                 "before wrapping the model"
             )
     part = int(flat._sharded_size.numel())
-    # Padding between parameters is in the list of lengths, too.
+    # The list of lengths also holds the padding between parameters.
     starts, start = [], 0
     for length, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
         if not is_padding:

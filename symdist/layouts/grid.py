@@ -1,4 +1,4 @@
-"""The ranks that hold a weight, arranged by what they share."""
+"""Groups and grids: the ranks that hold a weight, arranged by which piece they hold."""
 
 import functools
 import itertools
@@ -10,10 +10,14 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Ranks that talk to each other: `ranks` ascending, `index` this rank's place among them.
+    """Ranks that communicate with each other; groups of the same ranks, seen from the same rank, are equal.
 
-    `handle` is their process group where one is at hand; else `through` are process groups that together connect them,
-    and the transport finds or makes one. Two groups of the same ranks are equal.
+    Attributes:
+        ranks: The global ranks, ascending.
+        index: This rank's place among them.
+        handle: Their process group, or None where it is not known.
+        through: Process groups that together connect the ranks; without a `handle` the transport finds or makes one
+            from them.
     """
 
     ranks: tuple[int, ...]
@@ -29,9 +33,13 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """An array of ranks with an axis for each way of differing: `ranks` row-major, `position` this rank's place.
+    """An array of ranks, like a device mesh.
 
-    `handles` has the process group through this rank along each axis, as far as they exist.
+    Attributes:
+        sizes: Number of ranks along each axis.
+        ranks: The global ranks, in row-major order.
+        position: This rank's place in `ranks`.
+        handles: The process group through this rank along each axis; empty where they are not known.
     """
 
     sizes: tuple[int, ...]
@@ -43,11 +51,11 @@ class Grid:
         assert math.prod(self.sizes) == len(self.ranks)
 
     def at(self, position: int) -> "Grid":
-        """The grid as the rank at another position sees it; without process groups, which that rank alone has."""
+        """Return the grid as the rank at another position sees it, without process groups, which only that rank has."""
         return Grid(sizes=self.sizes, ranks=self.ranks, position=position)
 
     def coordinate(self, position: int) -> tuple[int, ...]:
-        """Of a position along every axis."""
+        """Return the coordinate of a position along every axis."""
         found = []
         for size in reversed(self.sizes):
             position, along = divmod(position, size)
@@ -60,11 +68,11 @@ class Grid:
 
     @functools.cached_property
     def order(self) -> list[int]:
-        """The positions by ascending rank: the order in which process groups number them."""
+        """The positions sorted by rank, which is the order of process groups."""
         return sorted(range(len(self.ranks)), key=self.ranks.__getitem__)
 
     def group(self, axes: Sequence[int]) -> Group:
-        """The ranks that differ from this one along `axes` only."""
+        """Return the ranks that differ from this one only along `axes`, this one among them."""
         here = self.coordinate(self.position)
         fixed = [axis for axis in range(len(self.sizes)) if axis not in axes]
         ranks = tuple(

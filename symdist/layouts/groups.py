@@ -1,4 +1,4 @@
-"""Groups of ranks, from what PyTorch has for them."""
+"""Groups of ranks, from PyTorch's process groups and device meshes."""
 
 from typing import Any, TypeAlias
 
@@ -9,11 +9,19 @@ from symdist.layouts.dtensor import mesh_group
 from symdist.layouts.grid import Group
 
 Ranks: TypeAlias = dist.ProcessGroup | DeviceMesh
-"""How a user names ranks."""
+"""What a user can pass to name ranks."""
 
 
 def group_of(option: str, ranks: Ranks | None) -> Group | None:
-    """The group that an option names; ValueError, naming the option, for what is neither group nor mesh."""
+    """Return the group that an option gives, or None where it gives none.
+
+    Args:
+        option: The option's name, for error messages.
+        ranks: The option's value.
+
+    Raises:
+        ValueError: If the value is neither a process group nor a device mesh.
+    """
     try:
         return None if ranks is None else group_from(ranks)
     except TypeError as error:
@@ -21,7 +29,11 @@ def group_of(option: str, ranks: Ranks | None) -> Group | None:
 
 
 def group_from(ranks: Any) -> Group:
-    """The group of a `ProcessGroup` or of all ranks of a `DeviceMesh`; TypeError for anything else."""
+    """Return the group of a `ProcessGroup`, or of all ranks of a `DeviceMesh`.
+
+    Raises:
+        TypeError: For anything else.
+    """
     if isinstance(ranks, DeviceMesh):
         return mesh_group(ranks)
     if not isinstance(ranks, dist.ProcessGroup):
@@ -31,7 +43,11 @@ def group_from(ranks: Any) -> Group:
 
 
 def ascending(group: Any) -> Group:
-    """The group of a `ProcessGroup`; ValueError where it does not number its ranks in ascending order."""
+    """Return the group of a `ProcessGroup`.
+
+    Raises:
+        ValueError: If it does not number its ranks in ascending order.
+    """
     found = group_from(group)
     if dist.get_process_group_ranks(group) != list(found.ranks):
         raise ValueError(f"process group of ranks {dist.get_process_group_ranks(group)}: they must ascend")

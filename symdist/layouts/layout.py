@@ -1,4 +1,4 @@
-"""Where the pieces of a stored tensor lie, said without naming the engine that put them there."""
+"""Where the pieces of a stored tensor lie, independent of the engine that put them there."""
 
 import dataclasses
 import functools
@@ -18,8 +18,11 @@ Box: TypeAlias = tuple[range, ...]
 class DimSplit:
     """One dimension of the stored tensor, cut into blocks over some axes of the grid.
 
-    `ranges` has the block `(start, stop)` of every coordinate along `axes`, row-major. Blocks cover the dimension once,
-    in any order, and may be empty.
+    Attributes:
+        dim: The dimension.
+        axes: The grid axes it is cut over.
+        ranges: The block `(start, stop)` at every coordinate along `axes`, in row-major order. Blocks cover the
+            dimension once, in any order, and may be empty.
     """
 
     dim: int
@@ -29,10 +32,15 @@ class DimSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class Interleaving:
-    """A dimension that is stored in another order: its `parts` equal stretches, gate and up say, dealt to `ranks`.
+    """A dimension whose equal stretches, such as gate and up, are each dealt out to all ranks.
 
-    Each rank's block has its share of every stretch, one after the other. Rules do not mind in what order rows or
-    columns stand, so the blocks together are what is seen as the tensor.
+    Each rank's block holds its share of every stretch, one after the other. Rules do not depend on the order of rows or
+    columns, so the tensor is seen in this stored order.
+
+    Attributes:
+        dim: The dimension.
+        parts: Number of stretches.
+        ranks: Number of ranks.
     """
 
     dim: int
@@ -40,18 +48,23 @@ class Interleaving:
     ranks: int
 
     def applied(self, tensor: Tensor) -> Tensor:
-        """A whole tensor in the order in which it is stored."""
+        """Put a whole tensor into the order in which it is stored."""
         cut = tensor.unflatten(self.dim, (self.parts, self.ranks, -1))
         return cut.transpose(self.dim, self.dim + 1).flatten(self.dim, self.dim + 2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A stored tensor of global `shape` on the ranks of a grid; no grid where only this rank is known of.
+    """A stored tensor on the ranks of a grid.
 
-    Every dimension has at most one split, every axis serves at most one. Ranks that differ only along axes that no
-    split uses hold the same piece: they are replicas. What is said of a dimension that is `interleaved` is said of it
-    in the order in which it is stored.
+    Every dimension has at most one split, and every grid axis serves at most one. Ranks that differ only along axes
+    that no split uses hold the same piece: they are replicas.
+
+    Attributes:
+        shape: The whole tensor's shape.
+        grid: The ranks; None (default) where only this rank is known.
+        splits: How dimensions are cut; none by default.
+        interleaved: Dimensions stored in another order; none by default. Splits and boxes refer to the stored order.
     """
 
     shape: tuple[int, ...]
@@ -65,7 +78,7 @@ class Layout:
         return None if self.grid is None else self.grid.group(range(len(self.grid.sizes)))
 
     def group_of(self, split: DimSplit) -> Group:
-        """The ranks that hold other blocks of this split, and otherwise what this rank holds."""
+        """Return the ranks that hold the other blocks of this split, but otherwise what this rank holds."""
         assert self.grid is not None
         return self.grid.group(split.axes)
 
@@ -77,19 +90,19 @@ class Layout:
 
     @functools.cached_property
     def box(self) -> Box:
-        """This rank's piece, as ranges of every dimension."""
+        """This rank's piece, as one range per dimension."""
         return self._box(self.grid.position if self.grid is not None else 0)
 
     @functools.cached_property
     def boxes(self) -> list[Box]:
-        """The piece of every rank of `group`, in its order."""
+        """The piece of every rank of `group`, in the group's order."""
         if self.grid is None:
             return [self.box]
         return [self._box(position) for position in self.grid.order]
 
     @functools.cached_property
     def replica_ids(self) -> list[tuple[int, ...]]:
-        """Of every rank of `group`, which copy of the tensor its piece belongs to."""
+        """For every rank of `group`, which copy of the tensor its piece belongs to."""
         if self.grid is None:
             return [()]
         cut = {axis for split in self.splits for axis in split.axes}
@@ -98,7 +111,7 @@ class Layout:
 
     @property
     def num_replicas(self) -> int:
-        """How many copies of the tensor there are."""
+        """The number of copies of the tensor."""
         return len(set(self.replica_ids))
 
     @property
@@ -108,18 +121,18 @@ class Layout:
 
     @functools.cached_property
     def largest_shape(self) -> tuple[int, ...]:
-        """The most that any rank holds of each dimension: the shape of the largest piece."""
+        """The largest extent of each dimension on any rank: the shape of the largest piece."""
         largest = {split.dim: max(stop - start for start, stop in split.ranges) for split in self.splits}
         return tuple(largest.get(dim, size) for dim, size in enumerate(self.shape))
 
     def at(self, index: int) -> "Layout":
-        """The layout as the rank `index` of `group` sees it."""
+        """Return the layout as the rank at place `index` of `group` sees it."""
         if self.grid is None:
             return self
         return dataclasses.replace(self, grid=self.grid.at(self.grid.order[index]))
 
     def piece(self, whole: Tensor) -> Tensor:
-        """This rank's piece of a whole tensor, a view of it where nothing is interleaved."""
+        """Cut this rank's piece from a whole tensor; a view of it where nothing is interleaved."""
         for each in self.interleaved:
             whole = each.applied(whole)
         return whole[tuple(slice(side.start, side.stop) for side in self.box)]
@@ -139,9 +152,15 @@ class Layout:
 def cut_along(
     shape: Sequence[int], *, dim: int, sizes: Sequence[int], ranks: Sequence[int], index: int, handle: Any = None
 ) -> Layout:
-    """A tensor cut along one dimension into consecutive blocks, one a rank: `sizes[i]` on `ranks[i]`.
+    """Return the layout of a tensor cut along one dimension into consecutive blocks, one per rank.
 
-    `index` is this rank's place among `ranks`, `handle` their process group.
+    Args:
+        shape: The whole tensor's shape.
+        dim: The dimension that is cut.
+        sizes: `sizes[i]` is the size of the block on `ranks[i]`; together they cover the dimension. Sizes may be 0.
+        ranks: The global ranks.
+        index: This rank's place among `ranks`.
+        handle: The process group of the ranks; None by default.
     """
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     assert ends[-1] == shape[dim], "the blocks must cover the dimension"
@@ -151,5 +170,5 @@ def cut_along(
 
 
 def numel(box: Box) -> int:
-    """The number of elements of a piece."""
+    """Return the number of elements of a piece."""
     return math.prod(map(len, box))

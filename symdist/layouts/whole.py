@@ -1,4 +1,4 @@
-"""Weights that are whole on every rank: a single process, or replicas under DDP."""
+"""Layouts of weights that are whole on every rank: in a single process, or replicated by DDP."""
 
 from torch import Tensor
 
@@ -7,7 +7,12 @@ from symdist.layouts.layout import Layout
 
 
 def whole_layout(tensor: Tensor, *, replicas: Group | None = None) -> Layout:
-    """The layout of a plain tensor; `replicas` are the ranks that hold the same one, where that is known."""
+    """Return the layout of a plain tensor.
+
+    Args:
+        tensor: The tensor.
+        replicas: The ranks that hold the same one; without them (default) only this rank counts.
+    """
     shape = tuple(tensor.shape)
     if replicas is None or replicas.size == 1:
         return Layout(shape=shape)

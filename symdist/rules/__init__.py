@@ -1,4 +1,4 @@
-"""The rules: each is mathematics on a matrix, and none knows how that matrix is sharded."""
+"""The rules: each turns a momentum matrix into an update, without knowing how the matrix is sharded."""
 
 from symdist.rules import adamw, aro, aurora, hybrid, muon, normuon, row_norm, scion, spectral
 from symdist.rules.linalg.inverse_root import InverseRoot, Numerics, inverse_root

@@ -1,4 +1,4 @@
-"""AdamW, for what has no matrix symmetry: norms, biases, sinks; and for the baselines."""
+"""AdamW, for parameters without a matrix symmetry (norms, biases, attention sinks) and for baselines."""
 
 from symdist.rules.matrix import Matrix, center_rows
 from symdist.rules.registry import rule
@@ -7,16 +7,19 @@ from symdist.rules.requests import Asking
 
 @rule("adamw", splits=("rows", "columns"), accumulator="adam", matrices=False)
 def adamw(matrix: Matrix, *, centered: bool = False) -> Asking:
-    """The bias-corrected Adam direction, which the accumulator has already formed; centred, `Π` of it.
+    """AdamW's update: the bias-corrected Adam direction.
 
-    Centring is for a router's bias: adding one number to every logit leaves the routing unchanged, so the update
-    should not move along it.
+    The accumulator (options `betas` (0.9, 0.95) and `eps` 1e-8) has already formed that direction; the rule only
+    centres it where asked. Not equivariant under rotations: Adam works coordinate by coordinate. Moves nothing;
+    centred, one row of sums where the rows are split. Source: Loshchilov & Hutter, arXiv 1711.05101.
 
     Args:
-        matrix: The stack of matrices, or of vectors as `[b, m, 1]`.
-        centered: Whether the mean row is taken out. For the biases of routers.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded; vectors come as `[b, m, 1]`.
+        centered: Whether to subtract the mean row; False by default. Turn it on for a router's bias: adding one number
+            to every logit leaves the routing unchanged, so the update should not move along that direction.
 
-    Source: Loshchilov & Hutter, arXiv 1711.05101.
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     if centered:
         return (yield from center_rows(matrix, matrix.values))

@@ -1,4 +1,4 @@
-"""ARO: a plain rule in a rotated frame of the residual stream, the rotation chosen by the rule itself."""
+"""ARO: a simple base rule applied in a rotated frame of the residual stream, with the rotation computed from M."""
 
 from collections.abc import Generator, Mapping
 from typing import Any, Literal, TypeAlias
@@ -14,8 +14,8 @@ Base: TypeAlias = Literal["sinkhorn", "row_norm", "sign", "adam", "identity"]
 
 _SINKHORN_STEPS = 5
 _BETA2 = 0.95
-# What is smaller than this many roundings of a product as long as M has rows is noise, which signs and lengths would
-# magnify: rows of the rotated M beyond its rank, and numbers that are zero but for rounding.
+# Numbers of RᵀM below this many times its rounding error count as zero. They are noise (rows beyond the rank of M,
+# entries that would be zero in exact arithmetic), which signs and row lengths would magnify.
 _NOISE = 100.0
 
 
@@ -48,34 +48,38 @@ def aro(
     beta2: float | None = None,
     rms: float = 0.2,
 ) -> Asking:
-    """`R_t = QR(M·f(R_{t−1}ᵀM)ᵀ)`, `U = R_t·f(R_tᵀM)`, rescaled to the root mean square `rms`; `R_0 = I`.
+    """ARO: `R_t = QR(M·f(R_{t−1}ᵀM)ᵀ)`, `U = R_t·f(R_tᵀM)`, rescaled to the root mean square `rms`; `R_0 = I`.
 
-    `f`, the base map, is "sinkhorn" (rows and columns divided by their norms at once, `sinkhorn_steps` times, 5 unless
-    given), "row_norm", "sign", "adam" (over the root of an average of the rotated squares with `beta2`, 0.95 unless
-    given) or "identity". A factor of M changes nothing. Rows are the residual stream's side of the matrix: view
-    "residual" in a recipe. Of the rotation `[m, m]` only the first `k = min(m, n)` columns can matter, and are kept, as
-    state of the parameter's shape and layout.
+    f is the base map. Scaling M by a positive number changes nothing. Rows are the residual stream's side of the
+    matrix: use view "residual" in a recipe. Of the rotation `[m, m]` only the first `k = min(m, n)` columns can matter;
+    they are kept as state in the parameter's shape and layout.
 
-    With `share = "residual_stage"` the matrices that write to a stage of the residual stream, and those that read from
-    it, have one rotation, of the sum `Σ M·f(RᵀM)ᵀ` over them, with each f at root mean square 1, "identity" as it is.
-    Its columns are kept by the matrices in turn, those of experts apart.
+    With `share = "residual_stage"` all matrices that write to a stage of the residual stream or read from it have one
+    rotation: the QR of the sum `Σ M·f(RᵀM)ᵀ` over them, with each f (except "identity") scaled to root mean square 1.
+    The matrices, except those of experts, store its columns in turn.
 
-    Equivariant under rotations of the rows with `R_{t−1}` turned along: a common rotation of the residual stream; under
-    permutations of the columns; with "row_norm" and "identity", under all rotations of them. "identity" is power
-    iteration; at a fixed M "row_norm" converges to the polar factor.
-    Under column blocks it moves `m·k` numbers three times (the rotation, and the product there and back) and `k` a
-    round; sharing, `m·k` numbers four times a stage. It takes `6·m·n·k` operations and the QR of an `[m, k]`.
+    Equivariant under rotations of the rows that also turn `R_{t−1}`, which is a common rotation of the residual stream;
+    under permutations of the columns; with "row_norm" and "identity", under all rotations of the columns. "identity" is
+    power iteration; at a fixed M "row_norm" converges to the polar factor.
+
+    Under column blocks it moves `m·k` numbers three times (the rotation, and the product there and back) and `k`
+    numbers per sum of row norms; with a shared rotation, `m·k` numbers four times per stage. It takes `6·m·n·k`
+    operations and the QR of an `[m, k]`. Source: Gong et al., ARO, arXiv 2602.09006.
 
     Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        base: The base map f.
-        share: "matrix" for a rotation a matrix, "residual_stage" for one a stage of the residual stream; the latter
-            needs all matrices of a stage on the same ranks.
-        sinkhorn_steps: How often rows and columns are divided by their norms; 0 is 5. For the base "sinkhorn" alone.
-        beta2: Decay of the average of squares, 0.95 unless given. For the base "adam" alone.
-        rms: Root mean square of the update. 0.2 is about AdamW's, so its learning rates carry over.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        base: The base map f: "sinkhorn" (default) divides rows and columns by their norms at once, `sinkhorn_steps`
+            times; "row_norm" divides rows by their norms; "sign" takes signs; "adam" divides by the root of a running
+            average of the rotated squares; "identity" changes nothing.
+        share: "matrix" (default) gives each matrix its own rotation; "residual_stage" gives each stage one, and needs
+            all matrices of a stage on the same ranks.
+        sinkhorn_steps: How often "sinkhorn" divides; 0 (default) means 5. Only for that base.
+        beta2: Decay of the average of squares of "adam"; None (default) means 0.95. Only for that base.
+        rms: Root mean square of the update, greater than 0. The default 0.2 is about AdamW's, so its learning rates can
+            be kept.
 
-    Source: Gong et al., ARO, arXiv 2602.09006.
+    Returns:
+        The update U, shaped like `matrix.values`, and the new state: "rotation" and, with "adam", "rotated_rms".
     """
     coupled = share == "residual_stage"
     scale, previous = yield from _remembered(matrix, coupled=coupled)
@@ -93,7 +97,7 @@ def aro(
         found = yield StageSum(values=(m * weight) @ ahead.mT, orthonormal=True)
     else:
         found = yield Orthonormal(values=m @ ahead.mT, across="columns")
-    # Without any momentum there is nothing to turn to.
+    # Without momentum there is no new rotation to compute, so the previous one stays.
     rotation = torch.where(found.abs().amax((-2, -1), keepdim=True) > 0, found, previous)
     direction, more = yield from frame.directions(rotation, m, scale)
     squares = yield Sum(values=direction.square().sum((-2, -1), keepdim=True), across="columns")
@@ -102,7 +106,7 @@ def aro(
 
 
 def _parts(matrix: Matrix) -> list[tuple[slice, slice, slice]]:
-    """Of which matrices of the stack which columns of the rotation lie here: in the state, in it."""
+    """List the rotation columns this rank stores, as slices of (the stack, the state, the rotation)."""
     width, firsts = min(matrix.rows, matrix.columns), [(slice(None), 0)]
     if matrix.places is not None:
         width = matrix.places.width
@@ -117,7 +121,7 @@ def _parts(matrix: Matrix) -> list[tuple[slice, slice, slice]]:
 
 
 def _remembered(matrix: Matrix, *, coupled: bool) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
-    """The mean magnitude of M, and the rotation of the step before, `[b, m, k]`: each rank has some of its columns."""
+    """Gather the mean magnitude of M and the last step's rotation `[b, m, k]`, whose columns are spread over ranks."""
     b, m, _ = matrix.values.shape
     k = min(m, matrix.columns) if matrix.places is None else matrix.places.width
     whole = matrix.values.new_zeros(b, m, k)
@@ -135,7 +139,7 @@ def _remembered(matrix: Matrix, *, coupled: bool) -> Generator[Any, Any, tuple[T
 
 
 def _own(matrix: Matrix, rotation: Tensor) -> Tensor:
-    """The columns of the rotation that are kept here, in the shape of the matrix; the rest is zero."""
+    """The columns of the rotation that this rank stores, in the shape of the matrix; the rest is zero."""
     own = torch.zeros_like(matrix.values)
     for which, here, there in _parts(matrix):
         own[which, :, here] = rotation[which, :, there]
@@ -143,7 +147,7 @@ def _own(matrix: Matrix, rotation: Tensor) -> Tensor:
 
 
 class _Frame:
-    """The base map in rotated frames."""
+    """Applies the base map in rotated frames."""
 
     def __init__(self, matrix: Matrix, *, base: Base, sinkhorn_steps: int, beta2: float):
         self._matrix = matrix
@@ -154,7 +158,7 @@ class _Frame:
     def directions(
         self, rotation: Tensor, m: Tensor, scale: Tensor
     ) -> Generator[Any, Any, tuple[Tensor, dict[str, Tensor]]]:
-        """`f(RᵀM)`, `[b, k, n here]`, up to a factor, and the state it leaves; `m` is M over `scale`."""
+        """`f(RᵀM)`, `[b, k, columns here]`, up to a factor, and the new state of f; `m` is M divided by `scale`."""
         x = rotation.mT @ m
         squares = yield Sum(values=x.square().sum(-1, keepdim=True), across="columns")
         mean = squares.sum(-2, keepdim=True) / (x.shape[-2] * self._matrix.columns)
@@ -183,7 +187,7 @@ class _Frame:
 
     def _adam(self, x: Tensor, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         k = x.shape[-2]
-        # By roots, not squares, which leave float32's range long before the momentum does.
+        # The state keeps roots rather than squares, which leave float32's range long before the momentum does.
         before = self._matrix.state["rotated_rms"][..., :k, :]
         average = torch.hypot(before * self._beta2**0.5, x * scale * (1 - self._beta2) ** 0.5)
         direction = x * scale / torch.where(average > 0, average, 1)

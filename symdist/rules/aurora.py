@@ -1,4 +1,4 @@
-"""Aurora: polar updates of tall matrices whose rows are all of one length."""
+"""Aurora: polar updates of tall matrices whose rows all have nearly the same length."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -38,32 +38,39 @@ def aurora(
     damping: float = 0.0,
     precision: Precision = "float32",
 ) -> Asking:
-    """`U = s·polar(D·M)` of a tall matrix: `D_i = 1/‖M_i‖`, and `iterations` − 1 times `D_i ← D_i·(n/m / ‖U_i‖²)^β`.
+    """Aurora, for tall matrices: `U = s·polar(D·M)`, with D chosen so that all rows of U have nearly the same length.
 
-    The rows of U come close to the one length √(n/m) that they can all have, while U stays a polar factor; a square or
-    wide matrix has Muon's update, as its rows are of length 1 by themselves. s is Muon's.
-    Equivariant under row permutations and column rotations. Moves, and takes the root of, `iterations` Grams.
+    D starts as `D_i = 1/‖M_i‖`, then `D_i ← D_i·(n/m / ‖U_i‖²)^β` is applied `iterations` − 1 times. The rows of U
+    approach √(n/m), the one length they can all have, while U stays a polar factor. A square or wide matrix gets Muon's
+    update, whose rows already have length 1. M and s are Muon's.
+
+    Equivariant under row permutations and column rotations. Moves `iterations` Grams and computes the root of each.
+    Source: Dewulf et al., Aurora, arXiv 2606.27715.
 
     Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        iterations: Polar factors taken in all; 1 is Muon of rows scaled to one length.
-        beta: The power β, between 0 and 1, of each correction.
-        adjust_lr: The factor s: "spectral" √max(1, m/n), "match_rms_adamw" 0.2·√max(m, n), with which AdamW's learning
-            rates can be kept, or "none".
-        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
-            eigendecomposition, for tests and small matrices.
-        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
-        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
-            not be scaled up.
-        precision: "float32" iterates on the Gram. "bfloat16" iterates on the matrix itself, as Muon is usually run on
-            accelerators; its matrices then always go to an owner, and there is neither "exact" nor damping.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        iterations: Number of polar factors computed in all; 2 by default, at least 1. More bring the row lengths closer
+            together and cost one Gram and root each; 1 is Muon on rows scaled to length one.
+        beta: The power β of each correction, in (0, 1]; 0.5 by default. Smaller values correct more gently.
+        adjust_lr: The factor s: "spectral" (default) √max(1, m/n); "match_rms_adamw" 0.2·√max(m, n), which gives
+            updates of AdamW's size, so that its learning rates can be kept; or "none", 1.
+        method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
+            "exact", an eigendecomposition in float64, for tests and small matrices.
+        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". More steps bring smaller singular values to one.
+        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default. Raise it for
+            matrices of low rank whose noise should not be amplified.
+        precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
+            matrix itself, as Muon is usually run on accelerators; a matrix that is split then always goes to an owner,
+            and neither "exact" nor damping is available.
 
-    Source: Dewulf et al., Aurora, arXiv 2606.27715.
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     polar = partial(
         muon_polar, matrix, side="auto", method=method, ns_steps=ns_steps, damping=damping, precision=precision
     )
-    # Rows that are shorter than this in a polar factor are noise, and no factor makes them longer.
+    # Squared row lengths of a polar factor below this are rounding, which must not be scaled up.
     least = (torch.finfo(matrix.values.dtype).eps ** 2) * matrix.columns / matrix.rows
     if matrix.rows <= matrix.columns:
         u = yield from polar(matrix.values)

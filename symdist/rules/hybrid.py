@@ -38,27 +38,33 @@ def hybrid(
     ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
-    """`U = ν^α·polar(X)`, `X = D(M)·M`, `ν = ‖X‖_*`; or `U = D(Q)·Q`, `Q = polar(M)`.
+    """Row normalisation and the polar map in turn: `U = ν^α·polar(X)`, `X = D(M)·M`, `ν = ‖X‖_*`; or `U = D(Q)·Q`.
 
-    Centred, M is replaced by ΠM, X by ΠX, and the result is projected again. α is 0 unless given, `eps` row-norm's.
-    Equivariant under row permutations and column rotations. Moves what its row norms and its Gram move.
+    The second form is "polar_then_row", with `Q = polar(M)`. Centred, M is replaced by ΠM, X by ΠX, and the result is
+    projected again. Equivariant under row permutations and column rotations. Moves what its row norms and its Gram
+    move. Source: Lau & Su, arXiv 2605.18106.
 
     Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        order: Which of the two maps comes first.
-        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
-            the matrix runs by sums.
-        centered: Whether the mean row is taken out, before and after. For heads and routers.
-        alpha: The power of ν, 0 unless given; has no meaning with "polar_then_row", where the row norms divide it out.
-        scale: What ν is: the "nuclear" norm, "nuclear_over_frobenius", or "none", which needs `alpha` 0.
-        eps: As of `row_norm`.
-        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
-            eigendecomposition, for tests and small matrices.
-        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
-        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
-            not be scaled up.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        order: Which map comes first: "row_then_polar" (default) or "polar_then_row".
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
+            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
+        centered: Whether to subtract the mean row before the rule and again from its result; False by default. Turn it
+            on for heads and routers, whose function does not change when all rows shift by one vector.
+        alpha: The power of ν; None (default) means 0. Not allowed with "polar_then_row", where the row norms divide ν
+            out.
+        scale: What ν is: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or "none",
+            which requires `alpha` 0.
+        eps: "none" (default), or "reference" to add 1e-8 to the row lengths; see `row_norm`.
+        method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
+            "exact", an eigendecomposition in float64, for tests and small matrices.
+        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". More steps bring smaller singular values to one.
+        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
+            for matrices of low rank whose noise should not be amplified.
 
-    Source: Lau & Su, arXiv 2605.18106.
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     x = (yield from center_rows(matrix, matrix.values)) if centered else matrix.values
@@ -70,6 +76,6 @@ def hybrid(
         u = scaled(u, root, alpha=alpha or 0.0, scale=scale)
     else:
         q, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics)
-        # A row without momentum is one of rounding in a polar factor, whose singular values are about one.
+        # The singular values of a polar factor are about one, so a row without momentum holds only rounding there.
         u = yield from unit_rows(q, eps=eps, noise=_NOISE * torch.finfo(q.dtype).eps)
     return (yield from center_rows(matrix, u)) if centered else u

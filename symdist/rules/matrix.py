@@ -1,4 +1,4 @@
-"""The matrix a rule is given, and what most rules share: means over its rows, lengths and sizes at any scale."""
+"""The matrix a rule works on, and helpers that rules share: centring, row lengths, scaling to unit size."""
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +12,12 @@ from symdist.rules.requests import Sum
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the matrices of a stack keep what they share with the others of their stage.
+    """Where the matrices of a stack store their part of what their stage of the residual stream shares.
 
-    That has `width` columns in all. `firsts` has, of each matrix, which of them is the first that it keeps, in the
-    first columns of its own state; −1 where it keeps none.
+    Attributes:
+        width: Number of columns of the shared tensor.
+        firsts: For each matrix, the first shared column that it stores, in the leading columns of its own state; −1 if
+            it stores none.
     """
 
     width: int
@@ -24,14 +26,18 @@ class Places:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Matrix:
-    """A stack of b matrices as far as this rank holds them.
+    """A stack of b matrices, as far as this rank holds them.
 
-    `values` is `[b, rows here, columns here]` and must not be written to. `rows` and `columns` count the whole
-    matrix, padding left out. `real` is 1 for rows that exist and 0 for padding, `[rows here, 1]`, or None where
-    every row is real; padding rows of `values` are zero. `first_column` is where the columns here begin in the whole
-    matrix. `state` has what the rule remembers, by the names it was registered with, each laid out like `values` and
-    zero at the start; like `values` it must not be written to.
-    `places` is given where a rule couples the matrices of a stage.
+    Attributes:
+        values: `[b, rows here, columns here]`; rules must not write to it.
+        rows: Number of rows m of the whole matrix, without padding.
+        columns: Number of columns n of the whole matrix.
+        real: `[rows here, 1]`, 1 for rows that exist and 0 for padding rows, whose values are zero; None where no row
+            is padding.
+        first_column: Index in the whole matrix of the first column here.
+        state: What the rule remembers, by the names it was registered with. Each tensor is shaped like `values` and
+            zero before the first step; rules must not write to it.
+        places: Given only to rules that couple the matrices of a stage; see `Places`.
     """
 
     values: Tensor
@@ -44,9 +50,16 @@ class Matrix:
 
 
 def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:
-    """`Πx = x − mean over all rows of x`: the projection that removes the gauge direction `1aᵀ`.
+    """Subtract the mean row: `Πx = x − mean over all rows of x`.
 
-    `x` is `[b, rows here, columns here]`, in the layout of `matrix`.
+    This projection removes the direction `1aᵀ`, along which the function of a head or router does not change.
+
+    Args:
+        matrix: The stack that `x` comes from.
+        x: `[b, rows here, columns here]`, in the layout of `matrix`.
+
+    Returns:
+        The centred rows, shaped like `x`; padding rows are zero.
     """
     total = yield Sum(values=x.sum(-2, keepdim=True), across="rows")
     centered = x - total / matrix.rows
@@ -54,10 +67,16 @@ def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:
 
 
 def row_lengths(x: Tensor) -> Generator[Any, Any, Tensor]:
-    """The 2-norms of whole rows, `[b, rows here, 1]`, of `x` `[b, rows here, columns here]`; right at any scale.
+    """Compute the 2-norms of whole rows, accurate at any scale.
 
-    Squares of float32 numbers overflow from 1e19 on and vanish below 1e-19: each row is divided by its largest number
-    first, and squares are summed over ranks in float64.
+    Squares of float32 numbers overflow above 1e19 and vanish below 1e-19. So each row is first divided by its largest
+    number, and squares are summed over ranks in float64.
+
+    Args:
+        x: `[b, rows here, columns here]`.
+
+    Returns:
+        `[b, rows here, 1]`, in the dtype of `x`.
     """
     peak = _largest(x, (-1,))
     here = peak * torch.linalg.vector_norm(x / torch.where(peak > 0, peak, 1), dim=-1, keepdim=True)
@@ -66,12 +85,19 @@ def row_lengths(x: Tensor) -> Generator[Any, Any, Tensor]:
 
 
 def at_unit_scale(x: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
-    """Each whole matrix of `x` over a power of two near its largest number, and that power, `[b, 1, 1]`.
+    """Divide each whole matrix by a power of two near its largest number.
 
-    Rounds nothing, and leaves what is squared and summed within its dtype. A matrix whose numbers are all denormal has
-    no digits left, as an expert's momentum after thousands of steps without a token: it becomes zero.
+    This rounds nothing, and keeps later squares and sums within the range of the dtype. A matrix whose numbers are all
+    denormal becomes zero, since it has no digits left: such is an expert's momentum after thousands of steps without a
+    token.
+
+    Args:
+        x: `[b, rows here, columns here]`.
+
+    Returns:
+        The scaled `x`, and the powers of two, `[b, 1, 1]`.
     """
-    # Of a split matrix, the sum over its pieces: it is at most as many times too large as there are pieces.
+    # Only sums run across ranks. The sum of the pieces' maxima is too large at most by their number.
     size = yield Sum(values=_largest(x, (-2, -1)), across="all")
     tiny = torch.finfo(x.dtype).tiny
     unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent.clamp_min(-125))
@@ -79,7 +105,7 @@ def at_unit_scale(x: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
 
 
 def _largest(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The largest magnitude along `dims`, which are kept; 0 where there is nothing."""
+    """The largest magnitude along `dims`, which are kept; 0 where a dimension is empty."""
     if any(x.shape[dim] == 0 for dim in dims):
         return x.new_zeros([1 if dim - x.dim() in dims else size for dim, size in enumerate(x.shape)])
     return x.abs().amax(dims, keepdim=True)

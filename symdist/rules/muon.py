@@ -1,4 +1,4 @@
-"""Muon: the polar factor of the Nesterov momentum, by the polynomial of the original on the Gram."""
+"""Muon: the polar factor of the Nesterov momentum, by Muon's polynomial evaluated on the Gram."""
 
 from collections.abc import Generator, Mapping
 from typing import Any, Literal, TypeAlias
@@ -16,12 +16,16 @@ Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 def muon_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
-    """bfloat16 keeps too few digits to square singular values in a Gram, so it needs the matrix itself."""
+    """Name the splits Muon can run under: none in bfloat16, whose few digits do not allow squaring in a Gram."""
     return () if options["precision"] == "bfloat16" else spectral_splits(options, rows, columns)
 
 
 def check_precision(options: Mapping[str, Any]) -> None:
-    """Check that precision="bfloat16" is not combined with method="exact" or damping; ValueError where it is."""
+    """Check that `precision` fits the other options.
+
+    Raises:
+        ValueError: If `precision` is "bfloat16" together with `method` "exact" or with damping.
+    """
     if options["precision"] == "bfloat16" and (options["method"] == "exact" or options["damping"]):
         raise ValueError("precision='bfloat16' iterates on the matrix itself: it has no exact method and no damping")
 
@@ -37,7 +41,21 @@ def muon_polar(
     precision: Precision,
     unit_scale: bool = False,
 ) -> Generator[Any, Any, Tensor]:
-    """`polar(x)` as Muon takes it, `x` in the layout of `matrix`; see `muon` and `polar_factor` for the options."""
+    """Compute `polar(x)` with Muon's coefficients.
+
+    Args:
+        matrix: The stack that `x` comes from.
+        x: `[b, rows here, columns here]`, in the layout of `matrix`.
+        side: See `muon`, as for the next four.
+        method: How the polar factor is computed.
+        ns_steps: Number of polynomial steps.
+        damping: Relative damping of the Gram.
+        precision: "float32" or "bfloat16".
+        unit_scale: See `polar_factor`.
+
+    Returns:
+        The polar factor, shaped like `x`.
+    """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping, normalise="matrix")
     if precision == "bfloat16":
         return polar_in_bfloat16(x, numerics)
@@ -46,7 +64,7 @@ def muon_polar(
 
 
 def lr_adjustment(matrix: Matrix, adjust_lr: AdjustLr) -> float:
-    """The factor of a polar update of a matrix."""
+    """Return the factor s of a polar update, from the size of the whole matrix; see `muon`."""
     if adjust_lr == "spectral":
         return max(1.0, matrix.rows / matrix.columns) ** 0.5
     return 0.2 * max(matrix.rows, matrix.columns) ** 0.5 if adjust_lr == "match_rms_adamw" else 1.0
@@ -63,28 +81,34 @@ def muon(
     damping: float = 0.0,
     precision: Precision = "float32",
 ) -> Asking:
-    """`U = s·polar(M)`, s = √max(1, m/n) ("spectral"), 0.2·√max(m, n) ("match_rms_adamw", AdamW's RMS) or 1 ("none").
+    """Muon: `U = s·polar(M)`, with the scale s set by `adjust_lr`.
 
-    m, n count the matrix the view shows, so head by head where it is split by heads. The five quintic steps on M
-    are a polynomial in its Gram; taking it there gives the same matrix with two products as large as M instead of
-    ten, and lets a split matrix run by its Gram. "float32" is float64 for float64 weights.
-    Equivariant under O(m) × O(n).
+    M is the heavy-ball momentum (options `momentum` 0.95 and `nesterov` True). m and n are the sizes of the matrix that
+    the view shows, so each head counts by itself where the view splits by heads. Muon's five quintic steps on M are a
+    polynomial in its Gram. Evaluating it on the Gram gives the same matrix with two products as large as M instead of
+    ten, and lets a split matrix run by sums of its Gram.
+
+    Equivariant under O(m) × O(n). Moves the Gram of its side.
+    Source: Jordan et al. 2024 (Muon); Liu et al., arXiv 2502.16982 (match_rms_adamw).
 
     Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
-            the matrix runs by sums.
-        adjust_lr: The factor s: "spectral" √max(1, m/n), "match_rms_adamw" 0.2·√max(m, n), with which AdamW's learning
-            rates can be kept, or "none".
-        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
-            eigendecomposition, for tests and small matrices.
-        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
-        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
-            not be scaled up.
-        precision: "float32" iterates on the Gram. "bfloat16" iterates on the matrix itself, as Muon is usually run on
-            accelerators; its matrices then always go to an owner, and there is neither "exact" nor damping.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
+            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
+        adjust_lr: The factor s: "spectral" (default) √max(1, m/n); "match_rms_adamw" 0.2·√max(m, n), which gives
+            updates of AdamW's size, so that its learning rates can be kept; or "none", 1.
+        method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
+            "exact", an eigendecomposition in float64, for tests and small matrices.
+        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". More steps bring smaller singular values to one.
+        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default. Raise it for
+            matrices of low rank whose noise should not be amplified.
+        precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
+            matrix itself, as Muon is usually run on accelerators; a matrix that is split then always goes to an owner,
+            and neither "exact" nor damping is available.
 
-    Source: Jordan et al. 2024 (Muon); Liu et al., arXiv 2502.16982 (match_rms_adamw).
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     u = yield from muon_polar(
         matrix, matrix.values, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision

@@ -1,4 +1,4 @@
-"""NorMuon: Muon whose rows, the neurons, are each divided by how large their updates have been."""
+"""NorMuon: Muon, with every row (a neuron) divided by the running size of its updates."""
 
 import torch
 
@@ -23,31 +23,35 @@ def normuon(
     damping: float = 0.0,
     precision: Precision = "float32",
 ) -> Asking:
-    """`Q = polar(M)`, `v_i ← β₂·v_i + (1−β₂)·‖Q_i‖²/n`, `X_i = Q_i/(√v_i + eps)`, `U = s·X·‖Q‖_F/‖X‖_F`.
+    """NorMuon: `Q = polar(M)`, `v_i ← β₂·v_i + (1−β₂)·‖Q_i‖²/n`, `X_i = Q_i/(√v_i + eps)`, `U = s·X·‖Q‖_F/‖X‖_F`.
 
-    Rows i are neurons; both norms are of the whole matrix, so the update does not hang on how it is sharded. s and the
-    options of the polar factor are Muon's. v is kept in every column of a state like the weight, as all state is: one
-    number a weight, where `m` would do, is the price of checkpoints that every engine can cut anew.
-    Equivariant under row permutations and column rotations. Moves what Muon does, and two numbers a matrix under row
-    blocks, m numbers under column blocks.
+    Rows i are neurons. Both norms are of the whole matrix, so the update does not depend on how it is sharded. M, s and
+    the options of the polar factor are Muon's. The state v takes one number per weight, although one per row would do:
+    all state is laid out like its weight, so that every engine can reshard checkpoints.
+
+    Equivariant under row permutations and column rotations. Moves what Muon moves, and in addition two numbers per
+    matrix under row blocks or m numbers under column blocks. Source: Li et al., NorMuon, arXiv 2510.05491.
 
     Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        beta2: Decay of the average v of each row's mean square.
-        eps: Added to √v.
-        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
-            the matrix runs by sums.
-        adjust_lr: The factor s: "spectral" √max(1, m/n), "match_rms_adamw" 0.2·√max(m, n), with which AdamW's learning
-            rates can be kept, or "none".
-        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
-            eigendecomposition, for tests and small matrices.
-        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
-        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
-            not be scaled up.
-        precision: "float32" iterates on the Gram. "bfloat16" iterates on the matrix itself, as Muon is usually run on
-            accelerators; its matrices then always go to an owner, and there is neither "exact" nor damping.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        beta2: Decay of v, the average of each row's mean square; 0.95 by default. Raise it to average over more steps.
+        eps: Added to √v; 1e-10 by default. Raise it to limit how much rows with small updates are scaled up.
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
+            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
+        adjust_lr: The factor s: "spectral" (default) √max(1, m/n); "match_rms_adamw" 0.2·√max(m, n), which gives
+            updates of AdamW's size, so that its learning rates can be kept; or "none", 1.
+        method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
+            "exact", an eigendecomposition in float64, for tests and small matrices.
+        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". More steps bring smaller singular values to one.
+        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default. Raise it for
+            matrices of low rank whose noise should not be amplified.
+        precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
+            matrix itself, as Muon is usually run on accelerators; a matrix that is split then always goes to an owner,
+            and neither "exact" nor damping is available.
 
-    Source: Li et al., NorMuon, arXiv 2510.05491.
+    Returns:
+        The update U, shaped like `matrix.values`, and the new state "row_sq" (v).
     """
     q = yield from muon_polar(
         matrix, matrix.values, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision
@@ -55,7 +59,7 @@ def normuon(
     squares = yield Sum(values=q.square().sum(-1, keepdim=True), across="columns")
     held = matrix.state["row_sq"]
     average = held.lerp((squares / matrix.columns).expand_as(held), 1 - beta2)
-    # One column says it all; where this rank holds none, it has nothing to scale either.
+    # All columns of v are equal, so one is enough; a rank that holds no column has nothing to scale.
     factor = 1 / (average[..., :1].sqrt() + eps)
     norms = torch.cat([squares.expand_as(factor), squares * factor.square()], dim=-1)
     norms = yield Sum(values=norms.sum(-2, keepdim=True), across="rows")

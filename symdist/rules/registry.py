@@ -1,4 +1,4 @@
-"""The rules by name: what each may be told, and under which splits of its matrix it can run in place."""
+"""The registry of rules: each rule's name, its options, and the splits of a matrix under which it runs in place."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ SplitsOf: TypeAlias = Callable[[Mapping[str, Any], int, int], tuple[MatrixAxis, 
 StateOf: TypeAlias = Callable[[Mapping[str, Any]], tuple[str, ...]]
 Couples: TypeAlias = Callable[[Mapping[str, Any]], bool]
 
-# What each way of accumulating gradients is told, beside the rule's own options.
+# The options of each accumulator and their defaults; param groups give them beside the rule's own.
 ACCUMULATOR_OPTIONS: dict[Accumulator, dict[str, Any]] = {
     "ema": {"momentum": 0.95},
     "heavy_ball": {"momentum": 0.95, "nesterov": True},
@@ -32,11 +32,20 @@ ACCUMULATOR_STATE: dict[Accumulator, tuple[str, ...]] = {
 class Rule:
     """A registered rule.
 
-    `update(matrix, **options)` is a generator: it yields requests and returns the update of `matrix.values`, or that
-    and its new state by name. `defaults` are its options. `splits_of(options, rows, columns)` names the splits under
-    which its requests can be answered without moving the matrix. `remembers(options)` names its state.
-    `couples(options)` says whether it couples the matrices of a stage of the residual stream. `ordered` says that it
-    goes by the places of columns. `matrices` is False for a coordinate-wise rule.
+    Attributes:
+        name: What param groups and recipes call it.
+        update: The generator `update(matrix, **options)`. It yields requests and returns the update of `matrix.values`,
+            or the update and the new state by name.
+        accumulator: How gradients are accumulated before the rule runs: "ema", "heavy_ball" or "adam".
+        defaults: The rule's own options and their defaults.
+        choices: The allowed values of options annotated with `Literal`.
+        splits_of: `splits_of(options, rows, columns)` names the splits under which the requests can be answered without
+            moving the matrix.
+        check: Raises ValueError for options that contradict each other.
+        remembers: `remembers(options)` names the state the rule keeps between steps.
+        couples: `couples(options)` tells whether the rule couples the matrices of a stage of the residual stream.
+        ordered: Whether the rule depends on the positions of columns.
+        matrices: False for a coordinate-wise rule, which also takes vectors.
     """
 
     name: str
@@ -52,9 +61,18 @@ class Rule:
     matrices: bool
 
     def options(self, given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-        """Every option of this rule, `given` over the defaults.
+        """Complete and check options.
 
-        Raises ValueError, naming `where`, for a value that is not a choice or that the rule refuses.
+        Args:
+            given: Options that override the defaults of the rule and of its accumulator.
+            where: Where the options come from, to start error messages with.
+
+        Returns:
+            Every option of the rule and its accumulator, and whatever else `given` holds.
+
+        Raises:
+            ValueError: If a value is not one of its choices, is of the wrong kind or out of range, or is refused by
+                `check`.
         """
         options = {**ACCUMULATOR_OPTIONS[self.accumulator], **self.defaults, **given}
         for key, choices in self.choices.items():
@@ -71,11 +89,15 @@ class Rule:
         return options
 
     def state_names(self, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-        """Names of all state that has the shape of the parameter, that of accumulating gradients first."""
+        """List the names of all state shaped like the parameter, the accumulator's first.
+
+        Args:
+            options: The options the state depends on; the rule's defaults if not given.
+        """
         return (*ACCUMULATOR_STATE[self.accumulator], *self.remembers(self.defaults if options is None else options))
 
     def update_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The part of `options` that `update` itself is told."""
+        """Select from `options` those that `update` takes."""
         return {key: options[key] for key in self.defaults}
 
 
@@ -85,7 +107,7 @@ _BELOW_ONE = {"momentum", "beta2"}
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:
-    """ValueError for a value that is not of the default's kind, or out of its range."""
+    """Raise ValueError for a value that is not of the default's kind, or is out of its range."""
     if value is default:
         return
     if isinstance(default, bool):
@@ -124,25 +146,31 @@ def rule(
 ) -> Callable[[Callable[..., Asking]], Callable[..., Asking]]:
     """Register a generator `f(matrix, *, option=default, …)` as the rule `name`.
 
-    Its keyword-only parameters become the rule's options; one annotated with `Literal` admits only those values. Which
-    requests it yields must not depend on data.
+    Its keyword-only parameters become the rule's options; one annotated with `Literal` allows only those values. The
+    requests it yields must not depend on data: all ranks must ask the same, and planning runs the rule on meta tensors.
 
     Args:
-        name: What param groups and recipes call it.
-        splits: Under which splits of the matrix its requests are enough, a tuple of "rows" and "columns", or a function
-            of (options, rows, columns) that gives one. Under any other the rule runs whole at an owner.
-        accumulator: What becomes of the gradient first: "ema" and "heavy_ball" momentum, or "adam"'s direction.
-        check: Raises ValueError for options that contradict each other.
-        state: What the rule remembers between steps, by name, or a function of the options that says so. Each is a
-            tensor of the parameter's shape and layout, zero at the start, found in `matrix.state`; the rule then
-            returns `(update, {name: new})`.
-        couples: Whether, by its options, it asks for a `StageSum`; then all matrices of a stage ask for the same ones,
-            in one order.
-        ordered: Whether to refuse views under which the columns of a piece are not next to each other in the matrix.
-        matrices: Whether it needs a matrix, and refuses vectors.
+        name: What param groups and recipes call the rule.
+        splits: The splits of the matrix under which the rule's requests are enough: a tuple of "rows" and "columns", or
+            a function of (options, rows, columns) that returns one. Under any other split the whole matrix goes to an
+            owner.
+        accumulator: How gradients are accumulated before the rule runs: "ema" (default) or "heavy_ball" momentum, or
+            "adam" for the bias-corrected Adam direction.
+        check: Raises ValueError for options that contradict each other; by default accepts all.
+        state: Names of what the rule remembers between steps, or a function of the options that returns them; none by
+            default. Each is a tensor of the parameter's shape and layout, zero at first, found in `matrix.state`. A
+            rule with state returns `(update, {name: new})`.
+        couples: Function of the options that tells whether the rule asks for a `StageSum`; by default it never does.
+            All matrices of a stage must then make the same requests in the same order.
+        ordered: Whether to refuse views that mix columns, so that neighbours in a piece are not neighbours in the
+            matrix; False by default.
+        matrices: Whether the rule needs matrices and refuses vectors; True by default.
+
+    Returns:
+        A decorator that registers the generator and returns it unchanged.
 
     Raises:
-        ValueError: For a name already taken.
+        ValueError: If the name is already taken.
 
     Example:
         >>> @rule("rms_rows", splits=("rows", "columns"))
@@ -179,12 +207,16 @@ def rule(
 
 
 def get_rule(name: str) -> Rule:
-    """Return the rule registered as `name`; ValueError with all names where there is none."""
+    """Look up the rule registered as `name`.
+
+    Raises:
+        ValueError: If there is none; the message lists all names.
+    """
     if not isinstance(name, str) or name not in _RULES:
         raise ValueError(f"there is no rule {name!r}; the rules are {', '.join(rule_names())}")
     return _RULES[name]
 
 
 def rule_names() -> list[str]:
-    """All registered names, sorted."""
+    """List all registered names, sorted."""
     return sorted(_RULES)

@@ -1,4 +1,4 @@
-"""What a rule may ask of the ranks that hold the rest of its matrix, and what it is told."""
+"""The requests a rule can make to the ranks that hold the rest of its matrix, and their answers."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -15,25 +15,35 @@ Axis: TypeAlias = Literal["rows", "columns", "all"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sum:
-    """Add `values` over the ranks that hold the other rows, columns, or pieces of the matrix.
+    """Request to add `values` over the ranks that hold the rest of the matrix.
 
-    Answered with a tensor of the same shape. `values` is `[b, …]`, one entry a matrix of the stack.
+    Answered with a tensor of the same shape.
+
+    Attributes:
+        values: `[b, …]`, one entry per matrix of the stack.
+        across: Whether to add over the ranks that hold the other "rows", the other "columns", or "all" other pieces.
     """
 
     values: Tensor
     across: Axis
 
     def answer_locally(self) -> Tensor:
-        """The answer where nobody holds another part."""
+        """The answer where this rank holds the whole matrix."""
         return self.values
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Root:
-    """Add the partial Grams `[b, d, d]`, take the inverse square root once, and give it to all.
+    """Request to add partial Grams and compute the inverse square root once, for all ranks.
 
-    Answered with an `InverseRoot`. `unit` `[b, 1, 1]`, where given, is what the matrices were divided by before, alike
-    on all ranks: the norms that come with a root are of the matrices as they were.
+    Answered with an `InverseRoot`.
+
+    Attributes:
+        gram: This rank's part of the Gram, `[b, d, d]`.
+        across: Over which ranks to add, as for `Sum`.
+        numerics: How the root is computed.
+        unit: `[b, 1, 1]`, what the matrices were divided by beforehand, the same on all ranks; None (default) for
+            nothing. The norms that come with the root are those of the undivided matrices.
     """
 
     gram: Tensor
@@ -48,9 +58,13 @@ class Root:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Orthonormal:
-    """Add the parts `values` `[b, m, k]`, `m ≥ k`, orthonormalise the columns of the sum once, and give that to all.
+    """Request to add partial matrices and orthonormalise the columns of the sum once, for all ranks.
 
-    Answered with `[b, m, k]`; where a sum is zero, with the zero matrix.
+    Answered with `[b, m, k]`; a sum that is zero gives a zero matrix.
+
+    Attributes:
+        values: This rank's part, `[b, m, k]` with `m ≥ k`.
+        across: Over which ranks to add, as for `Sum`.
     """
 
     values: Tensor
@@ -61,32 +75,36 @@ class Orthonormal:
         return orthonormal(self.values)
 
     def operations(self) -> float:
-        """Floating-point operations of one matrix, to leading order."""
+        """Floating-point operations for one matrix, to leading order."""
         return orthonormal_operations(*self.values.shape[1:])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StageSum:
-    """Add `values` `[b, m, k]` over all matrices of the same stage, and all ranks that hold some of them.
+    """Request to add `values` over all matrices of one stage of the residual stream.
 
-    Answered, for every matrix, with the sum of its stage, or with that sum's columns made orthonormal.
+    The sum includes every rank that holds some of them. Every matrix is answered with the sum of its stage.
+
+    Attributes:
+        values: `[b, m, k]`.
+        orthonormal: Whether to answer with the orthonormalised columns of the sum instead; False by default.
     """
 
     values: Tensor
     orthonormal: bool = False
 
     def answer_locally(self) -> Tensor:
-        """The answer where every matrix is a stage of its own."""
+        """The answer where every matrix is a stage by itself."""
         return orthonormal(self.values) if self.orthonormal else self.values
 
 
 Request: TypeAlias = Sum | Root | Orthonormal | StageSum
 Asking: TypeAlias = Generator[Any, Any, Any]
-"""The type of a running rule: it yields requests, is sent their answers, and returns the update, or that and state."""
+"""A running rule: it yields requests, is sent their answers, and returns the update, or the update and new state."""
 
 
 def relayed(asking: Generator[Any, Any, T], relay: Callable[[Any], Generator[Any, Any, Any]]) -> Generator[Any, Any, T]:
-    """A running rule whose every request goes through `relay`, which answers it or passes on what it asks instead."""
+    """Run a rule with every request passed through `relay`, which answers it or yields other requests to do so."""
     answer: Any = None
     while True:
         try:
@@ -97,7 +115,7 @@ def relayed(asking: Generator[Any, Any, T], relay: Callable[[Any], Generator[Any
 
 
 def run_locally(asking: Generator[Any, Any, T]) -> T:
-    """Run a rule on a matrix that is whole on this rank: every request answers itself."""
+    """Run a rule on a matrix that is whole on this rank, where every request answers itself, and return its result."""
     answer: Any = None
     while True:
         try:

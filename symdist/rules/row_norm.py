@@ -16,10 +16,17 @@ _REFERENCE_EPS = 1e-8
 
 
 def unit_rows(x: Tensor, *, eps: Eps = "none", noise: float = 0.0) -> Generator[Any, Any, Tensor]:
-    """`D(x)·x` with `D = diag(1/‖x_i‖₂)`, or with 1e-8 added to every length, as in the reference code.
+    """Scale rows to length one: `D(x)·x` with `D = diag(1/‖x_i‖₂)`.
 
-    A zero row stays zero, and a denormal one, which has no digits left, counts as long as the smallest normal number.
-    Rows no longer than `noise` become zero.
+    A zero row stays zero. A denormal row has no digits left, so its length counts as the smallest normal number.
+
+    Args:
+        x: `[b, rows here, columns here]`.
+        eps: "none", or "reference" to add 1e-8 to every length, as the published code does.
+        noise: Rows of at most this length become zero; 0 by default, which keeps all.
+
+    Returns:
+        The scaled rows, shaped like `x`.
     """
     lengths = yield from row_lengths(x)
     if noise:
@@ -31,18 +38,21 @@ def unit_rows(x: Tensor, *, eps: Eps = "none", noise: float = 0.0) -> Generator[
 
 @rule("row_norm", splits=("rows", "columns"))
 def row_norm(matrix: Matrix, *, centered: bool = False, eps: Eps = "none") -> Asking:
-    """`U = D(M)·M`; centred, `U = Π·D(ΠM)·ΠM`.
+    """Row normalisation: `U = D(M)·M`, every row scaled to length one; centred, `U = Π·D(ΠM)·ΠM`.
+
+    Equivariant under row permutations and column rotations; centred, also invariant to adding `1aᵀ` to M. Moves nothing
+    under row blocks and m numbers under column blocks; centring moves n numbers twice under row blocks.
+    Source: Lau & Su, arXiv 2605.18106.
 
     Args:
-        matrix: The stack of matrices, `[b, m, n]` on an unsharded rank.
-        centered: Whether the mean row is taken out, before and after. For heads and routers, whose function does not
-            change when all rows shift by one vector; never for embeddings.
-        eps: "reference" adds 1e-8 to the lengths, as the published code does. That decides how rare tokens move: the
-            row of one seen once in millions is about as long. "none" leaves lengths alone.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        centered: Whether to subtract the mean row before and after; False by default. Turn it on for heads and routers,
+            whose function does not change when all rows shift by one vector; never for embeddings.
+        eps: "none" (default) divides by the lengths alone. "reference" adds 1e-8 to them, as the published code does.
+            That decides how rare tokens move: the row of a token seen once in millions is about that long.
 
-    Equivariant under row permutations and column rotations; centred, also invariant to adding `1aᵀ` to M.
-    Costs nothing under row blocks, m numbers under column blocks, n numbers twice where centred under row blocks.
-    Source: Lau & Su, arXiv 2605.18106.
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     m = (yield from center_rows(matrix, matrix.values)) if centered else matrix.values
     u = yield from unit_rows(m, eps=eps)

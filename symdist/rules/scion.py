@@ -1,4 +1,4 @@
-"""Scion: steepest descent under a norm that is chosen by what a layer does."""
+"""Scion: steepest descent under a norm chosen by what a layer does."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
@@ -35,28 +35,37 @@ def scion(
     ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
-    """`U = ρ·lmo(M)`, the matrix of norm `radius` ρ that goes furthest along M, seen as `[out, in]` = `[m, n]`.
+    """Scion: `U = ρ·lmo(M)`, the matrix of norm ρ that goes furthest along M.
 
-    "spectral", for hidden layers: √(m/n)·polar(M). "sign", for a head: sign(M)/n. "row_rms", for an embedding: rows of
-    root mean square 1, √n·D(M)·M. "row", for a head as well: rows of length 1/√n. With `weight_decay = 1` a step is
-    `W ← (1−lr)·W − lr·U`, which stays in the ball of radius ρ; without, it is the unconstrained form. What Scion calls
-    α is 1 − `momentum`.
+    The norm follows from the layer, for M seen as `[out, in]` = `[m, n]`:
+
+    - "spectral", for hidden layers: √(m/n)·polar(M);
+    - "sign", for a head: sign(M)/n;
+    - "row_rms", for an embedding: rows of root mean square 1, √n·D(M)·M;
+    - "row", also for a head: rows of length 1/√n.
+
+    With `weight_decay = 1` a step is `W ← (1−lr)·W − lr·U`, which stays in the ball of radius ρ; without decay it is
+    the unconstrained form. What the paper calls α is 1 − `momentum`.
+
     Equivariant under O(m) × O(n); "sign" under signed permutations of both sides; "row_rms" and "row" under row
-    permutations and column rotations. Moves what `polar`, nothing, and what `row_norm` moves.
+    permutations and column rotations. "spectral" moves what `polar` moves, "sign" nothing, the others what `row_norm`
+    moves. Source: Pethick et al., arXiv 2502.07529.
 
     Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        norm: The norm, by what the layer does, as above.
-        radius: The radius ρ of the ball.
-        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
-            the matrix runs by sums.
-        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
-            eigendecomposition, for tests and small matrices.
-        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
-        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
-            not be scaled up.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        norm: One of the norms above; "spectral" by default.
+        radius: The radius ρ of the ball, greater than 0; 1 by default. It scales the update.
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
+            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
+        method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
+            "exact", an eigendecomposition in float64, for tests and small matrices.
+        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". More steps bring smaller singular values to one.
+        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
+            for matrices of low rank whose noise should not be amplified.
 
-    Source: Pethick et al., arXiv 2502.07529.
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     m, n = matrix.rows, matrix.columns
     match norm:
@@ -65,7 +74,7 @@ def scion(
             u, _ = yield from polar_factor(matrix, matrix.values, side=side, numerics=numerics)
             return u * (radius * (m / n) ** 0.5)
         case "sign":
-            # Of what is denormal a sign is noise.
+            # The sign of a denormal number is noise.
             kept = matrix.values.abs() >= torch.finfo(matrix.values.dtype).tiny
             return matrix.values.sign() * kept * (radius / n)
         case "row_rms":

@@ -16,19 +16,23 @@ Scale: TypeAlias = Literal["nuclear", "nuclear_over_frobenius", "none"]
 
 
 def gram_side(side: Side, rows: int, columns: int) -> Literal["right", "left"]:
-    """Which Gram to take where none is named: the smaller, which is also the one that is not singular."""
+    """Choose the Gram to use; "auto" takes the smaller one, which is also the one that is not singular."""
     if side != "auto":
         return side
     return "right" if rows >= columns else "left"
 
 
 def spectral_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
-    """A right Gram is a sum over rows, a left Gram a sum over columns."""
+    """Name the split a rule can run under: a right Gram is a sum over rows, a left Gram a sum over columns."""
     return ("rows",) if gram_side(options["side"], rows, columns) == "right" else ("columns",)
 
 
 def check_scale(options: Mapping[str, Any]) -> None:
-    """Check that alpha and the scale of ν do not contradict each other; ValueError where they do."""
+    """Check that `alpha` and `scale` do not contradict each other.
+
+    Raises:
+        ValueError: If `alpha` is not 0 and `scale` is "none".
+    """
     if options.get("alpha") and options["scale"] == "none":
         raise ValueError(f"alpha={options['alpha']} raises ν to a power, but scale='none' leaves ν out; drop one")
 
@@ -36,9 +40,18 @@ def check_scale(options: Mapping[str, Any]) -> None:
 def polar_factor(
     matrix: Matrix, x: Tensor, *, side: Side, numerics: Numerics, unit_scale: bool = False
 ) -> Generator[Any, Any, tuple[Tensor, InverseRoot]]:
-    """`x·(xᵀx)^{-1/2}` (right) or `(xxᵀ)^{-1/2}·x` (left), and the root of what `x` was divided by with `x`'s norms.
+    """Compute the polar factor, `x·(xᵀx)^{-1/2}` (right) or `(xxᵀ)^{-1/2}·x` (left).
 
-    `unit_scale` says that the numbers of `x` are about one at most, and nothing need be known of its size first.
+    Args:
+        matrix: The stack that `x` comes from, for the size of the whole matrix.
+        x: `[b, rows here, columns here]`.
+        side: Which Gram to use.
+        numerics: How the inverse root is computed.
+        unit_scale: True promises that the numbers of `x` are at most about one, which saves the sum that finds their
+            scale. False by default: `x` is first divided by a power of two near its largest number.
+
+    Returns:
+        The polar factor, shaped like `x`, and the inverse root (of the scaled `x`) with the norms of `x` itself.
     """
     unit = None
     if not unit_scale:
@@ -51,7 +64,7 @@ def polar_factor(
 
 
 def scaled(u: Tensor, root: InverseRoot, *, alpha: float, scale: Scale) -> Tensor:
-    """`ν^alpha·u`, ν the nuclear norm or its ratio to the Frobenius norm, of each matrix on its own."""
+    """Scale each matrix to `ν^alpha·u`, where ν is the nuclear norm or its ratio to the Frobenius norm."""
     if alpha == 0:
         return u
     nu = root.nuclear
@@ -79,23 +92,28 @@ def right_spectral(
     ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
-    """`U = ν^α·M·(MᵀM)^{-1/2}`; centred, of ΠM and projected again.
+    """Right spectral update, for embeddings and heads: `U = ν^α·M·(MᵀM)^{-1/2}`.
 
-    Equivariant under row permutations (any left rotation) and column rotations. Under row blocks it moves the
-    n² numbers of the Gram. For embeddings and heads.
+    Centred, M is replaced by ΠM and the result is projected again. Equivariant under left and right rotations; centred,
+    under row permutations and column rotations. Under row blocks it moves the n² numbers of the Gram.
+    Source: Lau & Su, arXiv 2605.18106.
 
     Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        centered: Whether the mean row is taken out, before and after. For heads and routers.
-        alpha: The power of ν. 0 is the plain spectral step, 1 scales it by ν.
-        scale: What ν is: the "nuclear" norm, "nuclear_over_frobenius", or "none", which needs `alpha` 0.
-        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
-            eigendecomposition, for tests and small matrices.
-        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
-        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
-            not be scaled up.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        centered: Whether to subtract the mean row before the rule and again from its result; False by default. Turn it
+            on for heads and routers, whose function does not change when all rows shift by one vector.
+        alpha: The power of ν. 0 (default) is the plain spectral step, 1 scales it by ν.
+        scale: What ν is: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or "none",
+            which requires `alpha` 0.
+        method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
+            "exact", an eigendecomposition in float64, for tests and small matrices.
+        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". More steps bring smaller singular values to one.
+        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
+            for matrices of low rank whose noise should not be amplified.
 
-    Source: Lau & Su, arXiv 2605.18106.
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side="right", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
@@ -112,22 +130,28 @@ def left_spectral(
     ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
-    """`U = ν^α·(MMᵀ)^{-1/2}·M`; centred, of ΠM and projected again.
+    """Left spectral update, for routers: `U = ν^α·(MMᵀ)^{-1/2}·M`.
 
-    The router's rule: its Gram is `[experts, experts]`. Under column blocks it moves the m² numbers of the Gram.
+    A router's Gram is small, `[experts, experts]`. Centred, M is replaced by ΠM and the result is projected again.
+    Equivariant under left and right rotations; centred, under row permutations and column rotations. Under column
+    blocks it moves the m² numbers of the Gram. Source: Lau & Su, arXiv 2605.18106.
 
     Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        centered: Whether the mean row is taken out, before and after. For heads and routers.
-        alpha: The power of ν. 0 is the plain spectral step, 1 scales it by ν.
-        scale: What ν is: the "nuclear" norm, "nuclear_over_frobenius", or "none", which needs `alpha` 0.
-        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
-            eigendecomposition, for tests and small matrices.
-        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
-        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
-            not be scaled up.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        centered: Whether to subtract the mean row before the rule and again from its result; False by default. Turn it
+            on for heads and routers, whose function does not change when all rows shift by one vector.
+        alpha: The power of ν. 0 (default) is the plain spectral step, 1 scales it by ν.
+        scale: What ν is: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or "none",
+            which requires `alpha` 0.
+        method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
+            "exact", an eigendecomposition in float64, for tests and small matrices.
+        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". More steps bring smaller singular values to one.
+        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
+            for matrices of low rank whose noise should not be amplified.
 
-    Source: Lau & Su, arXiv 2605.18106.
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side="left", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
@@ -145,26 +169,31 @@ def polar(
     ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
-    """`U = ν^α·polar(M)`, by the Gram of the side that is named or cheaper.
+    """Polar update: `U = ν^α·polar(M)`, computed from either Gram.
 
-    `alpha = 1` is PolarGrad, and without momentum (`momentum = 0`) stochastic spectral descent, `‖G‖_*·polar(G)`; 0 is
-    the plain spectral step. Equivariant under O(m) × O(n). Moves the smaller Gram, or the one named.
-
-    Args:
-        matrix: The stack of matrices; its values are `[b, m, n]` where they are unsharded.
-        side: The Gram to take: "right" `MᵀM`, "left" `MMᵀ`, or "auto" for the smaller. Name one to fix which split of
-            the matrix runs by sums.
-        centered: Whether the mean row is taken out, before and after. For heads and routers.
-        alpha: The power of ν. 0 is the plain spectral step, 1 scales it by ν.
-        scale: What ν is: the "nuclear" norm, "nuclear_over_frobenius", or "none", which needs `alpha` 0.
-        method: How the polar factor is taken: "polar_express", "newton_schulz" (cubic, more steps), or "exact" by an
-            eigendecomposition, for tests and small matrices.
-        ns_steps: Polynomial steps; 0 is the method's own, 5 or 15. More of them reach smaller singular values.
-        damping: Added to the Gram, relative to its norm. Raise it where a matrix is of low rank and its noise should
-            not be scaled up.
-
+    `alpha = 1` is PolarGrad and, without momentum (`momentum = 0`), stochastic spectral descent, `‖G‖_*·polar(G)`.
+    Equivariant under O(m) × O(n); centred, under row permutations and column rotations. Moves the Gram of its side.
     Source: Lau, Long & Su, PolarGrad, arXiv 2505.21799; Carlson, Cevher & Carin, *Stochastic spectral descent for
     restricted Boltzmann machines*, AISTATS 2015.
+
+    Args:
+        matrix: The stack of matrices, `[b, m, n]` where unsharded.
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
+            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
+        centered: Whether to subtract the mean row before the rule and again from its result; False by default. Turn it
+            on for heads and routers, whose function does not change when all rows shift by one vector.
+        alpha: The power of ν. 0 (default) is the plain spectral step, 1 scales it by ν.
+        scale: What ν is: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or "none",
+            which requires `alpha` 0.
+        method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
+            "exact", an eigendecomposition in float64, for tests and small matrices.
+        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". More steps bring smaller singular values to one.
+        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
+            for matrices of low rank whose noise should not be amplified.
+
+    Returns:
+        The update U, shaped like `matrix.values`.
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side=side, centered=centered, alpha=alpha, scale=scale, numerics=numerics))

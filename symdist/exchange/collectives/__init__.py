@@ -1,1 +1,1 @@
-"""Collectives: what moves between ranks, and how it is packed."""
+"""Collectives: what is sent between ranks, and how it is packed."""

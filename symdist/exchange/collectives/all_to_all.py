@@ -1,4 +1,4 @@
-"""Pieces to their owners and updates back: one all-to-all each way for all the parameters that ask."""
+"""Answers Gather and Scatter requests: pieces to owners and updates back, in one all-to-all for all requests."""
 
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -14,7 +14,16 @@ from symdist.layouts import Group
 def answer_ships(
     requests: Sequence[Gather], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[Tensor]]]:
-    """Every rank receives the pieces of what it owns and puts them together."""
+    """Send pieces to their owners, who put the matrices together; all ranks of `group` must call it.
+
+    Args:
+        requests: Requests of one dtype and device.
+        group: The ranks.
+        transport: What runs the all-to-all.
+
+    Returns:
+        For each request, what this rank puts together of each field.
+    """
     likes = [request.like for request in requests]
     routes = [(request.route, len(request.fields)) for request in requests]
     kept = [[request.route.kept(field) for field in request.fields] for request in requests]
@@ -25,7 +34,7 @@ def answer_ships(
         group=group,
         transport=transport,
     )
-    # From here on the buffer has it all.
+    # The send buffer has a copy of everything, so the pieces can be freed.
     del requests
     received = yield from moving
     return [
@@ -40,7 +49,16 @@ def answer_ships(
 def answer_returns(
     requests: Sequence[Scatter], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[list[Tensor]]]]:
-    """Every owner cuts what it made and sends each rank its piece."""
+    """Send each rank its pieces of the updates that owners made; all ranks of `group` must call it.
+
+    Args:
+        requests: Requests of one dtype and device.
+        group: The ranks.
+        transport: What runs the all-to-all.
+
+    Returns:
+        For each request and field, this rank's piece of every matrix.
+    """
     likes = [request.like for request in requests]
     routes = [(request.route, len(request.fields), request.shape) for request in requests]
     kept = [[request.route.kept_home(field) for field in request.fields] for request in requests]
@@ -63,7 +81,7 @@ def answer_returns(
 
 
 def _merged(fields: list[dict[int, list[Tensor]]]) -> dict[int, list[Tensor]]:
-    """What goes to each rank, one field after another."""
+    """By rank, the tensors to send, one field after another."""
     return {rank: [tensor for field in fields for tensor in field[rank]] for rank in fields[0]}
 
 
@@ -72,7 +90,7 @@ def _times(counts: dict[int, int], fields: int) -> dict[int, int]:
 
 
 def _fields(received: dict[int, Tensor], fields: int) -> list[dict[int, Tensor]]:
-    """The inverse of `_merged`, on what arrived: by rank, each field's share of one flat buffer."""
+    """Undo `_merged` on what was received: for each field, its part of every rank's flat buffer."""
     return [{rank: flat.chunk(fields)[i] for rank, flat in received.items()} for i in range(fields)]
 
 
@@ -84,13 +102,13 @@ def _all_to_all(
     group: Group,
     transport: Transport,
 ) -> Generator[Any, None, list[dict[int, Tensor]]]:
-    """For each request: send rank i the tensors `sent[i]`, receive `expected[i]` numbers from it, flat, by rank."""
+    """For each request, send rank i its tensors `sent[·][i]` and receive `expected[·][i]` numbers from it, flat."""
     outgoing = [[tensor for of_request in sent for tensor in of_request.get(rank, ())] for rank in range(group.size)]
     counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
     buffer = like.new_empty(sum(counts))
     flat = [tensor for tensors in outgoing for tensor in tensors]
     places = buffer.split([tensor.numel() for tensor in flat])
-    # Copied one by one, not concatenated: so each is converted on its way, and needs to be contiguous nowhere.
+    # Copied, not concatenated: a copy also converts the dtype, and needs no contiguous tensor.
     if flat:
         torch._foreach_copy_([place.view(t.shape) for place, t in zip(places, flat, strict=True)], flat)
     del outgoing, flat, places, sent

@@ -1,14 +1,21 @@
-"""Work shared out over ranks."""
+"""Load balancing over ranks."""
 
 import heapq
 from collections.abc import Sequence
 
 
 def balance(costs: Sequence[float], *, parts: int, loads: list[float] | None = None) -> list[int]:
-    """The part each cost goes to: longest first, each to the part with least so far; ties by index.
+    """Assign each cost to a part: the largest cost first, always to the least loaded part; ties go by index.
 
-    `loads` is what the parts carry already; the costs are added to it. A function of its arguments alone, so every
-    rank finds the same. Source: Graham 1969 (longest processing time).
+    It depends on its arguments alone, so every rank finds the same. Source: Graham 1969 (longest processing time).
+
+    Args:
+        costs: The costs of the items.
+        parts: The number of parts.
+        loads: What the parts carry already, updated in place; zeros by default.
+
+    Returns:
+        The part of each item.
     """
     loads = [0.0] * parts if loads is None else loads
     assert len(loads) == parts

@@ -1,4 +1,4 @@
-"""Runs of elements to other runs of the same matrices: how cut rows, or whole matrices, are put together."""
+"""Redistribution of flat parameters: from the runs of elements that ranks hold to whole rows or matrices, and back."""
 
 import bisect
 import math
@@ -12,9 +12,22 @@ from symdist.layouts.flat import Range
 
 
 class FlatRedistribution:
-    """The way of some matrices from the runs that ranks hold to the runs they want, and back.
+    """Sends elements from the ranks that hold them to those that want them, and back; see `Redistribution`.
 
-    `have` and `want` list, for each matrix, who has and who wants what of it. What a rank keeps stays where it is.
+    Elements that a rank both holds and wants are not sent.
+
+    Args:
+        group: The ranks.
+        have: For each matrix, the run of elements that each rank holds.
+        want: For each matrix, the run of elements that each rank wants.
+
+    Attributes:
+        held: For each matrix, where the run this rank holds starts and stops.
+        wanted: For each matrix, where the run this rank wants starts and stops.
+        staying: What stays here: the matrix, the place in its piece, and the place in the buffer of all wanted runs.
+        outgoing: What goes to each rank: the matrix, and the place in its piece.
+        incoming: What comes from each rank: the place in the buffer.
+        size: The number of elements in the buffer.
     """
 
     def __init__(self, group: Group, *, have: Sequence[tuple[Range, ...]], want: Sequence[tuple[Range, ...]]):
@@ -22,11 +35,8 @@ class FlatRedistribution:
         self.held = [_of(runs, me) for runs in have]
         self.wanted = [_of(runs, me) for runs in want]
         self.staying: list[tuple[int, slice, slice]] = []
-        """Matrix, where in the piece, where in the buffer of all that is wanted."""
         self.outgoing: dict[int, list[tuple[int, slice]]] = {}
-        """To each rank: matrix, where in the piece."""
         self.incoming: dict[int, list[slice]] = {}
-        """From each rank: where in the buffer."""
         self.size = 0
         for matrix, (mine, here) in enumerate(zip(self.held, self.wanted, strict=True)):
             for rank, start, stop in _within(want[matrix], mine):
@@ -43,19 +53,25 @@ class FlatRedistribution:
             self.size += here[1] - here[0]
 
     def kept(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """What stays here, of this rank's pieces."""
+        """Return what this rank keeps of its pieces, which are vectors."""
         return [pieces[matrix][part] for matrix, part, _ in self.staying]
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """What goes to each rank, of this rank's pieces."""
+        """Return what this rank sends of its pieces, by rank."""
         return {rank: [pieces[matrix][part] for matrix, part in wanted] for rank, wanted in self.outgoing.items()}
 
     def received_pieces(self) -> dict[int, int]:
-        """How many numbers come from each rank."""
+        """Return how many numbers this rank receives, by rank."""
         return {rank: sum(map(_length, parts)) for rank, parts in self.incoming.items()}
 
     def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """All that is wanted here, matrix after matrix, in one vector of the dtype of `like`."""
+        """Put together all runs this rank wants, matrix after matrix, in one vector of `size` elements.
+
+        Args:
+            received: What came from each rank, flat.
+            like: An empty tensor with the dtype and device of the result.
+            kept: What `kept` returned.
+        """
         buffer = like.new_empty(self.size)
         for (_, _, into), part in zip(self.staying, kept, strict=True):
             buffer[into] = part
@@ -65,21 +81,28 @@ class FlatRedistribution:
         return buffer
 
     def kept_home(self, made: Tensor) -> list[Tensor]:
-        """What stays here, of the updates made here."""
+        """Return what this rank keeps of the updates it made."""
         return [made[into] for _, _, into in self.staying]
 
     def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
-        """What goes back to each rank, of the updates made here: a vector like that of `wholes`."""
+        """Return what this rank sends of the updates it made, by rank; `made` is a vector like that of `wholes`."""
         return {rank: [made[into] for into in parts] for rank, parts in self.incoming.items()}
 
     def received_home(self) -> dict[int, int]:
-        """How many numbers come back from each rank."""
+        """Return how many numbers of updates this rank receives, by rank."""
         return {rank: sum(_length(part) for _, part in wanted) for rank, wanted in self.outgoing.items()}
 
     def home(
         self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: Sequence[Tensor]
     ) -> list[Tensor]:
-        """This rank's piece of every matrix. Each is a vector of its own length; `shape` says nothing here."""
+        """Put together this rank's piece of every matrix's update, a vector.
+
+        Args:
+            received: What came from each rank, flat.
+            shape: Unused, as every piece has its own length.
+            like: An empty tensor with the dtype and device of the result.
+            kept: What `kept_home` returned.
+        """
         found: list[list[tuple[int, Tensor]]] = [[] for _ in self.held]
         for (matrix, part, _), tensor in zip(self.staying, kept, strict=True):
             found[matrix].append((part.start, tensor))
@@ -102,12 +125,12 @@ def _length(part: slice) -> int:
 
 
 def _of(runs: tuple[Range, ...], rank: int) -> tuple[int, int]:
-    """The run of a rank; nothing where it has none."""
+    """Where the run of a rank starts and stops; (0, 0) if it has none."""
     return next(((start, stop) for holder, start, stop in runs if holder == rank), (0, 0))
 
 
 def _within(runs: tuple[Range, ...], span: tuple[int, int]) -> list[Range]:
-    """What others have of a span."""
+    """The parts of `runs` that lie in `span`."""
     start, stop = span
     if start == stop:
         return []
@@ -122,5 +145,10 @@ def _within(runs: tuple[Range, ...], span: tuple[int, int]) -> list[Range]:
 
 
 def owned_by(rank: int, shape: Sequence[int]) -> tuple[Range, ...]:
-    """The whole of a matrix at one rank."""
+    """Return the runs of a matrix that one rank has whole, for `FlatRedistribution`.
+
+    Args:
+        rank: The rank's group index.
+        shape: The shape of the matrix.
+    """
     return ((rank, 0, math.prod(shape)),)

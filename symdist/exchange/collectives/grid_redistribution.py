@@ -1,4 +1,4 @@
-"""Who sends which matrix of a job to whom: worked out once, the same on all ranks."""
+"""Redistribution of parameters in blocks (`Layout`): who sends which unit to whom, worked out alike on all ranks."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from symdist.layouts import Box, Group, Layout
 
 
 def canonical_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """`[units, p, q]`: experts of a 3-D parameter one by one, a matrix as one unit, a vector as a column."""
+    """Return a stored shape as `(units, p, q)`; units are the experts of a 3-D parameter, a matrix, or a vector."""
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     return (1, shape[0], shape[1]) if len(shape) == 2 else (1, shape[0], 1)
@@ -26,23 +26,31 @@ def _canonical_box(box: Box) -> tuple[range, range, range]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Units that the same ranks hold: those of one range of experts, of all parameters."""
+    """Units that the same ranks hold: one range of experts, of all parameters.
+
+    `sources` are the group indices of the ranks that hold pieces of them, within this rank's copy of the weight.
+    """
 
     experts: range
     sources: tuple[int, ...]
-    """Ranks that hold pieces of them, by group index, within one copy of the weight."""
 
 
 class GridRedistribution:
-    """The way of `count` parameters of one layout to their owners and back.
+    """Sends the units of parameters of one layout to their owners, and updates back; see `Redistribution`.
 
-    A unit is what is owned as one: a parameter, or an expert of it. `owners` has the group index of the owner of every
-    unit, the experts of the first parameter first. Each owner is sent the pieces of the copy of the weight that it
-    holds a piece of itself, and sends the update to all copies.
+    A unit is a parameter, or an expert of a 3-D parameter. An owner receives pieces from the copy of the weight that it
+    belongs to itself, and sends the update to all copies.
 
-    `outgoing[rank]` and `homing[rank]` list, in the order in which they travel, this rank's own units (of
-    `count × its experts`) whose pieces go to that rank, and come back from it. `owned_units` are
-    those this rank puts together, ordered by `blocks`, then by parameter and expert.
+    Args:
+        layout: The parameters' layout, over a group of ranks.
+        count: How many parameters there are.
+        owners: The group index of every unit's owner, all experts of the first parameter first.
+
+    Attributes:
+        outgoing: By rank, the units whose pieces this rank sends there, in order. They count this rank's own experts.
+        homing: By rank, the units whose updates come back from there, counted alike.
+        blocks: The blocks of units, each with the number of its units that this rank owns.
+        owned_units: The units this rank owns, by block, then parameter and expert.
     """
 
     def __init__(self, layout: Layout, *, count: int, owners: Sequence[int]):
@@ -82,30 +90,30 @@ class GridRedistribution:
             self.blocks.append((_Block(experts=range(start, stop), sources=sources), len(here)))
             self._block_of[start, stop] = slice(self.owned, self.owned + len(here))
             self.owned_units += here
-        # By owner, then in the order of units: where each unit stands in what comes home.
+        # Updates come home by owner, then by unit: note where each unit stands in that order.
         order = [unit for owner in sorted(self.homing) for unit in self.homing[owner]]
         self._place = {unit: place for place, unit in enumerate(order)}
 
     @property
     def owned(self) -> int:
-        """How many whole units this rank puts together."""
+        """How many units this rank owns."""
         return len(self.owned_units)
 
     def kept(self, pieces: Sequence[Tensor]) -> None:
-        """Nothing: what this rank owns itself goes through the buffer like the rest."""
+        """Return None: what this rank owns itself goes through the send buffer, too."""
 
     def kept_home(self, made: Tensor) -> None:
-        """Nothing, see `kept`."""
+        """Return None, see `kept`."""
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """What goes to each owner, of this rank's `count` pieces."""
+        """Return what this rank sends to each owner, from its pieces of the `count` parameters."""
         if not self.outgoing:
             return {}
         units = self._units(pieces)
         return {owner: [units[unit] for unit in wanted] for owner, wanted in sorted(self.outgoing.items())}
 
     def received_pieces(self) -> dict[int, int]:
-        """How many numbers come from each rank."""
+        """Return how many numbers this rank receives, by rank."""
         return {
             rank: found * len(self.boxes[rank][1]) * len(self.boxes[rank][2])
             for block, found in self.blocks
@@ -114,7 +122,16 @@ class GridRedistribution:
         }
 
     def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: None = None) -> Tensor:
-        """`[owned, p, q]`, of the dtype of `like`: the units this rank owns, from what came from each rank."""
+        """Put together the units this rank owns.
+
+        Args:
+            received: What came from each rank, flat.
+            like: An empty tensor with the dtype and device of the result.
+            kept: Unused.
+
+        Returns:
+            `[owned, p, q]`.
+        """
         whole = []
         for block, found in self.blocks:
             if not found:
@@ -130,13 +147,13 @@ class GridRedistribution:
         return torch.cat(whole).to(like.dtype)
 
     def own_wholes(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The units this rank owns where it holds every weight whole: nothing need come from anywhere."""
+        """Return the units this rank owns, `[owned, p, q]`, if every rank holds every weight whole: nothing is sent."""
         assert self.whole_here
         units, wanted = self._units(pieces), self.outgoing.get(self.group.index, [])
         return torch.stack([units[unit] for unit in wanted]) if wanted else pieces[0].new_empty((0, *self.unit_shape))
 
     def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
-        """What goes to each rank, of the `[owned, p, q]` updates made here."""
+        """Return what this rank sends to each rank, from its updates `[owned, p, q]`."""
         sent = {}
         for rank, (experts, rows, columns) in enumerate(self.boxes):
             owned = self._block_of.get((experts.start, experts.stop))
@@ -145,14 +162,21 @@ class GridRedistribution:
         return sent
 
     def received_home(self) -> dict[int, int]:
-        """How many numbers come back from each owner."""
+        """Return how many numbers of updates come from each owner."""
         piece = len(self.here[1]) * len(self.here[2])
         return {owner: len(units) * piece for owner, units in sorted(self.homing.items())}
 
     def home(
         self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: None = None
     ) -> list[Tensor]:
-        """This rank's piece, of local `shape`, of every parameter."""
+        """Put together this rank's piece of every parameter's update.
+
+        Args:
+            received: What came from each owner, flat.
+            shape: The local shape of a parameter.
+            like: An empty tensor with the dtype and device of the result.
+            kept: Unused.
+        """
         experts, rows, columns = self.here
         k = self.count
         if not self.homing:
@@ -172,6 +196,6 @@ class GridRedistribution:
 
 
 def _joined(pieces: list[tuple[int, Tensor]], *, dim: int) -> Tensor:
-    """Pieces put together in the order of where they start."""
+    """Concatenate pieces in the order of their starts."""
     ordered = [piece for _, piece in sorted(pieces, key=lambda item: item[0])]
     return ordered[0] if len(ordered) == 1 else torch.cat(ordered, dim=dim)

@@ -1,4 +1,4 @@
-"""Where a step is: its waves, and the collectives that are under way."""
+"""Progress of a step: the wave it is in, and the collectives under way."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,45 +10,72 @@ from symdist.layouts import Group
 
 
 class ExchangeError(RuntimeError):
-    """A collective of a step failed: says in which wave, for which parameters, over which ranks, and why."""
+    """A collective of a step failed; the message has the wave, the parameters, the ranks and the cause."""
 
 
 @dataclass(eq=False, kw_only=True)
 class PendingCollective:
-    """A collective that was started; `done` tells without waiting whether it is over."""
+    """A collective that was started.
+
+    Attributes:
+        text: What it is, for messages.
+        done: Returns whether it is over, without waiting.
+    """
 
     text: str
     done: Callable[[], bool]
 
 
 class StepProgress:
-    """Notes what a step has under way, for whoever must say where a hung one stands: another thread may read it."""
+    """Notes what a step has under way, to tell where a hung step is; another thread may read it.
+
+    Attributes:
+        waves: How many waves the step has.
+        wave: The wave being computed, from 1; 0 outside of the waves.
+        before: What the step is doing before its waves; else empty.
+    """
 
     def __init__(self) -> None:
         self.waves = 0
         self.wave = 0
-        """The wave that is being computed, from 1; 0 outside of them."""
         self.before = ""
-        """What a step is at before its waves."""
         self._marks: list[PendingCollective] = []
 
     def begin(self, waves: int) -> None:
-        """A step of so many waves begins; what is known of the one before is forgotten."""
+        """Start a step of `waves` waves, and forget the previous step."""
         self.waves, self.wave, self.before, self._marks = waves, 0, "", []
 
     def end(self) -> None:
-        """The step has issued all its work."""
+        """Note that the step has issued all its work."""
         self.wave = 0
 
     def started(self, wave: int, kind: str, group: Group, names: Sequence[str], handle: Handle) -> PendingCollective:
-        """A collective was started."""
+        """Note that a collective was started.
+
+        Args:
+            wave: The number of its wave, from 1.
+            kind: The kind of request that it answers.
+            group: Its ranks.
+            names: The names of the parameters it is for.
+            handle: Its handle; one without `is_completed` counts as over at once.
+
+        Returns:
+            A mark for `waited`.
+        """
         text = f"wave {wave} of {self.waves}, {kind} over {_ranks(group)} for {_named(names)}"
         mark = PendingCollective(text=text, done=getattr(handle, "is_completed", lambda: True))
         self._marks.append(mark)
         return mark
 
     def waited(self, mark: PendingCollective, device: torch.device) -> None:
-        """A wait for it has returned, which on a GPU says only that later work of this device waits for it."""
+        """Note that the wait for a collective has returned.
+
+        On CUDA this means only that later work on the device waits for it, so an event tells when it is over.
+
+        Args:
+            mark: What `started` returned.
+            device: Where the collective's tensors are.
+        """
         if device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
@@ -57,7 +84,7 @@ class StepProgress:
             self._marks.remove(mark)
 
     def text(self) -> str:
-        """The first collective that is not over, or the wave at work; empty between steps."""
+        """Describe the first collective that is not over, or else what the step is doing; empty between steps."""
         for mark in list(self._marks):
             if not mark.done():
                 return mark.text

@@ -1,4 +1,4 @@
-"""Sums, Gram roots and QRs over a group: every matrix that asks at once travels in one buffer."""
+"""Answers sums, Gram roots and QRs over a group; all matrices that ask at once share one buffer."""
 
 import functools
 import itertools
@@ -16,14 +16,23 @@ from symdist.layouts import Group
 from symdist.rules import InverseRoot, Orthonormal, Root, Sum, inverse_root
 from symdist.rules.linalg.orthonormal import orthonormal
 
-# Reduce-scatter wants equal chunks. Padding every owner to the fullest one saves two all-to-alls; beyond this
-# factor (few Grams, many ranks) it moves more than they would.
+# Reduce-scatter needs equal chunks. Padding all chunks to the largest saves two all-to-alls, but if that makes the
+# buffer larger than by this factor (few Grams, many ranks), it sends more than they do.
 _PADDING = 1.25
 
 
 def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) -> Generator[Any, None, list[Tensor]]:
-    """One all-reduce for all of them."""
-    # cat of a single tensor may alias it, and no request's values may be written to.
+    """Answer sums by one all-reduce; all ranks of `group` must call it.
+
+    Args:
+        requests: Requests of one dtype and device; their values are not written to.
+        group: The ranks.
+        transport: What runs the all-reduce.
+
+    Returns:
+        The sum for each request, in the shape of its values.
+    """
+    # cat of a single tensor may return an alias, and the all-reduce writes to the buffer.
     buffer = (
         torch.cat([r.values.reshape(-1) for r in requests])
         if len(requests) > 1
@@ -35,29 +44,32 @@ def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) 
 
 
 class _Work(Protocol):
-    """What a request has one rank do with the sum of each matrix, as numbers in a row."""
+    """A request for which each matrix's sum is processed on one rank, in flat form.
+
+    Attributes:
+        sent: How many numbers the sum of a matrix takes.
+        found: How many numbers the answer for a matrix takes.
+        operations: FLOPs per matrix.
+        parts: This rank's summands, `[b, …]`.
+    """
 
     sent: int
-    """Numbers of the sum of a matrix."""
     found: int
-    """Numbers of the answer of a matrix."""
     operations: float
-    """On one matrix."""
     parts: Tensor
-    """This rank's part of every sum, `[b, …]`."""
 
     def packed(self) -> Tensor:
-        """`[b, sent]`."""
+        """Pack the summands as `[b, sent]`."""
 
     def solved(self, sums: Tensor) -> Tensor:
-        """`[u, sent]` as `[u, found]`."""
+        """Process the sums of u matrices, `[u, sent]`, to `[u, found]`."""
 
     def answer(self, found: Tensor) -> Any:
-        """Of `[b, found]`."""
+        """Make the answer to the request from `[b, found]`."""
 
 
 class _RootWork:
-    """Of a Gram one triangle travels, of its root too, and the two norms that a root knows of its matrix."""
+    """An inverse root: the Gram's triangle is sent, and the root's triangle and two norms come back."""
 
     def __init__(self, request: Root):
         self.parts = request.gram
@@ -81,7 +93,7 @@ class _RootWork:
 
 
 class _OrthonormalWork:
-    """The matrix there, and its Q back."""
+    """A QR: the matrix is sent, and its Q comes back."""
 
     def __init__(self, request: Orthonormal):
         self.parts = request.values
@@ -102,12 +114,20 @@ class _OrthonormalWork:
 def answer_shared(
     requests: Sequence[Root | Orthonormal], *, group: Group, transport: Transport, loads: list[float] | None = None
 ) -> Generator[Any, None, list[Any]]:
-    """Reduce-scatter the parts of each matrix's sum, work on it on one rank, all-gather what that found.
+    """Answer roots and QRs: reduce-scatter the sums, process each matrix on one rank, all-gather the results.
 
-    `loads` are the operations that the ranks have done or will do otherwise; these are added.
+    All ranks of `group` must call it. The volume is that of one all-reduce. If the matrices do not spread evenly over
+    the ranks, the buffer is cut into equal chunks regardless of where matrices end, and an all-to-all each way
+    completes them on their owners.
 
-    The volume is that of one all-reduce. Where the matrices do not spread evenly over the ranks, the sums are cut into
-    equal chunks regardless of the matrices' borders, and an all-to-all each way completes them on their owners.
+    Args:
+        requests: Requests of one dtype and device.
+        group: The ranks.
+        transport: What runs the collectives.
+        loads: Each rank's FLOPs so far, updated in place; matrices go to the least loaded. Zeros by default.
+
+    Returns:
+        For each request its answer: an `InverseRoot`, or Q in the shape of the values.
     """
     works: list[_Work] = [_RootWork(r) if isinstance(r, Root) else _OrthonormalWork(r) for r in requests]
     like = works[0].parts
@@ -144,7 +164,7 @@ def answer_shared(
     for work in works:
         b = work.parts.shape[0]
         rows = [buffer[slots.starts[u] : slots.starts[u] + slots.sizes[u]] for u in range(unit, unit + b)]
-        # Without a matrix among these ranks, as where their experts are none, there is nothing to stack.
+        # A group may have no matrix at all, as where its ranks hold no experts.
         answered.append(work.answer(torch.stack(rows) if rows else like.new_empty((0, work.found))))
         unit += b
     return answered
@@ -152,22 +172,24 @@ def answer_shared(
 
 @dataclass(frozen=True, kw_only=True)
 class _Slots:
-    """Where each unit lies in a buffer of equal chunks, one a rank."""
+    """Where each unit lies in a buffer of equal chunks of `chunk` numbers, one per rank.
+
+    `aligned` says that every unit lies within its owner's chunk.
+    """
 
     chunk: int
     starts: list[int]
     sizes: list[int]
     owners: list[int]
     aligned: bool
-    """Every unit lies in its owner's chunk."""
 
     def overlap(self, *, holder: int, owner: int) -> list[tuple[int, int, int]]:
-        """`(unit, start, stop)`, in buffer coordinates, of what `holder`'s chunk has of the units of `owner`."""
+        """The parts of `owner`'s units in `holder`'s chunk, as `(unit, start, stop)` in the buffer."""
         return self._parts.get((holder, owner), [])
 
     @functools.cached_property
     def _parts(self) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
-        # Once for all ranks: asked for one by one, many units over many ranks take long.
+        # Computed once for all pairs of ranks: a search per pair is slow for many units and ranks.
         parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         for unit, (start, size, owner) in enumerate(zip(self.starts, self.sizes, self.owners, strict=True)):
             for holder in range(start // self.chunk, -(-(start + size) // self.chunk)):
@@ -184,7 +206,7 @@ def _loads(sizes: list[int], owners: list[int], ranks: int) -> list[int]:
 
 
 def _spread_evenly(sizes: list[int], owners: list[int], ranks: int) -> bool:
-    """Whether padding every owner's chunk to the fullest moves less than completing cut units would."""
+    """Whether padding all chunks to the largest sends less than completing cut units would."""
     return max(_loads(sizes, owners, ranks)) * ranks <= _PADDING * sum(sizes)
 
 
@@ -202,7 +224,7 @@ def _slots(sizes: list[int], owners: list[int], ranks: int, *, aligned: bool) ->
 def _to_owners(
     chunk: Tensor, slots: _Slots, *, group: Group, transport: Transport
 ) -> Generator[Any, None, dict[int, Tensor]]:
-    """The whole units this rank owns, from the chunks that every rank holds."""
+    """Return the whole units this rank owns, by unit, from the chunks of all ranks."""
     me, base = group.index, group.index * slots.chunk
     if slots.aligned:
         return {unit: chunk[lo - base : hi - base] for unit, lo, hi in slots.overlap(holder=me, owner=me)}
@@ -228,7 +250,7 @@ def _to_owners(
 def _from_owners(
     answers: dict[int, Tensor], slots: _Slots, *, like: Tensor, group: Group, transport: Transport
 ) -> Generator[Any, None, Tensor]:
-    """This rank's chunk, from the whole units that every owner holds."""
+    """Return this rank's chunk, from the whole answers of all owners."""
     me, base = group.index, group.index * slots.chunk
     chunk = like.new_zeros(slots.chunk)
     if slots.aligned:

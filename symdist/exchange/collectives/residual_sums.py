@@ -1,4 +1,4 @@
-"""Stages: matrices of several stacks that share a sum, as those that write to and read from one residual stream do."""
+"""Residual stages: matrices that write to and read from one residual stream share sums, across stacks and ranks."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class StageSlot:
-    """A matrix's stage, by its label, and what it keeps of what the stage shares: see `Places`."""
+    """A parameter's residual stage, and the part of what the stage shares that its matrix keeps; see `Places`.
+
+    Attributes:
+        label: The stage's label.
+        width: How many columns the stage shares.
+        first: The first of these columns that the matrix keeps; −1 if it keeps none.
+    """
 
     label: str
     width: int
@@ -26,14 +32,25 @@ class StageSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """What matrices are in which stage, by their parameters' indices, and in which wave each stage is stepped."""
+    """Which parameters are in which residual stage, and which stages are in which wave.
+
+    Attributes:
+        of_parameter: The stage of each parameter, by index.
+        wave_of: The wave of each stage, by label.
+    """
 
     of_parameter: Mapping[int, StageSlot]
     wave_of: Mapping[str, int]
 
     @staticmethod
     def cut(of_parameter: Mapping[int, StageSlot], sizes: Mapping[int, float], *, budget: float) -> "StagePlan":
-        """StagePlan to waves, in the order of the parameters: as many in one as `budget` holds of `sizes`, or one."""
+        """Assign stages to waves in the order of the parameters, as many per wave as fit the budget, at least one.
+
+        Args:
+            of_parameter: The stage of each parameter, by index.
+            sizes: The bytes that each parameter holds while under way, by index.
+            budget: The bytes that a wave may hold.
+        """
         needed: dict[str, float] = {}
         for i, stage in of_parameter.items():
             needed[stage.label] = needed.get(stage.label, 0.0) + sizes[i]
@@ -47,15 +64,20 @@ class StagePlan:
         return StagePlan(of_parameter=of_parameter, wave_of=wave_of)
 
     def of(self, parameters: Iterable[int]) -> tuple[StageSlot, ...]:
-        """Those of some parameters."""
+        """Return the stages of the given parameters."""
         return tuple(self.of_parameter[i] for i in parameters)
 
     def wave(self, stages: Sequence[StageSlot]) -> int:
-        """The wave of a job's stages, which is one."""
+        """Return the wave of a job's stages; all of them are in one wave."""
         return self.wave_of[stages[0].label]
 
     def parts(self, items: Iterable[T], index: Callable[[T], int]) -> list[list[T]]:
-        """Items by what one job may have: parameters of one wave, that share columns of one number."""
+        """Split items into parts that may share a job: same wave, same number of shared columns.
+
+        Args:
+            items: The items.
+            index: Returns the parameter index of an item.
+        """
         parts: dict[tuple[int, int], list[T]] = {}
         for item in items:
             stage = self.of_parameter[index(item)]
@@ -65,10 +87,13 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True)
 class StageContribution:
-    """What a stack of matrices here has to say in its stages' sums.
+    """What this rank's matrices of a job contribute to residual-stage sums.
 
-    `labels` has the stage of every matrix here, `every` those of the whole job, here or not. Of what is said `copies`
-    ranks say the same. `places` is for the rule.
+    Attributes:
+        labels: The stage of each matrix on this rank.
+        every: The stages of all the job's matrices, on any rank.
+        copies: How many ranks contribute the same matrices; each counts for its share.
+        places: What each matrix keeps of what its stage shares, for the rule.
     """
 
     labels: tuple[str, ...]
@@ -78,7 +103,13 @@ class StageContribution:
 
     @staticmethod
     def of(here: Sequence[StageSlot], every: Sequence[StageSlot], *, copies: int) -> "StageContribution":
-        """That of the matrices `here` of a job of `every` parameter, all of one width."""
+        """Make the contribution of a job.
+
+        Args:
+            here: The stage of each matrix on this rank.
+            every: The stages of all the job's parameters, all of one width; at least one.
+            copies: How many ranks contribute the same matrices.
+        """
         return StageContribution(
             labels=tuple(stage.label for stage in here),
             every=tuple(dict.fromkeys(stage.label for stage in every)),
@@ -89,14 +120,14 @@ class StageContribution:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StageRequest:
-    """A rule's `StageSum` with who asks it."""
+    """A rule's `StageSum`, with the contribution of the job that it runs in."""
 
     asked: StageSum
     share: StageContribution
 
 
 def shared(asking: Generator[Any, Any, Any], share: StageContribution) -> Generator[Any, Any, Any]:
-    """The generator with its `StageSum` requests made those of `share`."""
+    """Wrap a running rule so that its `StageSum` requests become `StageRequest`s with `share`."""
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
         return (yield StageRequest(asked=request, share=share) if isinstance(request, StageSum) else request)
@@ -111,9 +142,19 @@ def answer_stages(
     transport: Transport,
     loads: list[float] | None = None,
 ) -> Generator[Any, None, list[Tensor]]:
-    """Sum up what is here of each stage, then over the ranks; one of them makes a sum orthonormal.
+    """Sum each residual stage over this rank's matrices, then over the ranks.
 
-    All ranks of the group ask for the same stages. Without a group nobody else has any part.
+    If the requests ask for it, one rank orthonormalises each sum. All ranks of the group must call it, for the same
+    stages.
+
+    Args:
+        requests: Requests with values `[b, m, k]` of the same `m`, `k` and dtype.
+        group: The ranks; None if this one holds all the matrices.
+        transport: What runs the collectives.
+        loads: Each rank's FLOPs so far, updated in place; they decide which ranks orthonormalise.
+
+    Returns:
+        For each request, the sum of each of its matrices' stages, `[b, m, k]`.
     """
     stages = sorted({label for request in requests for label in request.share.every})
     place = {label: i for i, label in enumerate(stages)}

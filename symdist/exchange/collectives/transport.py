@@ -1,6 +1,6 @@
-"""All that an optimizer step asks of torch.distributed: four asynchronous collectives on flat buffers.
+"""What an optimizer step needs of torch.distributed: four asynchronous collectives on flat buffers.
 
-`TorchTransport` moves data. `CountingTransport` notes what would be, or is being, moved.
+`TorchTransport` runs them. `CountingTransport` records them, and runs them only if it wraps another transport.
 """
 
 from collections import Counter
@@ -23,40 +23,69 @@ class Handle(Protocol):
     """A collective under way."""
 
     def wait(self) -> object:
-        """Return once the result may be read by work issued after this call."""
+        """Wait until work issued after this call may read the result."""
 
 
 class Transport(Protocol):
-    """What the exchange needs. All buffers are flat, contiguous and of one dtype."""
+    """The collectives that the exchange needs.
+
+    All ranks of `group` must call each of them, in the same order. Buffers are flat, contiguous and of one dtype.
+    Results may be read after `wait` on the handle.
+    """
 
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Get ready to talk over `groups`: called at construction, by all their ranks."""
+        """Get ready to communicate over `groups`; called by all their ranks before the first step."""
 
     def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
         """Replace `buffer` by its sum over the group."""
 
     def reduce_scatter(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
-        """Sum `buffer` (size × out) over the group and leave rank i's equal chunk in its `out`."""
+        """Sum `buffer` over the group, and put the i-th of its equal chunks into rank i's `out`.
+
+        Args:
+            out: `[n]`.
+            buffer: `[group size · n]`.
+            group: The ranks.
+        """
 
     def all_gather(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
-        """Put every rank's `buffer`, in rank order, into `out`."""
+        """Put every rank's `buffer`, in rank order, into `out`.
+
+        Args:
+            out: `[group size · n]`.
+            buffer: `[n]`.
+            group: The ranks.
+        """
 
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: list[int], sent: list[int], group: Group) -> Handle:
-        """Send `sent[i]` elements of `buffer` to rank i and receive `received[i]` from it."""
+        """Send each rank its part of `buffer`, and put what each rank sends here into `out`, in rank order.
+
+        Args:
+            out: `[sum(received)]`.
+            buffer: `[sum(sent)]`, the parts in rank order.
+            received: How many elements come from each rank.
+            sent: How many elements go to each rank.
+            group: The ranks.
+        """
 
 
 class TorchTransport:
-    """The collectives of torch.distributed, over the process groups that exist: gloo, NCCL or another.
+    """Runs the collectives of torch.distributed, on any backend.
 
-    Ranks over several mesh axes seldom have a group of their own. One with exactly these ranks is used where it exists,
-    be it the default group; else one is made, when first asked for, which all its ranks must do in the same order.
+    It uses an existing process group with exactly the ranks asked for, the default group included. If there is none,
+    as for ranks over several mesh axes, it makes one when first asked: all ranks of such groups must ask for them in
+    the same order.
     """
 
     def __init__(self) -> None:
         self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Find or make the process groups of `groups`, by ascending ranks; RuntimeError where one cannot be made."""
+        """Find or make the process groups of `groups`, in ascending order; all their ranks must call it.
+
+        Raises:
+            RuntimeError: If a group has no process group and none can be made.
+        """
         for group in sorted(groups, key=lambda group: group.ranks):
             if group.size > 1:
                 self._handle(group)
@@ -84,7 +113,7 @@ class TorchTransport:
 
 
 def _existing(group: Group) -> dist.ProcessGroup | None:
-    """A process group that numbers the ranks of `group` as it does; the first made, so that all ranks take the same."""
+    """Find a process group with the same ranks in the same order; the first made, so that all ranks take the same."""
     known = [group.handle] if group.handle is not None else [dist.group.WORLD, *distributed_c10d._world.pg_group_ranks]
     return next((each for each in known if tuple(dist.get_process_group_ranks(each)) == group.ranks), None)
 
@@ -98,11 +127,11 @@ def _made(group: Group) -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None
     bound, named = world.bound_device_id, distributed_c10d._process_group_name
-    # A default group that is bound to a device would be split for each group, which takes all its ranks.
+    # If the default group is bound to a device, PyTorch makes a new group by splitting it, which needs all its ranks.
     world.bound_device_id = None
-    # Without the ranks outside, which may never hear of it. PyTorch names a group by a number that each rank counts for
-    # itself: ranks that have made different numbers of groups would wait for each other for ever, here, or, where this
-    # group were counted, at the next group that all of them make. So it has a name of its own, and is not counted.
+    # Only the ranks of the group make it; others may never know of it. PyTorch names groups by a number that each rank
+    # counts for itself, so ranks that have made different numbers of groups would wait for each other forever: here,
+    # or, if this group were counted, at the next group that all of them make. Hence a name of its own, uncounted.
     name = f"symdist:{'-'.join(map(str, group.ranks))}:{_times_made[group.ranks]}"
     _times_made[group.ranks] += 1
     distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
@@ -114,12 +143,18 @@ def _made(group: Group) -> dist.ProcessGroup:
 
 
 _times_made: Counter[tuple[int, ...]] = Counter()
-"""How often each set of ranks was given a group: again only after the process groups have been destroyed."""
+"""How many groups were made for each set of ranks; more than one only after process groups were destroyed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectiveRecord:
-    """One collective: its kind, its group's size, and the bytes this rank sends (ring algorithms for sums)."""
+    """A record of one collective.
+
+    Attributes:
+        kind: The name of the `Transport` method.
+        size: How many ranks the group has.
+        sent: The bytes this rank sends; for sums, by a ring algorithm.
+    """
 
     kind: str
     size: int
@@ -128,14 +163,18 @@ class CollectiveRecord:
 
 class _Done:
     def wait(self) -> None:
-        """Nothing was started."""
+        """Return at once: nothing was started."""
 
 
 @dataclass
 class CountingTransport:
-    """Notes every collective in `log`, and passes it on to `inner`; without `inner` nothing moves.
+    """Records every collective, and runs it on another transport if there is one.
 
-    Without `inner` buffers keep what they held, so results are meaningless: it is for meta tensors.
+    Without one, buffers keep what they held, so results are meaningless: use it with meta tensors.
+
+    Attributes:
+        inner: What runs the collectives; None to run none.
+        log: The collectives so far.
     """
 
     inner: Transport | None = None
@@ -143,12 +182,12 @@ class CountingTransport:
 
     @property
     def collectives(self) -> int:
-        """How many collectives were asked for."""
+        """How many collectives were recorded."""
         return len(self.log)
 
     @property
     def sent(self) -> float:
-        """Bytes this rank sent."""
+        """How many bytes this rank sent, or would have sent."""
         return sum(moved.sent for moved in self.log)
 
     def prepare(self, groups: Iterable[Group]) -> None:

@@ -1,8 +1,8 @@
-"""Symmetric matrices as their triangles: half the numbers to send.
+"""Symmetric matrices packed as triangles, to send half the numbers.
 
-With `h = ⌈d/2⌉`, `k = d − h`, a symmetric `[[A, Bᵀ], [B, C]]` is kept as `B` `[k, h]` beside an `[h, k + 1]` rectangle
-that has A's lower triangle at its lower left and C's upper triangle at its upper right: the rectangular full packed
-format of Gustavson, Waśniewski, Dongarra & Langou 2010. Only blocks move: no index tensors.
+With `h = ⌈d/2⌉`, `k = d − h`, a symmetric `[[A, Bᵀ], [B, C]]` is stored as `B` `[k, h]` followed by an `[h, k + 1]`
+rectangle, with A's lower triangle at its lower left and C's upper triangle at its upper right. This is the rectangular
+full packed format of Gustavson, Waśniewski, Dongarra & Langou 2010. It needs block copies only, no index tensors.
 """
 
 import torch
@@ -10,12 +10,19 @@ from torch import Tensor
 
 
 def packed_size(d: int) -> int:
-    """Numbers in the triangle of a `[d, d]` matrix."""
+    """Return how many numbers the triangle of a `[d, d]` matrix has, diagonal included."""
     return d * (d + 1) // 2
 
 
 def pack(x: Tensor) -> Tensor:
-    """`[b, d, d]` symmetric matrices as `[b, d·(d+1)/2]`; only their lower triangles are read."""
+    """Pack symmetric matrices.
+
+    Args:
+        x: `[b, d, d]`; only the lower triangles are read.
+
+    Returns:
+        `[b, d·(d+1)/2]`, a new tensor.
+    """
     d = x.shape[-1]
     k = d // 2
     h = d - k
@@ -27,7 +34,15 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, d: int) -> Tensor:
-    """The inverse of `pack`: `[b, d, d]`."""
+    """Undo `pack`.
+
+    Args:
+        packed: `[b, d·(d+1)/2]`.
+        d: The edge of the matrices.
+
+    Returns:
+        The symmetric matrices, `[b, d, d]`, a new tensor.
+    """
     n = packed.shape[0]
     k = d // 2
     h = d - k

@@ -1,1 +1,1 @@
-"""Execution: jobs, and the scheduler that runs them."""
+"""Execution of a step: jobs, and the scheduler that runs them wave by wave."""

@@ -1,4 +1,4 @@
-"""A job over flat layouts: matrices of which ranks hold runs of elements, put together by rows or as wholes."""
+"""A job over flat layouts: ranks hold runs of elements, from which rows or whole matrices are put together."""
 
 import functools
 import itertools
@@ -36,50 +36,57 @@ from symdist.rules import run_locally
 class FlatJob:
     """Some parameters of one kind in flat layouts, and where their rule runs.
 
-    "local": each is whole on this rank. "owner": `owners` has who puts each together, by group index. "reduce": rows
-    that are cut are completed; then either the rule needs nothing from other rows (`alone`), and the parameters may be
-    cut each in its own way, or all are cut alike and what it asks is summed, as the layout of `stack` says.
+    Strategy "local": each parameter is whole on this rank. "owner": each is put together on its owner. "reduce": rows
+    that are cut are first completed on one rank; then either the rule needs nothing from other rows (`alone`), and each
+    parameter may be cut in its own way, or all are cut alike and the rule's sums run over the ranks, as the layout of
+    `stack` says.
 
-    `members` are indices into the optimizer's list of parameters: of those that this rank has a share in, for all
-    others have nothing to send or to sum here. `everyone` has them all.
+    Attributes:
+        stack: What the parameters have in common.
+        members: Indices in the optimizer's list of the parameters that this rank has a share in. For the others it
+            has nothing to send or to sum.
+        everyone: Indices of all the job's parameters, on any rank.
+        layouts: The layouts of `members`.
+        strategy: Where the rule runs.
+        owners: For strategy "owner", the group index of the owner of each of `members`.
+        multiple: How many rows must stay together.
+        alone: For strategy "reduce", whether the rule needs nothing from other rows.
+        travels: Whether any rank sends anything to complete rows or matrices.
+        flight_bytes: How many bytes the busiest rank holds while the job is under way.
+        communication_dtype: The dtype in which pieces are sent.
+        stages: The residual stages of `everyone`, if the rule couples the matrices of one. All go to owners then.
+        column_blocks: Blocks of columns in which the matrices are stored one after another.
     """
 
     stack: Stack
     members: tuple[int, ...]
     everyone: tuple[int, ...]
     layouts: tuple[FlatLayout, ...]
-    """Of `members`."""
     strategy: Strategy
     owners: tuple[int, ...] = ()
-    """Of `members`."""
     multiple: int = 1
-    """How many rows stay together."""
     alone: bool = False
     travels: bool = True
-    """Whether any rank sends anything to complete rows."""
     flight_bytes: float = 0.0
-    """What the busiest rank holds while the job is under way."""
     communication_dtype: torch.dtype = torch.float32
     stages: tuple[StageSlot, ...] = ()
-    """Of `everyone`, where their rule couples the matrices of a stage; they are then all put together by owners."""
     column_blocks: tuple[int, ...] = ()
-    """Blocks of columns that the matrices are cut in first."""
 
     @property
     def group(self) -> Group:
-        """All ranks among which the parameters are cut."""
+        """The ranks that the parameters are sharded over."""
         assert self.stack.layout.group is not None
         return self.stack.layout.group
 
     @property
     def summed(self) -> dict[SplitKind, Group]:
-        """What the rule's sums run across."""
+        """The axes that the rule's sums run along, and their ranks; empty unless matrices stay cut."""
         in_place = self.strategy == "reduce" and not self.alone
         return {axis: group for axis, group in self.stack.splits.items() if axis != "batch"} if in_place else {}
 
     @functools.cached_property
     def route(self) -> FlatRedistribution:
-        """How runs become whole rows or matrices."""
+        """How runs of elements become whole rows (reduce) or matrices (owner), and updates go back."""
         have = [layout.runs for layout in self.layouts]
         if self.strategy == "owner":
             want = [owned_by(owner, layout.shape) for owner, layout in zip(self.owners, self.layouts, strict=True)]
@@ -90,7 +97,7 @@ class FlatJob:
     def task(
         self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_root: RootObserver | None = None
     ) -> Task:
-        """The job as a task, see `Job.task`."""
+        """Make the task that runs this job, see `Job.task`."""
         if self.strategy == "local":
             asking = observed(self._here(read_inputs), observe_root, range(len(self.members)), self.group.size)
             return Task(written(self.stack, asking, write_outputs))
@@ -111,7 +118,7 @@ class FlatJob:
         self, read_inputs: ReadInputs, observe_root: RootObserver | None
     ) -> Generator[Any, Any, list[Tensors]]:
         stack, route = self.stack, self.route
-        # Whether a row was touched is known only where the row is whole, so that travels too.
+        # Whether a row has a nonzero gradient is known only where the row is whole, so the mask travels too.
         fields = read_inputs().fields(stack.dtype)
         if self.travels:
             wanted = yield Gather(fields=fields, route=route, dtype=self.communication_dtype, like=stack.like)
@@ -130,7 +137,7 @@ class FlatJob:
         return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(field)) for field in made]
 
     def _updated_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
-        """All are cut alike: one stack, whose sums run over the other ranks."""
+        """Update all members as one stack, with sums over the other ranks; they are cut alike."""
         layout = self.stack.layout
         stacks = [field.view(len(self.members), *layout.local_shape) for field in wanted]
         made = yield from run_rule(self.stack, stacks, layout.box)
@@ -153,7 +160,7 @@ class FlatJob:
         return [elements_of(field, column_blocks=self.column_blocks).reshape(-1) for field in made]
 
     def _updated_alone(self, wanted: list[Tensor], observe_root: RootObserver | None) -> list[Tensor]:
-        """Each matrix, or its rows, by itself: those of as many rows in one stack."""
+        """Update whole matrices, or rows, that need no other rank; those with as many rows are batched."""
         stack = self.stack
         made = [torch.empty_like(wanted[0]) for _ in range(1 + stack.masked + len(stack.state_names))]
         row = self.layouts[0].width if self.layouts else 1
@@ -161,7 +168,7 @@ class FlatJob:
         place = 0
         for member, (start, stop) in enumerate(self.route.wanted):
             if stop > start:
-                # Where rows start matters to padding alone.
+                # The first row matters only for padding; else pieces with as many rows are alike.
                 key = (start if stack.padding_rows else 0, stop - start)
                 alike.setdefault(key, {})[member] = slice(place, place + stop - start)
             place += stop - start
@@ -170,7 +177,7 @@ class FlatJob:
             rows = range(start // row, (start + size) // row)
             shape = (len(places), len(rows), *stack.layout.shape[1:])
             flat = [_stacked(field, places).view(len(places), -1) for field in wanted]
-            # Blocks of columns are put side by side where the matrix is whole, and only there.
+            # Only whole matrices can have column blocks; they are put side by side here.
             stacks = [
                 self.layouts[0].matrix(field) if self.strategy == "owner" else field.view(shape) for field in flat
             ]
@@ -184,7 +191,7 @@ class FlatJob:
 
 
 def _stacked(field: Tensor, places: list[slice]) -> Tensor:
-    """The parts of a vector; without a copy where they follow each other."""
+    """The given parts of a vector, one after another; a view if they are adjacent."""
     if all(a.stop == b.start for a, b in itertools.pairwise(places)):
         return field[places[0].start : places[-1].stop]
     return torch.stack([field[place] for place in places])

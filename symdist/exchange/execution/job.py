@@ -1,4 +1,4 @@
-"""A job: parameters of one shape, rule, options and layout, run as one stack where strategy put them."""
+"""A job: parameters of one shape, rule, options and layout that run together, where their strategy says."""
 
 import functools
 from collections.abc import Callable, Generator, Sequence
@@ -26,10 +26,12 @@ RootObserver: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """This rank's pieces of what a job transforms, each in the order of its members; none is written to.
+    """This rank's pieces of a job's inputs, each list in the order of the members. None is written to.
 
-    `directions` are what the rule transforms, `gradients` are given where rows of zero gradients are skipped, `states`
-    are what the rule remembers: a list for each name.
+    Attributes:
+        directions: What the rule transforms: gradients after momentum.
+        gradients: The gradients, for stacks that skip rows of zero gradient; else None.
+        states: What the rule remembers: one list per name in `Stack.state_names`.
     """
 
     directions: Tensors
@@ -37,16 +39,23 @@ class StepInputs:
     states: tuple[Tensors, ...] = ()
 
     def fields(self, dtype: torch.dtype) -> list[Tensors]:
-        """All there is of every parameter, of one dtype; of gradients, where they are not zero."""
+        """List the fields that travel together: directions, then the mask of nonzero gradients if any, then states.
+
+        Args:
+            dtype: The dtype of the mask.
+        """
         touched = [] if self.gradients is None else [[gradient.ne(0).to(dtype) for gradient in self.gradients]]
         return [self.directions, *touched, *self.states]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutputs:
-    """What a job made: pieces like those that were given.
+    """This rank's pieces of a job's results, shaped like its inputs.
 
-    `moved` holds 1 where a weight may move, decay included, and 0 where it may not, or is None where every one moves.
+    Attributes:
+        updates: What is subtracted from the weights, times the learning rate.
+        moved: 1 where a weight may move, decay included, and 0 where it may not; None if all may.
+        states: What the rule remembers from now on: one list per name in `Stack.state_names`.
     """
 
     updates: Tensors
@@ -60,73 +69,84 @@ WriteOutputs: TypeAlias = Callable[[StepOutputs], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """What parameters must share to run as one: nothing here differs between them.
+    """What parameters must have in common to run as one batch of matrices.
 
-    `options` are the rule's own, as sorted items. With `skip_zero_grad_rows` a row of a matrix whose gradient is
-    exactly zero does not move. The last `padding_rows` rows of the stored tensor, which the view shows as rows or as
-    columns, take no part and never move.
+    Attributes:
+        rule: The rule.
+        options: The rule's own options, as sorted items.
+        view: How a stored tensor is seen as matrices.
+        layout: A `Layout`; before planning, a `FlatLayout` for parameters cut in runs of elements.
+        dtype: The dtype of the state and all arithmetic.
+        device: Where the pieces are.
+        asked: The strategy the user asked for, or "auto".
+        skip_zero_grad_rows: Whether a row whose gradient is exactly zero stays as it is.
+        padding_rows: How many of the last rows of the stored tensor take no part and never move. The view may show
+            them as columns.
     """
 
     rule: Rule
     options: tuple[tuple[str, Any], ...]
     view: View
     layout: Any
-    """A `Layout`, or of a parameter not yet placed a `FlatLayout`."""
     dtype: torch.dtype
     device: torch.device
     asked: str
-    """The strategy the user asked for, or "auto"."""
     skip_zero_grad_rows: bool = False
     padding_rows: int = 0
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor of the dtype and device of all arithmetic."""
+        """An empty tensor with the dtype and device of all arithmetic."""
         return torch.empty(0, dtype=self.dtype, device=self.device)
 
     @property
     def rows(self) -> int:
-        """The rows of a matrix that are real: what a rule is told, and decides by."""
+        """How many rows a matrix has without padding; the rule gets this number."""
         return self.view.rows - (self.padding_rows if self.view.kind == "as_stored" else 0)
 
     @property
     def columns(self) -> int:
-        """The columns of a matrix that are real."""
+        """How many columns a matrix has without padding; the rule gets this number."""
         return self.view.columns - (self.padding_rows if self.view.kind == "transposed" else 0)
 
     @property
     def admitted(self) -> tuple[str, ...]:
-        """The splits under which the rule can run where the pieces lie; told of what is real, as the rule itself is."""
+        """The axes ("rows", "columns") along which matrices may be split for the rule to run by reduce."""
         return self.rule.splits_of(dict(self.options), self.rows, self.columns)
 
     @functools.cached_property
     def state_names(self) -> tuple[str, ...]:
-        """What the rule remembers, beside the momentum."""
+        """Names of what the rule remembers between steps, besides the momentum."""
         return self.rule.remembers(dict(self.options))
 
     @functools.cached_property
     def coupled(self) -> bool:
-        """Whether the rule couples the matrices of a stage."""
+        """Whether the rule couples the matrices of a residual stage."""
         return self.rule.couples(dict(self.options))
 
     @property
     def masked(self) -> bool:
-        """Whether some weights may not move."""
+        """Whether some weights must not move, so that a mask travels along."""
         return self.skip_zero_grad_rows or self.padding_rows > 0
 
     def made(self, fields: Sequence[Tensors]) -> StepOutputs:
-        """The fields that `run_rule` made, by what they are."""
+        """Sort the fields that `run_rule` returns into updates, mask and states."""
         first = 1 + self.masked
         return StepOutputs(updates=fields[0], moved=fields[1] if self.masked else None, states=tuple(fields[first:]))
 
     @functools.cached_property
     def splits(self) -> dict[SplitKind, Group]:
-        """What the splits of the layout are to the matrices, and the ranks over which each runs."""
-        # Several splits that run between matrices, or tear them, differ in nothing that matters here.
+        """How the layout splits the matrices ("rows", "columns", "batch" or "unaligned"), and over which ranks."""
+        # Several splits between matrices, or several unaligned ones, may overwrite each other: nothing here depends on
+        # which of them remains.
         return {self.view.split_kind(split): self.layout.group_of(split) for split in self.layout.splits}
 
     def first_column(self, box: Sequence[range]) -> int:
-        """Where the columns of a piece begin in the matrix."""
+        """Return the matrix column at which a piece begins.
+
+        Args:
+            box: The piece's range along each stored dimension.
+        """
         if len(box) == 1:
             return 0
         match self.view.kind:
@@ -134,43 +154,51 @@ class Stack:
                 return box[-1].start
             case "transposed":
                 return box[-2].start
-        # A cut between heads, or neurons, leaves them their columns; another is for rules that need not know.
+        # In other views a cut between heads or neurons leaves all columns. Rules that need to know the column do not
+        # run on other cuts.
         return 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Some parameters of a stack, where their rule runs, and who owns each unit where owners do.
+    """Some parameters of a stack, and where their rule runs.
 
-    `owners` has the group index of the owner of every unit, an expert or a whole parameter. `communication_dtype` is
-    what matrices travel as.
+    Attributes:
+        stack: What the parameters have in common.
+        members: Their indices in the optimizer's list of parameters.
+        strategy: Where the rule runs: "local", "reduce" or "owner".
+        owners: For strategy "owner", the group index of every unit's owner. A unit is an expert or a whole parameter;
+            those of the first member come first.
+        communication_dtype: The dtype in which matrices are sent.
+        stages: The members' residual stages, if their rule couples the matrices of one; else empty.
     """
 
     stack: Stack
     members: tuple[int, ...]
-    """Indices into the optimizer's list of parameters."""
     strategy: Strategy
     owners: tuple[int, ...] = ()
     communication_dtype: torch.dtype = torch.float32
     stages: tuple[StageSlot, ...] = ()
-    """Of the members, where their rule couples the matrices of a stage."""
 
     @property
     def everyone(self) -> tuple[int, ...]:
-        """All members: each rank that has a job has all of it."""
+        """The parameters of this job on any rank: the members, as all ranks of a job have the same ones."""
         return self.members
 
     @functools.cached_property
     def route(self) -> GridRedistribution:
-        """How the matrices of an owner's job travel."""
+        """How matrices travel to their owners and back, for strategy "owner"."""
         return GridRedistribution(self.stack.layout, count=len(self.members), owners=self.owners)
 
     def task(
         self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_root: RootObserver | None = None
     ) -> Task:
-        """The job as a task that calls `read_inputs` when it starts and `write_outputs` when it has run.
+        """Make the task that runs this job.
 
-        `observe_root`, where given, is told every inverse root that is taken or received here.
+        Args:
+            read_inputs: Called when the task starts.
+            write_outputs: Called with the results when it ends.
+            observe_root: Called with every inverse root computed or received here, if given.
         """
         home = self.stack.layout.group
         if self.strategy == "owner":
@@ -179,7 +207,8 @@ class Job:
                 home=home,
                 strategy="owner",
             )
-        # Every rank speaks that holds a part of the matrices: all of them, over as many as have other ones.
+        # All ranks with a part of a matrix report its root: one in `ranks` of the group. With this weight a matrix
+        # counts for the whole group, as it does when only its owner reports it.
         batch = self.stack.splits.get("batch")
         ranks = batch.size if batch is not None else 1
         asking = written(
@@ -209,7 +238,7 @@ class Job:
         self, read_inputs: ReadInputs, observe_root: RootObserver | None
     ) -> Generator[Any, Any, list[Tensors]]:
         stack, route = self.stack, self.route
-        # Whether a row was touched is known only where the row is whole, so that travels too.
+        # Whether a row has a nonzero gradient is known only where the row is whole, so the mask travels too.
         fields = read_inputs().fields(stack.dtype)
         if route.whole_here:
             wholes = [route.own_wholes(field) for field in fields]
@@ -217,7 +246,7 @@ class Job:
             wholes = yield Gather(fields=fields, route=route, dtype=self.communication_dtype, like=stack.like)
         del fields
         made = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
-        # Who owns nothing still has a part in sums over stages.
+        # A rank that owns none still joins the residual-stage sums.
         if route.owned or self.stages:
             if len(stack.layout.shape) == 1:
                 wholes = [whole.squeeze(-1) for whole in wholes]
@@ -244,20 +273,28 @@ class Job:
 
 
 def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.dtype:
-    """What the matrices of a stack travel as. What a rule remembers must come back as it went, and travels along."""
+    """Return the dtype in which a stack's matrices are sent.
+
+    If the rule remembers something, that travels with the matrices and must not be rounded: then it is the stack's
+    own dtype.
+
+    Args:
+        stack: The stack.
+        communication_dtype: The dtype asked for; None for the stack's own.
+    """
     return stack.dtype if communication_dtype is None or stack.state_names else communication_dtype
 
 
 def written(
     stack: Stack, asking: Generator[Any, Any, list[Tensors]], write_outputs: WriteOutputs
 ) -> Generator[Any, Any, None]:
-    """The generator with its result handed to `write_outputs`."""
-    # Handed on at once, so that no update outlives its use while others are under way.
+    """Wrap a running rule so that its result goes to `write_outputs`."""
+    # At once, so that updates are freed while other tasks are still under way.
     write_outputs(stack.made((yield from asking)))
 
 
 def answered_locally(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-    """The generator of matrices that are whole here: what it asks answers itself, sums over stages apart."""
+    """Wrap a rule that runs on whole matrices: all its requests but residual-stage sums are answered on this rank."""
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
         return (yield request) if isinstance(request, StageRequest) else request.answer_locally()
@@ -268,7 +305,7 @@ def answered_locally(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
 def observed(
     asking: Generator[Any, Any, T], observe_root: RootObserver | None, members: Sequence[int], ranks: float
 ) -> Generator[Any, Any, T]:
-    """A running rule whose every inverse root is also handed to `observe_root`, with `members` and `ranks`."""
+    """Wrap a running rule so that every inverse root is also handed to `observe_root`, with `members` and `ranks`."""
     if observe_root is None:
         return asking
 
@@ -284,10 +321,17 @@ def observed(
 def run_rule(
     stack: Stack, fields: Sequence[Tensor], box: Sequence[range], share: StageContribution | None = None
 ) -> Generator[Any, Any, list[Tensor]]:
-    """Run the rule on stacks of pieces or wholes, which are what `box` tells of every stored dimension.
+    """Run the rule of a stack on pieces or whole matrices; a generator that yields the rule's requests.
 
-    The fields are those of `StepInputs.fields`, and become those of `StepOutputs`: the update, where it may move for a
-    stack of which not all does, and the new state. `share` is given where the rule couples the matrices of a stage.
+    Args:
+        stack: Whose rule to run.
+        fields: Those of `StepInputs.fields`, each stacked over the parameters: `[n, *stored shape]`.
+        box: The range that the pieces cover along each stored dimension.
+        share: This job's part in the residual-stage sums, if the rule couples the matrices of a stage.
+
+    Returns:
+        The fields for `Stack.made`, in the shape of the input fields: the update, the mask if the stack has one, and
+        the new states.
     """
     shape = tuple(fields[0].shape)
     values, *others = [stack.view.matrices(field) for field in fields]
@@ -320,7 +364,7 @@ def run_rule(
 
 
 def _real(stack: Stack, box: Sequence[range], values: Tensor) -> Tensor | None:
-    """1 for rows, or columns, of the matrix that are real, 0 for padding."""
+    """1 for rows (or columns) of the matrix and 0 for padding, to broadcast; None without padding."""
     if not stack.padding_rows:
         return None
     index = torch.arange(box[0].start, box[0].stop, device=values.device)

@@ -1,4 +1,4 @@
-"""Advance all rules of a wave together, answer what they ask in few collectives, and let one wave follow another."""
+"""Runs the tasks of a step wave by wave: requests of one wave share collectives, and waves overlap."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,15 +26,23 @@ _ANSWERS: dict[type, Any] = {
 }
 
 Timing: TypeAlias = Callable[[str], AbstractContextManager[Any]]
-"""Opened around work, by what kind it is: a strategy, or "exchange" for packing, sending and waiting."""
+"""Makes the context manager opened around a kind of work: a strategy, or "exchange" for packing and waiting."""
 
 
 class Task:
-    """A running generator and where its requests go.
+    """A running job: its generator, the request it waits for, and the ranks that answer.
 
-    `along` maps "rows" and "columns", as far as the matrices are split so, to the ranks that hold the other rows or
-    columns; a request across another axis answers itself. `home` are all ranks that hold the matrices: what an owner
-    asks goes to them. `strategy` says where the matrices are computed, `names` of which parameters they are.
+    Args:
+        asking: The generator; it yields requests and is sent their answers.
+        along: The ranks that hold the other rows or columns, by "rows" and "columns", for the axes along which the
+            matrices are split. Requests along other axes are answered on this rank. None by default.
+        home: All ranks that hold the matrices; they answer Gather, Scatter and residual-stage sums.
+        strategy: Where the matrices are computed, "local" by default.
+
+    Attributes:
+        names: The names of the job's parameters, for error messages.
+        pending: The request that other ranks must answer; None once the generator has ended.
+        group: The ranks that the pending request goes to.
     """
 
     names: Sequence[str] = ()
@@ -53,13 +61,16 @@ class Task:
         self.strategy = strategy
         self.pending: Any = None
         self.group: Group | None = None
-        """The ranks that the pending request goes to."""
         self._then: list[Group | None] = []
 
     def advance(self, answer: Any = None) -> None:
-        """Run to the next request that other ranks must answer, left in `pending`, or to the end."""
+        """Run to the next request that other ranks must answer, left in `pending`, or to the end.
+
+        Args:
+            answer: The answer to the pending request; None at the start.
+        """
         if self._then:
-            # Summed over the ranks with other rows; now over those with other columns.
+            # A sum across both axes: done over one group, now over the other.
             self.pending, self.group = Sum(values=answer, across="all"), self._then.pop()
             return
         self.pending = None
@@ -74,7 +85,7 @@ class Task:
 
     def _asked(self, request: Any) -> list[Group | None]:
         if isinstance(request, StageRequest):
-            # To this rank's other tasks, also where there is no other rank.
+            # Even without other ranks: this rank's other tasks have a part in the sum.
             return [self.home]
         if isinstance(request, Gather | Scatter):
             assert self.home is not None
@@ -91,18 +102,29 @@ def run(
     progress: StepProgress | None = None,
     timing: Timing = nullcontext,
 ) -> dict[Group, list[float]]:
-    """Run every task of every wave to its end, and `meanwhile` once, while the first collectives are under way.
+    """Run all tasks of all waves to their end.
 
-    `work` has, by group, the FLOPs each rank already has; roots and QRs go to the least loaded. Returns the loads
-    including them. `progress` is told what is under way. Raises ExchangeError where a collective fails.
+    A wave's first collectives start before the previous wave is computed, and its updates travel home while the next
+    one is computed: up to three waves hold buffers, but only one is computed at a time.
 
-    A wave's first collectives start before the wave before it is computed, and its updates travel home while the next
-    one is: up to three waves hold buffers, but only one is computed.
+    All ranks of a wave's groups must pass the same wave. Ranks may take part in different waves, but the order of each
+    rank's waves must agree with one order of all waves, in which those of one home are adjacent. The order of
+    collectives follows from the tasks and their shapes alone, and a rank waits for a wave only after it has started all
+    collectives of earlier ones, so ranks cannot deadlock.
 
-    The order of collectives follows from the tasks and their shapes alone. All ranks of a wave's groups must pass the
-    same wave, and all waves in an order that agrees with one order of all waves of all ranks, with those of one home
-    next to each other. A rank waits for a wave only when it has started all there is to start of those before: so no
-    ring of ranks, each waiting for another, can close, even where ranks take part in different waves.
+    Args:
+        waves: The tasks of each wave.
+        transport: What runs the collectives.
+        meanwhile: Called once, while the first collectives are under way.
+        work: By group, the FLOPs each rank already has; roots and QRs go to the least loaded. None by default.
+        progress: Told what is under way, for reports on a hung step.
+        timing: Opened around each piece of work; does nothing by default.
+
+    Returns:
+        The loads of `work`, roots and QRs included.
+
+    Raises:
+        ExchangeError: If a collective fails.
     """
     loads = {group: list(of_ranks) for group, of_ranks in (work or {}).items()}
     progress = progress or StepProgress()
@@ -132,18 +154,18 @@ def run(
 
 
 def _may_overlap(wave: Sequence[Task], following: Sequence[Task]) -> bool:
-    """Whether a wave's first collectives may start before the wave before it is computed.
+    """Whether a wave's first collectives may start before the previous wave is computed.
 
-    Waves of one home follow each other on all its ranks, so they interleave alike there. Of two others, some ranks may
-    have a third in between, and start all of the one before any of the other: where they share a process group, on
-    which collectives must start in one order, so must everyone.
+    They may if both waves have one and the same home: these are adjacent on all its ranks, so all ranks interleave
+    them alike. Between two waves of other homes some ranks may have a third, and those finish the first before they
+    start the second. Collectives on a shared process group must start in one order everywhere, so all ranks must then.
     """
     return len({task.home for task in (*wave, *following)}) == 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class _WaveContext:
-    """What a wave needs to travel, and which one it is."""
+    """What the buckets of a wave share; `wave` is its number, from 1."""
 
     transport: Transport
     loads: dict[Group, list[float]]
@@ -157,7 +179,7 @@ class _WaveContext:
 
 
 class _WaveRun:
-    """A wave on its way."""
+    """A wave under way: its tasks, the buckets of collectives being answered, and those going home."""
 
     def __init__(self, tasks: Sequence[Task], way: _WaveContext):
         self._tasks = list(tasks)
@@ -166,13 +188,13 @@ class _WaveRun:
         self._landing: list[_Bucket] = []
 
     def start(self) -> None:
-        """Start the first collectives."""
+        """Run all tasks to their first requests and start the collectives that answer these."""
         for task in self._tasks:
             self._way.advance(task)
         self._start()
 
     def advance(self) -> None:
-        """Answer until nothing is left to start: all that is still under way are updates going home."""
+        """Answer requests until only the updates going home are under way."""
         while self._up:
             while any(bucket.handle is not None for bucket in self._up):
                 for bucket in self._up:
@@ -182,7 +204,7 @@ class _WaveRun:
             self._start()
 
     def finish(self) -> None:
-        """Wait for what is still under way."""
+        """Wait for the updates going home, and hand them out."""
         for bucket in self._landing:
             while bucket.handle is not None:
                 bucket.step()
@@ -191,12 +213,12 @@ class _WaveRun:
 
     def _start(self) -> None:
         waiting = [task for task in self._tasks if task.pending is not None]
-        # Nothing follows what an owner sends home, so that need not hold up the others.
+        # Scatter is a task's last request, so nobody needs to wait for it here.
         last = [task for task in waiting if isinstance(task.pending, Scatter)]
         asking = [task for task in waiting if not isinstance(task.pending, Scatter)]
-        # Roots and QRs wait for those still summing, so that all of them share one reduce-scatter.
+        # Roots and QRs wait for tasks that still ask for other things, so that all of them share one reduce-scatter.
         sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal | StageRequest)]
-        # A stage's sum waits for all that have a part in it.
+        # A residual-stage sum waits for all tasks that have a part in it.
         sooner = sooner or [task for task in asking if not isinstance(task.pending, StageRequest)]
         self._landing += [_Bucket(tasks, self._way) for tasks in _buckets(last)]
         self._up = [_Bucket(tasks, self._way) for tasks in _buckets(sooner or asking)]
@@ -226,7 +248,7 @@ def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
 
 
 class _Bucket:
-    """Requests of one kind, group and dtype on their way: a generator that yields the handle it waits for."""
+    """Requests of one kind, group and dtype that are answered together; `handle` is the collective under way."""
 
     def __init__(self, tasks: list[Task], way: _WaveContext):
         self._tasks = tasks
@@ -237,7 +259,7 @@ class _Bucket:
         requests = [task.pending for task in tasks]
         self._kind, self._device = type(requests[0]).__name__.lower(), _kind(requests[0])[1]
         for task in tasks:
-            # What was sent is the buffer's now; the request need not keep it.
+            # So that the request's tensors are freed once they are copied to the send buffer.
             task.pending = None
         group = tasks[0].group
         self._group = group
@@ -250,7 +272,7 @@ class _Bucket:
             self._next()
 
     def step(self) -> None:
-        """Wait for the collective under way and start the next, if there is one."""
+        """Wait for the collective under way and start the next one, if any."""
         if self.handle is not None:
             with self._way.timing("exchange"):
                 try:
@@ -262,7 +284,7 @@ class _Bucket:
                 self._next()
 
     def hand_out(self) -> None:
-        """Let every task go on with its answer."""
+        """Advance every task with its answer."""
         answers, self._answers = self._answers, []
         for task in self._tasks:
             self._way.advance(task, answers.pop(0))

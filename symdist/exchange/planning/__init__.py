@@ -1,1 +1,1 @@
-"""Planning: where each rule runs, and what it costs."""
+"""Planning of a step: where each rule runs, and what it costs."""

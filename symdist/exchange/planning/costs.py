@@ -1,4 +1,4 @@
-"""What a rule asks of a rank, found by running it on meta tensors: so costs follow from the rule itself."""
+"""Costs of a rule in FLOPs and numbers sent, measured by running the rule on meta tensors."""
 
 import functools
 import math
@@ -18,17 +18,19 @@ from symdist.rules.linalg.orthonormal import OPERATIONS
 
 Axis: TypeAlias = Literal["rows", "columns"]
 
-# How many operations a rank does in the time it sends one byte: the order of an H100 in fp32 on 50 GB/s links, and of
-# a CPU core on a fast loopback. Only the choice among strategies hangs on it, and that seldom is close.
+# FLOPs a rank does in the time it sends one byte: the order of magnitude of an H100 in fp32 with 50 GB/s links, and of
+# a CPU core with a fast loopback. Only the choice of strategies depends on it, and that is seldom close.
 FLOPS_PER_BYTE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuleCost:
-    """What a rule asks for one piece of a matrix.
+    """The cost of a rule on one piece of a parameter.
 
-    Numbers summed across each axis, triangles of Grams included, and floating-point operations. Those of roots and QRs
-    are counted apart: one rank takes them for all.
+    Attributes:
+        summed: By axis, how many numbers are summed over the ranks along it; a Gram counts as its triangle.
+        flops: Floating-point operations without those of roots and QRs.
+        root_flops: Those of roots and QRs, which one rank does for all.
     """
 
     summed: Mapping[Axis, float]
@@ -37,27 +39,33 @@ class RuleCost:
 
 
 def shard_cost(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()) -> RuleCost:
-    """What the rule of a stack asks for a stored piece of `shape`, where other ranks have more of it along `axes`."""
-    # Without its layout: a cache must not keep process groups alive.
+    """Return the cost of a stack's rule on a stored piece.
+
+    Args:
+        stack: Whose rule.
+        shape: The shape of the stored piece.
+        axes: The matrix axes along which other ranks hold the rest; none by default.
+    """
+    # The layout is not passed on: the cache must not keep process groups alive.
     counts = stack.rows, stack.columns
     return _ask(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes))
 
 
 def unit_cost(stack: Stack) -> RuleCost:
-    """What the rule of a stack asks for one whole unit: an expert, or a parameter that is no stack of them."""
+    """Return the cost of a stack's rule on one whole unit: an expert of a 3-D parameter, or else a parameter."""
     shape = stack.layout.shape
     return shard_cost(stack, (1, *shape[1:]) if len(shape) == 3 else shape)
 
 
 def unit_flops(stack: Stack) -> float:
-    """The operations that the rule of a stack takes on one whole unit."""
+    """Return the FLOPs of a stack's rule on one whole unit, roots and QRs included."""
     asked = unit_cost(stack)
-    # A rule without products still costs a pass over its numbers.
+    # One more per element, as a rule without matrix products still costs a pass over them.
     return asked.flops + asked.root_flops + math.prod(stack.layout.shape) / units_of(stack)
 
 
 def units_of(stack: Stack) -> int:
-    """How many units a parameter of the stack is."""
+    """Return how many units a parameter of the stack has: its experts if it is 3-D, else 1."""
     return canonical_shape(stack.layout.shape)[0]
 
 
@@ -97,7 +105,7 @@ def _ask(
             else:
                 answer = request.values
                 numbers = request.values.nbytes / dtype.itemsize
-            # What a stage shares is not the one matrix's.
+            # A residual-stage sum is shared by many matrices, so it is not counted for one.
             across = None if isinstance(request, StageSum) else request.across
             for axis in axes:
                 summed[axis] += numbers if across in (axis, "all") else 0

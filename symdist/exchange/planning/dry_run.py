@@ -1,4 +1,4 @@
-"""A step without its numbers: all arithmetic and every collective on meta tensors, which a transport counts."""
+"""A step on meta tensors: runs every collective of a plan without data, for a transport to count."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,9 +20,15 @@ AnyJob: TypeAlias = Job | FlatJob
 def dry_run(
     plan: Plan, counting: CountingTransport, *, change: Callable[[AnyJob], AnyJob | None] = lambda job: job
 ) -> dict[Group, list[float]]:
-    """Run the jobs of a plan; gradients are taken for directions, and no weight is written.
+    """Run the jobs of a plan on meta tensors; nothing is sent and no weight is written.
 
-    `change` may replace a job, or leave it out. Returned are the operations that all ranks do, by group.
+    Args:
+        plan: The plan.
+        counting: Notes the collectives.
+        change: May replace a job, or leave it out by returning None; keeps all by default.
+
+    Returns:
+        By group, the FLOPs of each rank in a step, see `run`.
     """
 
     def task(job: AnyJob) -> Task | None:

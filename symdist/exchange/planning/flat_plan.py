@@ -1,7 +1,7 @@
-"""Where the rules of flat parameters run: where a matrix is whole, by completed rows, or at an owner.
+"""Chooses where the rules of flat parameters run: where a matrix is whole, on completed rows, or at an owner.
 
-What counts is the busiest rank, as for other layouts. Parameters of one kind share their jobs however each is cut, for
-in a ZeRO partition no two are cut alike.
+Costs are those of the busiest rank, as for other layouts. Parameters of one kind share jobs even if they are cut
+differently, since in a ZeRO partition hardly any two are cut alike.
 """
 
 import dataclasses
@@ -23,23 +23,30 @@ from symdist.layouts.flat import FlatLayout
 Cut = list[tuple[int, FlatLayout]]
 
 _EVEN = 1.02
-"""The load of the busiest rank over the mean at which nothing more is moved."""
+"""`_lighten` stops once the busiest rank's load is at most this many times the mean."""
 
 
 @dataclass
 class _Kind:
-    """Parameters that differ in nothing but how they are cut; `stack` has the ranks, and no cuts."""
+    """Parameters that differ only in how they are cut.
+
+    Attributes:
+        stack: What they have in common; its layout has the ranks, but no cuts.
+        name: The name of the first, for error messages.
+        column_blocks: Blocks of columns in which the matrices are stored one after another.
+        whole: Parameters that are whole on one rank and updated there.
+        cut: Parameters cut over several ranks.
+        sent: Parameters that are whole on one rank but go to an owner, to even out the load or for their stage.
+        owners: The owners of `sent`, by parameter index.
+    """
 
     stack: Stack
     name: str
     column_blocks: tuple[int, ...]
-    """Blocks of columns that the matrices are cut in first."""
     whole: Cut = field(default_factory=list)
     cut: Cut = field(default_factory=list)
     sent: Cut = field(default_factory=list)
-    """Whole on a rank that has too much to do."""
     owners: dict[int, int] = field(default_factory=dict)
-    """Of those that are sent, by their index."""
 
     @property
     def group(self) -> Group:
@@ -48,7 +55,7 @@ class _Kind:
 
     @property
     def multiple(self) -> int:
-        """The rows that must stay together: those of a head, or of a block of gates and ups."""
+        """How many rows must stay together: those of a head, or of a block of gate and up rows; else 1."""
         view = self.stack.view
         if len(view.stored) > 2:
             return 1
@@ -64,11 +71,23 @@ def plan_flat(
     work: dict[Group, list[float]],
     stages: StagePlan,
 ) -> list[FlatJob]:
-    """The jobs of the stacks whose layouts are flat; `work` has what ranks do otherwise, and is added to.
+    """Plan the stacks whose layouts are flat.
 
-    Matrices of `stages` all go to owners, who for those that are whole on a rank are that rank.
+    Matrices in residual stages all go to owners; one that is whole on a rank is owned by that rank.
 
-    Raises ValueError, naming the parameter, where a strategy was asked for that its layout does not admit.
+    Args:
+        stacks: By stack, the indices of its parameters.
+        names: The names of all parameters, by index.
+        budget: The bytes that a job may hold on a rank.
+        communication_dtype: The dtype in which matrices are sent; None for the stack's own.
+        work: By group, the FLOPs that each rank already has; those of these stacks are added.
+        stages: The residual stages and their waves.
+
+    Returns:
+        This rank's jobs. Those of matrices that are whole here are known to this rank alone.
+
+    Raises:
+        ValueError: Naming the parameter, if its layout does not admit the strategy asked for.
     """
     kinds: dict[tuple[Stack, tuple[int, ...]], _Kind] = {}
     for stack, members in stacks.items():
@@ -84,7 +103,7 @@ def plan_flat(
             (i, stack.layout) for i in members
         )
     for kind in kinds.values():
-        # In the order of the model, so that what flies together is cut on many ranks, not on the same few.
+        # In model order, so that the parameters of one wave are cut over many ranks, not over the same few.
         kind.whole.sort(key=lambda item: item[0])
         kind.cut.sort(key=lambda item: item[0])
     coupled = [kind for kind in kinds.values() if kind.stack.coupled]
@@ -117,14 +136,14 @@ def plan_flat(
 
 
 def _work(stack: Stack) -> float:
-    """The operations of the rule on a whole parameter, be it a stack of matrices."""
+    """FLOPs of the rule on a whole parameter, all its units included."""
     return units_of(stack) * unit_flops(stack)
 
 
 def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
-    """Let matrices that are whole on the busiest ranks be owned by the idlest, where sending them takes less time.
+    """Move matrices that are whole on the busiest ranks to the idlest ones, if sending them costs less than their work.
 
-    Partitions hold equal numbers of elements, not equal work: a rank with an embedding alone has next to none.
+    Partitions have equal numbers of elements, not equal work: a rank that holds only an embedding has almost none.
     """
     by_group: dict[Group, list[tuple[float, int, _Kind, FlatLayout]]] = {}
     for kind in kinds:
@@ -148,7 +167,7 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
             fitting = [unit for unit in here.get(busiest, []) if 0 < unit[0] < room]
             if loads[busiest] <= _EVEN * mean or not fitting:
                 break
-            # The one that leaves both most alike.
+            # The matrix whose move brings the two loads closest to each other.
             moved = min(fitting, key=lambda unit: (abs(room - 2 * unit[0]), unit[1]))
             here[busiest].remove(moved)
             cost, i, kind, layout = moved
@@ -160,11 +179,11 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
 
 
 def _choose(kind: _Kind, communication_dtype: torch.dtype | None) -> Strategy:
-    """What to do with those that are cut."""
+    """Choose the strategy for the parameters that are cut; "local" if there are none."""
     asked = kind.stack.asked
     if not kind.cut:
         return "local"
-    # What a stage shares is asked for by owners alone.
+    # For flat layouts, residual-stage sums run with owners only.
     admitted = not kind.stack.coupled and _admits_rows(kind)
     possible: list[Strategy] = ["owner", "reduce"] if admitted else ["owner"]
     if asked != "auto":
@@ -189,13 +208,13 @@ def _rows_stack(kind: _Kind, layout: FlatLayout) -> Stack:
 def _admits_rows(kind: _Kind) -> bool:
     if kind.column_blocks:
         return False
-    # Whatever the cut: a view that tears one cut tears them all.
+    # The first one speaks for all: whether rows suit the view does not depend on where they are cut.
     seen = set(_rows_stack(kind, kind.cut[0][1]).splits)
     return "unaligned" not in seen and seen <= {"batch", *kind.stack.admitted}
 
 
 def _alone(rows: Stack) -> bool:
-    """Whether whole rows are all the rule needs."""
+    """Whether the rule needs nothing beyond whole rows."""
     axes = [axis for axis in rows.splits if axis in ("rows", "columns")]
     if not axes:
         return True
@@ -206,7 +225,7 @@ def _alone(rows: Stack) -> bool:
 
 
 def _reduce_cost(kind: _Kind) -> float:
-    """Of any rank, in bytes sent: every sum runs over all ranks, whoever holds the matrix."""
+    """Any rank's cost in bytes: every sum runs over all ranks, whether or not they hold the matrix."""
     cost = 0.0
     ranks = kind.group.size
     for layout, count in Counter(layout for _, layout in kind.cut).items():
@@ -220,7 +239,7 @@ def _reduce_cost(kind: _Kind) -> float:
 
 
 def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
-    """Of the busiest rank, in bytes sent: its runs to their owners, and back what it owns."""
+    """The busiest rank's cost in bytes: its runs sent to owners, what it owns sent back, and FLOPs as bytes."""
     size = _layers(kind.stack) * math.prod(kind.stack.layout.shape)
     asked = unit_cost(kind.stack)
     work = units_of(kind.stack) * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
@@ -230,25 +249,25 @@ def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
         share = -(-count // len(chosen))
         for rank, start, stop in layout.runs:
             costs[rank] += count * _layers(kind.stack) * (stop - start) * dtype.itemsize
-        # Where there are fewer matrices than candidates, the first few take one each.
+        # With fewer matrices than candidates, only the first few candidates own one.
         for rank in chosen[:count]:
             costs[rank] += share * ((size - 2 * _layers(kind.stack) * layout.size_at(rank)) * dtype.itemsize + work)
     return max(costs)
 
 
 def _layers(stack: Stack) -> int:
-    """How many tensors of a matrix travel to its owner and back: it, and what its rule remembers."""
+    """How many tensors per matrix travel to its owner and back: the direction, and what the rule remembers."""
     return 1 + len(stack.state_names)
 
 
 def _candidates(layout: FlatLayout) -> list[int]:
-    """The ranks that hold about as much of a matrix as any: to own it they receive least."""
+    """The ranks that hold at least half as much of a matrix as any: as owners they receive least."""
     most = max(stop - start for _, start, stop in layout.runs)
     return [rank for rank, start, stop in layout.runs if 2 * (stop - start) >= most]
 
 
 def _add_work(kind: _Kind, strategy: Strategy, loads: list[float]) -> None:
-    """The operations of every rank on what lies there."""
+    """Add to `loads` every rank's FLOPs on matrices whose rank is already known."""
     unit = _work(kind.stack)
     for _, layout in kind.whole:
         assert layout.sole_owner is not None
@@ -264,7 +283,7 @@ def _add_work(kind: _Kind, strategy: Strategy, loads: list[float]) -> None:
 
 
 def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int]:
-    """Who owns each parameter, by its index: of those that hold most of it, who has least to do; costliest first."""
+    """Choose owners by parameter index, costliest first: the least loaded of the ranks that hold most of it."""
     owners: dict[int, int] = {}
     by_group: dict[Group, list[tuple[float, int, FlatLayout]]] = {}
     for kind in kinds:
@@ -285,7 +304,7 @@ def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int
 
 
 def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
-    """Of the matrices that are whole on this rank; others need not know."""
+    """Jobs of the matrices that are whole on this rank; other ranks need not know of them."""
     here = [(i, layout) for i, layout in kind.whole if layout.sole_owner == kind.group.index]
     each = 4.0 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
     step = max(1, int(budget // max(1.0, each)))
@@ -335,9 +354,10 @@ def _summed(rows: Stack) -> float:
 def _cut_in_waves(
     stack: Stack, given: Cut, budget: float, more: Mapping[int, Mapping[int, float]]
 ) -> list[tuple[Cut, float]]:
-    """Cut parameters, in order, as many at a time as the budget of the busiest rank holds, and the bytes it then holds.
+    """Split parameters, in order, into parts within the busiest rank's budget; each with the bytes that rank holds.
 
-    A piece is held, copied, updated and copied again; `more` has numbers that ranks hold besides, for each parameter.
+    A piece takes 6 times its size, as it is held, copied, updated and copied again. `more` has, by parameter and rank,
+    how many numbers a rank holds besides.
     """
     waves: list[Cut] = []
     flights: list[float] = []

@@ -1,6 +1,6 @@
-"""Where each rule runs: local, reduce or owner, decided from shapes and groups alone.
+"""Chooses where each rule runs (local, reduce or owner) from shapes and groups alone.
 
-What counts is the busiest rank: everyone waits for it.
+Costs are those of the busiest rank, as all others wait for it.
 """
 
 import dataclasses
@@ -23,10 +23,13 @@ from symdist.layouts import FlatLayout, Group
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The jobs of a step: those that need no other rank, and the waves of those that do.
+    """The jobs of a step.
 
-    `work` has, for each set of ranks, the operations that every one of them does in a step, but for inverse roots of
-    sums: those go to whoever has least to do.
+    Attributes:
+        local: Jobs that need no other rank.
+        waves: The others, by wave.
+        work: By group, each rank's FLOPs in a step. Roots and QRs of sums are not included: the least loaded ranks take
+            them during the step.
     """
 
     local: list[Job | FlatJob]
@@ -35,16 +38,16 @@ class Plan:
 
     @property
     def jobs(self) -> list[Job | FlatJob]:
-        """All of them."""
+        """All jobs: the local ones, then those of each wave."""
         return self.local + [job for wave in self.waves for job in wave]
 
     @property
     def largest_unit(self) -> float:
-        """The most operations that one rank must do by itself: those on the costliest unit."""
+        """The FLOPs of the costliest unit that one rank must update by itself; 0 if there is none."""
         return max((unit_flops(job.stack) for job in self.jobs if job.strategy != "reduce"), default=0.0)
 
     def groups(self) -> set[Group]:
-        """All sets of ranks that talk in a step."""
+        """Return all groups that communicate in a step."""
         found: set[Group] = set()
         for job in self.jobs:
             if job.strategy == "owner" or (isinstance(job, FlatJob) and job.strategy == "reduce"):
@@ -57,7 +60,7 @@ class Plan:
         return found
 
     def strategies(self) -> dict[int, Strategy]:
-        """The strategy of every parameter, by its index."""
+        """Return the strategy of every parameter, by its index in the optimizer's list."""
         return {member: job.strategy for job in self.jobs for member in job.everyone}
 
 
@@ -70,14 +73,21 @@ def make_plan(
 ) -> Plan:
     """Choose where every stack runs, cut waves within `exchange.bucket_bytes`, and give the owned units owners.
 
-    `stacks` maps a stack to the indices of its parameters, in an order that is the same on all ranks that hold them;
-    `names` are all parameters' names. `stages` has the parameters that rules couple: those of a stage are in one wave.
-    A single parameter, or stage, larger than the budget makes a wave of its own. Matrices travel as
-    `communication_dtype`, or as what they are computed in, as do all whose rules remember something. Raises ValueError,
-    naming the parameter, where a strategy was asked for that its layout does not admit.
+    A parameter or residual stage larger than the budget makes a wave of its own. Nothing is sent; all ranks that hold
+    a parameter compute the same plan for it.
+
+    Args:
+        stacks: By stack, the indices of its parameters, in an order that is the same on all ranks that hold them.
+        names: The names of all parameters, by index.
+        exchange: The budget and the dtype in which matrices travel, see `travels_as`.
+        stages: The residual stage of every parameter whose rule couples one; those of a stage are in one wave. None
+            by default.
+
+    Raises:
+        ValueError: Naming the parameter, if its layout does not admit the strategy asked for.
     """
     jobs: list[Job] = []
-    # While one wave is computed the next sets out and the one before comes home.
+    # Half for each: besides the wave being computed, the next is setting out while the one before comes home.
     budget = exchange.bucket_bytes // 2
     sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
     in_stages = StagePlan.cut(stages or {}, sizes, budget=budget)
@@ -120,12 +130,16 @@ def make_plan(
 
 
 def _cut(stack: Stack) -> dict[Axis, Group]:
-    """The splits that cut the matrices themselves, and over which ranks."""
+    """The axes along which the matrices themselves are cut, and over which ranks."""
     return {axis: group for axis, group in stack.splits.items() if axis in ("rows", "columns")}
 
 
 def possible_strategies(stack: Stack) -> list[Strategy]:
-    """The strategies that a stack's rule, view and layout admit, where it lies on a grid: one at least."""
+    """Return the strategies that a stack's rule, view and layout admit; at least one.
+
+    Args:
+        stack: A stack whose layout is a `Layout`, not a `FlatLayout`.
+    """
     found: list[Strategy] = []
     cut = _cut(stack)
     if not cut and "unaligned" not in stack.splits:
@@ -153,7 +167,7 @@ def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name:
 
 
 def _operations(stack: Stack) -> float:
-    """Operations on the largest piece, where it is a whole number of matrices."""
+    """FLOPs on the largest piece, which consists of whole matrices."""
     if 0 in stack.layout.largest_shape:
         return 0.0
     asked = shard_cost(stack, stack.layout.largest_shape)
@@ -161,7 +175,7 @@ def _operations(stack: Stack) -> float:
 
 
 def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> float:
-    """Of the busiest rank, in bytes sent: all its pieces there, its share of updates back to every copy."""
+    """The busiest rank's cost in bytes: pieces sent to owners, updates sent to every copy, and FLOPs as bytes."""
     layout = stack.layout
     assert layout.group is not None
     ranks, copies = layout.group.size, layout.num_replicas
@@ -189,7 +203,7 @@ def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
 
 
 def _waves(jobs: list[Job | FlatJob], budget: int, stages: StagePlan) -> list[list[Job | FlatJob]]:
-    """Jobs of the same ranks together, as many as the budget holds; in an order that all ranks agree on."""
+    """Fill waves with jobs of the same ranks, within the budget, in an order that all ranks agree on."""
     by_ranks: dict[tuple[int, ...], list[Job | FlatJob]] = {}
     for job in jobs:
         group = job.stack.layout.group
@@ -229,12 +243,12 @@ def _coupled_bytes(stack: Stack) -> float:
 
 
 def _flight_bytes(stack: Stack, strategy: Strategy) -> float:
-    """What one parameter holds on a rank while under way, at most, but for what a single unit needs.
+    """Bound on the bytes that one parameter holds on a rank while under way, without what a single unit needs.
 
-    In place: direction, its copy in the stack, update, and as much again in between; and of every Gram the sum's
-    triangle there and back, and the matrix and its root. At owners: pieces there and back, and of the owned share the
-    parts received, put together, updated and sent, and what the rule needs in between. Not from this rank's piece but
-    from the largest: all ranks must cut alike.
+    In place: the direction, its copy in the stack, the update and intermediates; per Gram, the triangle sent and
+    received, the matrix and its root. At owners: the pieces sent and received; of the owned share, the parts received,
+    put together, updated and sent, and intermediates. It uses the largest piece of any rank, as all ranks must cut the
+    same waves.
     """
     piece = math.prod(stack.layout.largest_shape)
     states = len(stack.state_names)
@@ -250,7 +264,7 @@ def _flight_bytes(stack: Stack, strategy: Strategy) -> float:
 
 
 def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
-    """The operations of every rank on the pieces that lie there, for each set of ranks."""
+    """By group, every rank's FLOPs on jobs that run where the pieces are (local and reduce)."""
     work: dict[Group, list[float]] = {}
     for job in jobs:
         group = job.stack.layout.group
@@ -268,9 +282,9 @@ def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
 
 
 def _with_owners(jobs: list[Job], work: dict[Group, list[float]]) -> list[Job]:
-    """Every job with its owners: balanced by operations over all jobs that the same ranks share.
+    """Give every owner job its owners, balanced by FLOPs over all jobs of a group; adds to `work`.
 
-    Units of one cost go round the ranks in order, so that each wave is balanced about as well as the whole.
+    Units of one cost go round the ranks in order, so each wave is balanced about as well as the whole step.
     """
     by_group: dict[Group, list[Job]] = {}
     for job in jobs:

@@ -1,8 +1,8 @@
 """Inverse square roots of Gram matrices: the only dense linear algebra the spectral rules need.
 
-A polar factor is `M·(MᵀM)^{-1/2}`. Every iterative polar method that multiplies `M` by odd polynomials of
-itself is a polynomial in the Gram applied once to `M`, so all of them run here, on the small side, in at
-least float32, whatever the layout of `M`.
+A polar factor is `M·(MᵀM)^{-1/2}`. Every iterative polar method that multiplies `M` by odd polynomials of itself is a
+polynomial in the Gram, applied once to `M`. So all of them run here, on the small side and in at least float32,
+whatever the layout of `M`.
 """
 
 from dataclasses import dataclass
@@ -45,11 +45,15 @@ _DEFAULT_STEPS = {"polar_express": 5, "newton_schulz": 15, "exact": 0}
 
 @dataclass(frozen=True, kw_only=True)
 class Numerics:
-    """How an inverse root, or Muon's polar factor, is taken.
+    """How an inverse root, or Muon's polar factor, is computed.
 
-    `steps` is the number of polynomial steps, 0 for the method's own (5 for polar_express, 15 for the cubic
-    newton_schulz; "exact" has none). `damping` is relative to `‖C‖_F`. `normalise` says by what the iteration
-    bounds the spectrum: "gram" by `‖C‖_F`, "matrix" by `tr C = ‖M‖²_F` with the coefficients Muon runs on.
+    Attributes:
+        method: "polar_express" (default, quintic), "newton_schulz" (cubic) or "exact" (eigendecomposition).
+        steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
+            "newton_schulz". "exact" has none.
+        damping: Added to the diagonal of the Gram C, relative to `‖C‖_F`; 1e-8 by default.
+        normalise: What bounds the spectrum before the iteration: "gram" (default) `‖C‖_F`, "matrix" `tr C = ‖M‖²_F`,
+            which goes with Muon's coefficients.
     """
 
     method: Method = "polar_express"
@@ -58,7 +62,7 @@ class Numerics:
     normalise: Literal["gram", "matrix"] = "gram"
 
     def coefficients(self) -> list[Quintic]:
-        """One `(a, b, c)` a step; a step maps a singular value x to `a·x + b·x³ + c·x⁵`."""
+        """Return one `(a, b, c)` per step, which maps a singular value x to `a·x + b·x³ + c·x⁵`."""
         steps = self.steps or _DEFAULT_STEPS[self.method]
         if self.method == "newton_schulz":
             table = _CUBIC
@@ -70,15 +74,17 @@ class Numerics:
         """Floating-point operations of one `[d, d]` root, to leading order."""
         if self.method == "exact":
             return 25.0 * d**3
-        # Four products a step, less those with the identity at the start and for a Y nobody reads at the end.
+        # Four products per step, less those with the identity in the first and the unused update of Y in the last.
         return (4 * len(self.coefficients()) - 3) * 2.0 * d**3
 
 
 class InverseRoot:
-    """`matrix` is `C^{-1/2}`, `[b, d, d]`, of a Gram `C` of `M`; the norms of `M` are found when asked for.
+    """The inverse square root `C^{-1/2}` of the Gram `C` of `M`, and the norms of `M`, computed when asked for.
 
-    Where the Gram stayed on another rank, its norms come along instead of it. Where M was divided by `unit` first, the
-    norms are those of M before.
+    Args:
+        matrix: `C^{-1/2}`, `[b, d, d]`.
+        gram: C, `[b, d, d]`, from which the norms are computed.
+        norms: The nuclear and the Frobenius norm, `[b, 1, 1]` each, given where the Gram stayed on another rank.
     """
 
     def __init__(self, matrix: Tensor, *, gram: Tensor | None = None, norms: tuple[Tensor, Tensor] | None = None):
@@ -88,7 +94,7 @@ class InverseRoot:
         self._unit: Tensor | float = 1.0
 
     def of_larger(self, unit: Tensor | None) -> "InverseRoot":
-        """The same root, with the norms of `unit·M`."""
+        """Make the norms those of `unit·M`, for an M that was divided by `unit` before, and return this root."""
         self._unit = 1.0 if unit is None else unit
         return self
 
@@ -110,15 +116,20 @@ class InverseRoot:
 
 
 def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
-    """The damped inverse square root of a stack of symmetric positive semi-definite matrices.
+    """Compute the damped inverse square roots of a stack of symmetric positive semi-definite matrices.
 
-    `gram` is `[b, d, d]` and is not written to. A zero matrix gives a finite root. The result has the dtype
-    of `gram`, or float32 where that is narrower; "exact" computes in float64.
     Source: Lau & Su, arXiv 2605.18106 (coupled polynomial iteration); the Polar Express, arXiv 2505.16932.
+
+    Args:
+        gram: `[b, d, d]`; not written to.
+        numerics: The method, its steps and the damping. "exact" computes in float64.
+
+    Returns:
+        The roots, in the dtype of `gram` or in float32 where that is narrower. A zero matrix gives a finite root.
     """
     c = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    # By the trace: unlike a norm's squares it stays in float32's range as long as the Gram itself does. Where even the
-    # trace is denormal it carries no digits, and the matrix counts as zero.
+    # Scale by the trace: unlike the squares in a norm it stays in float32's range as long as the Gram itself does. A
+    # denormal trace has no digits left, so such a matrix counts as zero.
     trace = _trace(c)
     number = torch.finfo(c.dtype)
     held = trace > number.tiny / number.eps
@@ -133,12 +144,18 @@ def _trace(x: Tensor) -> Tensor:
 
 
 def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
-    """The polar factor of `[b, m, n]` by the quintic steps on the matrix itself, in bfloat16, smaller side first.
+    """Compute the polar factor by quintic steps on the matrix itself, in bfloat16, as Muon runs on accelerators.
 
-    What Muon runs on accelerators: the products are fast and the rounding, some percent of a singular value, is part
-    of the method as published. `numerics.method` must be iterative. The result has the dtype of `m`.
+    The products are fast. The rounding, some percent of a singular value, is part of the method as published.
+
+    Args:
+        m: `[b, m, n]`.
+        numerics: The coefficients; `numerics.method` must be iterative.
+
+    Returns:
+        The polar factor, in the shape and dtype of `m`.
     """
-    # By a power of two first, which rounds nothing: the squares of a long-unused expert's momentum are zero.
+    # Dividing by a power of two first rounds nothing. Without it the squares of a long-unused expert's momentum vanish.
     exponent = torch.frexp(m.float().abs().amax((-2, -1), keepdim=True)).exponent.clamp(-126, 126)
     x = torch.ldexp(m, -exponent).bfloat16()
     tall = m.shape[-2] > m.shape[-1]
@@ -146,8 +163,8 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
     x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True)).clamp_min(torch.finfo(x.dtype).tiny)
     for a, b, c in numerics.coefficients():
         gram = x @ x.mT
-        # Product by product, each rounded to bfloat16: a fused form rounds less, but then departs from the
-        # published updates by as much as they depart from the exact polynomial.
+        # Each product is rounded to bfloat16 separately. A fused form rounds less, but then differs from the
+        # published updates by as much as they differ from the exact polynomial.
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(m.dtype)
 
@@ -155,13 +172,14 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
 def _exact(unit: Tensor, numerics: Numerics) -> Tensor:
     values, vectors = torch.linalg.eigh(unit.double())
     norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-    # Rounding leaves eigenvalues of a singular Gram at ±eps of its dtype: without a floor, their roots are noise.
+    # Rounding leaves the zero eigenvalues of a singular Gram at ±eps of its dtype. Without a floor their roots are
+    # noise.
     values = values.clamp_min(torch.finfo(unit.dtype).eps) + numerics.damping * norm
     return ((vectors * values.rsqrt()[..., None, :]) @ vectors.mT).to(unit.dtype)
 
 
 def _polynomial(unit: Tensor, numerics: Numerics) -> Tensor:
-    """Coupled iteration: `y → A^{1/2}`-ward, `z → A^{-1/2}`-ward, all factors polynomials in the same `A`."""
+    """Coupled iteration: y tends to `A^{1/2}`, z to `A^{-1/2}`; all factors are polynomials in the same `A`."""
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
     y = unit
     if numerics.damping:

@@ -1,4 +1,4 @@
-"""Orthonormal columns: the Q of a QR, made unique, by products where these are safe and by reflections where not."""
+"""Orthonormal columns: the unique Q of a QR, by Cholesky QR where that is accurate and by Householder where not."""
 
 import math
 from collections.abc import Sequence
@@ -7,21 +7,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Passes of Cholesky QR: the first, shifted one bounds the condition number, the others bring it to one.
+# Passes of Cholesky QR: the first, with a shift, bounds the condition number; the others bring it to one.
 _PASSES = 3
 _TOLERANCE = 1e-10
 
 
 def orthonormal(a: Tensor) -> Tensor:
-    """The Q of `a = Q·R` with R upper triangular and its diagonal positive: `[b, m, k]`, `m ≥ k`, each by itself.
+    """Compute the Q of `a = Q·R`, with R upper triangular and its diagonal positive, for each matrix of a stack.
 
-    By Cholesky QR of the columns at length one, `Q = A·L^{-T}` with `L·Lᵀ = AᵀA + δI`, and twice more without the shift
-    δ, all in float64; a matrix of which that does not make an orthonormal one by Householder reflections. A column that
-    hangs on those before it, to the rounding of `a`, is left out, and a unit vector e_j stands in: so the same matrix
-    has the same Q whatever its last digits. A zero matrix stays zero. Costs about `9·m·k²` operations.
+    The columns are scaled to length one, then orthonormalised by Cholesky QR in float64: `Q = A·L^{-T}` with
+    `L·Lᵀ = AᵀA + δI`, and twice more without the shift δ. Matrices for which that fails are done by Householder
+    reflections. A column that depends linearly on those before it, within the rounding of `a`, is left out and a unit
+    vector e_j takes its place, so that Q does not depend on last digits. Costs about `9·m·k²` operations.
 
     Source: Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR for computing the QR factorization
     of ill-conditioned matrices*, SIAM J. Sci. Comput. 42, 2020.
+
+    Args:
+        a: `[b, m, k]`, `m ≥ k`.
+
+    Returns:
+        Q, in the shape and dtype of `a`; a zero matrix gives a zero matrix.
     """
     m, k = a.shape[-2:]
     x = a.double()
@@ -33,13 +39,13 @@ def orthonormal(a: Tensor) -> Tensor:
     q = x
     for i in range(_PASSES):
         gram = q.mT @ q
-        # A zero matrix is given something to factor, and is set to zero at the end.
+        # A zero matrix has no factor: use the identity here, and set the result to zero at the end.
         gram = torch.where(zero, eye, gram) + (shift * eye if i == 0 else 0)
         lower, _ = torch.linalg.cholesky_ex(gram)
         q = torch.linalg.solve_triangular(lower, q.mT, upper=False).mT
     error = (q.mT @ q - eye).abs().amax((-2, -1), keepdim=True)
     least = 100 * m**0.5 * torch.finfo(a.dtype).eps
-    # Written so that what is not a number fails too.
+    # Both comparisons are false for NaN, so that NaN counts as failed.
     fine = (error <= _TOLERANCE) & ((q * x).sum(-2, keepdim=True) > least).all(-1, keepdim=True)
     failed = (~fine & ~zero).flatten()
     if not a.is_meta and bool(failed.any()):
@@ -59,7 +65,7 @@ OPERATIONS: dict[Any, Any] = {
     torch.ops.aten.linalg_cholesky_ex: _cholesky_operations,
     torch.ops.aten.linalg_solve_triangular: _solve_operations,
 }
-"""What PyTorch's counter of operations must be told of."""
+"""Operation counts that PyTorch's FlopCounterMode lacks."""
 
 
 def orthonormal_operations(m: int, k: int) -> float:
@@ -71,7 +77,7 @@ def _householder(x: Tensor, least: float) -> Tensor:
     q, r = torch.linalg.qr(x)
     hanging = r.diagonal(dim1=-2, dim2=-1).abs()[..., None, :] <= least
     if bool(hanging.any()):
-        # Not among the columns that stay: they would have their last digits decide.
+        # Leave dependent columns out of the QR: their directions would come from their last digits alone.
         q, r = torch.linalg.qr(torch.where(hanging, torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device), x))
     signs = r.diagonal(dim1=-2, dim2=-1).sign()
     return q * torch.where(signs == 0, 1, signs)[..., None, :]
