@@ -1,4 +1,4 @@
-"""How the optimizer treats a parameter: its role, rule, view and strategy, for reports."""
+"""A summary of how the optimizer treats a parameter (role, rule, view, strategy), for reports."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Assignment:
     Attributes:
         name: The parameter's name.
         shape: The shape of the whole tensor, not of this rank's piece.
-        role: What the parameter is, by its param group; may be empty.
+        role: What the parameter is used for, as its param group says; may be empty.
         rule: The name of its rule.
-        options: The options that differ from their defaults: those of the rule and its momentum, and `weight_decay`,
-            `cautious_weight_decay`, `skip_zero_grad_rows` and `padding_rows`.
-        lr: The learning rate now.
-        view: How the tensor is seen as matrices.
+        options: The options whose values differ from their defaults. These are options of the rule and of its momentum,
+            and `weight_decay`, `cautious_weight_decay`, `skip_zero_grad_rows` and `padding_rows`.
+        lr: The current learning rate.
+        view: How the tensor is read as matrices.
         strategy: Where its rule runs: "local", "reduce" or "owner".
     """
 
@@ -39,12 +39,15 @@ class Assignment:
 
 
 def assignment(spec: ParamSpec, group: Mapping[str, Any], strategy: Strategy) -> Assignment:
-    """Describe how a parameter is treated.
+    """Summarize how the optimizer treats a parameter.
 
     Args:
         spec: The parameter.
         group: Its param group.
         strategy: Where its rule runs.
+
+    Returns:
+        The summary.
     """
     defaults = {
         **{key: value for key, value in COMMON.items() if key not in ("view", "strategy", "role")},

@@ -1,7 +1,7 @@
-"""Views: how a stored tensor is seen as matrices (transposed, by heads, in gate/up pairs, expert by expert).
+"""Views: how a stored tensor is read as matrices (transposed, by heads, in gate/up pairs, expert by expert).
 
-A view acts on the trailing two dimensions; any dimension before them makes a stack. The same code works on the whole
-tensor and on a rank's piece of it, as long as the cut leaves pieces that are blocks of the matrices (`split_kind`).
+A view acts on the last two dimensions; any dimension before them makes a stack of matrices. The same code works on the
+whole tensor and on a rank's piece, as long as the pieces are blocks of the matrices (see `View.split_kind`).
 """
 
 import math
@@ -23,16 +23,17 @@ _NAMED = ("as_stored", "transposed", "gate_up_stacked", "gate_up_interleaved")
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A view bound to a stored shape.
+    """A view bound to the shape of a stored tensor.
 
     Attributes:
-        kind: The view's kind; "gate_up_stacked_1" is gate and up stacked along dimension 1, "heads_0" and "heads_1" are
-            heads along dimension 0 or 1.
-        stored: The whole stored tensor's shape.
-        count: Number of matrices in the whole tensor.
-        rows: Number of rows of each matrix.
-        columns: Number of columns of each matrix.
-        unit: For heads, the head size; for stacked gate and up, the size of a block of gates and ups; otherwise 1.
+        kind: The kind of view. "gate_up_stacked_1" means gate and up stacked along dimension 1, "heads_0" and "heads_1"
+            mean heads along dimension 0 or 1.
+        stored: The shape of the whole stored tensor.
+        count: The number of matrices in the whole tensor.
+        rows: The number of rows of each matrix.
+        columns: The number of columns of each matrix.
+        unit: For heads, the head size. For stacked gate and up, the size of one block, which holds some gates followed
+            by their ups. Otherwise 1 (the default).
     """
 
     kind: Kind
@@ -48,10 +49,10 @@ class View:
         return self.unit == self.stored[-2 if self.kind == "gate_up_stacked" else -1]
 
     def matrices(self, tensor: Tensor) -> Tensor:
-        """View a tensor or a piece as matrices.
+        """Read a stored tensor, or a piece of one, as matrices.
 
         Args:
-            tensor: `[…, p, q]`, the stored tensor, a piece of it, or a stack of either; `[…, p]` for vectors.
+            tensor: `[…, p, q]`: the stored tensor, a piece of it, or a stack of either. For vectors, `[…, p]`.
 
         Returns:
             `[b, m, n]`.
@@ -84,10 +85,10 @@ class View:
 
         Args:
             matrices: `[b, m, n]`.
-            shape: The shape that `matrices` was given.
+            shape: The shape of the tensor that was passed to `matrices`.
 
         Returns:
-            The values in that shape.
+            The values, in that shape.
         """
         if len(self.stored) == 1:
             return matrices.reshape(shape)
@@ -110,11 +111,15 @@ class View:
                 return matrices.reshape(b, q // self.unit, p, self.unit).transpose(1, 2).reshape(shape)
 
     def split_kind(self, split: DimSplit) -> SplitKind:
-        """Tell how a split of the stored tensor cuts these matrices.
+        """Return how a split of the stored tensor cuts the matrices of this view.
+
+        Args:
+            split: A split of the stored tensor.
 
         Returns:
-            "batch" if it runs between matrices; "rows" or "columns" if it cuts each matrix that way; "unaligned" if the
-            pieces are not blocks of the matrices, so that the rule can only run where they are put together.
+            "batch" if the cuts run between matrices, "rows" or "columns" if they divide the rows or the columns of each
+            matrix, and "unaligned" if the pieces are not blocks of the matrices. In the last case the rule can only run
+            where the pieces are assembled into matrices.
         """
         dim = split.dim - len(self.stored)
         if len(self.stored) == 1:
@@ -143,25 +148,26 @@ class View:
 
 
 def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
-    """Bind the view that an option names to a stored shape.
+    """Bind a view, as a param group names it, to the shape of a stored tensor.
 
     Args:
         view: One of
 
-            - "as_stored": the trailing two dimensions as they are;
-            - "transposed": those dimensions swapped;
-            - "gate_up_stacked": `[…, 2r, d]`, all gates before all ups, seen as r pairs `[…, r, 2d]`;
-            - "gate_up_interleaved": `[…, d, 2r]`, gate and up alternating, seen as r pairs `[…, r, 2d]`;
+            - "as_stored": the last two dimensions as they are;
+            - "transposed": the last two dimensions swapped;
+            - "gate_up_stacked": `[…, 2r, d]`, all gates before all ups, read as r pairs `[…, r, 2d]`;
+            - "gate_up_interleaved": `[…, d, 2r]`, gate and up alternating, read as r pairs `[…, r, 2d]`;
             - `{"gate_up": b, "dim": 0 or 1}`: b blocks along that dimension, each with its gates before its ups;
-            - `{"heads": h, "dim": 0 or 1}`: h heads along that dimension, each a matrix.
-        shape: The whole stored tensor's shape: a vector `[p]`, a matrix `[p, q]`, or a stack of matrices `[k, p, q]`.
+            - `{"heads": h, "dim": 0 or 1}`: h heads along that dimension, each of which is a matrix.
+        shape: The shape of the whole stored tensor: a vector `[p]`, a matrix `[p, q]`, or a stack of matrices `[k, p,
+            q]`.
         name: The parameter's name, for error messages.
 
     Returns:
         The bound view.
 
     Raises:
-        ValueError: If there is no such view or the shape does not fit it.
+        ValueError: If there is no such view, or the shape does not fit it.
     """
     if not 1 <= len(shape) <= 3:
         raise ValueError(

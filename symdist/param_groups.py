@@ -1,4 +1,4 @@
-"""Parameter groups: checks what a user gives, fills in defaults, and describes the parameters."""
+"""Parameter groups: checks of the user's input, default options, and descriptions of the parameters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMON: dict[str, Any] = {
     "role": "",
 }
 _READERS = {"params", "param_names", "lr", "rule"}
-# Keys that trainers and PyTorch's schedulers keep in param groups: accepted and carried along, but not used here.
+# Keys that trainers and PyTorch's schedulers store in param groups. They are accepted and kept, but not used here.
 _BOOKKEEPING = frozenset(
     (
         *("name", "group_name", "initial_lr", "swa_lr", "base_lr", "max_lr", "min_lr", "pre_lr"),
@@ -41,23 +41,24 @@ _BOOKKEEPING = frozenset(
 
 
 class ParamGroup(TypedDict, total=False):
-    """The keys of a param group, besides the options of its rule, which are keys too.
+    """The keys of a param group. The options of its rule are further keys.
 
     Attributes:
-        params: Parameters, or `(name, parameter)` pairs. Required.
-        param_names: The parameters' names, if `params` are not pairs; "param_0" and so on by default.
-        rule: One of `symdist.rule_names()`. Required here or as an optimizer default.
+        params: The parameters, or `(name, parameter)` pairs. Required.
+        param_names: The names of the parameters, if `params` are not pairs; "param_0" and so on by default.
+        rule: The name of the rule, one of `symdist.rule_names()`. Required here or as an optimizer default.
         lr: The learning rate, 0 or more; may change between steps. Required here or as an optimizer default.
-        weight_decay: Decoupled decay: a step takes `lr · weight_decay` of a weight away. 0 by default.
-        cautious_weight_decay: Whether to decay only weights that their update does not move away from zero. False by
-            default.
-        view: How the stored tensor is seen as matrices, see `symdist.matrix_views.bind_view`. "as_stored" by default.
-        strategy: Where the rule runs: "local", "reduce", "owner", or "auto" (the default) for the cheapest.
-        skip_zero_grad_rows: Whether a row whose gradient is exactly zero, as of a token that did not occur, stays as it
-            is, without decay. False by default.
-        padding_rows: How many of the last rows are padding: they take no part and never move. 0 by default.
-        role: What the parameters are, as in "embedding": for reports and schedules. Empty by default.
-        layouts: For each parameter, how it is sharded, or None to read that from the tensor. None by default.
+        weight_decay: The decoupled weight decay: a step subtracts `lr · weight_decay` times the weight. 0 by default.
+        cautious_weight_decay: Whether to decay only the weights that their update does not move away from zero. False
+            by default.
+        view: How the stored tensor is read as matrices, see `symdist.matrix_views.bind_view`. "as_stored" by default.
+        strategy: Where the rule runs: "local", "reduce", "owner", or "auto" (default) for the cheapest of these.
+        skip_zero_grad_rows: Whether to leave a row unchanged, without decay, if its gradient is exactly zero, as for a
+            token that did not occur. False by default.
+        padding_rows: The number of last rows that are padding. They are left out of the rule's computations and never
+            change. 0 by default.
+        role: What the parameters are used for, such as "embedding"; for reports and schedules. Empty by default.
+        layouts: For each parameter, its layout, or None to read the layout from the tensor. None by default.
     """
 
     params: Any
@@ -76,19 +77,22 @@ class ParamGroup(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ParamSpec:
-    """A parameter as the optimizer sees it.
+    """A parameter as the optimizer describes it.
 
     Attributes:
         parameter: The parameter: a plain tensor or a DTensor.
-        name: Its name.
+        name: The parameter's name.
         group: The index of its param group.
         rule: Its rule.
         layout: How it is sharded.
-        found_as: Its dtype, device and shape when it was described; these can change while it stays the same object.
-        dtype: The dtype of its state and all arithmetic: float32, or wider if the parameter is.
-        stack: What it shares with parameters that run together; None if PyTorch's AdamW can step the local piece.
-        stage: Its stage of the residual stream, if its rule couples the matrices of one.
-        holds: Whether it may keep some of what its stage shares.
+        found_as: Its dtype, device and shape at the time of the description. These can change while the parameter
+            remains the same object.
+        dtype: The dtype of its state and of all arithmetic: float32, or the parameter's dtype if that is wider.
+        stack: The properties that parameters must share to run together. None if PyTorch's AdamW can step the local
+            piece.
+        stage: Its stage of the residual stream, if its rule couples the matrices of a stage; otherwise None (the
+            default).
+        holds: Whether it may store part of the tensor that its stage shares; False by default.
     """
 
     parameter: Tensor
@@ -104,14 +108,17 @@ class ParamSpec:
 
 
 def defaults_for(groups: Iterable[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the optimizer's `defaults`: its keywords over the defaults that all groups share.
+    """Return the optimizer's `defaults`: the defaults common to all groups, overridden by the optimizer's keywords.
 
     Args:
-        groups: The param groups as the user gave them.
-        given: The optimizer's keywords; each applies to the groups whose rule has that option.
+        groups: The param groups as the user passed them.
+        given: The optimizer's keywords. Each applies to the groups whose rule has that option.
+
+    Returns:
+        The defaults.
 
     Raises:
-        TypeError: For a keyword that no group's rule has.
+        TypeError: If there is a keyword that the rule of no group has.
     """
     rules = {group.get("rule", given.get("rule")) for group in groups} & set(rule_names())
     known = {*COMMON, *_READERS}.union(*(_own_options(get_rule(name)) for name in rules))
@@ -136,17 +143,18 @@ def read_group(
     """Complete a param group with defaults, check it, and describe its parameters.
 
     Args:
-        given: The group as the user gave it; not changed.
-        index: Its index among the optimizer's groups.
-        defaults: The optimizer's defaults; the group takes those that its rule has.
+        given: The group as the user passed it; not modified.
+        index: The index of the group among the optimizer's groups.
+        defaults: The optimizer's defaults. The group takes those that its rule has.
         known: The parameters of earlier groups.
-        replicas: The ranks that hold identical plain tensors, if known.
+        replicas: The ranks that hold identical plain tensors; None if not known.
 
     Returns:
-        The completed group, and its parameters in order.
+        The completed group, and the descriptions of its parameters in order.
 
     Raises:
-        ValueError: Naming the group or parameter and the remedy, if the group cannot be stepped.
+        ValueError: Naming the group or parameter, with a remedy where there is one, if the group is not valid or a
+            parameter cannot be optimized.
     """
     group = dict(given)
     if "params" not in group:
@@ -177,18 +185,22 @@ def read_group(
 
 
 def _own_options(rule: Rule) -> dict[str, Any]:
-    """Defaults of a rule's own options, including those of its momentum."""
+    """Return the defaults of a rule's own options and of its accumulator's options."""
     return {**ACCUMULATOR_OPTIONS[rule.accumulator], **rule.defaults}
 
 
 def with_defaults(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the group with every common option and every option of its rule filled in.
+    """Fill in every common option and every option of the rule, and check the group.
 
     Args:
-        group: A group with "param_names"; not changed.
+        group: A group with "param_names"; not modified.
+
+    Returns:
+        The completed group.
 
     Raises:
-        ValueError: Naming the group, for a missing or unknown rule, an unknown option or a value out of range.
+        ValueError: Naming the group, if the rule is missing or unknown, an option is unknown, or a value is missing or
+            out of range.
     """
     where = f"param group {group['role']!r}" if group.get("role") else f"param group of {group['param_names'][0]}"
     if "rule" not in group:
@@ -244,19 +256,22 @@ def describe_member(
     replicas: Group | None = None,
     layout: Layout | FlatLayout | None = None,
 ) -> ParamSpec:
-    """Find out a parameter's layout, view, stack and residual stage.
+    """Determine a parameter's layout, view, stack and residual stage.
 
     Args:
         parameter: The parameter.
-        name: Its name.
+        name: The parameter's name.
         index: The index of its param group.
         group: The group, completed by `with_defaults`.
-        replicas: The ranks that hold identical plain tensors, if known.
-        layout: How the parameter is sharded; None, the default, to read that from the tensor.
+        replicas: The ranks that hold identical plain tensors; None (default) if not known.
+        layout: How the parameter is sharded; None (default) to read that from the tensor.
+
+    Returns:
+        The description.
 
     Raises:
-        ValueError: Naming the parameter, if it is not floating-point, shares memory between elements, or if its rule,
-            view or layout do not fit its shape.
+        ValueError: Naming the parameter, if it is not floating-point, if several of its elements share memory, or if
+            its rule, view or layout does not fit its shape.
     """
     rule = get_rule(group["rule"])
     if not parameter.is_floating_point():
@@ -283,7 +298,7 @@ def describe_member(
     plain = not rule.matrices and not group["centered"] and not padding and not skip
     stacked = not plain or group["strategy"] in ("reduce", "owner")
     stack = None
-    # A view is checked even if nothing uses it, except the default one, as tensors of any shape may have that.
+    # A view is checked even if nothing uses it. The default view is not, because a tensor of any shape may have it.
     if stacked or group["view"] != COMMON["view"]:
         seen = group["view"]
         if isinstance(layout, Layout) and layout.interleaved:
@@ -317,14 +332,17 @@ def describe_member(
         dtype=dtype,
         stack=stack,
         stage=stage,
-        # Experts keep nothing: under expert parallelism ranks have different ones, and what is kept must not depend on
-        # how they are distributed.
+        # Experts store none of the shared columns. Under expert parallelism, ranks hold different experts, and what is
+        # stored where must not depend on how the experts are distributed.
         holds=stage is not None and len(layout.shape) == 2 and not str(group["role"]).startswith("expert"),
     )
 
 
 def _check_memory(name: str, parameter: Tensor) -> None:
-    """Raise ValueError if several elements share one number in memory (expanded tensors), as it cannot be stepped."""
+    """Raise ValueError if several elements share one number in memory, as in expanded tensors.
+
+    Such a tensor cannot be stepped.
+    """
     here = local(parameter)
     if any(stride == 0 and size > 1 for stride, size in zip(here.stride(), here.shape, strict=True)):
         raise ValueError(
@@ -334,10 +352,12 @@ def _check_memory(name: str, parameter: Tensor) -> None:
 
 
 def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, ordered: bool) -> Any:
-    """Translate a view of a tensor in its own order to one of the tensor as it is stored, interleaved over ranks.
+    """Translate a view of a tensor in its own order to a view of the tensor as it is stored, interleaved over ranks.
 
-    For most views and rules nothing changes, as rules do not depend on the order of rows or columns; `ordered` rules
-    do. Raises ValueError, naming the parameter, for a view that does not work on the interleaved order.
+    Most views remain the same, because most rules do not depend on the order of rows or columns; `ordered` rules do.
+
+    Raises:
+        ValueError: Naming the parameter, if the view does not work on the interleaved order.
     """
     for each in layout.interleaved:
         side = each.dim - (len(layout.shape) - 2)
@@ -357,10 +377,13 @@ def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, 
 
 
 def coordinate_wise(options: Mapping[str, Any]) -> bool:
-    """Return whether a group's rule treats every element independently of all others.
+    """Return whether the rule of a group treats every element independently of all others.
 
     Args:
         options: The group, completed by `with_defaults`.
+
+    Returns:
+        False if the rule needs matrices or an option of the group applies to whole rows, otherwise True.
     """
     rows = options.get("centered") or options["skip_zero_grad_rows"] or options["padding_rows"] > 0
     return not (get_rule(options["rule"]).matrices or rows)
@@ -369,24 +392,25 @@ def coordinate_wise(options: Mapping[str, Any]) -> bool:
 def flat_parts(
     name: str, shape: tuple[int, ...], options: Mapping[str, Any], *, bounds: tuple[int, ...], ranks: Group
 ) -> list[tuple[str, FlatLayout, int]]:
-    """Split a parameter that is cut in runs of elements into what the optimizer takes as parameters.
+    """Split a parameter that is cut into ranges of elements into the parts that the optimizer takes as parameters.
 
-    A stack of matrices becomes one part per matrix. Under a rule that treats every element by itself, a parameter of
-    any shape becomes one vector.
+    A stack of matrices becomes one part per matrix. If the rule treats every element independently, a parameter of any
+    shape becomes one vector.
 
     Args:
         name: The parameter's name.
-        shape: Its whole shape.
-        options: Its group's options, completed by `with_defaults`.
-        bounds: The offsets at which the ranks' runs meet, from 0 to the number of elements: one more than there are
-            ranks.
-        ranks: The ranks, in the order of their runs.
+        shape: The shape of the whole parameter.
+        options: The options of its group, completed by `with_defaults`.
+        bounds: The offsets at which the ranges of the ranks meet, from 0 to the number of elements: one more than there
+            are ranks.
+        ranks: The ranks, in the order of their ranges.
 
     Returns:
-        For each part its name, its layout, and where this rank's piece of it starts within this rank's run.
+        For each part: its name, its layout, and the offset within this rank's range at which this rank's piece of the
+        part starts.
 
     Raises:
-        ValueError: If the parameter is empty.
+        ValueError: If the parameter has no elements.
     """
     if 0 in shape:
         raise ValueError(f"{name} has shape {shape} and so nothing in it; leave it out of the optimizer")
@@ -409,14 +433,18 @@ def flat_parts(
 def plan_params(members: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> Plan:
     """Plan a step: group the parameters into stacks and choose where each stack runs.
 
-    Parameters without a stack, and frozen ones, are in no job.
+    Parameters without a stack and frozen parameters are not part of the plan.
 
     Args:
         members: All parameters of the optimizer.
-        exchange: Settings of the communication.
+        exchange: The settings of the communication.
+
+    Returns:
+        The plan.
 
     Raises:
-        ValueError: Naming a parameter, if its layout does not admit its strategy, or its residual stage cannot share.
+        ValueError: Naming a parameter, if its layout does not allow its strategy, or its residual stage cannot be
+            shared.
     """
     stacks: dict[Stack, list[int]] = {}
     for i, member in enumerate(members):
@@ -428,7 +456,11 @@ def plan_params(members: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> P
 
 
 def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:
-    """By index, the residual stage of every coupled parameter, and which of the stage's shared columns it keeps."""
+    """Assign the shared columns of every residual stage to its matrices.
+
+    Returns:
+        For every coupled parameter, by index, its stage and which of the stage's shared columns it stores.
+    """
     by_stage: dict[ResidualStage, list[int]] = {}
     for i, member in enumerate(members):
         if member.stage is not None and member.parameter.requires_grad:
@@ -449,7 +481,7 @@ def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:
 
 def _kept(members: Sequence[ParamSpec], indices: Sequence[int], number: int) -> list[tuple[int, StageSlot]]:
     seen = {i: members[i].stack for i in indices}
-    # Error messages name one parameter per width and per set of ranks, as there may be hundreds of experts.
+    # Error messages name only one parameter per width and per set of ranks, as there may be hundreds of experts.
     rows: dict[int, str] = {}
     homes: dict[tuple[int, ...], str] = {}
     for i, stack in seen.items():
@@ -481,11 +513,14 @@ def _kept(members: Sequence[ParamSpec], indices: Sequence[int], number: int) -> 
 
 
 def check_stages(plan: Plan, peers: Group | None) -> None:
-    """Raise ValueError if other ranks may hold more matrices of the residual stages in this plan.
+    """Check that no other rank can hold more matrices of the residual stages in a plan.
 
     Args:
         plan: The plan of a step.
-        peers: The ranks that train this model, or None if this rank is alone.
+        peers: The ranks that train this model; None if this rank trains alone.
+
+    Raises:
+        ValueError: If other ranks may hold more matrices of these stages.
     """
     home = next((job.stack.layout.group for job in plan.jobs if job.stages), None)
     coupled = any(job.stages for job in plan.jobs)
@@ -502,14 +537,14 @@ def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list
     """Read the names and parameters of a group.
 
     Args:
-        params: A tensor, parameters, or `(name, parameter)` pairs.
-        group: The group; its "param_names" are used if `params` are not pairs.
+        params: A tensor, several parameters, or `(name, parameter)` pairs.
+        group: The group. Its "param_names" are used if `params` are not pairs.
 
     Returns:
-        The names (empty if there are none) and the parameters.
+        The names, which are empty if none are given, and the parameters.
 
     Raises:
-        ValueError: For a set, a mix of pairs and parameters, or anything that is not a tensor.
+        ValueError: If `params` is a set, mixes pairs with parameters, or contains anything that is not a tensor.
     """
     if isinstance(params, set | frozenset):
         raise ValueError("'params' is a set, whose order differs between ranks and runs; give a list")
@@ -529,7 +564,11 @@ def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list
 
 
 def warn_of_narrow_weights(specs: Iterable[ParamSpec]) -> None:
-    """Warn if trainable weights are bfloat16 or float16, as these are too coarse for updates at usual rates."""
+    """Warn if trainable weights are bfloat16 or float16, which are too coarse for updates at usual learning rates.
+
+    Args:
+        specs: The optimizer's parameters.
+    """
     narrow = [
         spec
         for spec in specs

@@ -1,7 +1,7 @@
-"""Parameters that were replaced after the optimizer was built: described anew, with their state carried over.
+"""Parameters that were replaced after the optimizer was built: new descriptions, and the transfer of their state.
 
-Some trainers shard the model after building the optimizer. They put the new parameters into the param groups, as
-accelerate does, or leave that to the optimizer, as with `fully_shard` after `build_optimizer`.
+Some trainers shard the model after they build the optimizer. Some, such as accelerate, put the new parameters into the
+param groups. Others leave that to the optimizer, as when `fully_shard` is called after `build_optimizer`.
 """
 
 import sys
@@ -28,8 +28,11 @@ def changed(member: ParamSpec, parameter: Tensor) -> bool:
     """Return whether a parameter is a new object, or has changed its dtype, device or shape since it was described.
 
     Args:
-        member: The parameter as it was described.
-        parameter: The one in its param group now.
+        member: The description of the parameter.
+        parameter: The parameter that is in its param group now.
+
+    Returns:
+        True if it has changed.
     """
     return parameter is not member.parameter or member.found_as != found_as(parameter)
 
@@ -40,15 +43,23 @@ def found_as(parameter: Tensor) -> tuple[object, ...]:
 
 
 def in_model(model: nn.Module, members: list[ParamSpec], given: list[Tensor]) -> list[Tensor]:
-    """Look up the parameters that a model has now under the members' names.
+    """Look up the parameters that a model has now, by the names of the described parameters.
 
-    A DTensor is never replaced by a plain tensor: while FSDP2 has gathered its weights, the model shows those instead
-    of the shards to be stepped. Nor is any parameter replaced by one on the meta device.
+    A DTensor is never replaced by a plain tensor: while FSDP2 has gathered its weights, the model shows the gathered
+    tensors instead of the shards that must be stepped. A parameter is also never replaced by one on the meta device.
+
+    Every rank must call it if the model has FSDP1 units, because it reads them again (see `read_units`).
 
     Args:
         model: The model.
-        members: The parameters as they were described.
-        given: The parameters in the param groups, in the same order; they stay where the model has no replacement.
+        members: The descriptions of the parameters.
+        given: The parameters in the param groups, in the same order.
+
+    Returns:
+        For each member, the model's parameter, or the given one where the model has no replacement.
+
+    Raises:
+        ValueError: If `read_units` rejects an FSDP1 unit.
     """
     read_units(model)
     now = {plain_name(name): each for name, each in model.named_parameters(remove_duplicate=False)}
@@ -77,22 +88,22 @@ def taken_over(
     All ranks that train the model must call it.
 
     Args:
-        specs: The parameters as they were described.
-        given: The parameters in the groups or the model now, in the same order.
+        specs: The descriptions of the old parameters.
+        given: The parameters that are in the groups or the model now, in the same order.
         groups: The optimizer's param groups.
-        state: Its state, by old parameter.
-        new_state: Makes fresh state, if no step has been taken; None if one has.
-        replicas: The ranks that hold identical plain tensors, if known.
-        exchange: Settings of the communication.
-        peers_of: Returns the ranks that must step the given parameters together.
-        transport: Tells the other ranks if this one fails.
+        state: The optimizer's state, by old parameter.
+        new_state: A function that makes fresh state, if no step has been taken; None if one has.
+        replicas: The ranks that hold identical plain tensors; None if not known.
+        exchange: The settings of the communication.
+        peers_of: A function that returns the ranks that must step the given parameters together.
+        transport: The transport that informs the other ranks if this rank fails.
 
     Returns:
-        The new descriptions, and the state of each.
+        The new descriptions, and the state of each parameter.
 
     Raises:
-        ValueError: Before anything changes, if the parameters cannot be the old ones, laid out anew. If state cannot be
-            carried over on one rank, all ranks raise.
+        ValueError: If the new parameters cannot be the old ones in another layout, or a rank cannot carry over state.
+            In the latter case all ranks raise. Nothing has been changed then.
     """
     check_shapes(specs, given)
     found: list[ParamSpec] = []
@@ -111,7 +122,7 @@ def taken_over(
             states.append({})
             problem = problem or error
     plan_params(found, exchange=exchange)
-    # Each rank sees only whether its own values were kept, but all must raise together.
+    # Each rank only knows whether it could carry over its own state, but all ranks must raise together.
     failed = torch.tensor([float(problem is not None)], device=given[0].device)
     peers = peers_of(found)
     if peers is not None and peers.size > 1:
@@ -125,11 +136,15 @@ def taken_over(
 
 
 def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
-    """Raise ValueError if the new parameters cannot be the old ones laid out anew, or are on the meta device.
+    """Check that new parameters can be the old ones in another layout.
 
     Args:
-        members: The parameters as they were described.
+        members: The descriptions of the old parameters.
         given: The parameters now.
+
+    Raises:
+        ValueError: If their number or a shape differs, a parameter is on the meta device, or a parameter belongs to an
+            FSDP1 unit whose layouts are not known.
     """
     for member, parameter in zip(members, given, strict=False):
         if parameter.is_meta:
@@ -146,7 +161,7 @@ def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
         else f"there were {len(members)} of them, now there are {len(given)}"
     )
     message = f"the parameters in param_groups are others than those the optimizer was built of: {what}. "
-    # DeepSpeed in sys.modules alone proves little, as transformers imports it: so the shapes are looked at, too.
+    # That DeepSpeed is imported proves little, because transformers imports it. Therefore the shapes are checked too.
     if "deepspeed" in sys.modules and all(parameter.dim() == 1 for parameter in given):
         message += (
             "DeepSpeed has put its partitions in their place, which do not tell of matrices; it must make the "
@@ -159,18 +174,21 @@ def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
 
 
 def carried(old: ParamSpec, new: ParamSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state of a parameter that has been stepped, laid out like the new parameter.
+    """Return the state of a parameter in the layout of the parameter that replaces it, after steps have been taken.
 
-    This works if the layout is unchanged, or if this rank had the whole parameter, to cut the new piece from; and if
-    the new parameter has the old values.
+    This works only if the layout is unchanged or this rank held the whole parameter, so that the new piece can be cut
+    from it. In addition, the new parameter must have the values of the old one.
 
     Args:
-        old: The parameter as it was described.
-        new: The parameter now.
-        state: The old state.
+        old: The description of the old parameter.
+        new: The description of the new parameter.
+        state: The state of the old parameter.
+
+    Returns:
+        The state of the new parameter.
 
     Raises:
-        ValueError: Naming the parameter and the remedy, in any other case.
+        ValueError: Naming the parameter and the remedy, if the state cannot be carried over.
     """
     same = new.parameter is old.parameter
     if not _cut_from(old.layout, new.layout):
@@ -202,7 +220,7 @@ def _cut_from(old: Layout | FlatLayout, new: Layout | FlatLayout) -> bool:
 
 
 def _piece(whole: Tensor, old: Layout | FlatLayout, new: Layout | FlatLayout) -> Tensor:
-    """Cut this rank's new piece from its old one, which is whole unless the layouts are the same."""
+    """Cut this rank's new piece from its old one, which is the whole parameter unless the layouts are equal."""
     if old == new:
         return whole
     if isinstance(new, Layout):

@@ -1,4 +1,4 @@
-"""Loading of saved state: any form is matched to the optimizer's parameters and checked before anything changes."""
+"""Loading of saved state. A state dict is matched to the parameters and checked before anything is changed."""
 
 import re
 import sys
@@ -24,8 +24,8 @@ class Saved:
     """A state dict matched to an optimizer.
 
     Attributes:
-        groups: The options for each param group of the optimizer.
-        states: The state of each parameter, in the optimizer's order; empty if nothing was saved.
+        groups: For each param group of the optimizer, the saved options.
+        states: The state of each parameter, in the optimizer's order; empty for a parameter without saved state.
     """
 
     groups: list[Mapping[str, Any]]
@@ -42,19 +42,25 @@ def read_saved(
 ) -> Saved:
     """Match a state dict to an optimizer's param groups.
 
-    It may be raw, as from `Optimizer.state_dict`; keyed by names, as from `torch.distributed.checkpoint.state_dict`; or
-    flattened, with one key per value. Wrapper parts of names are ignored, see `plain_name`.
+    The state dict may have three forms: raw, as from `Optimizer.state_dict`; keyed by names, as from
+    `torch.distributed.checkpoint.state_dict`; or flattened, with one key per value. Parts of names that wrappers add
+    are ignored, see `plain_name`.
 
     Args:
         groups: The optimizer's param groups.
-        names: The names of each group's parameters.
-        state_dict: What was saved.
-        strict: Whether both must have the same parameters. If not, parameters without saved state get empty state, and
-            saved state of other parameters is ignored.
-        matched: Whether PyTorch has already put it in the order of `groups`, by the model's own names.
+        names: The names of the parameters of each group.
+        state_dict: The saved state.
+        strict: Whether the optimizer and the saved state must have the same parameters. If False, parameters without
+            saved state get empty state, and the saved state of other parameters is ignored.
+        matched: Whether PyTorch has already arranged the state dict in the order of `groups`, by the model's own names.
+            False by default.
+
+    Returns:
+        The matched state.
 
     Raises:
-        ValueError: For any other form; or, naming the parameters or the group, if something does not match.
+        ValueError: If the state dict has another form; or, naming the parameters or the group, if something does not
+            match.
     """
     if "param_groups" not in state_dict or "state" not in state_dict:
         state_dict = _nested(state_dict)
@@ -68,7 +74,7 @@ def read_saved(
     alike = [len(group["params"]) for group in saved] == [len(of_group) for of_group in names]
     unnamed = any(_UNNAMED.match(name) for name in (*mine, *theirs)) or len(set(theirs)) < len(keys)
     if unnamed or (alike and (matched or theirs == mine)):
-        # Matched by order.
+        # Match by order.
         if matched and not strict:
             saved = [each if "rule" in each else {**own, **each} for own, each in zip(groups, saved, strict=True)]
         check_groups(groups, saved)
@@ -94,38 +100,41 @@ def load_state(
     strict: bool,
     matched: bool,
 ) -> bool:
-    """Load a state dict into param groups and state, in place; tensors keep their dtype and device.
+    """Load a state dict into param groups and state, in place.
+
+    Tensors keep their dtype and device.
 
     Args:
         specs: The optimizer's parameters.
-        groups: Its param groups; all saved keys but "params" and "param_names" are written to them.
-        state: Its state, by parameter.
-        state_dict: What was saved, in any form that `read_saved` takes.
-        strict: Whether it is an error if nothing was saved for a trainable parameter; see also `read_saved`.
+        groups: The optimizer's param groups. All saved keys except "params" and "param_names" are written to them.
+        state: The optimizer's state, by parameter.
+        state_dict: The saved state, in any form that `read_saved` accepts.
+        strict: Whether to raise an error if a trainable parameter has no saved state; see also `read_saved`.
         matched: See `read_saved`.
 
     Returns:
         Whether any tensor was written.
 
     Raises:
-        ValueError: Naming the group or parameter, before anything changes, if groups, rules or state do not match.
+        ValueError: Naming the group or parameter, if groups, rules or state do not match. Nothing has been changed
+            then.
     """
     names = [group["param_names"] for group in groups]
     saved = read_saved(groups, names, state_dict, strict=strict, matched=matched)
     pairs: list[tuple[Tensor, Tensor]] = []
     for spec, theirs in zip(specs, saved.states, strict=True):
         mine = state[spec.parameter]
-        # Flattened state has empty values for what was not saved, and `set_state_dict` leaves out frozen parameters.
+        # Flattened state has empty values where nothing was saved, and `set_state_dict` leaves out frozen parameters.
         theirs = {key: value for key, value in theirs.items() if as_tensor(value) is not None}
-        # FSDP1 saves no state on this rank for a parameter of which it has no piece here.
+        # FSDP1 saves no state on this rank for a parameter if this rank holds no piece of it.
         nothing = is_flattened(spec.parameter) and spec.parameter.numel() == 0
         if theirs or (strict and spec.parameter.requires_grad and not nothing):
             check_state(spec.name, mine, theirs)
             pairs += [(tensor, value) for key, tensor in mine.items() if (value := as_tensor(theirs[key])) is not None]
     for group, theirs in zip(groups, saved.groups, strict=True):
-        # Names are not loaded: the saved ones may be another pipeline stage's.
+        # Do not load names: the saved ones may be those of another pipeline stage.
         group.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
-    # A trainer may load the very tensors that the optimizer gave it: then there is nothing to write.
+    # A trainer may load the same tensor objects that the optimizer returned. Then there is nothing to write.
     written = [(tensor, value) for tensor, value in pairs if value is not tensor]
     with torch.no_grad():
         for tensor, value in written:
@@ -134,11 +143,15 @@ def load_state(
 
 
 def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError if saved groups differ in number, rule, parameter count or options that fix the state.
+    """Check that saved param groups fit the optimizer's.
 
     Args:
         groups: The optimizer's param groups.
-        saved: The saved ones, in the same order.
+        saved: The saved param groups, in the same order.
+
+    Raises:
+        ValueError: If the number of groups differs, or if a group differs in its rule, its number of parameters, or
+            options that the state depends on.
     """
     if len(saved) != len(groups):
         raise ValueError(f"the saved state has {len(saved)} param groups, this optimizer {len(groups)}. {_REMEDY}")
@@ -153,12 +166,15 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
 
 
 def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str) -> None:
-    """Raise ValueError if a saved group differs in its rule or in options that its state depends on.
+    """Check that a saved param group has the same rule and the same options that the state depends on.
 
     Args:
         mine: The optimizer's param group.
-        theirs: The saved one; keys that it lacks are not compared.
-        where: Begins the message: the group or the parameter.
+        theirs: The saved param group. Keys that it lacks are not compared.
+        where: The group or parameter; error messages start with it.
+
+    Raises:
+        ValueError: If the rule or one of these options differs.
     """
     fixed = {"rule", "view", "skip_zero_grad_rows", "padding_rows", *get_rule(mine["rule"]).defaults}
     changed = sorted(key for key in fixed if key in theirs and theirs[key] != mine[key])
@@ -170,12 +186,15 @@ def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str
 
 
 def check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
-    """Raise ValueError if saved state lacks a tensor or has one of another shape, whole or local.
+    """Check that saved state has every tensor of a parameter's state, in the same whole and local shape.
 
     Args:
-        name: The parameter's name, for the message.
+        name: The parameter's name, for error messages.
         mine: The optimizer's state of the parameter.
-        theirs: The saved state; keys that `mine` lacks are ignored.
+        theirs: The saved state. Keys that `mine` lacks are ignored.
+
+    Raises:
+        ValueError: If a tensor is missing or has a different shape.
     """
     for key, tensor in mine.items():
         found = as_tensor(theirs.get(key))
@@ -197,7 +216,14 @@ def check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]
 
 
 def as_tensor(value: Any) -> Tensor | None:
-    """Return a saved value, a tensor or plain number, as a tensor; None for anything else."""
+    """Convert a saved value to a tensor.
+
+    Args:
+        value: The saved value.
+
+    Returns:
+        The tensor, if the value is a tensor or a plain number; otherwise None.
+    """
     if isinstance(value, Tensor):
         return value
     return torch.tensor(float(value)) if isinstance(value, int | float) else None
@@ -206,15 +232,15 @@ def as_tensor(value: Any) -> Tensor | None:
 def flattened_zeros(
     specs: Sequence[ParamSpec], state: Mapping[Tensor, Mapping[str, Tensor]]
 ) -> dict[int, dict[str, Tensor]]:
-    """Make zeros for the state that some parameters of FSDP1 units have and others lack, but for "step".
+    """Make zeros for state that some parameters of FSDP1 units have and others lack, except for "step".
 
     Args:
         specs: The optimizer's parameters.
-        state: Its state, by parameter.
+        state: The optimizer's state, by parameter.
 
     Returns:
-        For each parameter of an FSDP1 unit, by index, the zeros by state name, in the parameter's shape. Each is one
-        number, expanded, so they take no memory.
+        For each parameter of an FSDP1 unit, by index, the zeros by state name, in the parameter's shape. Each tensor is
+        a single number, expanded, so it takes almost no memory.
     """
     pieces = [i for i, spec in enumerate(specs) if is_flattened(spec.parameter)]
     names = {key for i in pieces for key in state[specs[i].parameter]} - {"step"}
@@ -227,10 +253,13 @@ def flattened_zeros(
 
 
 def asked_by_pytorch() -> bool | None:
-    """Return whether PyTorch's `set_optimizer_state_dict` is loading strictly; None if it is not what loads.
+    """Return whether PyTorch's `set_optimizer_state_dict`, if it is the caller, loads strictly.
 
-    It looks for PyTorch's function on the call stack. PyTorch does not pass `strict` on, and what it passes is the same
-    either way: nothing for a parameter without state, or, of flattened state, empty values.
+    This looks for PyTorch's function on the call stack. PyTorch does not pass `strict` on, and what it does pass is the
+    same in both cases: nothing for a parameter without state or, for flattened state, empty values.
+
+    Returns:
+        The `strict` that PyTorch's function was called with; None if that function is not on the call stack.
     """
     frame = sys._getframe(2)
     for _ in range(4):
@@ -244,7 +273,11 @@ def asked_by_pytorch() -> bool | None:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn flattened keys, `state.NAME.KEY` and `param_groups.NAME.KEY`, into a state dict with one group per name."""
+    """Turn flattened keys, `state.NAME.KEY` and `param_groups.NAME.KEY`, into a nested state dict.
+
+    Returns:
+        A state dict with one param group per name.
+    """
     states: dict[str, dict[str, Any]] = {}
     groups: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
@@ -264,7 +297,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def _names_of(group: Mapping[str, Any]) -> Sequence[Any]:
     names = group.get("param_names") or ()
-    # If their number differs, the names are another rank's, as of another pipeline stage.
+    # If their number differs, the names come from another rank, such as one of another pipeline stage.
     return names if len(names) == len(group["params"]) else [f"param_{i}" for i in range(len(group["params"]))]
 
 

@@ -1,1 +1,1 @@
-"""What happens to gradients before a rule sees them: redistribution, checks, clipping and momentum."""
+"""The processing of gradients before a rule uses them: redistribution, checks, clipping and momentum."""

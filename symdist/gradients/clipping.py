@@ -22,26 +22,28 @@ def clip_grad_norm_(
 ) -> Tensor:
     """Scale all gradients in place so that their global 2-norm is at most `max_norm`.
 
-    The norm is that of the unsharded model's gradient, on any mix of meshes: shards are summed over the ranks that
-    hold them, and replicas count once. Gradients placed unlike their weights (`Partial`, or replicated where the weight
-    is sharded) are first redistributed to the weights' placements, and stay so. If the norm is inf or NaN, nothing is
-    scaled, and the optimizer sees the gradients as they came.
+    The norm equals that of the unsharded model's gradient, whatever mix of meshes the parameters are on: shards are
+    summed over the ranks that hold them, and replicas count once. A gradient whose DTensor placements differ from its
+    weight's (`Partial`, or replicated where the weight is sharded) is first redistributed to the weight's placements
+    and remains so. If the norm is inf or NaN, no gradient is scaled, and the optimizer applies its own policy to the
+    gradients.
 
     All ranks that share a parameter must call it, with the same parameters in the same order, and so must all ranks of
-    `pipeline_group`. It sends two numbers per set of ranks, and more only to redistribute gradients.
+    `pipeline_group`. It communicates two numbers per set of ranks, and more only if gradients must be redistributed.
 
     Args:
-        parameters: The parameters, plain tensors or DTensors; one without a gradient counts as zero.
-        max_norm: The bound, greater than 0; `float("inf")` measures the norm without clipping.
+        parameters: The parameters, plain tensors or DTensors. A parameter without a gradient contributes zero.
+        max_norm: The bound, greater than 0. `float("inf")` measures the norm without clipping.
         pipeline_group: A process group or mesh along which ranks hold *different* parameters of the model, as pipeline
             stages do; their norms are included. None by default.
-        transport: What runs the collectives, for example to count them; `TorchTransport()` by default.
+        transport: The transport that runs the collectives, for example to count them; `TorchTransport()` by default.
 
     Returns:
         The norm before clipping, a 0-d float32 tensor.
 
     Raises:
-        ValueError: If `max_norm` is not positive, or the layout of a parameter or gradient is not supported.
+        ValueError: If `max_norm` is not positive, `pipeline_group` is neither a process group nor a mesh, or the layout
+            of a parameter or gradient is not supported.
 
     Example:
         >>> loss.backward()
@@ -71,7 +73,7 @@ def clip_grad_norm_(
     norm = total.sqrt().squeeze(0)
     factor = max_norm / (float(norm) + 1e-6)
     gradients = [local(parameter.grad) for _, parameter in named if parameter.grad is not None]
-    # Leave the gradients alone if the norm is inf or NaN: the optimizer has its own policy for those.
+    # If the norm is inf or NaN, leave the gradients unchanged. The optimizer has its own policy for them.
     if gradients and factor < 1 and norm.isfinite():
         torch._foreach_mul_(gradients, factor)
     return norm.float()
@@ -79,9 +81,14 @@ def clip_grad_norm_(
 
 @dataclass
 class _Held:
-    """Parameters on the same ranks with the same number of copies.
+    """Parameters that are held by the same ranks in the same number of copies.
 
-    `found` is `[2]`: the squared norm of their gradients, and whether any rank has a gradient to redistribute first.
+    Attributes:
+        group: The ranks; None for this rank alone.
+        copies: The number of copies.
+        parameters: `(name, parameter)` pairs.
+        found: `[2]`: the squared norm of the gradients, and whether any rank has a gradient that must first be
+            redistributed.
     """
 
     group: Group | None
@@ -90,7 +97,15 @@ class _Held:
     found: Tensor
 
     def measure(self, elsewhere: set[int], transport: Transport) -> None:
-        """Sum the squares over the group into `found`; gradients of ids in `elsewhere` only set the flag."""
+        """Compute `found`, summed over the ranks of the group.
+
+        All ranks of the group must call it.
+
+        Args:
+            elsewhere: The ids of the parameters whose gradients must first be redistributed. These do not add to the
+                norm but set the flag.
+            transport: The transport that runs the all-reduce.
+        """
         self.found.zero_()
         for _, parameter in self.parameters:
             if id(parameter) in elsewhere:
@@ -103,7 +118,7 @@ class _Held:
 
 
 def _by_ranks(named: Iterable[tuple[str, Tensor]]) -> list[_Held]:
-    """Group the parameters by ranks and copies, sorted so that all ranks start their collectives in one order."""
+    """Group the parameters by ranks and copies, sorted so that all ranks run their collectives in the same order."""
     keys: dict[Hashable, tuple[Group | None, int]] = {}
     held: dict[tuple[Group | None, int], _Held] = {}
     for name, parameter in named:

@@ -1,4 +1,4 @@
-"""From gradients to the directions that rules transform: the three kinds of momentum, on lists of local pieces."""
+"""From gradients to the directions that rules transform: three kinds of momentum, applied to lists of local pieces."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,15 +11,15 @@ State = Mapping[str, Tensor]
 
 
 def ema(states: Sequence[State], gradients: list[Tensor], *, momentum: float) -> list[Tensor]:
-    """Update an exponential moving average, `M ← β·M + (1−β)·G`, in place; the direction is M.
+    """Update an exponential moving average in place: `M ← β·M + (1−β)·G`. The direction is M.
 
     Args:
-        states: Each parameter's state; "momentum" is M.
+        states: The state of each parameter; "momentum" is M.
         gradients: G, in the shapes and dtype of the states.
         momentum: β.
 
     Returns:
-        The directions: the state tensors themselves, not copies.
+        The directions. They are the state tensors themselves, not copies.
     """
     buffers = [state["momentum"] for state in states]
     torch._foreach_lerp_(buffers, gradients, 1 - momentum)
@@ -27,16 +27,16 @@ def ema(states: Sequence[State], gradients: list[Tensor], *, momentum: float) ->
 
 
 def heavy_ball(states: Sequence[State], gradients: list[Tensor], *, momentum: float, nesterov: bool) -> list[Tensor]:
-    """Update heavy-ball momentum, `B ← β·B + G`, in place; the direction is B, or `G + β·B` with Nesterov.
+    """Update heavy-ball momentum in place: `B ← β·B + G`. The direction is B, or `G + β·B` with Nesterov.
 
     Args:
-        states: Each parameter's state; "momentum" is B.
+        states: The state of each parameter; "momentum" is B.
         gradients: G, in the shapes and dtype of the states.
         momentum: β.
-        nesterov: Whether to look ahead by one step.
+        nesterov: Whether to use Nesterov momentum.
 
     Returns:
-        The directions: new tensors with Nesterov, else the state tensors themselves.
+        The directions. With Nesterov they are new tensors, otherwise the state tensors themselves.
     """
     buffers = [state["momentum"] for state in states]
     torch._foreach_mul_(buffers, momentum)
@@ -45,18 +45,18 @@ def heavy_ball(states: Sequence[State], gradients: list[Tensor], *, momentum: fl
 
 
 def adam(states: Sequence[State], gradients: list[Tensor], *, betas: tuple[float, float], eps: float) -> list[Tensor]:
-    """Update Adam's moments and return the bias-corrected direction `m̂/(√v̂ + eps)`.
+    """Update Adam's moments in place and return the bias-corrected direction `m̂/(√v̂ + eps)`.
 
-    It is what one AdamW step at lr 1 subtracts from a zero weight.
+    The direction equals what one AdamW step with learning rate 1 subtracts from a weight of zero.
 
     Args:
-        states: Each parameter's "exp_avg", "exp_avg_sq" and "step", updated in place.
-        gradients: In the shapes and dtype of the states.
-        betas: Decay rates of the first and the second moment.
-        eps: Added to `√v̂`.
+        states: The "exp_avg", "exp_avg_sq" and "step" of each parameter.
+        gradients: The gradients, in the shapes and dtype of the states.
+        betas: The decay rates of the first and the second moment.
+        eps: The number added to `√v̂`.
 
     Returns:
-        The directions, new tensors.
+        The directions, as new tensors.
     """
     scratch = [torch.zeros_like(gradient) for gradient in gradients]
     adamw_step(scratch, states, gradients, betas=betas, eps=eps, lr=1.0, weight_decay=0.0)
@@ -73,22 +73,22 @@ def adamw_step(
     lr: float,
     weight_decay: float,
 ) -> None:
-    """Step weights in place by PyTorch's AdamW, fused on CPU and CUDA.
+    """Update weights in place with PyTorch's AdamW, which is fused on CPU and CUDA.
 
-    AdamW is coordinate-wise, so pieces of any layout and strides will do.
+    AdamW treats every element independently, so the pieces may have any layout and strides.
 
     Args:
-        weights: Local pieces, all on one device; at least one.
-        states: Each piece's "exp_avg", "exp_avg_sq" and "step", updated in place.
-        gradients: Of the shapes of `weights`; not written to.
-        betas: Decay rates of the first and the second moment.
-        eps: Added to the denominator.
+        weights: Local pieces of weights, all on one device; at least one.
+        states: The "exp_avg", "exp_avg_sq" and "step" of each piece, updated in place.
+        gradients: The gradients, in the shapes of `weights`; not written to.
+        betas: The decay rates of the first and the second moment.
+        eps: The number added to the denominator.
         lr: The learning rate.
-        weight_decay: Decoupled weight decay; a step takes `lr · weight_decay` of a weight away.
+        weight_decay: The decoupled weight decay: a step subtracts `lr · weight_decay` times the weight.
     """
     device = weights[0].device.type
-    # The fused kernels walk memory in order. On a slice they would also step what lies between its rows, and they would
-    # pair a weight with the wrong elements of a gradient that has other strides. So both are copied where they differ.
+    # The fused kernels go through memory in order. On a slice, they would also update the memory between its rows, and
+    # they would pair a weight with the wrong elements of a gradient with other strides. Such tensors are copied first.
     given, weights = weights, [w if _dense(w) else torch.empty_like(w).copy_(w) for w in weights]
     gradients = [
         gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
@@ -117,7 +117,7 @@ def adamw_step(
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps, in any order of dimensions."""
+    """Return whether the elements of a tensor fill its memory without gaps, in any order of dimensions."""
     filled = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride != filled:
@@ -131,16 +131,17 @@ def advance(
 ) -> list[Tensor]:
     """Update the momentum of pieces and return their directions.
 
-    Directions may be the state tensors themselves, so the caller must not write to them.
+    The directions may be the state tensors themselves, so the caller must not write to them.
 
     Args:
-        accumulator: "ema", "heavy_ball" or "adam".
-        states: Each piece's state, updated in place.
-        gradients: Of the shapes and dtype of the states.
-        options: The accumulator's options: "momentum", with heavy ball also "nesterov"; or "betas" and "eps".
+        accumulator: The kind of momentum: "ema", "heavy_ball" or "adam".
+        states: The state of each piece, updated in place.
+        gradients: The gradients, in the shapes and dtype of the states.
+        options: The accumulator's options: "momentum" for "ema", "momentum" and "nesterov" for "heavy_ball", "betas"
+            and "eps" for "adam".
 
     Returns:
-        One direction per piece, see `ema`, `heavy_ball` and `adam`.
+        One direction per piece; see `ema`, `heavy_ball` and `adam`.
     """
     if accumulator == "ema":
         return ema(states, gradients, momentum=options["momentum"])

@@ -16,14 +16,14 @@ NonFinite: TypeAlias = Literal["raise", "skip", "zero"]
 
 _LARGEST = 2.0**113
 _LARGEST_FLOAT64 = 2.0**400
-"""Magnitudes above which a gradient counts as not finite, as its moments and sums could overflow.
+"""Magnitudes above which a gradient is treated as not finite, because its moments and sums could overflow.
 
-`_LARGEST_FLOAT64` is for float64 gradients, `_LARGEST` for all others.
+`_LARGEST_FLOAT64` applies to float64 gradients, `_LARGEST` to all others.
 """
 
 
 FLAGS = 3
-"""How many numbers `agree` sums over all ranks."""
+"""The number of values that `agree` sums over all ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,9 @@ class Agreed:
 
     Attributes:
         finite: Whether all gradients on all ranks are finite.
-        elsewhere: Whether any rank has a gradient placed unlike its weight, to be redistributed first.
-        any: Whether any rank has a gradient at all.
+        elsewhere: Whether any rank has a gradient whose placements differ from its weight's and that must be
+            redistributed first.
+        any: Whether any rank has a gradient.
     """
 
     finite: bool
@@ -46,13 +47,13 @@ def ranks_that_agree(
 ) -> Group | None:
     """Find the ranks that must agree on whether to step.
 
-    Candidates are the mesh that the DTensors' meshes were sliced from (so pipeline stages are included), the ranks of
-    `layouts`, and `replicas`. The largest is taken.
+    The candidates are the root meshes that the DTensors' meshes were sliced from (which include pipeline stages), the
+    groups of `layouts`, and `replicas`. The largest candidate is chosen.
 
     Args:
         parameters: The optimizer's parameters.
-        layouts: Their layouts.
-        replicas: The ranks that hold identical plain tensors, if known.
+        layouts: The layouts of the parameters.
+        replicas: The ranks that hold identical plain tensors; None (default) if not known.
 
     Returns:
         The ranks, or None if this rank trains alone.
@@ -84,19 +85,19 @@ def agree(
     some: bool,
     transport: Transport,
 ) -> Agreed:
-    """Tell all ranks of `world` about the gradients of each; all of them must call it.
+    """Combine what each rank of `world` knows about its gradients.
 
-    It sums three numbers in one all-reduce.
+    All ranks of `world` must call it. It sums three numbers in one all-reduce.
 
     Args:
-        gradients: This rank's local gradients, without those placed unlike their weights.
-        world: The ranks that must agree; None if this rank is alone.
-        elsewhere: Whether this rank has gradients placed unlike their weights.
+        gradients: This rank's local gradients, except those whose placements differ from their weights'.
+        world: The ranks that must agree; None if this rank trains alone.
+        elsewhere: Whether this rank has gradients whose placements differ from their weights'.
         some: Whether this rank has any gradient.
-        transport: What runs the all-reduce.
+        transport: The transport that runs the all-reduce.
 
     Returns:
-        The same answer on all ranks.
+        The combined knowledge, the same on all ranks.
     """
     device = gradients[0].device if gradients else torch.device("cpu")
     flags = torch.stack([~_all_finite(gradients, device), *torch.tensor([elsewhere, some], device=device)]).float()
@@ -107,16 +108,21 @@ def agree(
 
 
 def zeroed(gradient: Tensor) -> Tensor:
-    """Return the gradient with zeros in place of elements that are not finite."""
+    """Return a gradient with zeros in place of the elements that are not finite."""
     return torch.where(gradient.abs() <= _largest(gradient), gradient, 0)
 
 
 def not_finite_error(gradients: Sequence[Tensor], names: Sequence[str]) -> FloatingPointError:
-    """Make the error that all ranks raise if any gradient is not finite; it names the parameters on this rank.
+    """Make the error that all ranks raise if any gradient is not finite.
+
+    The message names parameters on this rank whose gradients are not finite, if there are any.
 
     Args:
         gradients: This rank's local gradients.
-        names: Their parameters' names, in the same order.
+        names: The names of their parameters, in the same order.
+
+    Returns:
+        The error; it is not raised here.
     """
     here = [name for name, each in zip(names, gradients, strict=True) if not bool((each.abs() <= _largest(each)).all())]
     where = f"of {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "held by another rank"
@@ -131,7 +137,11 @@ def _largest(gradient: Tensor) -> float:
 
 
 def _all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Whether all are finite, a 0-d bool tensor on `device` for the caller to send with its other flags."""
+    """Return whether all gradients are finite.
+
+    Returns:
+        A 0-d bool tensor on `device`, which the caller can send with its other flags.
+    """
     by_limit: dict[float, list[Tensor]] = {}
     for gradient in gradients:
         if gradient.numel():
@@ -145,6 +155,6 @@ def _all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _norms(gradients: list[Tensor], order: float, device: torch.device) -> Tensor:
-    """The largest of the gradients' norms, NaN if any is NaN."""
+    """Return the largest of the norms of the gradients; NaN if any of them is NaN."""
     norms = torch._foreach_norm(gradients, order)
     return torch.stack([norm.to(device, torch.float64) for norm in norms]).amax()

@@ -1,4 +1,4 @@
-"""Redistribution of gradients whose DTensor placements differ from their weights', as tensor parallelism can leave."""
+"""Redistribution of gradients whose DTensor placements differ from their weights', as under tensor parallelism."""
 
 from collections.abc import Iterable, Sequence
 
@@ -14,18 +14,21 @@ Named = tuple[str, Tensor]
 
 
 def bring_home(parameters: Iterable[Named]) -> list[Named]:
-    """Give weights a `grad` placed like themselves where that needs no communication.
+    """Redistribute gradients to the placements of their weights where that needs no communication.
 
-    That works where every rank holds all of its piece, as for a gradient replicated where its weight is sharded.
+    No communication is needed if every rank's gradient contains the rank's whole piece of the weight, for example if
+    the gradient is replicated and the weight sharded. Such gradients are replaced in the parameters' `grad`.
 
     Args:
-        parameters: `(name, parameter)` pairs. Plain tensors, and gradients placed like their weights, are left alone.
+        parameters: `(name, parameter)` pairs. Plain tensors, and gradients placed like their weights, are left as they
+            are.
 
     Returns:
-        The pairs whose gradient needs other ranks (`Partial`, or held elsewhere), for `sum_up`.
+        The pairs whose gradients need communication (`Partial`, or elements held by other ranks), for `sum_up`.
 
     Raises:
-        ValueError: Naming the parameter, if its gradient lies on another set of ranks.
+        ValueError: Naming the parameter, if its gradient lies on another set of ranks or its placements are not
+            supported.
     """
     elsewhere: list[Named] = []
     for name, parameter in parameters:
@@ -43,19 +46,20 @@ def bring_home(parameters: Iterable[Named]) -> list[Named]:
 
 
 def sum_up(parameters: Iterable[Named], *, transport: Transport) -> None:
-    """Give every weight a `grad` placed like itself, by communication.
+    """Redistribute gradients to the placements of their weights by communication.
 
     All ranks that hold any of the parameters must call it, with the same parameters in the same order. For each set of
-    ranks, one small all-reduce finds the gradients that any rank has elsewhere; one more per dtype sums these, for a
-    moment at full size. A gradient missing on some ranks counts as zero there.
+    ranks, a small all-reduce finds the gradients that any rank holds in other placements. One more all-reduce per dtype
+    sums these gradients, which temporarily takes memory for them at full size. A gradient that is missing on some ranks
+    counts as zero there.
 
     Args:
-        parameters: `(name, parameter)` pairs; plain tensors are left alone.
-        transport: What runs the all-reduces.
+        parameters: `(name, parameter)` pairs; plain tensors are left as they are.
+        transport: The transport that runs the all-reduces.
 
     Raises:
-        ValueError: Naming the parameter, if its gradient cannot be summed: a `Partial` that is neither a sum nor a
-            mean, an interleaved layout, or another set of ranks.
+        ValueError: Naming the parameter, if its gradient cannot be summed: it has a `Partial` placement that is neither
+            a sum nor a mean, its layout is interleaved or not supported, or it lies on another set of ranks.
     """
     by_group: dict[Group, list[tuple[str, DTensor]]] = {}
     for name, parameter in parameters:
@@ -80,7 +84,7 @@ def _sum_up(parameters: Sequence[tuple[str, DTensor]], group: Group, transport: 
         buffer = torch.cat([_share(name, parameter).to(dtype).reshape(-1) for name, parameter in alike])
         transport.all_reduce(buffer, group=group).wait()
         for (name, parameter), total in zip(alike, buffer.split([p.numel() for _, p in alike]), strict=True):
-            # A copy, so that the piece does not keep the full-size buffer alive.
+            # Copy the piece, so that it does not keep the full-size buffer alive.
             piece = dtensor_layout(parameter, name=name).piece(total.view(parameter.shape)).clone()
             parameter.grad = _placed(piece, parameter)
 
@@ -113,11 +117,15 @@ def _layout_of_gradient(name: str, parameter: DTensor, gradient: DTensor) -> Lay
 
 
 def _within(weight: Layout, found: Layout, here: Tensor) -> Tensor | None:
-    """Cut the weight's local piece out of the local gradient; None if any rank's gradient lacks part of its piece."""
+    """Cut the weight's local piece out of the local gradient.
+
+    Returns:
+        The piece, or None if on any rank the local gradient does not contain the rank's whole piece of the weight.
+    """
     if not found.splits:
         return weight.piece(here)
     if found.interleaved != weight.interleaved or not all(map(_covers, found.boxes, weight.boxes)):
-        # Tested for all ranks, not only this one, so that all of them choose the same way.
+        # This tests the pieces of all ranks, so that all ranks decide alike.
         return None
     return here[tuple(slice(b.start - a.start, b.stop - a.start) for a, b in zip(found.box, weight.box, strict=True))]
 
@@ -127,7 +135,11 @@ def _covers(box: Box, wanted: Box) -> bool:
 
 
 def _share(name: str, parameter: DTensor) -> Tensor:
-    """This rank's summand, in the full shape: its local gradient divided by the number of ranks that add the same."""
+    """Compute this rank's contribution to the sum of a gradient.
+
+    Returns:
+        The local gradient, in the full shape, divided by the number of ranks that contribute the same elements.
+    """
     gradient = parameter.grad
     share = parameter.to_local().new_zeros(tuple(parameter.shape))
     if gradient is None:
@@ -145,7 +157,7 @@ def _share(name: str, parameter: DTensor) -> Tensor:
             raise ValueError(
                 f"{name}: its gradient is placed {gradient.placements}; only sums and means can be added up"
             )
-        # Replicated axes would add the same summand several times, and a mean wants the average over its axis.
+        # Along a replicated axis, all ranks add the same elements. Along the axis of a mean, the sum must be averaged.
         averaged = isinstance(placement, Partial) and placement.reduce_op == "avg"
         copies *= size if averaged or isinstance(placement, Replicate) else 1
     share[tuple(slice(side.start, side.stop) for side in found.box)] = gradient.to_local() / copies

@@ -1,4 +1,4 @@
-"""Gradients made ready for a step: placed like their weights and finite, as agreed by all ranks."""
+"""Preparation of gradients for a step: placed like their weights and, as all ranks agree, finite."""
 
 from collections.abc import Sequence
 
@@ -21,23 +21,26 @@ def ready_gradients(
     transport: Transport,
     progress: StepProgress,
 ) -> list[Tensor] | None:
-    """Collect this rank's piece of every gradient; all ranks of `peers` must call it.
+    """Collect this rank's piece of every gradient.
+
+    All ranks of `peers` must call it.
 
     Args:
         specs: All parameters of the optimizer.
-        nonfinite: What to do if a gradient is inf or NaN on any rank: "raise", "skip" the step, or "zero" the elements.
-        expected: Whether it is an error if no rank has any gradient, as in the first step.
-        peers: The ranks that must agree, or None if this rank is alone.
-        transport: What runs the collectives.
-        progress: Told what is under way, for reports on a hung step.
+        nonfinite: What to do if a gradient is inf or NaN on any rank: "raise" an error, "skip" the step, or set those
+            elements to "zero".
+        expected: Whether to raise an error if no rank has any gradient, as in the first step.
+        peers: The ranks that must agree; None if this rank trains alone.
+        transport: The transport that runs the collectives.
+        progress: A record of what the step is doing, for reports on a hung step; updated here.
 
     Returns:
         The local gradients in the order of `specs`, or None if the step is to be skipped.
 
     Raises:
         FloatingPointError: On all ranks, if a gradient is not finite on any rank and `nonfinite` is "raise".
-        ValueError: If a gradient cannot be redistributed to its weight's placements, or if there is none and
-            `expected` is set.
+        ValueError: If a gradient cannot be used (see `gradient_of`) or cannot be redistributed to its weight's
+            placements, or if no rank has a gradient although `expected` is set.
     """
     moving = [(spec.name, spec.parameter) for spec in specs if spec.parameter.requires_grad]
     some = any(parameter.grad is not None for _, parameter in moving)
@@ -66,10 +69,16 @@ def ready_gradients(
 
 
 def gradient_of(spec: ParamSpec) -> Tensor:
-    """Return this rank's gradient of a parameter: zeros if it has none or is frozen.
+    """Return this rank's piece of a parameter's gradient.
+
+    Args:
+        spec: The parameter.
+
+    Returns:
+        The local gradient; zeros if the parameter has no gradient or is frozen.
 
     Raises:
-        ValueError: Naming the parameter, if the gradient is sparse or placed unlike the weight.
+        ValueError: Naming the parameter, if the gradient is sparse or is placed differently from the weight.
     """
     gradient = spec.parameter.grad
     if gradient is None or not spec.parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""Layouts: which piece of a weight this rank holds, and which ranks hold the others."""
+"""Layouts: which piece of a weight this rank holds, and which ranks hold the other pieces."""
 
 from collections.abc import Hashable
 
@@ -35,16 +35,16 @@ def layout_of(tensor: Tensor, *, name: str, replicas: Group | None = None) -> La
     """Find the layout of a parameter.
 
     Args:
-        tensor: A plain tensor, a DTensor, or a piece of an FSDP1 unit.
+        tensor: The parameter: a plain tensor, a DTensor, or a piece of an FSDP1 unit.
         name: The parameter's name, for error messages.
-        replicas: The ranks that hold the same plain tensor; without them (default) only this rank counts. Ignored for
-            other tensors.
+        replicas: The ranks that hold identical copies of a plain tensor. None (default) means that only this rank is
+            known to hold it. Ignored for DTensors and for pieces of FSDP1 units.
 
     Returns:
-        The layout; a `FlatLayout` for sharded FSDP1 parameters.
+        A `FlatLayout` for a sharded FSDP1 parameter, otherwise a `Layout`.
 
     Raises:
-        ValueError: If symdist supports no such tensor or layout.
+        ValueError: If symdist does not support the tensor's type or its layout.
     """
     if isinstance(tensor, DTensor):
         return dtensor_layout(tensor, name=name)
@@ -56,14 +56,20 @@ def layout_of(tensor: Tensor, *, name: str, replicas: Group | None = None) -> La
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's piece, which shares memory with `tensor`."""
+    """Return this rank's piece of a tensor; it shares memory with `tensor`."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def same_group(tensor: Tensor) -> Hashable:
     """Return a key that is equal for tensors whose pieces lie on the same ranks.
 
-    This is cheaper than finding their layouts. All plain tensors share the key None.
+    Computing the key is cheaper than finding the layouts of the tensors. All plain tensors share the key None.
+
+    Args:
+        tensor: A plain tensor, a DTensor, or a piece of an FSDP1 unit.
+
+    Returns:
+        A hashable key.
 
     Raises:
         ValueError: If the tensor belongs to an FSDP1 unit whose layouts are not known.

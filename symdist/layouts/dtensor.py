@@ -1,4 +1,4 @@
-"""Layouts of DTensors, as made by FSDP2's `fully_shard`, tensor and expert parallelism, and combinations of them."""
+"""Layouts of DTensors, as FSDP2 (`fully_shard`), tensor parallelism, expert parallelism and their combinations make."""
 
 import functools
 from collections.abc import Sequence
@@ -13,10 +13,18 @@ from symdist.layouts.layout import DimSplit, Interleaving, Layout
 
 
 def dtensor_layout(tensor: DTensor, *, name: str) -> Layout:
-    """Find the layout of a DTensor; see `placed_layout`.
+    """Find the layout of a DTensor, see `placed_layout`.
+
+    Args:
+        tensor: The DTensor; this rank must be in its mesh.
+        name: The parameter's name, for error messages.
+
+    Returns:
+        The layout, without mesh axes of size one.
 
     Raises:
-        ValueError: As `placed_layout` does, or if this rank's piece has another shape than the placements give.
+        ValueError: In the cases where `placed_layout` raises, or if this rank's piece does not have the shape that the
+            placements imply.
     """
     layout = placed_layout(tensor.device_mesh, tensor.placements, tuple(tensor.shape), name=name)
     local = tuple(tensor.to_local().shape)
@@ -33,23 +41,28 @@ def placed_layout(
 ) -> Layout:
     """Find the layout of a tensor from its device mesh and placements.
 
-    A dimension sharded over several mesh axes is cut in the order that the placements give: a strided shard comes after
-    all axes to its right that shard the same dimension. FSDP2 over tensor parallelism cuts this way, even for sizes so
-    uneven (17 rows over 4 × 2) that DTensor's own reading of its placements differs. A strided shard without such an
-    axis deals out equal stretches of the dimension, as tensor parallelism does with a fused gate and up.
+    If several mesh axes shard the same dimension, the placements decide in which order they cut it. A strided shard is
+    applied after all axes to its right that shard the same dimension. FSDP2 combined with tensor parallelism cuts in
+    this way, even where sizes are so uneven (17 rows over 4 × 2 ranks) that DTensor itself reads its placements
+    differently.
+
+    A strided shard with no such axis to its right instead divides the dimension into equal stretches and gives every
+    rank a share of each stretch, as tensor parallelism does with a fused gate and up.
 
     Args:
         mesh: The device mesh; this rank must be in it.
-        placements: One for each mesh axis: Replicate, Shard or a strided shard.
+        placements: One placement per mesh axis: Replicate, Shard or a strided shard.
         shape: The whole tensor's shape.
         name: The parameter's name, for error messages.
-        parts: Whether to accept partial sums too, as pieces that span the whole along their axis; False by default.
+        parts: Whether `Partial` placements (partial sums) are accepted too. Each partial sum is treated as a piece that
+            is not cut along that axis. False by default.
 
     Returns:
         The layout, without mesh axes of size one.
 
     Raises:
-        ValueError: For other placements, or stretches that do not divide evenly; on all ranks alike.
+        ValueError: If a placement is not supported, or the stretches of a strided shard do not divide evenly. All ranks
+            of the mesh raise alike.
     """
     known = (Replicate, Shard, _StridedShard, *((Partial,) if parts else ()))
     strange = [placement for placement in placements if type(placement) not in known]
@@ -59,7 +72,7 @@ def placed_layout(
             "Replicate, Shard and strided shards"
         )
     sizes = tuple(mesh.mesh.shape)
-    # An axis of one rank changes nothing; without it, layouts that mean the same compare equal.
+    # An axis of size one has no effect. Without it, layouts that mean the same compare equal.
     axes = [axis for axis, size in enumerate(sizes) if size > 1]
     if not axes:
         return Layout(shape=shape)
@@ -80,7 +93,16 @@ def placed_layout(
 
 
 def peers(tensor: DTensor) -> Group:
-    """Return all ranks of the mesh that the tensor's mesh was sliced from: those that train the model together."""
+    """Return all ranks that train the model together.
+
+    These are the ranks of the root mesh, from which the tensor's mesh was sliced.
+
+    Args:
+        tensor: The DTensor; this rank must be in its mesh.
+
+    Returns:
+        The group of all ranks of the root mesh.
+    """
     mesh = tensor.device_mesh._get_root_mesh()
     return _grid(mesh, list(range(mesh.ndim))).group(range(mesh.ndim))
 
@@ -91,7 +113,7 @@ def mesh_group(mesh: DeviceMesh) -> Group:
 
 
 def _grid(mesh: DeviceMesh, axes: list[int]) -> Grid:
-    """The mesh reduced to `axes`: those of more than one rank."""
+    """Arrange the ranks of a mesh as a grid of the given axes, which are all axes of more than one rank."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside the mesh holds no piece"
     sizes = tuple(mesh.size(axis) for axis in axes)
@@ -105,7 +127,7 @@ def _grid(mesh: DeviceMesh, axes: list[int]) -> Grid:
 def _order_of_cuts(
     placements: Sequence[Placement], cutting: list[int], sizes: tuple[int, ...], *, name: str
 ) -> list[int]:
-    """The mesh axes that cut a dimension, in the order in which they cut it."""
+    """Return the mesh axes that cut a dimension, in the order in which they cut it."""
     order: list[int] = []
     right = 1
     for axis in reversed(cutting):
@@ -138,7 +160,16 @@ def _interleaving(dim: int, size: int, placement: Any, ranks: int, *, name: str)
 
 @functools.lru_cache(maxsize=4096)
 def _ranges(size: int, counts: tuple[int, ...], order: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """The block at every coordinate of an array of `counts` ranks, in row-major order, cut by its axes in `order`."""
+    """Compute the blocks of a dimension that is cut over several axes.
+
+    Args:
+        size: The size of the dimension.
+        counts: The number of ranks along each axis.
+        order: The axes in the order in which they cut the dimension.
+
+    Returns:
+        The block `(start, stop)` at every coordinate of the axes, in row-major order.
+    """
     blocks: dict[tuple[int, ...], tuple[int, int]] = {(): (0, size)}
     for axis in order:
         blocks = {
@@ -146,12 +177,16 @@ def _ranges(size: int, counts: tuple[int, ...], order: tuple[int, ...]) -> tuple
             for at, (start, stop) in blocks.items()
             for i, chunk in enumerate(_chunks(start, stop, counts[axis]))
         }
-    # Coordinates are in the order of cutting; put them into the order of the axes.
+    # Here the coordinates follow the order of cutting. Bring them into the order of the axes.
     inverse = [order.index(axis) for axis in range(len(order))]
     return tuple(block for _, block in sorted((tuple(at[i] for i in inverse), block) for at, block in blocks.items()))
 
 
 def _chunks(start: int, stop: int, parts: int) -> list[tuple[int, int]]:
-    """Cut as `torch.chunk` and DTensor do: blocks of the size rounded up, then a smaller one, then empty ones."""
+    """Cut a range as `torch.chunk` and DTensor do.
+
+    The block size is the length divided by `parts`, rounded up. The first blocks have this size; then comes at most one
+    smaller block, and any others are empty.
+    """
     block = -(-(stop - start) // parts)
     return [(min(start + i * block, stop), min(start + (i + 1) * block, stop)) for i in range(parts)]

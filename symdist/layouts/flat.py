@@ -1,4 +1,4 @@
-"""Layouts of weights stored as stretches of one long vector: ZeRO partitions, flat data-parallel buffers."""
+"""Layouts of weights stored as ranges of one long vector, such as ZeRO partitions and flat data-parallel buffers."""
 
 import functools
 import itertools
@@ -13,22 +13,25 @@ from symdist.layouts.grid import Grid, Group
 from symdist.layouts.layout import DimSplit, Layout
 
 Range: TypeAlias = tuple[int, int, int]
-"""A rank, by its place in the group, and where its elements start and stop."""
+"""The index of a rank in its group, and the offsets at which its elements start and stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlatLayout:
-    """A matrix or vector cut, in row-major order, into consecutive ranges of elements, one per rank.
+    """The layout of a tensor whose elements, in row-major order, are cut into consecutive ranges, one per rank.
 
-    A rank's piece is a vector, and may be empty.
+    A rank's piece is a vector, which may be empty.
 
     Attributes:
         shape: The whole tensor's shape.
-        group: The ranks that hold it.
-        bounds: The offsets where ranges meet, from 0 to the number of elements; range i starts at `bounds[i]`.
-        rank_order: `rank_order[i]` is the place in the group of the rank that holds range i; empty (default) means i.
-        column_blocks: Widths of the blocks of columns that a matrix is cut into first, as by tensor parallelism. The
-            elements are then those of one block after another. Empty (default) means that it is not cut.
+        group: The ranks that hold the tensor.
+        bounds: The offsets at which the ranges meet, from 0 to the number of elements. Range i runs from `bounds[i]` to
+            `bounds[i + 1]`.
+        rank_order: `rank_order[i]` is the index in the group of the rank that holds range i. Empty (default) means that
+            the rank at index i holds range i.
+        column_blocks: The widths of the column blocks of a matrix that was cut by columns first, as tensor parallelism
+            does. Its elements are then ordered block after block, in row-major order within each block. Empty (default)
+            means that the matrix was not cut by columns.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +52,14 @@ class FlatLayout:
             raise ValueError(f"blocks of {self.column_blocks} columns do not make up a matrix of {self.shape}")
 
     def size_at(self, rank: int) -> int:
-        """Return how many elements the rank at place `rank` of the group holds."""
+        """Return how many elements a rank holds.
+
+        Args:
+            rank: The rank's index in the group.
+
+        Returns:
+            The number of elements.
+        """
         place = self.rank_order.index(rank) if self.rank_order else rank
         return self.bounds[place + 1] - self.bounds[place]
 
@@ -60,7 +70,7 @@ class FlatLayout:
 
     @property
     def mine(self) -> tuple[int, int]:
-        """The offsets where this rank's range starts and stops."""
+        """The offsets at which this rank's range starts and stops."""
         place = self.rank_order.index(self.group.index) if self.rank_order else self.group.index
         return self.bounds[place], self.bounds[place + 1]
 
@@ -71,27 +81,27 @@ class FlatLayout:
 
     @functools.cached_property
     def runs(self) -> tuple[Range, ...]:
-        """The nonempty ranges and their ranks, in order of offset."""
+        """The nonempty ranges with the ranks that hold them, in order of offset."""
         return _runs(self.bounds, self.rank_order)
 
     @functools.cached_property
     def sole_owner(self) -> int | None:
-        """The place in the group of the only rank that holds anything; None where several do."""
+        """The index in the group of the only rank that holds any elements; None where several ranks do."""
         return self.runs[0][0] if len(self.runs) == 1 else None
 
     @functools.cached_property
     def everywhere(self) -> Layout:
-        """The layout with the whole tensor on each of these ranks, as on the owner that puts it together."""
+        """The layout in which each of these ranks holds the whole tensor, as an owner does once it has assembled it."""
         return Layout(shape=self.shape, grid=_line(self.group))
 
     def by_rows(self, *, multiple: int = 1) -> Layout:
-        """Return the nearest layout in whole rows.
+        """Return the nearest layout in which every rank holds whole rows.
 
         Args:
-            multiple: Number of rows that must stay together as a block; 1 by default.
+            multiple: The number of rows that must stay together as a block; 1 by default.
 
         Returns:
-            A layout that gives each block to the rank that holds its first element.
+            A layout that gives each block of rows to the rank that holds the block's first element.
         """
         block = self.width * multiple
         ranges = list(itertools.pairwise(-(-bound // block) * multiple for bound in self.bounds))
@@ -102,21 +112,35 @@ class FlatLayout:
         )
 
     def matrix(self, elements: Tensor) -> Tensor:
-        """Reshape `[k, n]`, all n elements of each of k matrices, to `[k, p, q]`."""
+        """Reshape elements into matrices, see `matrices_of`.
+
+        Args:
+            elements: `[k, n]`, all n elements of each of k matrices.
+
+        Returns:
+            `[k, p, q]`.
+        """
         return matrices_of(elements, self.shape, column_blocks=self.column_blocks)
 
     def elements(self, matrices: Tensor) -> Tensor:
-        """Undo `matrix`."""
+        """Undo `matrix`.
+
+        Args:
+            matrices: `[k, p, q]`.
+
+        Returns:
+            `[k, n]`, all n elements of each of the k matrices.
+        """
         return elements_of(matrices, column_blocks=self.column_blocks)
 
 
 def matrices_of(elements: Tensor, shape: tuple[int, ...], *, column_blocks: tuple[int, ...]) -> Tensor:
-    """Reshape all elements of some matrices into the matrices.
+    """Reshape the elements of several matrices into the matrices.
 
     Args:
-        elements: `[k, n]`, for k matrices of n elements each.
-        shape: The shape of one matrix.
-        column_blocks: See `FlatLayout`.
+        elements: `[k, n]`, all n elements of each of k matrices.
+        shape: The shape `(p, q)` of one matrix.
+        column_blocks: The widths of the column blocks that order the elements, or empty; see `FlatLayout`.
 
     Returns:
         `[k, p, q]`.
@@ -129,14 +153,29 @@ def matrices_of(elements: Tensor, shape: tuple[int, ...], *, column_blocks: tupl
 
 
 def elements_of(matrices: Tensor, *, column_blocks: tuple[int, ...]) -> Tensor:
-    """Undo `matrices_of`: `[k, p, q]` back to `[k, n]`."""
+    """Undo `matrices_of`.
+
+    Args:
+        matrices: `[k, p, q]`.
+        column_blocks: The widths of the column blocks that order the elements, or empty; see `FlatLayout`.
+
+    Returns:
+        `[k, n]`, all n elements of each of the k matrices.
+    """
     if not column_blocks:
         return matrices.flatten(1)
     return torch.cat([block.flatten(1) for block in matrices.split(column_blocks, dim=2)], dim=1)
 
 
 def runs_of_rows(layout: Layout) -> tuple[Range, ...]:
-    """Return the ranges of elements that a layout in whole rows gives to each rank, in order of offset."""
+    """Return the ranges of elements that the ranks hold under a layout in whole rows.
+
+    Args:
+        layout: A layout with a single split, over the rows.
+
+    Returns:
+        The nonempty ranges with the ranks that hold them, in order of offset.
+    """
     width = math.prod(layout.shape[1:])
     (split,) = layout.splits
     runs = [(i, a * width, b * width) for i, (a, b) in enumerate(split.ranges) if a < b and width]
@@ -144,15 +183,15 @@ def runs_of_rows(layout: Layout) -> tuple[Range, ...]:
 
 
 def flat_vector(sizes: list[int], *, ranks: int, align: int = 1) -> list[tuple[int, ...]]:
-    """Compute the bounds of tensors that lie one after another in a vector that ranks share equally.
+    """Compute the bounds of tensors that lie one after another in a vector divided equally among ranks.
 
     Args:
-        sizes: Number of elements of each tensor.
-        ranks: Number of ranks.
-        align: Each rank's part is a multiple of this many elements; 1 by default.
+        sizes: The number of elements of each tensor.
+        ranks: The number of ranks.
+        align: The size of each rank's part is a multiple of this many elements; 1 by default.
 
     Returns:
-        The bounds of each tensor; see `FlatLayout`.
+        The bounds of each tensor, see `FlatLayout`.
     """
     part = -(-sum(sizes) // (ranks * align)) * align
     return [flat_bounds(start, size, part=part, ranks=ranks) for start, size in zip(_starts(sizes), sizes, strict=True)]
@@ -160,22 +199,30 @@ def flat_vector(sizes: list[int], *, ranks: int, align: int = 1) -> list[tuple[i
 
 @functools.lru_cache(maxsize=65536)
 def flat_bounds(start: int, size: int, *, part: int, ranks: int) -> tuple[int, ...]:
-    """Compute the bounds of one tensor in a vector of which every rank holds an equal part.
+    """Compute the bounds of one tensor in a vector divided equally among ranks.
 
     Args:
-        start: Offset of the tensor in the vector.
-        size: Number of its elements.
-        part: Number of elements each rank holds.
-        ranks: Number of ranks.
+        start: The offset of the tensor in the vector.
+        size: The number of elements of the tensor.
+        part: The number of elements of the vector that each rank holds.
+        ranks: The number of ranks.
 
     Returns:
-        The bounds; see `FlatLayout`.
+        The bounds, see `FlatLayout`.
     """
     return (*(min(max(rank * part - start, 0), size) for rank in range(ranks)), size)
 
 
 def replicated(shape: tuple[int, ...], group: Group) -> Layout:
-    """Return the layout of a tensor that is the same on all ranks of a group."""
+    """Return the layout of a tensor that is the same on all ranks of a group.
+
+    Args:
+        shape: The tensor's shape.
+        group: The ranks that hold the tensor.
+
+    Returns:
+        A layout without splits.
+    """
     return Layout(shape=shape, grid=_line(group)) if group.size > 1 else Layout(shape=shape)
 
 
@@ -192,5 +239,5 @@ def _runs(bounds: tuple[int, ...], order: tuple[int, ...]) -> tuple[Range, ...]:
 
 
 def _line(group: Group) -> Grid:
-    """The ranks of a group as a grid of one axis."""
+    """Arrange the ranks of a group as a grid of one axis."""
     return Grid(sizes=(group.size,), ranks=group.ranks, position=group.index, handles=(group.handle,))

@@ -1,6 +1,7 @@
-"""Layouts under `FullyShardedDataParallel` with `use_orig_params=True`, which keeps one long vector per unit.
+"""Layouts under `FullyShardedDataParallel` with `use_orig_params=True`, which stores one long vector per FSDP unit.
 
-The original parameters stay as one-dimensional pieces. Where a piece lies in its matrix, only its FSDP unit knows.
+The original parameters remain in the model as one-dimensional pieces. Only the FSDP unit records where a piece lies in
+its matrix.
 """
 
 from collections.abc import Iterator
@@ -15,18 +16,22 @@ from symdist.layouts.groups import ascending
 from symdist.layouts.layout import Layout
 
 _LAYOUTS = WeakIdKeyDictionary()
-"""The layouts that `read_units` found, by parameter: wrapping a model keeps its parameter objects."""
+"""The layouts that `read_units` found, keyed by parameter. Wrapping a model keeps its parameter objects."""
 
 _REMEDY = "build the optimizer with symdist.build_optimizer(model, recipe), where model is the wrapped one"
 
 
 def read_units(model: nn.Module) -> None:
-    """Record where the parameters of a model's FSDP units lie, for `fsdp1_layout`.
+    """Record the layouts of the parameters of a model's FSDP units, for `fsdp1_layout`.
 
-    Every rank must call it, since each records its own pieces.
+    Every rank must call it, because each rank records its own pieces.
+
+    Args:
+        model: The model; modules that are not FSDP units are skipped.
 
     Raises:
-        ValueError: If a unit was wrapped without `use_orig_params=True`, or holds a parameter that is not contiguous.
+        ValueError: If a unit was wrapped without `use_orig_params=True`, holds a parameter that is not contiguous, or
+            has a process group whose ranks do not ascend.
     """
     for name, module in model.named_modules():
         handle = getattr(module, "_handle", None) if isinstance(module, FSDP) else None
@@ -42,7 +47,7 @@ def read_units(model: nn.Module) -> None:
 
 
 def is_flattened(tensor: Tensor) -> bool:
-    """Tell whether a tensor belongs to an FSDP unit, as a piece or as the flat parameter itself."""
+    """Return whether a tensor belongs to an FSDP unit, either as a piece or as the flat parameter itself."""
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
@@ -53,8 +58,11 @@ def fsdp1_layout(tensor: Tensor, *, name: str) -> Layout | FlatLayout:
         tensor: The piece that this rank holds.
         name: The parameter's name, for error messages.
 
+    Returns:
+        A `FlatLayout` if the unit shards its parameters, otherwise a `Layout` without splits.
+
     Raises:
-        ValueError: If it is the flat parameter itself, or belongs to no unit that `read_units` has seen.
+        ValueError: If `tensor` is the flat parameter itself, or does not belong to a unit that `read_units` has read.
     """
     if getattr(tensor, "_is_flat_param", False):
         raise ValueError(
@@ -70,7 +78,14 @@ def fsdp1_layout(tensor: Tensor, *, name: str) -> Layout | FlatLayout:
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return the shape of the whole parameter, also where `tensor` is a piece of an FSDP unit's."""
+    """Return the shape of a whole parameter.
+
+    Args:
+        tensor: The parameter, or this rank's piece of a parameter of an FSDP unit.
+
+    Returns:
+        The shape of the whole parameter; for a piece of a unit that `read_units` has not read, the piece's own shape.
+    """
     layout = _LAYOUTS.get(tensor) if is_flattened(tensor) else None
     return tuple(tensor.shape) if layout is None else layout.shape
 
@@ -84,7 +99,7 @@ def _of_unit(handle: Any) -> Iterator[tuple[nn.Parameter, Layout | FlatLayout]]:
                 "before wrapping the model"
             )
     part = int(flat._sharded_size.numel())
-    # The list of lengths also holds the padding between parameters.
+    # The list of lengths also includes the padding between parameters.
     starts, start = [], 0
     for length, is_padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
         if not is_padding:

@@ -1,4 +1,4 @@
-"""Groups and grids: the ranks that hold a weight, arranged by which piece they hold."""
+"""Groups and grids: the ranks that hold a weight, and how they are arranged by the pieces that they hold."""
 
 import functools
 import itertools
@@ -10,14 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Ranks that communicate with each other; groups of the same ranks, seen from the same rank, are equal.
+    """Ranks that communicate with each other.
+
+    Groups of the same ranks, as the same rank sees them, compare equal.
 
     Attributes:
-        ranks: The global ranks, ascending.
-        index: This rank's place among them.
-        handle: Their process group, or None where it is not known.
-        through: Process groups that together connect the ranks; without a `handle` the transport finds or makes one
-            from them.
+        ranks: The global ranks, in ascending order.
+        index: The index of this rank in `ranks`.
+        handle: The process group of these ranks; None (default) where it is not known.
+        through: Process groups that together connect the ranks. Without a `handle`, the transport finds or makes a
+            process group from them. Empty by default.
     """
 
     ranks: tuple[int, ...]
@@ -36,10 +38,11 @@ class Grid:
     """An array of ranks, like a device mesh.
 
     Attributes:
-        sizes: Number of ranks along each axis.
+        sizes: The number of ranks along each axis.
         ranks: The global ranks, in row-major order.
-        position: This rank's place in `ranks`.
-        handles: The process group through this rank along each axis; empty where they are not known.
+        position: The index of this rank in `ranks`.
+        handles: For each axis, the process group along that axis that contains this rank; empty (default) where these
+            are not known.
     """
 
     sizes: tuple[int, ...]
@@ -51,11 +54,25 @@ class Grid:
         assert math.prod(self.sizes) == len(self.ranks)
 
     def at(self, position: int) -> "Grid":
-        """Return the grid as the rank at another position sees it, without process groups, which only that rank has."""
+        """Return the grid as the rank at another position sees it.
+
+        Args:
+            position: The other rank's index in `ranks`.
+
+        Returns:
+            The grid without process groups, because only the other rank has those.
+        """
         return Grid(sizes=self.sizes, ranks=self.ranks, position=position)
 
     def coordinate(self, position: int) -> tuple[int, ...]:
-        """Return the coordinate of a position along every axis."""
+        """Return the coordinates of a position.
+
+        Args:
+            position: An index in `ranks`.
+
+        Returns:
+            The coordinate along every axis.
+        """
         found = []
         for size in reversed(self.sizes):
             position, along = divmod(position, size)
@@ -68,11 +85,18 @@ class Grid:
 
     @functools.cached_property
     def order(self) -> list[int]:
-        """The positions sorted by rank, which is the order of process groups."""
+        """The positions in ascending order of their global ranks, which is the order within a process group."""
         return sorted(range(len(self.ranks)), key=self.ranks.__getitem__)
 
     def group(self, axes: Sequence[int]) -> Group:
-        """Return the ranks that differ from this one only along `axes`, this one among them."""
+        """Return the ranks that differ from this one only along the given axes.
+
+        Args:
+            axes: The axes along which the ranks may differ.
+
+        Returns:
+            The group of these ranks, which includes this rank.
+        """
         here = self.coordinate(self.position)
         fixed = [axis for axis in range(len(self.sizes)) if axis not in axes]
         ranks = tuple(

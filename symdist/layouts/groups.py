@@ -1,4 +1,4 @@
-"""Groups of ranks, from PyTorch's process groups and device meshes."""
+"""Groups of ranks made from PyTorch process groups and device meshes."""
 
 from typing import Any, TypeAlias
 
@@ -9,18 +9,21 @@ from symdist.layouts.dtensor import mesh_group
 from symdist.layouts.grid import Group
 
 Ranks: TypeAlias = dist.ProcessGroup | DeviceMesh
-"""What a user can pass to name ranks."""
+"""What a user can pass where an option names ranks."""
 
 
 def group_of(option: str, ranks: Ranks | None) -> Group | None:
-    """Return the group that an option gives, or None where it gives none.
+    """Return the group that a user names in an option.
 
     Args:
         option: The option's name, for error messages.
         ranks: The option's value.
 
+    Returns:
+        The group, or None if the value is None.
+
     Raises:
-        ValueError: If the value is neither a process group nor a device mesh.
+        ValueError: If the value is neither None, a process group nor a device mesh.
     """
     try:
         return None if ranks is None else group_from(ranks)
@@ -29,10 +32,16 @@ def group_of(option: str, ranks: Ranks | None) -> Group | None:
 
 
 def group_from(ranks: Any) -> Group:
-    """Return the group of a `ProcessGroup`, or of all ranks of a `DeviceMesh`.
+    """Return the group of the ranks of a process group or device mesh.
+
+    Args:
+        ranks: A `ProcessGroup`, or a `DeviceMesh`, all of whose ranks are taken. This rank must be one of them.
+
+    Returns:
+        The group.
 
     Raises:
-        TypeError: For anything else.
+        TypeError: If `ranks` is neither a `ProcessGroup` nor a `DeviceMesh`.
     """
     if isinstance(ranks, DeviceMesh):
         return mesh_group(ranks)
@@ -43,10 +52,16 @@ def group_from(ranks: Any) -> Group:
 
 
 def ascending(group: Any) -> Group:
-    """Return the group of a `ProcessGroup`.
+    """Return the group of a process group whose ranks must be in ascending order.
+
+    Args:
+        group: The `ProcessGroup`; this rank must be in it.
+
+    Returns:
+        The group.
 
     Raises:
-        ValueError: If it does not number its ranks in ascending order.
+        ValueError: If the ranks of the process group are not in ascending order.
     """
     found = group_from(group)
     if dist.get_process_group_ranks(group) != list(found.ranks):

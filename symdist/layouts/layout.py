@@ -1,4 +1,4 @@
-"""Where the pieces of a stored tensor lie, independent of the engine that put them there."""
+"""Where the pieces of a stored tensor lie, independent of the engine that sharded it."""
 
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ Box: TypeAlias = tuple[range, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class DimSplit:
-    """One dimension of the stored tensor, cut into blocks over some axes of the grid.
+    """A cut of one dimension of the stored tensor into blocks, over one or more axes of the grid.
 
     Attributes:
-        dim: The dimension.
-        axes: The grid axes it is cut over.
-        ranges: The block `(start, stop)` at every coordinate along `axes`, in row-major order. Blocks cover the
-            dimension once, in any order, and may be empty.
+        dim: The dimension that is cut.
+        axes: The grid axes over which it is cut.
+        ranges: The block `(start, stop)` at every coordinate along `axes`, in row-major order. Together the blocks
+            cover the dimension exactly once. They may be in any order and may be empty.
     """
 
     dim: int
@@ -32,15 +32,15 @@ class DimSplit:
 
 @dataclass(frozen=True, kw_only=True)
 class Interleaving:
-    """A dimension whose equal stretches, such as gate and up, are each dealt out to all ranks.
+    """A dimension that consists of equal stretches, such as gate and up, each of which is divided among all ranks.
 
-    Each rank's block holds its share of every stretch, one after the other. Rules do not depend on the order of rows or
-    columns, so the tensor is seen in this stored order.
+    Each rank's block holds its share of every stretch, one share after another. Rules do not depend on the order of
+    rows or columns, so the tensor is treated as if this stored order were its own.
 
     Attributes:
         dim: The dimension.
-        parts: Number of stretches.
-        ranks: Number of ranks.
+        parts: The number of stretches.
+        ranks: The number of ranks.
     """
 
     dim: int
@@ -48,7 +48,14 @@ class Interleaving:
     ranks: int
 
     def applied(self, tensor: Tensor) -> Tensor:
-        """Put a whole tensor into the order in which it is stored."""
+        """Reorder a whole tensor into its stored order.
+
+        Args:
+            tensor: The whole tensor, in its original order.
+
+        Returns:
+            The whole tensor, in the order in which the ranks store it.
+        """
         cut = tensor.unflatten(self.dim, (self.parts, self.ranks, -1))
         return cut.transpose(self.dim, self.dim + 1).flatten(self.dim, self.dim + 2)
 
@@ -57,14 +64,15 @@ class Interleaving:
 class Layout:
     """A stored tensor on the ranks of a grid.
 
-    Every dimension has at most one split, and every grid axis serves at most one. Ranks that differ only along axes
-    that no split uses hold the same piece: they are replicas.
+    Every dimension has at most one split, and every grid axis is used by at most one split. Ranks that differ only
+    along axes that no split uses hold the same piece: they are replicas.
 
     Attributes:
         shape: The whole tensor's shape.
-        grid: The ranks; None (default) where only this rank is known.
+        grid: The ranks that hold the tensor; None (default) where only this rank is known to hold it.
         splits: How dimensions are cut; none by default.
-        interleaved: Dimensions stored in another order; none by default. Splits and boxes refer to the stored order.
+        interleaved: Dimensions that are stored in another order; none by default. Splits and boxes refer to the stored
+            order.
     """
 
     shape: tuple[int, ...]
@@ -74,35 +82,42 @@ class Layout:
 
     @functools.cached_property
     def group(self) -> Group | None:
-        """All ranks that hold the tensor, this one among them."""
+        """All ranks that hold the tensor, including this one; None where only this rank is known."""
         return None if self.grid is None else self.grid.group(range(len(self.grid.sizes)))
 
     def group_of(self, split: DimSplit) -> Group:
-        """Return the ranks that hold the other blocks of this split, but otherwise what this rank holds."""
+        """Return the ranks across which a split cuts the part of the tensor that this rank sees.
+
+        Args:
+            split: One of `splits`.
+
+        Returns:
+            The ranks whose pieces differ from this rank's only in their block of this split, including this rank.
+        """
         assert self.grid is not None
         return self.grid.group(split.axes)
 
     @functools.cached_property
     def shard_group(self) -> Group | None:
-        """The ranks that together hold the tensor once, this one among them; None where this rank holds all of it."""
+        """The ranks that together hold the tensor once, including this one; None where this rank holds all of it."""
         axes = [axis for split in self.splits for axis in split.axes]
         return self.grid.group(axes) if self.grid is not None and axes else None
 
     @functools.cached_property
     def box(self) -> Box:
-        """This rank's piece, as one range per dimension."""
+        """This rank's piece, as one range of indices per dimension."""
         return self._box(self.grid.position if self.grid is not None else 0)
 
     @functools.cached_property
     def boxes(self) -> list[Box]:
-        """The piece of every rank of `group`, in the group's order."""
+        """The piece of every rank of `group`, in the order of the group."""
         if self.grid is None:
             return [self.box]
         return [self._box(position) for position in self.grid.order]
 
     @functools.cached_property
     def replica_ids(self) -> list[tuple[int, ...]]:
-        """For every rank of `group`, which copy of the tensor its piece belongs to."""
+        """For every rank of `group`, an identifier of the copy of the tensor that its piece belongs to."""
         if self.grid is None:
             return [()]
         cut = {axis for split in self.splits for axis in split.axes}
@@ -121,18 +136,32 @@ class Layout:
 
     @functools.cached_property
     def largest_shape(self) -> tuple[int, ...]:
-        """The largest extent of each dimension on any rank: the shape of the largest piece."""
+        """For each dimension, the largest size that any rank holds: the shape of the largest piece."""
         largest = {split.dim: max(stop - start for start, stop in split.ranges) for split in self.splits}
         return tuple(largest.get(dim, size) for dim, size in enumerate(self.shape))
 
     def at(self, index: int) -> "Layout":
-        """Return the layout as the rank at place `index` of `group` sees it."""
+        """Return the layout as another rank sees it.
+
+        Args:
+            index: The other rank's index in `group`.
+
+        Returns:
+            The layout; `self` where only this rank is known.
+        """
         if self.grid is None:
             return self
         return dataclasses.replace(self, grid=self.grid.at(self.grid.order[index]))
 
     def piece(self, whole: Tensor) -> Tensor:
-        """Cut this rank's piece from a whole tensor; a view of it where nothing is interleaved."""
+        """Cut this rank's piece from a whole tensor.
+
+        Args:
+            whole: The whole tensor, in its original order.
+
+        Returns:
+            The piece; it is a view of `whole` unless a dimension is interleaved.
+        """
         for each in self.interleaved:
             whole = each.applied(whole)
         return whole[tuple(slice(side.start, side.stop) for side in self.box)]
@@ -157,10 +186,13 @@ def cut_along(
     Args:
         shape: The whole tensor's shape.
         dim: The dimension that is cut.
-        sizes: `sizes[i]` is the size of the block on `ranks[i]`; together they cover the dimension. Sizes may be 0.
+        sizes: `sizes[i]` is the size of the block on `ranks[i]` and may be 0. The blocks must cover the dimension.
         ranks: The global ranks.
-        index: This rank's place among `ranks`.
+        index: The index of this rank in `ranks`.
         handle: The process group of the ranks; None by default.
+
+    Returns:
+        The layout, on a grid of one axis.
     """
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     assert ends[-1] == shape[dim], "the blocks must cover the dimension"

@@ -11,7 +11,11 @@ def whole_layout(tensor: Tensor, *, replicas: Group | None = None) -> Layout:
 
     Args:
         tensor: The tensor.
-        replicas: The ranks that hold the same one; without them (default) only this rank counts.
+        replicas: The ranks that hold identical copies of it. None (default) means that only this rank is known to hold
+            it.
+
+    Returns:
+        A layout without splits.
     """
     shape = tuple(tensor.shape)
     if replicas is None or replicas.size == 1:

@@ -1,4 +1,4 @@
-"""The matrix a rule works on, and helpers that rules share: centring, row lengths, scaling to unit size."""
+"""The matrix that a rule works on, and operations that rules share: centring, row lengths, scaling to unit size."""
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +12,12 @@ from symdist.rules.requests import Sum
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where the matrices of a stack store their part of what their stage of the residual stream shares.
+    """Where the matrices of a stack store their parts of the tensor that a stage of the residual stream shares.
 
     Attributes:
-        width: Number of columns of the shared tensor.
-        firsts: For each matrix, the first shared column that it stores, in the leading columns of its own state; −1 if
-            it stores none.
+        width: The number of columns of the shared tensor.
+        firsts: For each matrix, the index of the first shared column that it stores, or −1 if it stores none. A matrix
+            keeps its shared columns in the leading columns of its own state.
     """
 
     width: int
@@ -26,18 +26,18 @@ class Places:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Matrix:
-    """A stack of b matrices, as far as this rank holds them.
+    """The part of a stack of b matrices that this rank holds.
 
     Attributes:
         values: `[b, rows here, columns here]`; rules must not write to it.
-        rows: Number of rows m of the whole matrix, without padding.
-        columns: Number of columns n of the whole matrix.
-        real: `[rows here, 1]`, 1 for rows that exist and 0 for padding rows, whose values are zero; None where no row
+        rows: The number of rows m of the whole matrix, without padding.
+        columns: The number of columns n of the whole matrix.
+        real: `[rows here, 1]`, 1 for real rows and 0 for padding rows, whose values are zero. None (default) if no row
             is padding.
-        first_column: Index in the whole matrix of the first column here.
-        state: What the rule remembers, by the names it was registered with. Each tensor is shaped like `values` and
-            zero before the first step; rules must not write to it.
-        places: Given only to rules that couple the matrices of a stage; see `Places`.
+        first_column: The index, in the whole matrix, of the first column held here; 0 by default.
+        state: The state that the rule keeps between steps, by the names it was registered with. Each tensor has the
+            shape of `values` and is zero before the first step; rules must not write to it.
+        places: Set only for rules that couple the matrices of a stage, see `Places`; otherwise None (the default).
     """
 
     values: Tensor
@@ -52,14 +52,15 @@ class Matrix:
 def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:
     """Subtract the mean row: `Πx = x − mean over all rows of x`.
 
-    This projection removes the direction `1aᵀ`, along which the function of a head or router does not change.
+    This projection removes the direction `1aᵀ`, along which the function of a head or router does not change. It yields
+    one `Sum` over the ranks that hold the other rows.
 
     Args:
-        matrix: The stack that `x` comes from.
+        matrix: The stack of matrices that `x` belongs to.
         x: `[b, rows here, columns here]`, in the layout of `matrix`.
 
     Returns:
-        The centred rows, shaped like `x`; padding rows are zero.
+        The centred rows, in the shape of `x`; padding rows are zero.
     """
     total = yield Sum(values=x.sum(-2, keepdim=True), across="rows")
     centered = x - total / matrix.rows
@@ -67,10 +68,11 @@ def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:
 
 
 def row_lengths(x: Tensor) -> Generator[Any, Any, Tensor]:
-    """Compute the 2-norms of whole rows, accurate at any scale.
+    """Compute the 2-norms of whole rows, accurately at any scale.
 
-    Squares of float32 numbers overflow above 1e19 and vanish below 1e-19. So each row is first divided by its largest
-    number, and squares are summed over ranks in float64.
+    Squares of float32 numbers overflow for numbers above 1e19 and vanish for numbers below 1e-19. Therefore each row is
+    first divided by its largest magnitude, and the squares are summed over ranks in float64. This yields one `Sum` over
+    the ranks that hold the other columns.
 
     Args:
         x: `[b, rows here, columns here]`.
@@ -85,11 +87,12 @@ def row_lengths(x: Tensor) -> Generator[Any, Any, Tensor]:
 
 
 def at_unit_scale(x: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
-    """Divide each whole matrix by a power of two near its largest number.
+    """Divide each whole matrix by a power of two near its largest magnitude.
 
-    This rounds nothing, and keeps later squares and sums within the range of the dtype. A matrix whose numbers are all
-    denormal becomes zero, since it has no digits left: such is an expert's momentum after thousands of steps without a
-    token.
+    The division rounds nothing, and it keeps later squares and sums within the range of the dtype. A matrix that
+    contains only denormal numbers becomes zero, because such numbers have no significant digits left. This happens to
+    the momentum of an expert after thousands of steps without a token. The function yields one `Sum` over all ranks
+    that hold the matrix.
 
     Args:
         x: `[b, rows here, columns here]`.
@@ -97,7 +100,8 @@ def at_unit_scale(x: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
     Returns:
         The scaled `x`, and the powers of two, `[b, 1, 1]`.
     """
-    # Only sums run across ranks. The sum of the pieces' maxima is too large at most by their number.
+    # Rules can request only sums across ranks. The sum of the pieces' maxima exceeds the maximum at most by a factor of
+    # the number of pieces.
     size = yield Sum(values=_largest(x, (-2, -1)), across="all")
     tiny = torch.finfo(x.dtype).tiny
     unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent.clamp_min(-125))
@@ -105,7 +109,10 @@ def at_unit_scale(x: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
 
 
 def _largest(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """The largest magnitude along `dims`, which are kept; 0 where a dimension is empty."""
+    """Return the largest magnitude along `dims`, which are kept with size 1.
+
+    The result is 0 where one of the dimensions is empty.
+    """
     if any(x.shape[dim] == 0 for dim in dims):
         return x.new_zeros([1 if dim - x.dim() in dims else size for dim, size in enumerate(x.shape)])
     return x.abs().amax(dims, keepdim=True)

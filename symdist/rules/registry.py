@@ -1,4 +1,4 @@
-"""The registry of rules: each rule's name, its options, and the splits of a matrix under which it runs in place."""
+"""The registry of rules: the name and options of each rule, and the splits of a matrix under which it runs in place."""
 
 import inspect
 import math
@@ -15,7 +15,7 @@ SplitsOf: TypeAlias = Callable[[Mapping[str, Any], int, int], tuple[MatrixAxis, 
 StateOf: TypeAlias = Callable[[Mapping[str, Any]], tuple[str, ...]]
 Couples: TypeAlias = Callable[[Mapping[str, Any]], bool]
 
-# The options of each accumulator and their defaults; param groups give them beside the rule's own.
+# The options of each accumulator with their defaults. Param groups set them in addition to the rule's own options.
 ACCUMULATOR_OPTIONS: dict[Accumulator, dict[str, Any]] = {
     "ema": {"momentum": 0.95},
     "heavy_ball": {"momentum": 0.95, "nesterov": True},
@@ -33,19 +33,19 @@ class Rule:
     """A registered rule.
 
     Attributes:
-        name: What param groups and recipes call it.
+        name: The name by which param groups and recipes refer to the rule.
         update: The generator `update(matrix, **options)`. It yields requests and returns the update of `matrix.values`,
             or the update and the new state by name.
         accumulator: How gradients are accumulated before the rule runs: "ema", "heavy_ball" or "adam".
-        defaults: The rule's own options and their defaults.
-        choices: The allowed values of options annotated with `Literal`.
-        splits_of: `splits_of(options, rows, columns)` names the splits under which the requests can be answered without
-            moving the matrix.
+        defaults: The rule's own options with their defaults.
+        choices: The allowed values of each option that is annotated with `Literal`.
+        splits_of: `splits_of(options, rows, columns)` returns the splits under which the rule's requests can be
+            answered without moving the matrix.
         check: Raises ValueError for options that contradict each other.
-        remembers: `remembers(options)` names the state the rule keeps between steps.
-        couples: `couples(options)` tells whether the rule couples the matrices of a stage of the residual stream.
+        remembers: `remembers(options)` returns the names of the state that the rule keeps between steps.
+        couples: `couples(options)` returns whether the rule couples the matrices of a stage of the residual stream.
         ordered: Whether the rule depends on the positions of columns.
-        matrices: False for a coordinate-wise rule, which also takes vectors.
+        matrices: Whether the rule needs matrices. False for a coordinate-wise rule, which also accepts vectors.
     """
 
     name: str
@@ -61,18 +61,18 @@ class Rule:
     matrices: bool
 
     def options(self, given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-        """Complete and check options.
+        """Fill in default options and check all of them.
 
         Args:
             given: Options that override the defaults of the rule and of its accumulator.
-            where: Where the options come from, to start error messages with.
+            where: Where the options come from; error messages start with it.
 
         Returns:
-            Every option of the rule and its accumulator, and whatever else `given` holds.
+            Every option of the rule and of its accumulator, and any other keys of `given`.
 
         Raises:
-            ValueError: If a value is not one of its choices, is of the wrong kind or out of range, or is refused by
-                `check`.
+            ValueError: If a value is not among the allowed choices, has the wrong type, is out of range, or is rejected
+                by `check`.
         """
         options = {**ACCUMULATOR_OPTIONS[self.accumulator], **self.defaults, **given}
         for key, choices in self.choices.items():
@@ -89,15 +89,25 @@ class Rule:
         return options
 
     def state_names(self, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-        """List the names of all state shaped like the parameter, the accumulator's first.
+        """List the names of all state tensors that have the shape of the parameter.
 
         Args:
-            options: The options the state depends on; the rule's defaults if not given.
+            options: The options that the state depends on; None (default) means the rule's defaults.
+
+        Returns:
+            The accumulator's names, followed by the rule's own.
         """
         return (*ACCUMULATOR_STATE[self.accumulator], *self.remembers(self.defaults if options is None else options))
 
     def update_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Select from `options` those that `update` takes."""
+        """Select the options that `update` accepts.
+
+        Args:
+            options: Options by name; every option of the rule must be among them.
+
+        Returns:
+            The rule's own options.
+        """
         return {key: options[key] for key in self.defaults}
 
 
@@ -107,7 +117,7 @@ _BELOW_ONE = {"momentum", "beta2"}
 
 
 def _check_value(key: str, value: Any, default: Any) -> None:
-    """Raise ValueError for a value that is not of the default's kind, or is out of its range."""
+    """Raise ValueError if a value does not have the type of the default, or is out of range."""
     if value is default:
         return
     if isinstance(default, bool):
@@ -146,25 +156,27 @@ def rule(
 ) -> Callable[[Callable[..., Asking]], Callable[..., Asking]]:
     """Register a generator `f(matrix, *, option=default, …)` as the rule `name`.
 
-    Its keyword-only parameters become the rule's options; one annotated with `Literal` allows only those values. The
-    requests it yields must not depend on data: all ranks must ask the same, and planning runs the rule on meta tensors.
+    Its keyword-only parameters become the rule's options. An option annotated with `Literal` allows only the values
+    listed there. The requests that the generator yields must not depend on the data: all ranks must make the same
+    requests, and planning runs the rule on meta tensors.
 
     Args:
-        name: What param groups and recipes call the rule.
-        splits: The splits of the matrix under which the rule's requests are enough: a tuple of "rows" and "columns", or
-            a function of (options, rows, columns) that returns one. Under any other split the whole matrix goes to an
-            owner.
+        name: The name by which param groups and recipes refer to the rule.
+        splits: The splits of the matrix under which the rule can run in place, by its requests alone: a tuple of "rows"
+            and "columns", or a function of (options, rows, columns) that returns one. Under any other split, the whole
+            matrix is sent to an owner.
         accumulator: How gradients are accumulated before the rule runs: "ema" (default) or "heavy_ball" momentum, or
             "adam" for the bias-corrected Adam direction.
-        check: Raises ValueError for options that contradict each other; by default accepts all.
-        state: Names of what the rule remembers between steps, or a function of the options that returns them; none by
-            default. Each is a tensor of the parameter's shape and layout, zero at first, found in `matrix.state`. A
-            rule with state returns `(update, {name: new})`.
-        couples: Function of the options that tells whether the rule asks for a `StageSum`; by default it never does.
-            All matrices of a stage must then make the same requests in the same order.
-        ordered: Whether to refuse views that mix columns, so that neighbours in a piece are not neighbours in the
-            matrix; False by default.
-        matrices: Whether the rule needs matrices and refuses vectors; True by default.
+        check: A function of the options that raises ValueError if they contradict each other. By default, all are
+            accepted.
+        state: The names of the state that the rule keeps between steps, or a function of the options that returns them;
+            none by default. Each state tensor has the shape and layout of the parameter, is initially zero, and is
+            passed to the rule in `matrix.state`. A rule with state returns `(update, {name: new})`.
+        couples: A function of the options that returns whether the rule requests a `StageSum`; by default it never
+            does. If it does, all matrices of a stage must make the same requests in the same order.
+        ordered: Whether to reject views that mix columns, which the rule needs if neighbouring columns of a piece must
+            also be neighbours in the matrix; False by default.
+        matrices: Whether the rule needs matrices and rejects vectors; True by default.
 
     Returns:
         A decorator that registers the generator and returns it unchanged.
@@ -207,10 +219,16 @@ def rule(
 
 
 def get_rule(name: str) -> Rule:
-    """Look up the rule registered as `name`.
+    """Look up a registered rule.
+
+    Args:
+        name: The rule's name.
+
+    Returns:
+        The rule.
 
     Raises:
-        ValueError: If there is none; the message lists all names.
+        ValueError: If no rule has this name. The message lists all registered names.
     """
     if not isinstance(name, str) or name not in _RULES:
         raise ValueError(f"there is no rule {name!r}; the rules are {', '.join(rule_names())}")
@@ -218,5 +236,5 @@ def get_rule(name: str) -> Rule:
 
 
 def rule_names() -> list[str]:
-    """List all registered names, sorted."""
+    """List the names of all registered rules in alphabetical order."""
     return sorted(_RULES)

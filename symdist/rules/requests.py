@@ -1,4 +1,4 @@
-"""The requests a rule can make to the ranks that hold the rest of its matrix, and their answers."""
+"""The requests that a rule can make to the ranks holding the rest of its matrix, and the answers to them."""
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -17,33 +17,34 @@ Axis: TypeAlias = Literal["rows", "columns", "all"]
 class Sum:
     """Request to add `values` over the ranks that hold the rest of the matrix.
 
-    Answered with a tensor of the same shape.
+    The answer is a tensor of the same shape.
 
     Attributes:
         values: `[b, …]`, one entry per matrix of the stack.
-        across: Whether to add over the ranks that hold the other "rows", the other "columns", or "all" other pieces.
+        across: Over which ranks to add: those that hold the other "rows", those that hold the other "columns", or those
+            that hold "all" other pieces.
     """
 
     values: Tensor
     across: Axis
 
     def answer_locally(self) -> Tensor:
-        """The answer where this rank holds the whole matrix."""
+        """Return the answer for a matrix that is whole on this rank."""
         return self.values
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Root:
-    """Request to add partial Grams and compute the inverse square root once, for all ranks.
+    """Request to add partial Grams and to compute the inverse square root of the sum once, for all ranks.
 
-    Answered with an `InverseRoot`.
+    The answer is an `InverseRoot`.
 
     Attributes:
         gram: This rank's part of the Gram, `[b, d, d]`.
         across: Over which ranks to add, as for `Sum`.
         numerics: How the root is computed.
-        unit: `[b, 1, 1]`, what the matrices were divided by beforehand, the same on all ranks; None (default) for
-            nothing. The norms that come with the root are those of the undivided matrices.
+        unit: `[b, 1, 1]`, the factors that the matrices were divided by beforehand, the same on all ranks; None
+            (default) if they were not divided. The norms in the answer are those of the undivided matrices.
     """
 
     gram: Tensor
@@ -52,15 +53,15 @@ class Root:
     unit: Tensor | None = None
 
     def answer_locally(self) -> InverseRoot:
-        """The answer where this rank holds the whole matrix."""
+        """Return the answer for a matrix that is whole on this rank."""
         return inverse_root(self.gram, self.numerics).of_larger(self.unit)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Orthonormal:
-    """Request to add partial matrices and orthonormalise the columns of the sum once, for all ranks.
+    """Request to add partial matrices and to orthonormalise the columns of the sum once, for all ranks.
 
-    Answered with `[b, m, k]`; a sum that is zero gives a zero matrix.
+    The answer is `[b, m, k]`. If a sum is zero, so is its answer.
 
     Attributes:
         values: This rank's part, `[b, m, k]` with `m ≥ k`.
@@ -71,11 +72,11 @@ class Orthonormal:
     across: Axis
 
     def answer_locally(self) -> Tensor:
-        """The answer where this rank holds the whole matrix."""
+        """Return the answer for a matrix that is whole on this rank."""
         return orthonormal(self.values)
 
     def operations(self) -> float:
-        """Floating-point operations for one matrix, to leading order."""
+        """Return the number of floating-point operations for one matrix, to leading order."""
         return orthonormal_operations(*self.values.shape[1:])
 
 
@@ -83,28 +84,37 @@ class Orthonormal:
 class StageSum:
     """Request to add `values` over all matrices of one stage of the residual stream.
 
-    The sum includes every rank that holds some of them. Every matrix is answered with the sum of its stage.
+    The sum includes the matrices on all ranks. The answer for every matrix is the sum of its stage.
 
     Attributes:
         values: `[b, m, k]`.
-        orthonormal: Whether to answer with the orthonormalised columns of the sum instead; False by default.
+        orthonormal: Whether the answer is the sum with its columns orthonormalised; False by default.
     """
 
     values: Tensor
     orthonormal: bool = False
 
     def answer_locally(self) -> Tensor:
-        """The answer where every matrix is a stage by itself."""
+        """Return the answer where every matrix is the only one of its stage."""
         return orthonormal(self.values) if self.orthonormal else self.values
 
 
 Request: TypeAlias = Sum | Root | Orthonormal | StageSum
 Asking: TypeAlias = Generator[Any, Any, Any]
-"""A running rule: it yields requests, is sent their answers, and returns the update, or the update and new state."""
+"""A running rule. It yields requests, receives their answers, and returns the update, or the update and new state."""
 
 
 def relayed(asking: Generator[Any, Any, T], relay: Callable[[Any], Generator[Any, Any, Any]]) -> Generator[Any, Any, T]:
-    """Run a rule with every request passed through `relay`, which answers it or yields other requests to do so."""
+    """Run a rule and pass each of its requests through `relay`.
+
+    Args:
+        asking: The running rule.
+        relay: A generator function that takes a request and returns the answer. It may yield requests of its own to
+            find the answer; these are passed on to the caller.
+
+    Returns:
+        What the rule returns.
+    """
     answer: Any = None
     while True:
         try:
@@ -115,7 +125,14 @@ def relayed(asking: Generator[Any, Any, T], relay: Callable[[Any], Generator[Any
 
 
 def run_locally(asking: Generator[Any, Any, T]) -> T:
-    """Run a rule on a matrix that is whole on this rank, where every request answers itself, and return its result."""
+    """Run a rule on matrices that are whole on this rank, where every request is answered without communication.
+
+    Args:
+        asking: The running rule.
+
+    Returns:
+        What the rule returns.
+    """
     answer: Any = None
     while True:
         try:

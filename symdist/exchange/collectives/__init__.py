@@ -1,1 +1,1 @@
-"""Collectives: what is sent between ranks, and how it is packed."""
+"""Communication between ranks: how data is packed, and which collectives send it."""

@@ -1,4 +1,4 @@
-"""Answers Gather and Scatter requests: pieces to owners and updates back, in one all-to-all for all requests."""
+"""Answers Gather and Scatter requests with one all-to-all for all requests: pieces to owners, and updates back."""
 
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -14,15 +14,18 @@ from symdist.layouts import Group
 def answer_ships(
     requests: Sequence[Gather], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[Tensor]]]:
-    """Send pieces to their owners, who put the matrices together; all ranks of `group` must call it.
+    """Send pieces to their owners and put the matrices together there: the answer to Gather requests.
+
+    This is a generator: it yields the handle of the all-to-all, and its caller resumes it once the wait on that handle
+    has returned. All ranks of `group` must call it, with the requests of the same jobs in the same order.
 
     Args:
-        requests: Requests of one dtype and device.
-        group: The ranks.
-        transport: What runs the all-to-all.
+        requests: Gather requests of one dtype and device.
+        group: The ranks that exchange pieces.
+        transport: Runs the all-to-all.
 
     Returns:
-        For each request, what this rank puts together of each field.
+        For each request, a list with one tensor per field: what this rank put together.
     """
     likes = [request.like for request in requests]
     routes = [(request.route, len(request.fields)) for request in requests]
@@ -34,7 +37,7 @@ def answer_ships(
         group=group,
         transport=transport,
     )
-    # The send buffer has a copy of everything, so the pieces can be freed.
+    # The send buffer holds a copy of everything that is sent, so the pieces can be freed.
     del requests
     received = yield from moving
     return [
@@ -49,15 +52,18 @@ def answer_ships(
 def answer_returns(
     requests: Sequence[Scatter], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[list[Tensor]]]]:
-    """Send each rank its pieces of the updates that owners made; all ranks of `group` must call it.
+    """Send every rank its pieces of the updates that the owners computed: the answer to Scatter requests.
+
+    This is a generator like `answer_ships`. All ranks of `group` must call it, with the requests of the same jobs in
+    the same order.
 
     Args:
-        requests: Requests of one dtype and device.
-        group: The ranks.
-        transport: What runs the all-to-all.
+        requests: Scatter requests of one dtype and device.
+        group: The ranks that exchange updates.
+        transport: Runs the all-to-all.
 
     Returns:
-        For each request and field, this rank's piece of every matrix.
+        For each request, a list per field with this rank's piece of every matrix.
     """
     likes = [request.like for request in requests]
     routes = [(request.route, len(request.fields), request.shape) for request in requests]
@@ -81,16 +87,17 @@ def answer_returns(
 
 
 def _merged(fields: list[dict[int, list[Tensor]]]) -> dict[int, list[Tensor]]:
-    """By rank, the tensors to send, one field after another."""
+    """Return the tensors to send to each rank, one field after another."""
     return {rank: [tensor for field in fields for tensor in field[rank]] for rank in fields[0]}
 
 
 def _times(counts: dict[int, int], fields: int) -> dict[int, int]:
+    """Multiply the element count of every rank by the number of fields."""
     return {rank: count * fields for rank, count in counts.items()}
 
 
 def _fields(received: dict[int, Tensor], fields: int) -> list[dict[int, Tensor]]:
-    """Undo `_merged` on what was received: for each field, its part of every rank's flat buffer."""
+    """Split what was received by field, undoing `_merged`: each field gets its part of every rank's flat buffer."""
     return [{rank: flat.chunk(fields)[i] for rank, flat in received.items()} for i in range(fields)]
 
 
@@ -102,13 +109,17 @@ def _all_to_all(
     group: Group,
     transport: Transport,
 ) -> Generator[Any, None, list[dict[int, Tensor]]]:
-    """For each request, send rank i its tensors `sent[·][i]` and receive `expected[·][i]` numbers from it, flat."""
+    """Run one all-to-all for several requests.
+
+    For request `r`, it sends the tensors `sent[r][i]` to rank `i` and receives `expected[r][i]` numbers from it. What
+    is received stays flat: one vector per request and rank.
+    """
     outgoing = [[tensor for of_request in sent for tensor in of_request.get(rank, ())] for rank in range(group.size)]
     counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
     buffer = like.new_empty(sum(counts))
     flat = [tensor for tensors in outgoing for tensor in tensors]
     places = buffer.split([tensor.numel() for tensor in flat])
-    # Copied, not concatenated: a copy also converts the dtype, and needs no contiguous tensor.
+    # A copy, unlike a concatenation, also converts the dtype and does not need contiguous tensors.
     if flat:
         torch._foreach_copy_([place.view(t.shape) for place, t in zip(places, flat, strict=True)], flat)
     del outgoing, flat, places, sent

@@ -5,14 +5,16 @@ from collections.abc import Sequence
 
 
 def balance(costs: Sequence[float], *, parts: int, loads: list[float] | None = None) -> list[int]:
-    """Assign each cost to a part: the largest cost first, always to the least loaded part; ties go by index.
+    """Distribute items over parts so that the parts' total costs come out about equal.
 
-    It depends on its arguments alone, so every rank finds the same. Source: Graham 1969 (longest processing time).
+    Items are assigned in order of decreasing cost, each to the part with the smallest load so far; ties go to the lower
+    index. The result depends on the arguments alone, so every rank that calls this with the same arguments gets the
+    same result. Source: Graham 1969 (longest processing time).
 
     Args:
-        costs: The costs of the items.
+        costs: The cost of each item.
         parts: The number of parts.
-        loads: What the parts carry already, updated in place; zeros by default.
+        loads: The load that each part already carries; updated in place. Zeros by default.
 
     Returns:
         The part of each item.

@@ -1,4 +1,4 @@
-"""Redistribution of flat parameters: from the runs of elements that ranks hold to whole rows or matrices, and back."""
+"""Redistribution of flat parameters: puts whole rows or matrices together from the runs of elements that ranks hold."""
 
 import bisect
 import math
@@ -12,21 +12,23 @@ from symdist.layouts.flat import Range
 
 
 class FlatRedistribution:
-    """Sends elements from the ranks that hold them to those that want them, and back; see `Redistribution`.
+    """Sends runs of elements from the ranks that hold them to the ranks that need them, and updates back.
 
-    Elements that a rank both holds and wants are not sent.
+    It implements `Redistribution`. A run is a range of consecutive elements of a flattened matrix. Elements that a rank
+    both holds and needs are not sent. The constructor does not communicate.
 
     Args:
         group: The ranks.
-        have: For each matrix, the run of elements that each rank holds.
-        want: For each matrix, the run of elements that each rank wants.
+        have: For each matrix, the run that each rank holds.
+        want: For each matrix, the run that each rank needs.
 
     Attributes:
-        held: For each matrix, where the run this rank holds starts and stops.
-        wanted: For each matrix, where the run this rank wants starts and stops.
-        staying: What stays here: the matrix, the place in its piece, and the place in the buffer of all wanted runs.
-        outgoing: What goes to each rank: the matrix, and the place in its piece.
-        incoming: What comes from each rank: the place in the buffer.
+        held: For each matrix, the start and stop of the run that this rank holds.
+        wanted: For each matrix, the start and stop of the run that this rank needs.
+        staying: The elements that stay on this rank, as (matrix, slice of this rank's piece, slice of the buffer). The
+            buffer is a vector of all runs that this rank needs, matrix after matrix.
+        outgoing: The elements that go to each rank, as (matrix, slice of this rank's piece).
+        incoming: The elements that come from each rank, as slices of the buffer.
         size: The number of elements in the buffer.
     """
 
@@ -53,24 +55,41 @@ class FlatRedistribution:
             self.size += here[1] - here[0]
 
     def kept(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Return what this rank keeps of its pieces, which are vectors."""
+        """Return the parts of this rank's pieces that stay on this rank.
+
+        Args:
+            pieces: This rank's piece of every matrix, each a vector.
+
+        Returns:
+            One vector per entry of `staying`.
+        """
         return [pieces[matrix][part] for matrix, part, _ in self.staying]
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """Return what this rank sends of its pieces, by rank."""
+        """Return the parts of this rank's pieces that are sent to other ranks.
+
+        Args:
+            pieces: This rank's piece of every matrix, each a vector.
+
+        Returns:
+            The vectors to send to each rank, by group index.
+        """
         return {rank: [pieces[matrix][part] for matrix, part in wanted] for rank, wanted in self.outgoing.items()}
 
     def received_pieces(self) -> dict[int, int]:
-        """Return how many numbers this rank receives, by rank."""
+        """Return how many numbers this rank receives from each rank, by group index."""
         return {rank: sum(map(_length, parts)) for rank, parts in self.incoming.items()}
 
     def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """Put together all runs this rank wants, matrix after matrix, in one vector of `size` elements.
+        """Put together all the runs that this rank needs.
 
         Args:
-            received: What came from each rank, flat.
+            received: What came from each rank, as one vector per rank.
             like: An empty tensor with the dtype and device of the result.
             kept: What `kept` returned.
+
+        Returns:
+            One vector of `size` elements: the runs, matrix after matrix.
         """
         buffer = like.new_empty(self.size)
         for (_, _, into), part in zip(self.staying, kept, strict=True):
@@ -81,27 +100,44 @@ class FlatRedistribution:
         return buffer
 
     def kept_home(self, made: Tensor) -> list[Tensor]:
-        """Return what this rank keeps of the updates it made."""
+        """Return the parts of the updates that this rank computed and that stay on it.
+
+        Args:
+            made: The updates, a vector in the order of the result of `wholes`.
+
+        Returns:
+            One vector per entry of `staying`.
+        """
         return [made[into] for _, _, into in self.staying]
 
     def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
-        """Return what this rank sends of the updates it made, by rank; `made` is a vector like that of `wholes`."""
+        """Return the parts of the updates that this rank sends back to other ranks.
+
+        Args:
+            made: The updates, a vector in the order of the result of `wholes`.
+
+        Returns:
+            The vectors to send to each rank, by group index.
+        """
         return {rank: [made[into] for into in parts] for rank, parts in self.incoming.items()}
 
     def received_home(self) -> dict[int, int]:
-        """Return how many numbers of updates this rank receives, by rank."""
+        """Return how many numbers of updates this rank receives from each rank, by group index."""
         return {rank: sum(_length(part) for _, part in wanted) for rank, wanted in self.outgoing.items()}
 
     def home(
         self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: Sequence[Tensor]
     ) -> list[Tensor]:
-        """Put together this rank's piece of every matrix's update, a vector.
+        """Put together this rank's piece of every matrix's update.
 
         Args:
-            received: What came from each rank, flat.
-            shape: Unused, as every piece has its own length.
+            received: What came from each rank, as one vector per rank.
+            shape: Not used, as every piece has its own length.
             like: An empty tensor with the dtype and device of the result.
             kept: What `kept_home` returned.
+
+        Returns:
+            One vector per matrix, as long as the run that this rank holds of it.
         """
         found: list[list[tuple[int, Tensor]]] = [[] for _ in self.held]
         for (matrix, part, _), tensor in zip(self.staying, kept, strict=True):
@@ -115,6 +151,7 @@ class FlatRedistribution:
 
 
 def _joined(parts: list[tuple[int, Tensor]], like: Tensor) -> Tensor:
+    """Concatenate parts of one piece in the order of their starts."""
     if len(parts) == 1:
         return parts[0][1]
     return torch.cat([part for _, part in sorted(parts, key=lambda item: item[0])]) if parts else like.new_empty(0)
@@ -125,12 +162,12 @@ def _length(part: slice) -> int:
 
 
 def _of(runs: tuple[Range, ...], rank: int) -> tuple[int, int]:
-    """Where the run of a rank starts and stops; (0, 0) if it has none."""
+    """Return the start and stop of a rank's run; (0, 0) if the rank has none."""
     return next(((start, stop) for holder, start, stop in runs if holder == rank), (0, 0))
 
 
 def _within(runs: tuple[Range, ...], span: tuple[int, int]) -> list[Range]:
-    """The parts of `runs` that lie in `span`."""
+    """Return the parts of `runs` that lie within `span`, as (rank, start, stop)."""
     start, stop = span
     if start == stop:
         return []
@@ -145,10 +182,13 @@ def _within(runs: tuple[Range, ...], span: tuple[int, int]) -> list[Range]:
 
 
 def owned_by(rank: int, shape: Sequence[int]) -> tuple[Range, ...]:
-    """Return the runs of a matrix that one rank has whole, for `FlatRedistribution`.
+    """Return the runs of a matrix that lies whole on one rank, as `FlatRedistribution` takes them.
 
     Args:
         rank: The rank's group index.
         shape: The shape of the matrix.
+
+    Returns:
+        A single run with all elements of the matrix.
     """
     return ((rank, 0, math.prod(shape)),)

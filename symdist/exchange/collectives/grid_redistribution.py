@@ -1,4 +1,7 @@
-"""Redistribution of parameters in blocks (`Layout`): who sends which unit to whom, worked out alike on all ranks."""
+"""Redistribution of parameters cut into blocks (`Layout`): which rank sends which units to which other rank.
+
+Every rank computes this for itself, with the same result, so nothing needs to be negotiated.
+"""
 
 import itertools
 import math
@@ -12,13 +15,23 @@ from symdist.layouts import Box, Group, Layout
 
 
 def canonical_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """Return a stored shape as `(units, p, q)`; units are the experts of a 3-D parameter, a matrix, or a vector."""
+    """Return a stored shape as `(units, p, q)`.
+
+    The units of a 3-D parameter are its experts; a matrix or a vector is a single unit.
+
+    Args:
+        shape: The stored shape, with one to three dimensions.
+
+    Returns:
+        `(units, p, q)`; `q` is 1 for a vector.
+    """
     if len(shape) == 3:
         return shape[0], shape[1], shape[2]
     return (1, shape[0], shape[1]) if len(shape) == 2 else (1, shape[0], 1)
 
 
 def _canonical_box(box: Box) -> tuple[range, range, range]:
+    """Return a box with three ranges, for the dimensions of `canonical_shape`."""
     if len(box) == 3:
         return box[0], box[1], box[2]
     return (range(1), box[0], box[1]) if len(box) == 2 else (range(1), box[0], range(1))
@@ -26,9 +39,9 @@ def _canonical_box(box: Box) -> tuple[range, range, range]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Block:
-    """Units that the same ranks hold: one range of experts, of all parameters.
+    """All units of one range of experts, of all parameters; the same ranks hold pieces of them.
 
-    `sources` are the group indices of the ranks that hold pieces of them, within this rank's copy of the weight.
+    `sources` are the group indices of those ranks, restricted to this rank's copy of the weight.
     """
 
     experts: range
@@ -36,21 +49,24 @@ class _Block:
 
 
 class GridRedistribution:
-    """Sends the units of parameters of one layout to their owners, and updates back; see `Redistribution`.
+    """Sends units to their owners, and updates back, for parameters of one layout.
 
-    A unit is a parameter, or an expert of a 3-D parameter. An owner receives pieces from the copy of the weight that it
-    belongs to itself, and sends the update to all copies.
+    It implements `Redistribution`. A unit is a whole parameter, or one expert of a 3-D parameter. Where the weight is
+    replicated, an owner receives pieces only from the copy that it belongs to itself, but sends the update to all
+    copies. The constructor does not communicate.
 
     Args:
-        layout: The parameters' layout, over a group of ranks.
-        count: How many parameters there are.
-        owners: The group index of every unit's owner, all experts of the first parameter first.
+        layout: The layout of the parameters, over a group of ranks.
+        count: The number of parameters.
+        owners: The group index of every unit's owner: first all experts of the first parameter, then those of the
+            second, and so on.
 
     Attributes:
-        outgoing: By rank, the units whose pieces this rank sends there, in order. They count this rank's own experts.
-        homing: By rank, the units whose updates come back from there, counted alike.
+        outgoing: For each rank, the units whose pieces this rank sends there, in order. Units are numbered over the
+            experts that this rank holds.
+        homing: For each rank, the units whose updates come back from there, numbered in the same way.
         blocks: The blocks of units, each with the number of its units that this rank owns.
-        owned_units: The units this rank owns, by block, then parameter and expert.
+        owned_units: The units that this rank owns, by block, then by parameter and expert.
     """
 
     def __init__(self, layout: Layout, *, count: int, owners: Sequence[int]):
@@ -90,30 +106,37 @@ class GridRedistribution:
             self.blocks.append((_Block(experts=range(start, stop), sources=sources), len(here)))
             self._block_of[start, stop] = slice(self.owned, self.owned + len(here))
             self.owned_units += here
-        # Updates come home by owner, then by unit: note where each unit stands in that order.
+        # Updates arrive sorted by owner, then by unit. Note the position of each unit in that order.
         order = [unit for owner in sorted(self.homing) for unit in self.homing[owner]]
         self._place = {unit: place for place, unit in enumerate(order)}
 
     @property
     def owned(self) -> int:
-        """How many units this rank owns."""
+        """The number of units that this rank owns."""
         return len(self.owned_units)
 
     def kept(self, pieces: Sequence[Tensor]) -> None:
-        """Return None: what this rank owns itself goes through the send buffer, too."""
+        """Return None: even units that this rank owns itself go through the send buffer."""
 
     def kept_home(self, made: Tensor) -> None:
-        """Return None, see `kept`."""
+        """Return None, for the same reason as `kept`."""
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """Return what this rank sends to each owner, from its pieces of the `count` parameters."""
+        """Return what this rank sends to each owner.
+
+        Args:
+            pieces: This rank's pieces of the `count` parameters.
+
+        Returns:
+            For each owner, by group index, this rank's piece of every unit to send.
+        """
         if not self.outgoing:
             return {}
         units = self._units(pieces)
         return {owner: [units[unit] for unit in wanted] for owner, wanted in sorted(self.outgoing.items())}
 
     def received_pieces(self) -> dict[int, int]:
-        """Return how many numbers this rank receives, by rank."""
+        """Return how many numbers this rank receives from each rank, by group index."""
         return {
             rank: found * len(self.boxes[rank][1]) * len(self.boxes[rank][2])
             for block, found in self.blocks
@@ -122,15 +145,15 @@ class GridRedistribution:
         }
 
     def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: None = None) -> Tensor:
-        """Put together the units this rank owns.
+        """Put together the units that this rank owns.
 
         Args:
-            received: What came from each rank, flat.
+            received: What came from each rank, as one vector per rank.
             like: An empty tensor with the dtype and device of the result.
-            kept: Unused.
+            kept: Not used.
 
         Returns:
-            `[owned, p, q]`.
+            The units, `[owned, p, q]`, in the order of `owned_units`.
         """
         whole = []
         for block, found in self.blocks:
@@ -147,13 +170,27 @@ class GridRedistribution:
         return torch.cat(whole).to(like.dtype)
 
     def own_wholes(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return the units this rank owns, `[owned, p, q]`, if every rank holds every weight whole: nothing is sent."""
+        """Return the units that this rank owns when every rank holds every weight whole, so nothing needs to be sent.
+
+        Args:
+            pieces: The `count` parameters, whole.
+
+        Returns:
+            The units, `[owned, p, q]`.
+        """
         assert self.whole_here
         units, wanted = self._units(pieces), self.outgoing.get(self.group.index, [])
         return torch.stack([units[unit] for unit in wanted]) if wanted else pieces[0].new_empty((0, *self.unit_shape))
 
     def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
-        """Return what this rank sends to each rank, from its updates `[owned, p, q]`."""
+        """Return what this rank sends back to each rank.
+
+        Args:
+            made: The updates of the units that this rank owns, `[owned, p, q]`.
+
+        Returns:
+            For each rank, by group index, a list with its piece of these updates.
+        """
         sent = {}
         for rank, (experts, rows, columns) in enumerate(self.boxes):
             owned = self._block_of.get((experts.start, experts.stop))
@@ -162,7 +199,7 @@ class GridRedistribution:
         return sent
 
     def received_home(self) -> dict[int, int]:
-        """Return how many numbers of updates come from each owner."""
+        """Return how many numbers of updates come from each owner, by group index."""
         piece = len(self.here[1]) * len(self.here[2])
         return {owner: len(units) * piece for owner, units in sorted(self.homing.items())}
 
@@ -172,10 +209,13 @@ class GridRedistribution:
         """Put together this rank's piece of every parameter's update.
 
         Args:
-            received: What came from each owner, flat.
+            received: What came from each owner, as one vector per owner.
             shape: The local shape of a parameter.
             like: An empty tensor with the dtype and device of the result.
-            kept: Unused.
+            kept: Not used.
+
+        Returns:
+            One tensor of shape `shape` per parameter.
         """
         experts, rows, columns = self.here
         k = self.count
@@ -191,6 +231,7 @@ class GridRedistribution:
         return list(flat.view(k, *shape).unbind(0))
 
     def _units(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """Split this rank's pieces into pieces of single units."""
         rows, columns = len(self.here[1]), len(self.here[2])
         return [unit for piece in pieces for unit in piece.reshape(-1, rows, columns).unbind(0)]
 

@@ -10,7 +10,7 @@ from symdist.layouts import Group
 
 
 class ExchangeError(RuntimeError):
-    """A collective of a step failed; the message has the wave, the parameters, the ranks and the cause."""
+    """A collective of a step failed; the message names the wave, the parameters, the ranks and the cause."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -18,8 +18,8 @@ class PendingCollective:
     """A collective that was started.
 
     Attributes:
-        text: What it is, for messages.
-        done: Returns whether it is over, without waiting.
+        text: A description of the collective, for messages.
+        done: A function that tells, without waiting, whether the collective is over.
     """
 
     text: str
@@ -27,12 +27,14 @@ class PendingCollective:
 
 
 class StepProgress:
-    """Notes what a step has under way, to tell where a hung step is; another thread may read it.
+    """Records what a step has under way, so that a report can say where a hung step is.
+
+    Another thread may read it while the step runs.
 
     Attributes:
-        waves: How many waves the step has.
-        wave: The wave being computed, from 1; 0 outside of the waves.
-        before: What the step is doing before its waves; else empty.
+        waves: The number of waves of the step.
+        wave: The number of the wave being computed, from 1; 0 outside of the waves.
+        before: What the step is doing before its waves; otherwise empty.
     """
 
     def __init__(self) -> None:
@@ -42,25 +44,29 @@ class StepProgress:
         self._marks: list[PendingCollective] = []
 
     def begin(self, waves: int) -> None:
-        """Start a step of `waves` waves, and forget the previous step."""
+        """Start the record of a new step, and forget the previous step.
+
+        Args:
+            waves: The number of waves of the step.
+        """
         self.waves, self.wave, self.before, self._marks = waves, 0, "", []
 
     def end(self) -> None:
-        """Note that the step has issued all its work."""
+        """Record that the step has issued all its work."""
         self.wave = 0
 
     def started(self, wave: int, kind: str, group: Group, names: Sequence[str], handle: Handle) -> PendingCollective:
-        """Note that a collective was started.
+        """Record that a collective was started.
 
         Args:
             wave: The number of its wave, from 1.
             kind: The kind of request that it answers.
-            group: Its ranks.
+            group: The ranks that take part in it.
             names: The names of the parameters it is for.
-            handle: Its handle; one without `is_completed` counts as over at once.
+            handle: Its handle. If the handle has no `is_completed`, the collective counts as over at once.
 
         Returns:
-            A mark for `waited`.
+            The record of the collective, to pass to `waited`.
         """
         text = f"wave {wave} of {self.waves}, {kind} over {_ranks(group)} for {_named(names)}"
         mark = PendingCollective(text=text, done=getattr(handle, "is_completed", lambda: True))
@@ -68,13 +74,14 @@ class StepProgress:
         return mark
 
     def waited(self, mark: PendingCollective, device: torch.device) -> None:
-        """Note that the wait for a collective has returned.
+        """Record that the wait for a collective has returned.
 
-        On CUDA this means only that later work on the device waits for it, so an event tells when it is over.
+        On CUDA, a wait only makes later work on the device wait for the collective, so an event is recorded to tell
+        when it is over.
 
         Args:
             mark: What `started` returned.
-            device: Where the collective's tensors are.
+            device: The device of the collective's tensors.
         """
         if device.type == "cuda":
             event = torch.cuda.Event()
@@ -84,7 +91,12 @@ class StepProgress:
             self._marks.remove(mark)
 
     def text(self) -> str:
-        """Describe the first collective that is not over, or else what the step is doing; empty between steps."""
+        """Describe the first collective that is not over.
+
+        Returns:
+            The description. If no collective is under way, the wave being computed or what the step is doing before its
+            waves; empty between steps.
+        """
         for mark in list(self._marks):
             if not mark.done():
                 return mark.text

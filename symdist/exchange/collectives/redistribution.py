@@ -1,6 +1,7 @@
-"""Requests of the owner and reduce strategies: put matrices together at owners (Gather), send updates back (Scatter).
+"""Requests that move matrices between ranks: Gather puts them together at owners, Scatter sends updates back.
 
-Unlike sums and roots, these come from a job, not from its rule.
+They are used by the strategies "owner" and "reduce". Unlike sums and roots, these requests come from a job and not from
+its rule.
 """
 
 from collections.abc import Sequence
@@ -12,59 +13,95 @@ from torch import Tensor
 
 
 class Redistribution(Protocol):
-    """Which parts of pieces go to which rank for matrices to be put together, and how updates come back.
+    """A plan of which parts of the pieces go to which rank, so that matrices can be put together, and of the way back.
 
-    It is worked out alike on all ranks, so sender and receiver agree on the order. Parts that a rank keeps are not
-    sent: what `kept` returns is handed to `wholes` as it is, and what `kept_home` returns to `home`. Ranks are group
-    indices.
+    All ranks compute it alike, so sender and receiver agree on the order of the data. The methods do not communicate.
+    Parts that stay on a rank need not be sent: `kept` returns these and `wholes` takes them; for updates, `kept_home`
+    returns them and `home` takes them. Ranks are given by group index.
     """
 
     def kept(self, pieces: Sequence[Tensor]) -> Any:
-        """Return what this rank keeps of its pieces."""
+        """Return the parts of this rank's pieces that stay on this rank without being sent.
+
+        Args:
+            pieces: This rank's piece of every parameter.
+
+        Returns:
+            A value to pass to `wholes`.
+        """
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """Return what this rank sends of its pieces, by rank."""
+        """Return the parts of this rank's pieces that are sent.
+
+        Args:
+            pieces: This rank's piece of every parameter.
+
+        Returns:
+            The tensors to send to each rank, by group index.
+        """
 
     def received_pieces(self) -> dict[int, int]:
-        """Return how many numbers this rank receives, by rank."""
+        """Return how many numbers this rank receives from each rank, by group index."""
 
     def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Any) -> Tensor:
         """Put together what this rank updates.
 
         Args:
-            received: What came from each rank, flat.
+            received: What came from each rank, as one vector per rank.
             like: An empty tensor with the dtype and device of the result.
             kept: What `kept` returned.
+
+        Returns:
+            The rows or matrices that this rank updates, in one tensor.
         """
 
     def kept_home(self, made: Tensor) -> Any:
-        """Return what this rank keeps of the updates it made."""
+        """Return the parts of the updates computed on this rank that stay here without being sent.
+
+        Args:
+            made: The updates, shaped like the result of `wholes`.
+
+        Returns:
+            A value to pass to `home`.
+        """
 
     def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
-        """Return what this rank sends of the updates it made, by rank; `made` is shaped like the result of `wholes`."""
+        """Return the parts of the updates computed on this rank that are sent back.
+
+        Args:
+            made: The updates, shaped like the result of `wholes`.
+
+        Returns:
+            The tensors to send to each rank, by group index.
+        """
 
     def received_home(self) -> dict[int, int]:
-        """Return how many numbers of updates this rank receives, by rank."""
+        """Return how many numbers of updates this rank receives from each rank, by group index."""
 
     def home(self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: Any) -> list[Tensor]:
         """Put together this rank's piece of every matrix's update.
 
         Args:
-            received: What came from each rank, flat.
+            received: What came from each rank, as one vector per rank.
             shape: The shape of a piece.
             like: An empty tensor with the dtype and device of the result.
             kept: What `kept_home` returned.
+
+        Returns:
+            One piece per matrix.
         """
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Gather:
-    """Request to send this rank's pieces to owners; answered with what this rank puts together, one tensor per field.
+    """Request to send this rank's pieces to the ranks that put the matrices together.
+
+    The answer is a list with one tensor per field: what this rank puts together of it.
 
     Attributes:
-        fields: Lists with one tensor per parameter: the direction, the mask, what the rule remembers. All fields
-            travel together.
-        route: Who sends what to whom.
+        fields: What is sent. A field is a list with one tensor per parameter: the directions, the mask, or a state of
+            the rule. All fields are sent together.
+        route: Which parts go to which rank.
         dtype: The dtype in which they are sent.
         like: An empty tensor with the dtype and device of the answer.
     """
@@ -77,14 +114,16 @@ class Gather:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scatter:
-    """Request to send updates back from owners; answered with a list of this rank's pieces per field.
+    """Request to send updates back to the ranks that hold the weights.
+
+    The answer is a list per field with this rank's piece of every parameter.
 
     Attributes:
-        fields: What was made here, shaped like the answer to the Gather.
-        route: The route of the Gather, taken backwards.
+        fields: The results computed on this rank, each shaped like the tensors that answered the Gather.
+        route: The route of the Gather, which is now taken backwards.
         dtype: The dtype in which they are sent.
         like: An empty tensor with the dtype and device of the answer.
-        shape: The shape of this rank's piece.
+        shape: The shape of this rank's piece of a parameter.
     """
 
     fields: Sequence[Tensor]

@@ -1,4 +1,4 @@
-"""Answers sums, Gram roots and QRs over a group; all matrices that ask at once share one buffer."""
+"""Answers sums, Gram roots and QRs over a group; all matrices with pending requests share one buffer."""
 
 import functools
 import itertools
@@ -16,23 +16,26 @@ from symdist.layouts import Group
 from symdist.rules import InverseRoot, Orthonormal, Root, Sum, inverse_root
 from symdist.rules.linalg.orthonormal import orthonormal
 
-# Reduce-scatter needs equal chunks. Padding all chunks to the largest saves two all-to-alls, but if that makes the
-# buffer larger than by this factor (few Grams, many ranks), it sends more than they do.
+# Reduce-scatter needs equal chunks. Padding all chunks to the largest one saves two all-to-alls. But if the padding
+# makes the buffer larger by more than this factor (few Grams, many ranks), it sends more than the all-to-alls would.
 _PADDING = 1.25
 
 
 def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) -> Generator[Any, None, list[Tensor]]:
-    """Answer sums by one all-reduce; all ranks of `group` must call it.
+    """Answer Sum requests with one all-reduce.
+
+    This is a generator: it yields the handle of the all-reduce, and its caller resumes it once the wait on that handle
+    has returned. All ranks of `group` must call it.
 
     Args:
-        requests: Requests of one dtype and device; their values are not written to.
-        group: The ranks.
-        transport: What runs the all-reduce.
+        requests: Sum requests of one dtype and device; their values are not written to.
+        group: The ranks to sum over.
+        transport: Runs the all-reduce.
 
     Returns:
-        The sum for each request, in the shape of its values.
+        For each request, the sum, in the shape of its values.
     """
-    # cat of a single tensor may return an alias, and the all-reduce writes to the buffer.
+    # Concatenating a single tensor may return an alias of it, and the all-reduce writes to the buffer.
     buffer = (
         torch.cat([r.values.reshape(-1) for r in requests])
         if len(requests) > 1
@@ -44,12 +47,14 @@ def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) 
 
 
 class _Work(Protocol):
-    """A request for which each matrix's sum is processed on one rank, in flat form.
+    """A request whose matrices are each summed over the ranks and then processed on one rank.
+
+    In the buffers, each matrix is a flat vector.
 
     Attributes:
-        sent: How many numbers the sum of a matrix takes.
-        found: How many numbers the answer for a matrix takes.
-        operations: FLOPs per matrix.
+        sent: How many numbers the sum of one matrix takes.
+        found: How many numbers the answer for one matrix takes.
+        operations: The FLOPs to process one matrix.
         parts: This rank's summands, `[b, …]`.
     """
 
@@ -59,17 +64,17 @@ class _Work(Protocol):
     parts: Tensor
 
     def packed(self) -> Tensor:
-        """Pack the summands as `[b, sent]`."""
+        """Pack this rank's summands as `[b, sent]`."""
 
     def solved(self, sums: Tensor) -> Tensor:
-        """Process the sums of u matrices, `[u, sent]`, to `[u, found]`."""
+        """Compute the answers `[u, found]` for u matrices from their sums `[u, sent]`."""
 
     def answer(self, found: Tensor) -> Any:
-        """Make the answer to the request from `[b, found]`."""
+        """Build the answer to the request from `[b, found]`."""
 
 
 class _RootWork:
-    """An inverse root: the Gram's triangle is sent, and the root's triangle and two norms come back."""
+    """An inverse root: the triangle of the Gram is sent; the triangle of the root and two norms come back."""
 
     def __init__(self, request: Root):
         self.parts = request.gram
@@ -93,7 +98,7 @@ class _RootWork:
 
 
 class _OrthonormalWork:
-    """A QR: the matrix is sent, and its Q comes back."""
+    """A QR: the matrix is sent, and its Q factor comes back."""
 
     def __init__(self, request: Orthonormal):
         self.parts = request.values
@@ -114,20 +119,24 @@ class _OrthonormalWork:
 def answer_shared(
     requests: Sequence[Root | Orthonormal], *, group: Group, transport: Transport, loads: list[float] | None = None
 ) -> Generator[Any, None, list[Any]]:
-    """Answer roots and QRs: reduce-scatter the sums, process each matrix on one rank, all-gather the results.
+    """Answer Root and Orthonormal requests, with each matrix processed on only one rank.
 
-    All ranks of `group` must call it. The volume is that of one all-reduce. If the matrices do not spread evenly over
-    the ranks, the buffer is cut into equal chunks regardless of where matrices end, and an all-to-all each way
+    A reduce-scatter sums the matrices, each rank processes those it owns, and an all-gather distributes the results.
+    The volume is that of one all-reduce. If the matrices do not spread evenly over the ranks, the buffer is cut into
+    equal chunks regardless of where matrices end; an additional all-to-all before and after the processing then
     completes them on their owners.
 
+    This is a generator like `answer_sums`. All ranks of `group` must call it.
+
     Args:
-        requests: Requests of one dtype and device.
-        group: The ranks.
-        transport: What runs the collectives.
-        loads: Each rank's FLOPs so far, updated in place; matrices go to the least loaded. Zeros by default.
+        requests: Root and Orthonormal requests of one dtype and device.
+        group: The ranks to sum over.
+        transport: Runs the collectives.
+        loads: The FLOPs that each rank has so far, updated in place; matrices go to the least loaded ranks. Zeros by
+            default.
 
     Returns:
-        For each request its answer: an `InverseRoot`, or Q in the shape of the values.
+        For each request its answer: an `InverseRoot` for a Root, Q in the shape of the values for an Orthonormal.
     """
     works: list[_Work] = [_RootWork(r) if isinstance(r, Root) else _OrthonormalWork(r) for r in requests]
     like = works[0].parts
@@ -164,7 +173,7 @@ def answer_shared(
     for work in works:
         b = work.parts.shape[0]
         rows = [buffer[slots.starts[u] : slots.starts[u] + slots.sizes[u]] for u in range(unit, unit + b)]
-        # A group may have no matrix at all, as where its ranks hold no experts.
+        # A group may have no matrix at all, for example if its ranks hold no experts.
         answered.append(work.answer(torch.stack(rows) if rows else like.new_empty((0, work.found))))
         unit += b
     return answered
@@ -172,9 +181,9 @@ def answer_shared(
 
 @dataclass(frozen=True, kw_only=True)
 class _Slots:
-    """Where each unit lies in a buffer of equal chunks of `chunk` numbers, one per rank.
+    """The position of every unit in a buffer of equal chunks of `chunk` numbers, one chunk per rank.
 
-    `aligned` says that every unit lies within its owner's chunk.
+    A unit is one matrix to process. `aligned` says that every unit lies within its owner's chunk.
     """
 
     chunk: int
@@ -184,12 +193,12 @@ class _Slots:
     aligned: bool
 
     def overlap(self, *, holder: int, owner: int) -> list[tuple[int, int, int]]:
-        """The parts of `owner`'s units in `holder`'s chunk, as `(unit, start, stop)` in the buffer."""
+        """Return the parts of `owner`'s units that lie in `holder`'s chunk, as `(unit, start, stop)` in the buffer."""
         return self._parts.get((holder, owner), [])
 
     @functools.cached_property
     def _parts(self) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
-        # Computed once for all pairs of ranks: a search per pair is slow for many units and ranks.
+        # Computed once for all pairs of ranks: a search per pair would be slow for many units and ranks.
         parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         for unit, (start, size, owner) in enumerate(zip(self.starts, self.sizes, self.owners, strict=True)):
             for holder in range(start // self.chunk, -(-(start + size) // self.chunk)):
@@ -199,6 +208,7 @@ class _Slots:
 
 
 def _loads(sizes: list[int], owners: list[int], ranks: int) -> list[int]:
+    """Return the total size of the units that each rank owns."""
     loads = [0] * ranks
     for size, owner in zip(sizes, owners, strict=True):
         loads[owner] += size
@@ -206,11 +216,12 @@ def _loads(sizes: list[int], owners: list[int], ranks: int) -> list[int]:
 
 
 def _spread_evenly(sizes: list[int], owners: list[int], ranks: int) -> bool:
-    """Whether padding all chunks to the largest sends less than completing cut units would."""
+    """Return whether padding all chunks to the largest sends less than completing cut units would."""
     return max(_loads(sizes, owners, ranks)) * ranks <= _PADDING * sum(sizes)
 
 
 def _slots(sizes: list[int], owners: list[int], ranks: int, *, aligned: bool) -> _Slots:
+    """Place the units of each rank one after another, in chunks padded to the largest if `aligned`."""
     loads = _loads(sizes, owners, ranks)
     chunk = max(loads) if aligned else -(-sum(sizes) // ranks)
     free = [rank * chunk for rank in range(ranks)] if aligned else [0, *itertools.accumulate(loads[:-1])]
@@ -224,7 +235,7 @@ def _slots(sizes: list[int], owners: list[int], ranks: int, *, aligned: bool) ->
 def _to_owners(
     chunk: Tensor, slots: _Slots, *, group: Group, transport: Transport
 ) -> Generator[Any, None, dict[int, Tensor]]:
-    """Return the whole units this rank owns, by unit, from the chunks of all ranks."""
+    """Return the complete units that this rank owns, by unit, from the summed chunks of all ranks."""
     me, base = group.index, group.index * slots.chunk
     if slots.aligned:
         return {unit: chunk[lo - base : hi - base] for unit, lo, hi in slots.overlap(holder=me, owner=me)}
@@ -250,7 +261,7 @@ def _to_owners(
 def _from_owners(
     answers: dict[int, Tensor], slots: _Slots, *, like: Tensor, group: Group, transport: Transport
 ) -> Generator[Any, None, Tensor]:
-    """Return this rank's chunk, from the whole answers of all owners."""
+    """Return this rank's chunk of the answers, from the answers that all owners computed."""
     me, base = group.index, group.index * slots.chunk
     chunk = like.new_zeros(slots.chunk)
     if slots.aligned:
@@ -280,4 +291,5 @@ def _from_owners(
 
 
 def _length(ranges: list[list[tuple[int, int, int]]]) -> int:
+    """Return the total length of `(unit, start, stop)` parts."""
     return sum(hi - lo for of_rank in ranges for _, lo, hi in of_rank)

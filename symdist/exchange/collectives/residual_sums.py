@@ -17,12 +17,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class StageSlot:
-    """A parameter's residual stage, and the part of what the stage shares that its matrix keeps; see `Places`.
+    """The residual stage of a parameter, and the part of the stage's shared columns that its matrix stores.
+
+    See `Places`, which has the same information for a whole stack of matrices.
 
     Attributes:
-        label: The stage's label.
-        width: How many columns the stage shares.
-        first: The first of these columns that the matrix keeps; −1 if it keeps none.
+        label: The label of the stage.
+        width: The number of columns that the stage shares.
+        first: The first shared column that the matrix stores; −1 if it stores none.
     """
 
     label: str
@@ -32,10 +34,10 @@ class StageSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """Which parameters are in which residual stage, and which stages are in which wave.
+    """Which parameters belong to which residual stage, and which stages run in which wave.
 
     Attributes:
-        of_parameter: The stage of each parameter, by index.
+        of_parameter: The stage of each parameter, by parameter index.
         wave_of: The wave of each stage, by label.
     """
 
@@ -44,12 +46,17 @@ class StagePlan:
 
     @staticmethod
     def cut(of_parameter: Mapping[int, StageSlot], sizes: Mapping[int, float], *, budget: float) -> "StagePlan":
-        """Assign stages to waves in the order of the parameters, as many per wave as fit the budget, at least one.
+        """Assign stages to waves, in the order of the parameters.
+
+        A wave gets as many stages as fit the budget, and at least one.
 
         Args:
-            of_parameter: The stage of each parameter, by index.
-            sizes: The bytes that each parameter holds while under way, by index.
+            of_parameter: The stage of each parameter, by parameter index.
+            sizes: The bytes that each parameter holds while under way, by parameter index.
             budget: The bytes that a wave may hold.
+
+        Returns:
+            The plan.
         """
         needed: dict[str, float] = {}
         for i, stage in of_parameter.items():
@@ -64,19 +71,36 @@ class StagePlan:
         return StagePlan(of_parameter=of_parameter, wave_of=wave_of)
 
     def of(self, parameters: Iterable[int]) -> tuple[StageSlot, ...]:
-        """Return the stages of the given parameters."""
+        """Return the stages of the given parameters.
+
+        Args:
+            parameters: Parameter indices.
+
+        Returns:
+            The stage of each parameter.
+        """
         return tuple(self.of_parameter[i] for i in parameters)
 
     def wave(self, stages: Sequence[StageSlot]) -> int:
-        """Return the wave of a job's stages; all of them are in one wave."""
+        """Return the wave in which a job runs.
+
+        Args:
+            stages: The stages of the job, which are all in the same wave.
+
+        Returns:
+            The number of the wave.
+        """
         return self.wave_of[stages[0].label]
 
     def parts(self, items: Iterable[T], index: Callable[[T], int]) -> list[list[T]]:
-        """Split items into parts that may share a job: same wave, same number of shared columns.
+        """Split items into parts that may share a job: those of the same wave with the same number of shared columns.
 
         Args:
-            items: The items.
-            index: Returns the parameter index of an item.
+            items: The items, each of which belongs to a parameter.
+            index: A function that returns the parameter index of an item.
+
+        Returns:
+            The parts, by wave, then by number of shared columns.
         """
         parts: dict[tuple[int, int], list[T]] = {}
         for item in items:
@@ -90,10 +114,10 @@ class StageContribution:
     """What this rank's matrices of a job contribute to residual-stage sums.
 
     Attributes:
-        labels: The stage of each matrix on this rank.
-        every: The stages of all the job's matrices, on any rank.
-        copies: How many ranks contribute the same matrices; each counts for its share.
-        places: What each matrix keeps of what its stage shares, for the rule.
+        labels: The stage of each of the job's matrices on this rank.
+        every: The stages of all the job's matrices on all ranks, each listed once.
+        copies: How many ranks contribute the same matrices; each contribution is divided by this number.
+        places: Which of the shared columns each matrix on this rank stores; passed to the rule.
     """
 
     labels: tuple[str, ...]
@@ -103,12 +127,15 @@ class StageContribution:
 
     @staticmethod
     def of(here: Sequence[StageSlot], every: Sequence[StageSlot], *, copies: int) -> "StageContribution":
-        """Make the contribution of a job.
+        """Build the contribution of a job.
 
         Args:
-            here: The stage of each matrix on this rank.
-            every: The stages of all the job's parameters, all of one width; at least one.
+            here: The stage of each of the job's matrices on this rank.
+            every: The stages of all the job's parameters; at least one, and all of the same width.
             copies: How many ranks contribute the same matrices.
+
+        Returns:
+            The contribution.
         """
         return StageContribution(
             labels=tuple(stage.label for stage in here),
@@ -120,14 +147,22 @@ class StageContribution:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StageRequest:
-    """A rule's `StageSum`, with the contribution of the job that it runs in."""
+    """A rule's `StageSum` request, together with the contribution of the job in which the rule runs."""
 
     asked: StageSum
     share: StageContribution
 
 
 def shared(asking: Generator[Any, Any, Any], share: StageContribution) -> Generator[Any, Any, Any]:
-    """Wrap a running rule so that its `StageSum` requests become `StageRequest`s with `share`."""
+    """Wrap a running rule so that it yields a `StageRequest` in place of every `StageSum`.
+
+    Args:
+        asking: The running rule.
+        share: The contribution of the job, which is put into the requests.
+
+    Returns:
+        The wrapped rule.
+    """
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
         return (yield StageRequest(asked=request, share=share) if isinstance(request, StageSum) else request)
@@ -144,17 +179,19 @@ def answer_stages(
 ) -> Generator[Any, None, list[Tensor]]:
     """Sum each residual stage over this rank's matrices, then over the ranks.
 
-    If the requests ask for it, one rank orthonormalises each sum. All ranks of the group must call it, for the same
-    stages.
+    If the requests ask for it, each sum is also orthonormalised, by one rank. This is a generator: it yields the handle
+    of each collective, and its caller resumes it once the wait on that handle has returned. All ranks of the group must
+    call it, for the same stages.
 
     Args:
         requests: Requests with values `[b, m, k]` of the same `m`, `k` and dtype.
-        group: The ranks; None if this one holds all the matrices.
-        transport: What runs the collectives.
-        loads: Each rank's FLOPs so far, updated in place; they decide which ranks orthonormalise.
+        group: The ranks to sum over; None if this rank holds all the matrices.
+        transport: Runs the collectives.
+        loads: The FLOPs that each rank has so far, updated in place; they decide which ranks orthonormalise. Zeros by
+            default.
 
     Returns:
-        For each request, the sum of each of its matrices' stages, `[b, m, k]`.
+        For each request, the sum of the stage of each of its matrices, `[b, m, k]`.
     """
     stages = sorted({label for request in requests for label in request.share.every})
     place = {label: i for i, label in enumerate(stages)}

@@ -1,6 +1,7 @@
-"""What an optimizer step needs of torch.distributed: four asynchronous collectives on flat buffers.
+"""The part of torch.distributed that an optimizer step uses: four asynchronous collectives on flat buffers.
 
-`TorchTransport` runs them. `CountingTransport` records them, and runs them only if it wraps another transport.
+`TorchTransport` runs the collectives. `CountingTransport` records them, and runs them only if it wraps another
+transport.
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 from symdist.layouts import Group
 
-# PyTorch 2.13 renamed both.
+# PyTorch 2.13 renamed both functions.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -23,65 +24,93 @@ class Handle(Protocol):
     """A collective under way."""
 
     def wait(self) -> object:
-        """Wait until work issued after this call may read the result."""
+        """Wait until work issued after this call may read the result of the collective."""
 
 
 class Transport(Protocol):
     """The collectives that the exchange needs.
 
-    All ranks of `group` must call each of them, in the same order. Buffers are flat, contiguous and of one dtype.
-    Results may be read after `wait` on the handle.
+    All ranks of `group` must call each of them, in the same order. Buffers are flat, contiguous and of one dtype. Each
+    collective returns a handle; the result may be read after `wait` on that handle.
     """
 
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Get ready to communicate over `groups`; called by all their ranks before the first step."""
+        """Get ready to communicate over groups.
 
-    def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
-        """Replace `buffer` by its sum over the group."""
-
-    def reduce_scatter(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
-        """Sum `buffer` over the group, and put the i-th of its equal chunks into rank i's `out`.
+        All ranks of these groups call it before the first step.
 
         Args:
-            out: `[n]`.
-            buffer: `[group size · n]`.
-            group: The ranks.
+            groups: The groups that communicate in a step.
+        """
+
+    def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
+        """Replace `buffer` by its sum over the group.
+
+        Args:
+            buffer: `[n]`, overwritten with the sum.
+            group: The ranks to sum over.
+
+        Returns:
+            The handle to wait on.
+        """
+
+    def reduce_scatter(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
+        """Sum `buffer` over the group, and write the i-th of its equal chunks to rank i's `out`.
+
+        Args:
+            out: `[n]`, receives this rank's chunk of the sum.
+            buffer: `[group size · n]`, the summand.
+            group: The ranks to sum over.
+
+        Returns:
+            The handle to wait on.
         """
 
     def all_gather(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
-        """Put every rank's `buffer`, in rank order, into `out`.
+        """Write the buffers of all ranks to `out`, in rank order.
 
         Args:
-            out: `[group size · n]`.
-            buffer: `[n]`.
-            group: The ranks.
+            out: `[group size · n]`, receives the buffers.
+            buffer: `[n]`, this rank's buffer.
+            group: The ranks that take part.
+
+        Returns:
+            The handle to wait on.
         """
 
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: list[int], sent: list[int], group: Group) -> Handle:
-        """Send each rank its part of `buffer`, and put what each rank sends here into `out`, in rank order.
+        """Send each rank its part of `buffer`, and write what each rank sends here to `out`, in rank order.
 
         Args:
-            out: `[sum(received)]`.
-            buffer: `[sum(sent)]`, the parts in rank order.
+            out: `[sum(received)]`, receives the parts in rank order.
+            buffer: `[sum(sent)]`, the parts to send, in rank order.
             received: How many elements come from each rank.
             sent: How many elements go to each rank.
-            group: The ranks.
+            group: The ranks that take part.
+
+        Returns:
+            The handle to wait on.
         """
 
 
 class TorchTransport:
-    """Runs the collectives of torch.distributed, on any backend.
+    """Runs the collectives with torch.distributed, on any backend.
 
-    It uses an existing process group with exactly the ranks asked for, the default group included. If there is none,
-    as for ranks over several mesh axes, it makes one when first asked: all ranks of such groups must ask for them in
-    the same order.
+    For each group it uses an existing process group with exactly the same ranks, which may be the default group. If
+    there is none, for example because the ranks lie along several mesh axes, it makes one when the group is first
+    needed: all ranks of such groups must then come to them in the same order.
     """
 
     def __init__(self) -> None:
         self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Find or make the process groups of `groups`, in ascending order; all their ranks must call it.
+        """Find or make the process group of every group, in ascending order of their ranks.
+
+        All ranks of these groups must call it.
+
+        Args:
+            groups: The groups that communicate in a step; those of a single rank are skipped.
 
         Raises:
             RuntimeError: If a group has no process group and none can be made.
@@ -113,12 +142,20 @@ class TorchTransport:
 
 
 def _existing(group: Group) -> dist.ProcessGroup | None:
-    """Find a process group with the same ranks in the same order; the first made, so that all ranks take the same."""
+    """Find a process group with the same ranks in the same order.
+
+    If there are several, it is the one made first, so that all ranks choose the same.
+    """
     known = [group.handle] if group.handle is not None else [dist.group.WORLD, *distributed_c10d._world.pg_group_ranks]
     return next((each for each in known if tuple(dist.get_process_group_ranks(each)) == group.ranks), None)
 
 
 def _made(group: Group) -> dist.ProcessGroup:
+    """Make a process group; only the ranks of `group` call this.
+
+    Raises:
+        RuntimeError: If no other process groups connect the ranks.
+    """
     if not group.through:
         raise RuntimeError(
             f"ranks {group.ranks} have no process group of their own, nor others that connect them. Call "
@@ -127,11 +164,13 @@ def _made(group: Group) -> dist.ProcessGroup:
     world = dist.group.WORLD
     assert world is not None
     bound, named = world.bound_device_id, distributed_c10d._process_group_name
-    # If the default group is bound to a device, PyTorch makes a new group by splitting it, which needs all its ranks.
+    # If the default group is bound to a device, PyTorch makes a new group by splitting the default group, which needs
+    # all of its ranks.
     world.bound_device_id = None
-    # Only the ranks of the group make it; others may never know of it. PyTorch names groups by a number that each rank
-    # counts for itself, so ranks that have made different numbers of groups would wait for each other forever: here,
-    # or, if this group were counted, at the next group that all of them make. Hence a name of its own, uncounted.
+    # Only the ranks of this group make it; other ranks may never learn of it. PyTorch names groups by a number that
+    # each rank counts for itself. Ranks that have made different numbers of groups would therefore wait for each other
+    # forever: here, or, if this group were counted, at the next group that all of them make. Hence this group gets a
+    # name of its own and is not counted.
     name = f"symdist:{'-'.join(map(str, group.ranks))}:{_times_made[group.ranks]}"
     _times_made[group.ranks] += 1
     distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
@@ -148,12 +187,12 @@ _times_made: Counter[tuple[int, ...]] = Counter()
 
 @dataclass(frozen=True, kw_only=True)
 class CollectiveRecord:
-    """A record of one collective.
+    """The record of one collective.
 
     Attributes:
         kind: The name of the `Transport` method.
-        size: How many ranks the group has.
-        sent: The bytes this rank sends; for sums, by a ring algorithm.
+        size: The number of ranks in the group.
+        sent: The bytes that this rank sends. For sums, this assumes a ring algorithm.
     """
 
     kind: str
@@ -162,19 +201,21 @@ class CollectiveRecord:
 
 
 class _Done:
+    """The handle of a collective that was not run."""
+
     def wait(self) -> None:
-        """Return at once: nothing was started."""
+        """Return at once, as nothing was started."""
 
 
 @dataclass
 class CountingTransport:
-    """Records every collective, and runs it on another transport if there is one.
+    """Records every collective, and runs it if it wraps another transport.
 
-    Without one, buffers keep what they held, so results are meaningless: use it with meta tensors.
+    Otherwise the buffers keep what they contained, so results are meaningless: use meta tensors then.
 
     Attributes:
-        inner: What runs the collectives; None to run none.
-        log: The collectives so far.
+        inner: The transport that runs the collectives; None (default) to run none.
+        log: The records of the collectives so far.
     """
 
     inner: Transport | None = None
@@ -182,12 +223,12 @@ class CountingTransport:
 
     @property
     def collectives(self) -> int:
-        """How many collectives were recorded."""
+        """The number of collectives recorded."""
         return len(self.log)
 
     @property
     def sent(self) -> float:
-        """How many bytes this rank sent, or would have sent."""
+        """The number of bytes that this rank sent, or would have sent."""
         return sum(moved.sent for moved in self.log)
 
     def prepare(self, groups: Iterable[Group]) -> None:

@@ -1,8 +1,9 @@
-"""Symmetric matrices packed as triangles, to send half the numbers.
+"""Symmetric matrices packed as triangles, which halves the amount of data to send.
 
-With `h = ⌈d/2⌉`, `k = d − h`, a symmetric `[[A, Bᵀ], [B, C]]` is stored as `B` `[k, h]` followed by an `[h, k + 1]`
-rectangle, with A's lower triangle at its lower left and C's upper triangle at its upper right. This is the rectangular
-full packed format of Gustavson, Waśniewski, Dongarra & Langou 2010. It needs block copies only, no index tensors.
+With `h = ⌈d/2⌉` and `k = d − h`, a symmetric matrix `[[A, Bᵀ], [B, C]]` is stored as `B`, `[k, h]`, followed by an `[h,
+k + 1]` rectangle. The rectangle has A's lower triangle at its lower left and C's upper triangle at its upper right.
+This is the rectangular full packed format of Gustavson, Waśniewski, Dongarra & Langou 2010. It needs only block copies
+and no index tensors.
 """
 
 import torch
@@ -10,18 +11,18 @@ from torch import Tensor
 
 
 def packed_size(d: int) -> int:
-    """Return how many numbers the triangle of a `[d, d]` matrix has, diagonal included."""
+    """Return how many numbers the triangle of a `[d, d]` matrix has, including the diagonal."""
     return d * (d + 1) // 2
 
 
 def pack(x: Tensor) -> Tensor:
-    """Pack symmetric matrices.
+    """Pack symmetric matrices as triangles.
 
     Args:
-        x: `[b, d, d]`; only the lower triangles are read.
+        x: The matrices, `[b, d, d]`; only their lower triangles are read.
 
     Returns:
-        `[b, d·(d+1)/2]`, a new tensor.
+        A new tensor, `[b, d·(d+1)/2]`.
     """
     d = x.shape[-1]
     k = d // 2
@@ -34,14 +35,14 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, d: int) -> Tensor:
-    """Undo `pack`.
+    """Restore the symmetric matrices that `pack` packed.
 
     Args:
-        packed: `[b, d·(d+1)/2]`.
-        d: The edge of the matrices.
+        packed: The triangles, `[b, d·(d+1)/2]`.
+        d: The number of rows, and of columns, of a matrix.
 
     Returns:
-        The symmetric matrices, `[b, d, d]`, a new tensor.
+        A new tensor with the symmetric matrices, `[b, d, d]`.
     """
     n = packed.shape[0]
     k = d // 2

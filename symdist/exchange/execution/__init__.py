@@ -1,1 +1,1 @@
-"""Execution of a step: jobs, and the scheduler that runs them wave by wave."""
+"""Execution of a step: the jobs, and the scheduler that runs them wave by wave."""

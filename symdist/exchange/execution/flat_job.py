@@ -36,26 +36,28 @@ from symdist.rules import run_locally
 class FlatJob:
     """Some parameters of one kind in flat layouts, and where their rule runs.
 
-    Strategy "local": each parameter is whole on this rank. "owner": each is put together on its owner. "reduce": rows
-    that are cut are first completed on one rank; then either the rule needs nothing from other rows (`alone`), and each
-    parameter may be cut in its own way, or all are cut alike and the rule's sums run over the ranks, as the layout of
-    `stack` says.
+    Strategy "local": each parameter is whole on this rank. Strategy "owner": each parameter is put together on its
+    owner. Strategy "reduce": rows that are cut are first completed on one rank each. Then there are two cases. If the
+    rule needs nothing from other rows (`alone`), each parameter may be cut differently. Otherwise all parameters are
+    cut alike, and the rule's sums run over the ranks given by the layout of `stack`.
 
     Attributes:
         stack: What the parameters have in common.
-        members: Indices in the optimizer's list of the parameters that this rank has a share in. For the others it
-            has nothing to send or to sum.
-        everyone: Indices of all the job's parameters, on any rank.
+        members: The parameters that this rank takes part in, as indices in the optimizer's list. For the others it has
+            nothing to send or to sum.
+        everyone: All the job's parameters on any rank, as indices in the optimizer's list.
         layouts: The layouts of `members`.
-        strategy: Where the rule runs.
+        strategy: Where the rule runs: "local", "reduce" or "owner".
         owners: For strategy "owner", the group index of the owner of each of `members`.
-        multiple: How many rows must stay together.
+        multiple: How many consecutive rows must stay together; 1 by default.
         alone: For strategy "reduce", whether the rule needs nothing from other rows.
         travels: Whether any rank sends anything to complete rows or matrices.
         flight_bytes: How many bytes the busiest rank holds while the job is under way.
         communication_dtype: The dtype in which pieces are sent.
-        stages: The residual stages of `everyone`, if the rule couples the matrices of one. All go to owners then.
-        column_blocks: Blocks of columns in which the matrices are stored one after another.
+        stages: The residual stages of `everyone`, if the rule couples the matrices of a stage; all matrices then go to
+            owners. Otherwise empty.
+        column_blocks: The widths of the blocks of columns that are stored one after another; empty if the matrices are
+            stored without such blocks.
     """
 
     stack: Stack
@@ -74,19 +76,19 @@ class FlatJob:
 
     @property
     def group(self) -> Group:
-        """The ranks that the parameters are sharded over."""
+        """The ranks over which the parameters are sharded."""
         assert self.stack.layout.group is not None
         return self.stack.layout.group
 
     @property
     def summed(self) -> dict[SplitKind, Group]:
-        """The axes that the rule's sums run along, and their ranks; empty unless matrices stay cut."""
+        """The axes along which the rule's sums run, and their ranks; empty unless matrices stay cut."""
         in_place = self.strategy == "reduce" and not self.alone
         return {axis: group for axis, group in self.stack.splits.items() if axis != "batch"} if in_place else {}
 
     @functools.cached_property
     def route(self) -> FlatRedistribution:
-        """How runs of elements become whole rows (reduce) or matrices (owner), and updates go back."""
+        """How runs of elements become whole rows (reduce) or matrices (owner), and how updates return."""
         have = [layout.runs for layout in self.layouts]
         if self.strategy == "owner":
             want = [owned_by(owner, layout.shape) for owner, layout in zip(self.owners, self.layouts, strict=True)]
@@ -97,7 +99,20 @@ class FlatJob:
     def task(
         self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_root: RootObserver | None = None
     ) -> Task:
-        """Make the task that runs this job, see `Job.task`."""
+        """Make the task that runs this job.
+
+        Unless the strategy is "local", every rank of the group makes its own task for the job and runs it in the same
+        wave.
+
+        Args:
+            read_inputs: Called when the task starts; returns this rank's pieces.
+            write_outputs: Called with this rank's pieces of the results when the task ends.
+            observe_root: Called with every inverse root that is computed or received on this rank; None (default) for
+                nothing.
+
+        Returns:
+            The task, not started yet.
+        """
         if self.strategy == "local":
             asking = observed(self._here(read_inputs), observe_root, range(len(self.members)), self.group.size)
             return Task(written(self.stack, asking, write_outputs))
@@ -106,6 +121,7 @@ class FlatJob:
         return Task(together, along=along, home=self.group, strategy=self.strategy)
 
     def _here(self, read_inputs: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
+        """Update parameters that are whole on this rank."""
         shape = self.stack.layout.shape
         fields = [
             (torch.stack(field) if len(field) > 1 else field[0]).view(-1, *shape)
@@ -117,8 +133,10 @@ class FlatJob:
     def _together(
         self, read_inputs: ReadInputs, observe_root: RootObserver | None
     ) -> Generator[Any, Any, list[Tensors]]:
+        """Put rows or matrices together, update them, and send the updates back."""
         stack, route = self.stack, self.route
-        # Whether a row has a nonzero gradient is known only where the row is whole, so the mask travels too.
+        # A rank that holds only a part of a row cannot tell whether the whole row's gradient is zero, so the mask is
+        # sent too.
         fields = read_inputs().fields(stack.dtype)
         if self.travels:
             wanted = yield Gather(fields=fields, route=route, dtype=self.communication_dtype, like=stack.like)
@@ -137,7 +155,7 @@ class FlatJob:
         return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(field)) for field in made]
 
     def _updated_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
-        """Update all members as one stack, with sums over the other ranks; they are cut alike."""
+        """Update all members as one stack, with sums over the other ranks; all members are cut alike."""
         layout = self.stack.layout
         stacks = [field.view(len(self.members), *layout.local_shape) for field in wanted]
         made = yield from run_rule(self.stack, stacks, layout.box)
@@ -146,7 +164,10 @@ class FlatJob:
     def _updated_in_stages(
         self, wanted: list[Tensor], observe_root: RootObserver | None
     ) -> Generator[Any, Any, list[Tensor]]:
-        """Update the matrices this rank owns. A rank that owns none still joins the residual-stage sums."""
+        """Update the matrices that this rank owns, with residual-stage sums.
+
+        A rank that owns no matrix still takes part in these sums.
+        """
         stack = self.stack
         stage_of = dict(zip(self.everyone, self.stages, strict=True))
         owned = [i for i, (start, stop) in enumerate(self.route.wanted) if stop > start]
@@ -160,7 +181,7 @@ class FlatJob:
         return [elements_of(field, column_blocks=self.column_blocks).reshape(-1) for field in made]
 
     def _updated_alone(self, wanted: list[Tensor], observe_root: RootObserver | None) -> list[Tensor]:
-        """Update whole matrices, or rows, that need no other rank; those with as many rows are batched."""
+        """Update whole matrices or rows that need no other rank, in batches of those with the same number of rows."""
         stack = self.stack
         made = [torch.empty_like(wanted[0]) for _ in range(1 + stack.masked + len(stack.state_names))]
         row = self.layouts[0].width if self.layouts else 1
@@ -168,7 +189,8 @@ class FlatJob:
         place = 0
         for member, (start, stop) in enumerate(self.route.wanted):
             if stop > start:
-                # The first row matters only for padding; else pieces with as many rows are alike.
+                # The first row matters only for padding; without padding, pieces with the same number of rows are
+                # alike.
                 key = (start if stack.padding_rows else 0, stop - start)
                 alike.setdefault(key, {})[member] = slice(place, place + stop - start)
             place += stop - start
@@ -177,7 +199,7 @@ class FlatJob:
             rows = range(start // row, (start + size) // row)
             shape = (len(places), len(rows), *stack.layout.shape[1:])
             flat = [_stacked(field, places).view(len(places), -1) for field in wanted]
-            # Only whole matrices can have column blocks; they are put side by side here.
+            # Only whole matrices can have column blocks, which are put side by side here.
             stacks = [
                 self.layouts[0].matrix(field) if self.strategy == "owner" else field.view(shape) for field in flat
             ]
@@ -191,7 +213,7 @@ class FlatJob:
 
 
 def _stacked(field: Tensor, places: list[slice]) -> Tensor:
-    """The given parts of a vector, one after another; a view if they are adjacent."""
+    """Return the given parts of a vector, one after another; a view if they are adjacent."""
     if all(a.stop == b.start for a, b in itertools.pairwise(places)):
         return field[places[0].start : places[-1].stop]
     return torch.stack([field[place] for place in places])

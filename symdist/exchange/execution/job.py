@@ -21,17 +21,23 @@ T = TypeVar("T")
 Strategy: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
 RootObserver: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
-"""Callback for each inverse root: the root, the job's member indices, and how many ranks this value represents."""
+"""Callback for each inverse root.
+
+It gets the root, the positions in the job's `members` of the parameters that the root belongs to, and how many ranks
+this call stands for.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
-    """This rank's pieces of a job's inputs, each list in the order of the members. None is written to.
+    """This rank's pieces of a job's inputs.
+
+    Each list has one tensor per member of the job, in their order. No tensor is written to.
 
     Attributes:
-        directions: What the rule transforms: gradients after momentum.
-        gradients: The gradients, for stacks that skip rows of zero gradient; else None.
-        states: What the rule remembers: one list per name in `Stack.state_names`.
+        directions: What the rule transforms: the gradients after momentum.
+        gradients: The gradients themselves, for stacks that skip rows of zero gradient; otherwise None.
+        states: What the rule remembers between steps: one list per name in `Stack.state_names`.
     """
 
     directions: Tensors
@@ -39,10 +45,14 @@ class StepInputs:
     states: tuple[Tensors, ...] = ()
 
     def fields(self, dtype: torch.dtype) -> list[Tensors]:
-        """List the fields that travel together: directions, then the mask of nonzero gradients if any, then states.
+        """List the fields that are sent together.
 
         Args:
             dtype: The dtype of the mask.
+
+        Returns:
+            The directions; then, if there are gradients, the mask, which is 1 where the gradient is not zero; then the
+            states.
         """
         touched = [] if self.gradients is None else [[gradient.ne(0).to(dtype) for gradient in self.gradients]]
         return [self.directions, *touched, *self.states]
@@ -53,9 +63,9 @@ class StepOutputs:
     """This rank's pieces of a job's results, shaped like its inputs.
 
     Attributes:
-        updates: What is subtracted from the weights, times the learning rate.
-        moved: 1 where a weight may move, decay included, and 0 where it may not; None if all may.
-        states: What the rule remembers from now on: one list per name in `Stack.state_names`.
+        updates: What is multiplied by the learning rate and subtracted from the weights.
+        moved: 1 where a weight may change, by weight decay included, and 0 where it may not; None if all may change.
+        states: What the rule remembers for the next step: one list per name in `Stack.state_names`.
     """
 
     updates: Tensors
@@ -73,15 +83,15 @@ class Stack:
 
     Attributes:
         rule: The rule.
-        options: The rule's own options, as sorted items.
+        options: The rule's own options, as sorted (name, value) pairs.
         view: How a stored tensor is seen as matrices.
-        layout: A `Layout`; before planning, a `FlatLayout` for parameters cut in runs of elements.
-        dtype: The dtype of the state and all arithmetic.
-        device: Where the pieces are.
-        asked: The strategy the user asked for, or "auto".
-        skip_zero_grad_rows: Whether a row whose gradient is exactly zero stays as it is.
-        padding_rows: How many of the last rows of the stored tensor take no part and never move. The view may show
-            them as columns.
+        layout: A `Layout`, or, before planning, a `FlatLayout` for parameters cut in runs of elements.
+        dtype: The dtype of the state and of all arithmetic.
+        device: The device of this rank's pieces.
+        asked: The strategy that the user asked for, or "auto".
+        skip_zero_grad_rows: Whether rows whose gradient is exactly zero stay unchanged; False by default.
+        padding_rows: The number of rows at the end of the stored tensor that take no part and never change; 0 by
+            default. The view may show them as columns.
     """
 
     rule: Rule
@@ -101,22 +111,22 @@ class Stack:
 
     @property
     def rows(self) -> int:
-        """How many rows a matrix has without padding; the rule gets this number."""
+        """The number of rows of a matrix without padding, as the rule gets it."""
         return self.view.rows - (self.padding_rows if self.view.kind == "as_stored" else 0)
 
     @property
     def columns(self) -> int:
-        """How many columns a matrix has without padding; the rule gets this number."""
+        """The number of columns of a matrix without padding, as the rule gets it."""
         return self.view.columns - (self.padding_rows if self.view.kind == "transposed" else 0)
 
     @property
     def admitted(self) -> tuple[str, ...]:
-        """The axes ("rows", "columns") along which matrices may be split for the rule to run by reduce."""
+        """The axes ("rows", "columns") along which matrices may be split for the rule to run with strategy "reduce"."""
         return self.rule.splits_of(dict(self.options), self.rows, self.columns)
 
     @functools.cached_property
     def state_names(self) -> tuple[str, ...]:
-        """Names of what the rule remembers between steps, besides the momentum."""
+        """The names of what the rule remembers between steps, besides the momentum."""
         return self.rule.remembers(dict(self.options))
 
     @functools.cached_property
@@ -126,26 +136,36 @@ class Stack:
 
     @property
     def masked(self) -> bool:
-        """Whether some weights must not move, so that a mask travels along."""
+        """Whether some weights must not change, so that a mask goes with the updates."""
         return self.skip_zero_grad_rows or self.padding_rows > 0
 
     def made(self, fields: Sequence[Tensors]) -> StepOutputs:
-        """Sort the fields that `run_rule` returns into updates, mask and states."""
+        """Sort the fields that `run_rule` returns into updates, mask and states.
+
+        Args:
+            fields: The fields, each a list with one tensor per parameter.
+
+        Returns:
+            The fields by name.
+        """
         first = 1 + self.masked
         return StepOutputs(updates=fields[0], moved=fields[1] if self.masked else None, states=tuple(fields[first:]))
 
     @functools.cached_property
     def splits(self) -> dict[SplitKind, Group]:
         """How the layout splits the matrices ("rows", "columns", "batch" or "unaligned"), and over which ranks."""
-        # Several splits between matrices, or several unaligned ones, may overwrite each other: nothing here depends on
+        # If there are several "batch" or several "unaligned" splits, one may overwrite another; nothing here depends on
         # which of them remains.
         return {self.view.split_kind(split): self.layout.group_of(split) for split in self.layout.splits}
 
     def first_column(self, box: Sequence[range]) -> int:
-        """Return the matrix column at which a piece begins.
+        """Return the column of the matrix at which a piece begins.
 
         Args:
-            box: The piece's range along each stored dimension.
+            box: The range of the piece along each stored dimension.
+
+        Returns:
+            The index of the column, from 0.
         """
         if len(box) == 1:
             return 0
@@ -154,8 +174,8 @@ class Stack:
                 return box[-1].start
             case "transposed":
                 return box[-2].start
-        # In other views a cut between heads or neurons leaves all columns. Rules that need to know the column do not
-        # run on other cuts.
+        # In other views, a cut between heads or neurons leaves all columns on each rank. Rules that need to know the
+        # column do not run on other cuts.
         return 0
 
 
@@ -165,12 +185,12 @@ class Job:
 
     Attributes:
         stack: What the parameters have in common.
-        members: Their indices in the optimizer's list of parameters.
+        members: The parameters, as indices in the optimizer's list.
         strategy: Where the rule runs: "local", "reduce" or "owner".
         owners: For strategy "owner", the group index of every unit's owner. A unit is an expert or a whole parameter;
-            those of the first member come first.
+            the units of the first member come first.
         communication_dtype: The dtype in which matrices are sent.
-        stages: The members' residual stages, if their rule couples the matrices of one; else empty.
+        stages: The residual stages of the members, if their rule couples the matrices of a stage; otherwise empty.
     """
 
     stack: Stack
@@ -182,12 +202,12 @@ class Job:
 
     @property
     def everyone(self) -> tuple[int, ...]:
-        """The parameters of this job on any rank: the members, as all ranks of a job have the same ones."""
+        """The job's parameters on any rank: the same as `members`, since all ranks of a job have the same ones."""
         return self.members
 
     @functools.cached_property
     def route(self) -> GridRedistribution:
-        """How matrices travel to their owners and back, for strategy "owner"."""
+        """How matrices are sent to their owners and back, for strategy "owner"."""
         return GridRedistribution(self.stack.layout, count=len(self.members), owners=self.owners)
 
     def task(
@@ -195,10 +215,17 @@ class Job:
     ) -> Task:
         """Make the task that runs this job.
 
+        If the job communicates, every rank of the layout's group makes its own task for it and runs it in the same
+        wave.
+
         Args:
-            read_inputs: Called when the task starts.
-            write_outputs: Called with the results when it ends.
-            observe_root: Called with every inverse root computed or received here, if given.
+            read_inputs: Called when the task starts; returns this rank's pieces.
+            write_outputs: Called with this rank's pieces of the results when the task ends.
+            observe_root: Called with every inverse root that is computed or received on this rank; None (default) for
+                nothing.
+
+        Returns:
+            The task, not started yet.
         """
         home = self.stack.layout.group
         if self.strategy == "owner":
@@ -207,8 +234,8 @@ class Job:
                 home=home,
                 strategy="owner",
             )
-        # All ranks with a part of a matrix report its root: one in `ranks` of the group. With this weight a matrix
-        # counts for the whole group, as it does when only its owner reports it.
+        # All ranks with a part of a matrix report its root; the ranks that report it are one in `ranks` of the group.
+        # With this weight, a matrix counts for the whole group, as it does if only its owner reports it.
         batch = self.stack.splits.get("batch")
         ranks = batch.size if batch is not None else 1
         asking = written(
@@ -222,6 +249,7 @@ class Job:
         return Task(asking, along=along, home=home, strategy=self.strategy)
 
     def _in_place(self, read_inputs: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
+        """Update the pieces where they are, for strategies "local" and "reduce"."""
         fields = [
             torch.stack(field) if len(field) > 1 else field[0].unsqueeze(0)
             for field in read_inputs().fields(self.stack.dtype)
@@ -237,8 +265,10 @@ class Job:
     def _at_owners(
         self, read_inputs: ReadInputs, observe_root: RootObserver | None
     ) -> Generator[Any, Any, list[Tensors]]:
+        """Put the units together at their owners, update them there, and send the updates back."""
         stack, route = self.stack, self.route
-        # Whether a row has a nonzero gradient is known only where the row is whole, so the mask travels too.
+        # A rank that holds only a part of a row cannot tell whether the whole row's gradient is zero, so the mask is
+        # sent too.
         fields = read_inputs().fields(stack.dtype)
         if route.whole_here:
             wholes = [route.own_wholes(field) for field in fields]
@@ -246,7 +276,7 @@ class Job:
             wholes = yield Gather(fields=fields, route=route, dtype=self.communication_dtype, like=stack.like)
         del fields
         made = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
-        # A rank that owns none still joins the residual-stage sums.
+        # A rank that owns no unit still takes part in the residual-stage sums.
         if route.owned or self.stages:
             if len(stack.layout.shape) == 1:
                 wholes = [whole.squeeze(-1) for whole in wholes]
@@ -275,12 +305,15 @@ class Job:
 def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.dtype:
     """Return the dtype in which a stack's matrices are sent.
 
-    If the rule remembers something, that travels with the matrices and must not be rounded: then it is the stack's
-    own dtype.
+    If the rule remembers something, it is sent along with the matrices and must not be rounded; the dtype is then the
+    stack's own.
 
     Args:
         stack: The stack.
         communication_dtype: The dtype asked for; None for the stack's own.
+
+    Returns:
+        The dtype.
     """
     return stack.dtype if communication_dtype is None or stack.state_names else communication_dtype
 
@@ -288,13 +321,29 @@ def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.d
 def written(
     stack: Stack, asking: Generator[Any, Any, list[Tensors]], write_outputs: WriteOutputs
 ) -> Generator[Any, Any, None]:
-    """Wrap a running rule so that its result goes to `write_outputs`."""
-    # At once, so that updates are freed while other tasks are still under way.
+    """Wrap a running rule so that its results are handed to `write_outputs`.
+
+    Args:
+        stack: The stack whose rule is running.
+        asking: The running rule; it returns fields as `run_rule` does, each split by parameter.
+        write_outputs: Called with the results as soon as the rule ends.
+
+    Returns:
+        The wrapped rule, which returns nothing.
+    """
+    # Write at once, so that the updates are freed while other tasks are still under way.
     write_outputs(stack.made((yield from asking)))
 
 
 def answered_locally(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Wrap a rule that runs on whole matrices: all its requests but residual-stage sums are answered on this rank."""
+    """Wrap a rule that runs on whole matrices: all its requests except residual-stage sums are answered on this rank.
+
+    Args:
+        asking: The running rule.
+
+    Returns:
+        The wrapped rule, which yields nothing but residual-stage sums.
+    """
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
         return (yield request) if isinstance(request, StageRequest) else request.answer_locally()
@@ -305,7 +354,17 @@ def answered_locally(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
 def observed(
     asking: Generator[Any, Any, T], observe_root: RootObserver | None, members: Sequence[int], ranks: float
 ) -> Generator[Any, Any, T]:
-    """Wrap a running rule so that every inverse root is also handed to `observe_root`, with `members` and `ranks`."""
+    """Wrap a running rule so that every inverse root is also handed to a callback.
+
+    Args:
+        asking: The running rule.
+        observe_root: The callback; None to return the rule as it is.
+        members: Passed to the callback: the positions in the job's `members` of the parameters that run.
+        ranks: Passed to the callback: how many ranks each call stands for.
+
+    Returns:
+        The wrapped rule, with the same result.
+    """
     if observe_root is None:
         return asking
 
@@ -321,13 +380,16 @@ def observed(
 def run_rule(
     stack: Stack, fields: Sequence[Tensor], box: Sequence[range], share: StageContribution | None = None
 ) -> Generator[Any, Any, list[Tensor]]:
-    """Run the rule of a stack on pieces or whole matrices; a generator that yields the rule's requests.
+    """Run the rule of a stack on pieces or on whole matrices.
+
+    This is a generator: it yields the rule's requests, and is sent their answers.
 
     Args:
-        stack: Whose rule to run.
-        fields: Those of `StepInputs.fields`, each stacked over the parameters: `[n, *stored shape]`.
+        stack: The stack whose rule to run.
+        fields: The fields of `StepInputs.fields`, each stacked over n parameters: `[n, *stored shape]`.
         box: The range that the pieces cover along each stored dimension.
-        share: This job's part in the residual-stage sums, if the rule couples the matrices of a stage.
+        share: This job's contribution to residual-stage sums, if the rule couples the matrices of a stage; None by
+            default.
 
     Returns:
         The fields for `Stack.made`, in the shape of the input fields: the update, the mask if the stack has one, and
@@ -364,7 +426,10 @@ def run_rule(
 
 
 def _real(stack: Stack, box: Sequence[range], values: Tensor) -> Tensor | None:
-    """1 for rows (or columns) of the matrix and 0 for padding, to broadcast; None without padding."""
+    """Return 1 for real rows (or columns) of the matrix and 0 for padding, in a shape to broadcast.
+
+    Without padding, it returns None.
+    """
     if not stack.padding_rows:
         return None
     index = torch.arange(box[0].start, box[0].stop, device=values.device)

@@ -1,4 +1,7 @@
-"""Runs the tasks of a step wave by wave: requests of one wave share collectives, and waves overlap."""
+"""Runs the tasks of a step wave by wave.
+
+Requests of one wave share collectives, and the communication of neighbouring waves overlaps with computation.
+"""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,23 +29,23 @@ _ANSWERS: dict[type, Any] = {
 }
 
 Timing: TypeAlias = Callable[[str], AbstractContextManager[Any]]
-"""Makes the context manager opened around a kind of work: a strategy, or "exchange" for packing and waiting."""
+"""Makes the context manager that is opened around a kind of work: a strategy, or "exchange" for packing and waiting."""
 
 
 class Task:
-    """A running job: its generator, the request it waits for, and the ranks that answer.
+    """A running job: its generator, the request it waits for, and the ranks that answer this request.
 
     Args:
         asking: The generator; it yields requests and is sent their answers.
-        along: The ranks that hold the other rows or columns, by "rows" and "columns", for the axes along which the
-            matrices are split. Requests along other axes are answered on this rank. None by default.
-        home: All ranks that hold the matrices; they answer Gather, Scatter and residual-stage sums.
-        strategy: Where the matrices are computed, "local" by default.
+        along: For each axis ("rows" or "columns") along which the matrices are split, the ranks that hold the other
+            parts. Requests along other axes are answered on this rank. None (default) if the matrices are not split.
+        home: All ranks that hold the matrices; they answer Gather, Scatter and residual-stage sums. None by default.
+        strategy: Where the matrices are computed; "local" by default.
 
     Attributes:
         names: The names of the job's parameters, for error messages.
-        pending: The request that other ranks must answer; None once the generator has ended.
-        group: The ranks that the pending request goes to.
+        pending: The request that other ranks must answer; None after the generator has ended.
+        group: The ranks that answer the pending request.
     """
 
     names: Sequence[str] = ()
@@ -64,13 +67,15 @@ class Task:
         self._then: list[Group | None] = []
 
     def advance(self, answer: Any = None) -> None:
-        """Run to the next request that other ranks must answer, left in `pending`, or to the end.
+        """Run to the next request that other ranks must answer, or to the end of the job.
+
+        The request is left in `pending`, and its ranks in `group`.
 
         Args:
-            answer: The answer to the pending request; None at the start.
+            answer: The answer to the pending request; None to start.
         """
         if self._then:
-            # A sum across both axes: done over one group, now over the other.
+            # A sum across both axes: it was done over one group, and is now done over the other.
             self.pending, self.group = Sum(values=answer, across="all"), self._then.pop()
             return
         self.pending = None
@@ -84,8 +89,9 @@ class Task:
         self.pending, self.group, self._then = request, groups[0], groups[1:]
 
     def _asked(self, request: Any) -> list[Group | None]:
+        """Return the groups that must answer a request, one after another; empty if this rank can answer it alone."""
         if isinstance(request, StageRequest):
-            # Even without other ranks: this rank's other tasks have a part in the sum.
+            # Even without other ranks, since other tasks of this rank contribute to the sum.
             return [self.home]
         if isinstance(request, Gather | Scatter):
             assert self.home is not None
@@ -104,24 +110,25 @@ def run(
 ) -> dict[Group, list[float]]:
     """Run all tasks of all waves to their end.
 
-    A wave's first collectives start before the previous wave is computed, and its updates travel home while the next
-    one is computed: up to three waves hold buffers, but only one is computed at a time.
+    The first collectives of a wave start before the previous wave is computed, and its updates are sent back while the
+    next wave is computed. Thus up to three waves hold buffers, but only one is computed at a time.
 
-    All ranks of a wave's groups must pass the same wave. Ranks may take part in different waves, but the order of each
-    rank's waves must agree with one order of all waves, in which those of one home are adjacent. The order of
-    collectives follows from the tasks and their shapes alone, and a rank waits for a wave only after it has started all
-    collectives of earlier ones, so ranks cannot deadlock.
+    All ranks of a wave's groups must pass the same wave. Ranks may take part in different waves, but each rank must
+    pass its waves in an order that agrees with one order of all waves, in which waves of the same home are adjacent.
+    The order of collectives follows from the tasks and their shapes alone, and a rank waits for a wave only after it
+    has started all collectives of earlier waves, so ranks cannot deadlock.
 
     Args:
         waves: The tasks of each wave.
-        transport: What runs the collectives.
-        meanwhile: Called once, while the first collectives are under way.
-        work: By group, the FLOPs each rank already has; roots and QRs go to the least loaded. None by default.
-        progress: Told what is under way, for reports on a hung step.
-        timing: Opened around each piece of work; does nothing by default.
+        transport: Runs the collectives.
+        meanwhile: Called once, while the first collectives are under way; does nothing by default.
+        work: By group, the FLOPs that each rank already has; roots and QRs go to the least loaded ranks. None by
+            default.
+        progress: Records what is under way, for reports on a hung step; None (default) for a new record.
+        timing: Makes the context manager that is opened around each piece of work; does nothing by default.
 
     Returns:
-        The loads of `work`, roots and QRs included.
+        By group, the FLOPs of each rank: those of `work`, and those of roots and QRs.
 
     Raises:
         ExchangeError: If a collective fails.
@@ -154,18 +161,19 @@ def run(
 
 
 def _may_overlap(wave: Sequence[Task], following: Sequence[Task]) -> bool:
-    """Whether a wave's first collectives may start before the previous wave is computed.
+    """Return whether a wave's first collectives may start before the previous wave is computed.
 
-    They may if both waves have one and the same home: these are adjacent on all its ranks, so all ranks interleave
-    them alike. Between two waves of other homes some ranks may have a third, and those finish the first before they
-    start the second. Collectives on a shared process group must start in one order everywhere, so all ranks must then.
+    They may if both waves have one and the same home. Such waves are adjacent on all ranks of the home, so all ranks
+    interleave them in the same way. Between two waves of different homes, however, some ranks may have a third wave,
+    and these ranks finish the first wave before they start the second. Since collectives on a shared process group must
+    start in the same order on every rank, all ranks must then do so.
     """
     return len({task.home for task in (*wave, *following)}) == 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class _WaveContext:
-    """What the buckets of a wave share; `wave` is its number, from 1."""
+    """What all buckets of a wave share; `wave` is the number of the wave, from 1."""
 
     transport: Transport
     loads: dict[Group, list[float]]
@@ -174,12 +182,13 @@ class _WaveContext:
     wave: int
 
     def advance(self, task: Task, answer: Any = None) -> None:
+        """Run a task to its next request, timed under its strategy."""
         with self.timing(task.strategy):
             task.advance(answer)
 
 
 class _WaveRun:
-    """A wave under way: its tasks, the buckets of collectives being answered, and those going home."""
+    """A wave under way: its tasks, the buckets being answered, and the buckets of updates being sent back."""
 
     def __init__(self, tasks: Sequence[Task], way: _WaveContext):
         self._tasks = list(tasks)
@@ -188,13 +197,13 @@ class _WaveRun:
         self._landing: list[_Bucket] = []
 
     def start(self) -> None:
-        """Run all tasks to their first requests and start the collectives that answer these."""
+        """Run all tasks to their first requests, and start the collectives that answer these."""
         for task in self._tasks:
             self._way.advance(task)
         self._start()
 
     def advance(self) -> None:
-        """Answer requests until only the updates going home are under way."""
+        """Answer requests until nothing but updates being sent back is under way."""
         while self._up:
             while any(bucket.handle is not None for bucket in self._up):
                 for bucket in self._up:
@@ -204,7 +213,7 @@ class _WaveRun:
             self._start()
 
     def finish(self) -> None:
-        """Wait for the updates going home, and hand them out."""
+        """Wait for the updates that are being sent back, and hand them to the tasks."""
         for bucket in self._landing:
             while bucket.handle is not None:
                 bucket.step()
@@ -212,13 +221,15 @@ class _WaveRun:
         self._landing = []
 
     def _start(self) -> None:
+        """Group the pending requests into buckets, and start their first collectives."""
         waiting = [task for task in self._tasks if task.pending is not None]
-        # Scatter is a task's last request, so nobody needs to wait for it here.
+        # Scatter is a task's last request, so no task needs its answer yet and the wave does not wait for it here.
         last = [task for task in waiting if isinstance(task.pending, Scatter)]
         asking = [task for task in waiting if not isinstance(task.pending, Scatter)]
-        # Roots and QRs wait for tasks that still ask for other things, so that all of them share one reduce-scatter.
+        # Roots and QRs are delayed while other tasks still have requests of other kinds, so that all roots and QRs
+        # share one reduce-scatter.
         sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal | StageRequest)]
-        # A residual-stage sum waits for all tasks that have a part in it.
+        # A residual-stage sum is delayed until all tasks that contribute to it have reached it.
         sooner = sooner or [task for task in asking if not isinstance(task.pending, StageRequest)]
         self._landing += [_Bucket(tasks, self._way) for tasks in _buckets(last)]
         self._up = [_Bucket(tasks, self._way) for tasks in _buckets(sooner or asking)]
@@ -227,6 +238,7 @@ class _WaveRun:
 
 
 def _buckets(tasks: list[Task]) -> list[list[Task]]:
+    """Group tasks whose pending requests can be answered together."""
     buckets: dict[tuple[Any, ...], list[Task]] = {}
     for task in tasks:
         key: tuple[Any, ...] = (list(_ANSWERS).index(type(task.pending)), task.group, *_kind(task.pending))
@@ -237,6 +249,7 @@ def _buckets(tasks: list[Task]) -> list[list[Task]]:
 
 
 def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
+    """Return the dtype and device of a request's data."""
     match request:
         case Gather() | Scatter():
             return request.dtype, request.like.device
@@ -259,7 +272,7 @@ class _Bucket:
         requests = [task.pending for task in tasks]
         self._kind, self._device = type(requests[0]).__name__.lower(), _kind(requests[0])[1]
         for task in tasks:
-            # So that the request's tensors are freed once they are copied to the send buffer.
+            # Drop the request here, so that its tensors are freed once they are copied to the send buffer.
             task.pending = None
         group = tasks[0].group
         self._group = group
@@ -272,7 +285,7 @@ class _Bucket:
             self._next()
 
     def step(self) -> None:
-        """Wait for the collective under way and start the next one, if any."""
+        """Wait for the collective under way, and start the next one if there is one."""
         if self.handle is not None:
             with self._way.timing("exchange"):
                 try:
@@ -290,6 +303,7 @@ class _Bucket:
             self._way.advance(task, answers.pop(0))
 
     def _next(self) -> None:
+        """Start the next collective, or store the answers if there is none left."""
         try:
             self.handle = next(self._answering)
         except StopIteration as finished:

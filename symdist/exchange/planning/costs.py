@@ -1,4 +1,4 @@
-"""Costs of a rule in FLOPs and numbers sent, measured by running the rule on meta tensors."""
+"""Costs of a rule, in FLOPs and in numbers sent, measured by running the rule on meta tensors."""
 
 import functools
 import math
@@ -18,8 +18,9 @@ from symdist.rules.linalg.orthonormal import OPERATIONS
 
 Axis: TypeAlias = Literal["rows", "columns"]
 
-# FLOPs a rank does in the time it sends one byte: the order of magnitude of an H100 in fp32 with 50 GB/s links, and of
-# a CPU core with a fast loopback. Only the choice of strategies depends on it, and that is seldom close.
+# How many FLOPs a rank does in the time it takes to send one byte: the order of magnitude of an H100 in fp32 with 50
+# GB/s links, and of a CPU core with a fast loopback. Only the choice of strategies depends on it, and that choice is
+# seldom close.
 FLOPS_PER_BYTE = 1000.0
 
 
@@ -29,8 +30,8 @@ class RuleCost:
 
     Attributes:
         summed: By axis, how many numbers are summed over the ranks along it; a Gram counts as its triangle.
-        flops: Floating-point operations without those of roots and QRs.
-        root_flops: Those of roots and QRs, which one rank does for all.
+        flops: The floating-point operations without those of roots and QRs.
+        root_flops: The floating-point operations of roots and QRs, which one rank does for all.
     """
 
     summed: Mapping[Axis, float]
@@ -42,30 +43,47 @@ def shard_cost(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()
     """Return the cost of a stack's rule on a stored piece.
 
     Args:
-        stack: Whose rule.
+        stack: The stack whose rule is measured.
         shape: The shape of the stored piece.
-        axes: The matrix axes along which other ranks hold the rest; none by default.
+        axes: The matrix axes along which other ranks hold the rest of the matrix; none by default.
+
+    Returns:
+        The cost.
     """
-    # The layout is not passed on: the cache must not keep process groups alive.
+    # The layout is not passed on, since the cache must not keep process groups alive.
     counts = stack.rows, stack.columns
     return _ask(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes))
 
 
 def unit_cost(stack: Stack) -> RuleCost:
-    """Return the cost of a stack's rule on one whole unit: an expert of a 3-D parameter, or else a parameter."""
+    """Return the cost of a stack's rule on one whole unit: an expert of a 3-D parameter, otherwise a whole parameter.
+
+    Args:
+        stack: The stack whose rule is measured.
+
+    Returns:
+        The cost.
+    """
     shape = stack.layout.shape
     return shard_cost(stack, (1, *shape[1:]) if len(shape) == 3 else shape)
 
 
 def unit_flops(stack: Stack) -> float:
-    """Return the FLOPs of a stack's rule on one whole unit, roots and QRs included."""
+    """Return the FLOPs of a stack's rule on one whole unit, including roots and QRs.
+
+    Args:
+        stack: The stack whose rule is measured.
+
+    Returns:
+        The FLOPs, with one added per element.
+    """
     asked = unit_cost(stack)
-    # One more per element, as a rule without matrix products still costs a pass over them.
+    # One FLOP is added per element, because even a rule without matrix products costs a pass over the elements.
     return asked.flops + asked.root_flops + math.prod(stack.layout.shape) / units_of(stack)
 
 
 def units_of(stack: Stack) -> int:
-    """Return how many units a parameter of the stack has: its experts if it is 3-D, else 1."""
+    """Return how many units a parameter of the stack has: the number of experts if it is 3-D, otherwise 1."""
     return canonical_shape(stack.layout.shape)[0]
 
 
@@ -79,6 +97,7 @@ def _ask(
     shape: tuple[int, ...],
     axes: frozenset[Axis],
 ) -> RuleCost:
+    """Run a rule on a meta tensor of the given stored shape, and count what it computes and sums."""
     values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
     state = dict.fromkeys(rule.remembers(dict(options)), values)
     matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
@@ -105,7 +124,7 @@ def _ask(
             else:
                 answer = request.values
                 numbers = request.values.nbytes / dtype.itemsize
-            # A residual-stage sum is shared by many matrices, so it is not counted for one.
+            # A residual-stage sum is shared by many matrices, so it is not counted for a single one.
             across = None if isinstance(request, StageSum) else request.across
             for axis in axes:
                 summed[axis] += numbers if across in (axis, "all") else 0

@@ -1,4 +1,4 @@
-"""A step on meta tensors: runs every collective of a plan without data, for a transport to count."""
+"""A dry run of a step: runs a plan on meta tensors, without data, so that a transport can count its collectives."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,15 +20,19 @@ AnyJob: TypeAlias = Job | FlatJob
 def dry_run(
     plan: Plan, counting: CountingTransport, *, change: Callable[[AnyJob], AnyJob | None] = lambda job: job
 ) -> dict[Group, list[float]]:
-    """Run the jobs of a plan on meta tensors; nothing is sent and no weight is written.
+    """Run the jobs of a plan on meta tensors.
+
+    Pass a `CountingTransport` that wraps no other transport: then nothing is sent, and a single rank can call this by
+    itself. No weight is written.
 
     Args:
-        plan: The plan.
-        counting: Notes the collectives.
-        change: May replace a job, or leave it out by returning None; keeps all by default.
+        plan: The plan to run.
+        counting: Records the collectives.
+        change: Called with every job; returns the job to run in its place, or None to leave it out. By default, all
+            jobs run as they are.
 
     Returns:
-        By group, the FLOPs of each rank in a step, see `run`.
+        By group, the FLOPs of each rank in a step; see `run`.
     """
 
     def task(job: AnyJob) -> Task | None:
@@ -49,6 +53,7 @@ def dry_run(
 
 
 def _pieces(job: AnyJob) -> StepInputs:
+    """Return meta tensors in the shapes of this rank's pieces of a job."""
     layouts = job.layouts if isinstance(job, FlatJob) else [job.stack.layout] * len(job.members)
     pieces = [torch.empty(layout.local_shape, dtype=job.stack.dtype, device="meta") for layout in layouts]
     gradients = pieces if job.stack.skip_zero_grad_rows else None

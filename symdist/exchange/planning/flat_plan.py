@@ -1,7 +1,8 @@
-"""Chooses where the rules of flat parameters run: where a matrix is whole, on completed rows, or at an owner.
+"""Chooses where the rules of flat parameters run.
 
-Costs are those of the busiest rank, as for other layouts. Parameters of one kind share jobs even if they are cut
-differently, since in a ZeRO partition hardly any two are cut alike.
+A rule runs where a matrix is whole (local), on completed rows (reduce) or at an owner. Costs are those of the busiest
+rank, as for other layouts. Parameters of one kind share jobs even if they are cut differently, since in a ZeRO
+partition hardly any two are cut alike.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from symdist.layouts.flat import FlatLayout
 Cut = list[tuple[int, FlatLayout]]
 
 _EVEN = 1.02
-"""`_lighten` stops once the busiest rank's load is at most this many times the mean."""
+"""`_lighten` stops when the load of the busiest rank is at most this many times the mean."""
 
 
 @dataclass
@@ -31,13 +32,13 @@ class _Kind:
     """Parameters that differ only in how they are cut.
 
     Attributes:
-        stack: What they have in common; its layout has the ranks, but no cuts.
-        name: The name of the first, for error messages.
-        column_blocks: Blocks of columns in which the matrices are stored one after another.
-        whole: Parameters that are whole on one rank and updated there.
-        cut: Parameters cut over several ranks.
-        sent: Parameters that are whole on one rank but go to an owner, to even out the load or for their stage.
-        owners: The owners of `sent`, by parameter index.
+        stack: What they have in common; its layout gives the ranks, but no cuts.
+        name: The name of the first parameter, for error messages.
+        column_blocks: The widths of the blocks of columns that are stored one after another; empty without such blocks.
+        whole: The parameters that are whole on one rank and updated there.
+        cut: The parameters that are cut over several ranks.
+        sent: The parameters that are whole on one rank but run at an owner, to even out the load or for their stage.
+        owners: The owners of `sent`, as group indices, by parameter index.
     """
 
     stack: Stack
@@ -50,12 +51,13 @@ class _Kind:
 
     @property
     def group(self) -> Group:
+        """The ranks over which the parameters are sharded."""
         assert self.stack.layout.group is not None
         return self.stack.layout.group
 
     @property
     def multiple(self) -> int:
-        """How many rows must stay together: those of a head, or of a block of gate and up rows; else 1."""
+        """How many rows must stay together: those of a head, or of a block of gate and up rows; otherwise 1."""
         view = self.stack.view
         if len(view.stored) > 2:
             return 1
@@ -73,21 +75,22 @@ def plan_flat(
 ) -> list[FlatJob]:
     """Plan the stacks whose layouts are flat.
 
-    Matrices in residual stages all go to owners; one that is whole on a rank is owned by that rank.
+    All matrices of residual stages run at owners; a matrix that is whole on one rank is owned by that rank. Nothing is
+    sent: every rank computes this for itself, with the same result for jobs that involve several ranks.
 
     Args:
         stacks: By stack, the indices of its parameters.
         names: The names of all parameters, by index.
-        budget: The bytes that a job may hold on a rank.
+        budget: How many bytes a job may hold on a rank.
         communication_dtype: The dtype in which matrices are sent; None for the stack's own.
-        work: By group, the FLOPs that each rank already has; those of these stacks are added.
+        work: By group, the FLOPs that each rank already has; those of these stacks are added in place.
         stages: The residual stages and their waves.
 
     Returns:
-        This rank's jobs. Those of matrices that are whole here are known to this rank alone.
+        This rank's jobs. Jobs of matrices that are whole on this rank are known to this rank alone.
 
     Raises:
-        ValueError: Naming the parameter, if its layout does not admit the strategy asked for.
+        ValueError: If a parameter's layout does not admit the strategy asked for; the message names the parameter.
     """
     kinds: dict[tuple[Stack, tuple[int, ...]], _Kind] = {}
     for stack, members in stacks.items():
@@ -103,7 +106,7 @@ def plan_flat(
             (i, stack.layout) for i in members
         )
     for kind in kinds.values():
-        # In model order, so that the parameters of one wave are cut over many ranks, not over the same few.
+        # In model order, so that the parameters of one wave are cut over many ranks and not all over the same few.
         kind.whole.sort(key=lambda item: item[0])
         kind.cut.sort(key=lambda item: item[0])
     coupled = [kind for kind in kinds.values() if kind.stack.coupled]
@@ -136,14 +139,14 @@ def plan_flat(
 
 
 def _work(stack: Stack) -> float:
-    """FLOPs of the rule on a whole parameter, all its units included."""
+    """Return the FLOPs of the rule on a whole parameter, including all its units."""
     return units_of(stack) * unit_flops(stack)
 
 
 def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
-    """Move matrices that are whole on the busiest ranks to the idlest ones, if sending them costs less than their work.
+    """Move whole matrices from the busiest ranks to the least loaded ones, if sending them costs less than their work.
 
-    Partitions have equal numbers of elements, not equal work: a rank that holds only an embedding has almost none.
+    Partitions have equal numbers of elements but not equal work: a rank that holds only an embedding has almost none.
     """
     by_group: dict[Group, list[tuple[float, int, _Kind, FlatLayout]]] = {}
     for kind in kinds:
@@ -160,14 +163,14 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
             loads[layout.sole_owner] += _work(kind.stack)
             here.setdefault(layout.sole_owner, []).append(unit)
         mean = sum(loads) / len(loads)
-        # At most one move a matrix.
+        # At most one move per matrix.
         for _ in units:
             busiest, idlest = loads.index(max(loads)), loads.index(min(loads))
             room = loads[busiest] - loads[idlest]
             fitting = [unit for unit in here.get(busiest, []) if 0 < unit[0] < room]
             if loads[busiest] <= _EVEN * mean or not fitting:
                 break
-            # The matrix whose move brings the two loads closest to each other.
+            # Take the matrix whose move brings the two loads closest to each other.
             moved = min(fitting, key=lambda unit: (abs(room - 2 * unit[0]), unit[1]))
             here[busiest].remove(moved)
             cost, i, kind, layout = moved
@@ -202,19 +205,21 @@ def _choose(kind: _Kind, communication_dtype: torch.dtype | None) -> Strategy:
 
 
 def _rows_stack(kind: _Kind, layout: FlatLayout) -> Stack:
+    """Return the kind's stack with the layout that one parameter has after its rows are completed."""
     return dataclasses.replace(kind.stack, layout=layout.by_rows(multiple=kind.multiple))
 
 
 def _admits_rows(kind: _Kind) -> bool:
+    """Return whether the kind's rule and view can run on completed rows."""
     if kind.column_blocks:
         return False
-    # The first one speaks for all: whether rows suit the view does not depend on where they are cut.
+    # Checking the first parameter is enough: whether rows suit the view does not depend on where they are cut.
     seen = set(_rows_stack(kind, kind.cut[0][1]).splits)
     return "unaligned" not in seen and seen <= {"batch", *kind.stack.admitted}
 
 
 def _alone(rows: Stack) -> bool:
-    """Whether the rule needs nothing beyond whole rows."""
+    """Return whether the rule needs nothing beyond whole rows."""
     axes = [axis for axis in rows.splits if axis in ("rows", "columns")]
     if not axes:
         return True
@@ -225,7 +230,7 @@ def _alone(rows: Stack) -> bool:
 
 
 def _reduce_cost(kind: _Kind) -> float:
-    """Any rank's cost in bytes: every sum runs over all ranks, whether or not they hold the matrix."""
+    """Return the cost of any rank in bytes: every sum runs over all ranks, whether or not they hold the matrix."""
     cost = 0.0
     ranks = kind.group.size
     for layout, count in Counter(layout for _, layout in kind.cut).items():
@@ -239,7 +244,11 @@ def _reduce_cost(kind: _Kind) -> float:
 
 
 def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
-    """The busiest rank's cost in bytes: its runs sent to owners, what it owns sent back, and FLOPs as bytes."""
+    """Return the cost of the busiest rank in bytes.
+
+    It adds up its runs that are sent to owners, the updates it sends back for what it owns, and its FLOPs converted to
+    bytes.
+    """
     size = _layers(kind.stack) * math.prod(kind.stack.layout.shape)
     asked = unit_cost(kind.stack)
     work = units_of(kind.stack) * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
@@ -249,25 +258,25 @@ def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
         share = -(-count // len(chosen))
         for rank, start, stop in layout.runs:
             costs[rank] += count * _layers(kind.stack) * (stop - start) * dtype.itemsize
-        # With fewer matrices than candidates, only the first few candidates own one.
+        # If there are fewer matrices than candidates, only the first few candidates own one.
         for rank in chosen[:count]:
             costs[rank] += share * ((size - 2 * _layers(kind.stack) * layout.size_at(rank)) * dtype.itemsize + work)
     return max(costs)
 
 
 def _layers(stack: Stack) -> int:
-    """How many tensors per matrix travel to its owner and back: the direction, and what the rule remembers."""
+    """Return how many tensors per matrix are sent to its owner and back: the direction, and what the rule remembers."""
     return 1 + len(stack.state_names)
 
 
 def _candidates(layout: FlatLayout) -> list[int]:
-    """The ranks that hold at least half as much of a matrix as any: as owners they receive least."""
+    """Return the ranks that hold at least half as much of a matrix as any other; as owners they receive the least."""
     most = max(stop - start for _, start, stop in layout.runs)
     return [rank for rank, start, stop in layout.runs if 2 * (stop - start) >= most]
 
 
 def _add_work(kind: _Kind, strategy: Strategy, loads: list[float]) -> None:
-    """Add to `loads` every rank's FLOPs on matrices whose rank is already known."""
+    """Add to `loads` every rank's FLOPs on matrices for which the rank is already known."""
     unit = _work(kind.stack)
     for _, layout in kind.whole:
         assert layout.sole_owner is not None
@@ -283,7 +292,10 @@ def _add_work(kind: _Kind, strategy: Strategy, loads: list[float]) -> None:
 
 
 def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int]:
-    """Choose owners by parameter index, costliest first: the least loaded of the ranks that hold most of it."""
+    """Choose the owner of each cut parameter, by parameter index.
+
+    The costliest parameters come first. The owner is the least loaded of the ranks that hold most of the parameter.
+    """
     owners: dict[int, int] = {}
     by_group: dict[Group, list[tuple[float, int, FlatLayout]]] = {}
     for kind in kinds:
@@ -304,7 +316,7 @@ def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int
 
 
 def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
-    """Jobs of the matrices that are whole on this rank; other ranks need not know of them."""
+    """Return the jobs of the matrices that are whole on this rank; other ranks need not know of them."""
     here = [(i, layout) for i, layout in kind.whole if layout.sole_owner == kind.group.index]
     each = 4.0 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
     step = max(1, int(budget // max(1.0, each)))
@@ -314,6 +326,7 @@ def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
 def _owner_jobs(
     stack: Stack, given: Cut, owners: Mapping[int, int], budget: float, dtype: torch.dtype
 ) -> list[FlatJob]:
+    """Return the jobs of parameters that run at owners, within the budget."""
     size = _layers(stack) * math.prod(stack.layout.shape)
     me = stack.layout.group.index
     jobs = []
@@ -325,6 +338,7 @@ def _owner_jobs(
 
 
 def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
+    """Return the jobs of parameters that run on completed rows, within the budget."""
     multiple = kind.multiple
     alone: Cut = []
     alike: dict[FlatLayout, Cut] = {}
@@ -347,6 +361,7 @@ def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
 
 
 def _summed(rows: Stack) -> float:
+    """Return how many numbers are summed over the ranks for one parameter."""
     axes = [axis for axis in rows.splits if axis in ("rows", "columns")]
     return sum(shard_cost(rows, rows.layout.largest_shape, axes).summed.values())
 
@@ -354,10 +369,10 @@ def _summed(rows: Stack) -> float:
 def _cut_in_waves(
     stack: Stack, given: Cut, budget: float, more: Mapping[int, Mapping[int, float]]
 ) -> list[tuple[Cut, float]]:
-    """Split parameters, in order, into parts within the busiest rank's budget; each with the bytes that rank holds.
+    """Split parameters, in order, into parts that fit the busiest rank's budget.
 
-    A piece takes 6 times its size, as it is held, copied, updated and copied again. `more` has, by parameter and rank,
-    how many numbers a rank holds besides.
+    Each part comes with the bytes that the busiest rank holds for it. A piece takes 6 times its size, as it is held,
+    copied, updated and copied again. `more` says, by parameter and rank, how many further numbers a rank holds.
     """
     waves: list[Cut] = []
     flights: list[float] = []
@@ -379,10 +394,12 @@ def _cut_in_waves(
 
 
 def _held_here(layout: FlatLayout) -> bool:
+    """Return whether this rank holds any element of the parameter."""
     return layout.size_at(layout.group.index) > 0
 
 
 def _rows_here(layout: FlatLayout, multiple: int) -> bool:
+    """Return whether this rank holds any row once the rows are completed."""
     return layout.by_rows(multiple=multiple).local_shape[0] > 0
 
 
@@ -396,6 +413,7 @@ def _job(
     dtype: torch.dtype = torch.float32,
     multiple: int = 1,
 ) -> FlatJob:
+    """Make a job of parameters, and work out whether any rank has something to send."""
     everyone = members if everyone is None else everyone
     travels = strategy == "owner" or any(
         bound % (layout.width * multiple) for _, layout in everyone for bound in layout.bounds

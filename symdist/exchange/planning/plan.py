@@ -1,6 +1,6 @@
-"""Chooses where each rule runs (local, reduce or owner) from shapes and groups alone.
+"""Chooses where each rule runs (local, reduce or owner), from shapes and groups alone.
 
-Costs are those of the busiest rank, as all others wait for it.
+Costs are those of the busiest rank, since all others wait for it.
 """
 
 import dataclasses
@@ -26,10 +26,10 @@ class Plan:
     """The jobs of a step.
 
     Attributes:
-        local: Jobs that need no other rank.
-        waves: The others, by wave.
-        work: By group, each rank's FLOPs in a step. Roots and QRs of sums are not included: the least loaded ranks take
-            them during the step.
+        local: The jobs that need no other rank.
+        waves: The other jobs, by wave.
+        work: By group, the FLOPs of each rank in a step. Roots and QRs of sums are not included: the least loaded ranks
+            take them during the step.
     """
 
     local: list[Job | FlatJob]
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def jobs(self) -> list[Job | FlatJob]:
-        """All jobs: the local ones, then those of each wave."""
+        """All jobs: first the local ones, then those of each wave."""
         return self.local + [job for wave in self.waves for job in wave]
 
     @property
@@ -71,23 +71,28 @@ def make_plan(
     exchange: ExchangeOptions,
     stages: Mapping[int, StageSlot] | None = None,
 ) -> Plan:
-    """Choose where every stack runs, cut waves within `exchange.bucket_bytes`, and give the owned units owners.
+    """Choose where every stack runs, split the jobs into waves, and choose owners for the units that need one.
 
-    A parameter or residual stage larger than the budget makes a wave of its own. Nothing is sent; all ranks that hold
-    a parameter compute the same plan for it.
+    The waves fit within `exchange.bucket_bytes`, except that a parameter or residual stage larger than the budget makes
+    a wave of its own. Nothing is sent: every rank computes its plan by itself, and all ranks that hold a parameter
+    compute the same plan for it.
 
     Args:
         stacks: By stack, the indices of its parameters, in an order that is the same on all ranks that hold them.
         names: The names of all parameters, by index.
-        exchange: The budget and the dtype in which matrices travel, see `travels_as`.
-        stages: The residual stage of every parameter whose rule couples one; those of a stage are in one wave. None
-            by default.
+        exchange: Gives the budget, and the dtype in which matrices are sent (see `travels_as`).
+        stages: The residual stage of every parameter whose rule couples the matrices of a stage; all matrices of a
+            stage are in one wave. None by default.
+
+    Returns:
+        The plan of this rank.
 
     Raises:
-        ValueError: Naming the parameter, if its layout does not admit the strategy asked for.
+        ValueError: If a parameter's layout does not admit the strategy asked for; the message names the parameter.
     """
     jobs: list[Job] = []
-    # Half for each: besides the wave being computed, the next is setting out while the one before comes home.
+    # Half of it for each wave, since waves overlap: besides the wave being computed, the next one is being sent out
+    # while the previous one is being sent back.
     budget = exchange.bucket_bytes // 2
     sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
     in_stages = StagePlan.cut(stages or {}, sizes, budget=budget)
@@ -130,15 +135,18 @@ def make_plan(
 
 
 def _cut(stack: Stack) -> dict[Axis, Group]:
-    """The axes along which the matrices themselves are cut, and over which ranks."""
+    """Return the axes along which the matrices themselves are cut, and the ranks along each."""
     return {axis: group for axis, group in stack.splits.items() if axis in ("rows", "columns")}
 
 
 def possible_strategies(stack: Stack) -> list[Strategy]:
-    """Return the strategies that a stack's rule, view and layout admit; at least one.
+    """Return the strategies that a stack's rule, view and layout admit.
 
     Args:
         stack: A stack whose layout is a `Layout`, not a `FlatLayout`.
+
+    Returns:
+        The strategies; at least one.
     """
     found: list[Strategy] = []
     cut = _cut(stack)
@@ -150,6 +158,7 @@ def possible_strategies(stack: Stack) -> list[Strategy]:
 
 
 def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Strategy:
+    """Return the strategy asked for, or the cheapest possible one if it is "auto"."""
     possible = possible_strategies(stack)
     if stack.asked != "auto":
         if stack.asked not in possible:
@@ -167,7 +176,7 @@ def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name:
 
 
 def _operations(stack: Stack) -> float:
-    """FLOPs on the largest piece, which consists of whole matrices."""
+    """Return the FLOPs on the largest piece, which consists of whole matrices."""
     if 0 in stack.layout.largest_shape:
         return 0.0
     asked = shard_cost(stack, stack.layout.largest_shape)
@@ -175,7 +184,11 @@ def _operations(stack: Stack) -> float:
 
 
 def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> float:
-    """The busiest rank's cost in bytes: pieces sent to owners, updates sent to every copy, and FLOPs as bytes."""
+    """Return the cost of the busiest rank in bytes.
+
+    It adds up the pieces sent to owners, the updates sent to every copy of the weight, and the FLOPs converted to
+    bytes.
+    """
     layout = stack.layout
     assert layout.group is not None
     ranks, copies = layout.group.size, layout.num_replicas
@@ -191,6 +204,7 @@ def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> f
 
 
 def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
+    """Return the cost of the busiest rank in bytes: the sums over the ranks, and the FLOPs converted to bytes."""
     asked = shard_cost(stack, stack.layout.largest_shape, tuple(cut))
     sent = sum(
         2 * count * asked.summed[axis] * (group.size - 1) / group.size * stack.dtype.itemsize
@@ -233,9 +247,9 @@ def _waves(jobs: list[Job | FlatJob], budget: int, stages: StagePlan) -> list[li
 
 
 def _coupled_bytes(stack: Stack) -> float:
-    """About how many bytes a parameter of a residual stage holds on a rank while under way.
+    """Return about how many bytes a parameter of a residual stage holds on a rank while it is under way.
 
-    Its share of the weight, and of what the stage sends there and back.
+    They are its share of the weight, and of what its stage sends out and gets back.
     """
     ranks = 1 if stack.layout.group is None else stack.layout.group.size
     share = 8.0 * (1 + len(stack.state_names)) * math.prod(stack.layout.shape) / ranks
@@ -243,12 +257,12 @@ def _coupled_bytes(stack: Stack) -> float:
 
 
 def _flight_bytes(stack: Stack, strategy: Strategy) -> float:
-    """Bound on the bytes that one parameter holds on a rank while under way, without what a single unit needs.
+    """Return a bound on the bytes that one parameter holds on a rank while under way, without what a single unit needs.
 
-    In place: the direction, its copy in the stack, the update and intermediates; per Gram, the triangle sent and
-    received, the matrix and its root. At owners: the pieces sent and received; of the owned share, the parts received,
-    put together, updated and sent, and intermediates. It uses the largest piece of any rank, as all ranks must cut the
-    same waves.
+    In place (local and reduce), these are the direction, its copy in the stack, the update and intermediates, and for
+    each Gram the triangle sent and received, the matrix and its root. At owners, these are the pieces sent and
+    received, and for the owned share the parts received, put together, updated and sent, and intermediates. The bound
+    uses the largest piece of any rank, since all ranks must split the jobs into the same waves.
     """
     piece = math.prod(stack.layout.largest_shape)
     states = len(stack.state_names)
@@ -264,7 +278,7 @@ def _flight_bytes(stack: Stack, strategy: Strategy) -> float:
 
 
 def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
-    """By group, every rank's FLOPs on jobs that run where the pieces are (local and reduce)."""
+    """Return, by group, the FLOPs of every rank on jobs that run where the pieces are (local and reduce)."""
     work: dict[Group, list[float]] = {}
     for job in jobs:
         group = job.stack.layout.group
@@ -282,9 +296,9 @@ def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
 
 
 def _with_owners(jobs: list[Job], work: dict[Group, list[float]]) -> list[Job]:
-    """Give every owner job its owners, balanced by FLOPs over all jobs of a group; adds to `work`.
+    """Choose the owners of every owner job, balanced by FLOPs over all jobs of a group; adds to `work`.
 
-    Units of one cost go round the ranks in order, so each wave is balanced about as well as the whole step.
+    Units of the same cost are assigned to the ranks in turn, so each wave is balanced about as well as the whole step.
     """
     by_group: dict[Group, list[Job]] = {}
     for job in jobs:

@@ -1,1 +1,1 @@
-"""Linear algebra of the rules: inverse roots and orthonormal columns."""
+"""Linear algebra that the rules need: inverse roots and orthonormal columns."""

@@ -1,8 +1,8 @@
-"""Inverse square roots of Gram matrices: the only dense linear algebra the spectral rules need.
+"""Inverse square roots of Gram matrices, which are the only dense linear algebra that the spectral rules need.
 
-A polar factor is `M·(MᵀM)^{-1/2}`. Every iterative polar method that multiplies `M` by odd polynomials of itself is a
-polynomial in the Gram, applied once to `M`. So all of them run here, on the small side and in at least float32,
-whatever the layout of `M`.
+A polar factor is `M·(MᵀM)^{-1/2}`. Every iterative polar method that multiplies `M` by odd polynomials of itself equals
+a polynomial in the Gram, applied once to `M`. Therefore all such methods run here, on the smaller dimension and in at
+least float32, whatever the layout of `M`.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ _POLAR_EXPRESS: tuple[Quintic, ...] = (
     ),
     (1.875, -1.25, 0.375),
 )
-# The first five already contain a safety factor of 1.02; they belong to the normalisation by ‖M‖_F.
+# The first five steps already contain a safety factor of 1.02. They belong to the normalisation by ‖M‖_F.
 _MUON: tuple[Quintic, ...] = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -49,11 +49,11 @@ class Numerics:
 
     Attributes:
         method: "polar_express" (default, quintic), "newton_schulz" (cubic) or "exact" (eigendecomposition).
-        steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". "exact" has none.
-        damping: Added to the diagonal of the Gram C, relative to `‖C‖_F`; 1e-8 by default.
-        normalise: What bounds the spectrum before the iteration: "gram" (default) `‖C‖_F`, "matrix" `tr C = ‖M‖²_F`,
-            which goes with Muon's coefficients.
+        steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15 for
+            "newton_schulz". "exact" has no steps.
+        damping: The number added to the diagonal of the Gram C, relative to `‖C‖_F`; 1e-8 by default.
+        normalise: The bound on the spectrum that the Gram is divided by before the iteration: "gram" (default) for
+            `‖C‖_F`, or "matrix" for `tr C = ‖M‖²_F`, which belongs to Muon's coefficients.
     """
 
     method: Method = "polar_express"
@@ -62,7 +62,11 @@ class Numerics:
     normalise: Literal["gram", "matrix"] = "gram"
 
     def coefficients(self) -> list[Quintic]:
-        """Return one `(a, b, c)` per step, which maps a singular value x to `a·x + b·x³ + c·x⁵`."""
+        """Return the coefficients of the polynomial steps.
+
+        Returns:
+            One `(a, b, c)` per step. The step maps a singular value x to `a·x + b·x³ + c·x⁵`.
+        """
         steps = self.steps or _DEFAULT_STEPS[self.method]
         if self.method == "newton_schulz":
             table = _CUBIC
@@ -71,20 +75,29 @@ class Numerics:
         return [table[min(i, len(table) - 1)] for i in range(steps)]
 
     def operations(self, d: int) -> float:
-        """Floating-point operations of one `[d, d]` root, to leading order."""
+        """Return the number of floating-point operations of one root, to leading order.
+
+        Args:
+            d: The root is of a `[d, d]` matrix.
+
+        Returns:
+            The number of operations.
+        """
         if self.method == "exact":
             return 25.0 * d**3
-        # Four products per step, less those with the identity in the first and the unused update of Y in the last.
+        # Four products per step, except the products with the identity in the first step and the unused update of Y in
+        # the last one.
         return (4 * len(self.coefficients()) - 3) * 2.0 * d**3
 
 
 class InverseRoot:
-    """The inverse square root `C^{-1/2}` of the Gram `C` of `M`, and the norms of `M`, computed when asked for.
+    """The inverse square root `C^{-1/2}` of the Gram `C` of `M`, and the norms of `M`, which are computed on access.
 
     Args:
         matrix: `C^{-1/2}`, `[b, d, d]`.
-        gram: C, `[b, d, d]`, from which the norms are computed.
-        norms: The nuclear and the Frobenius norm, `[b, 1, 1]` each, given where the Gram stayed on another rank.
+        gram: C, `[b, d, d]`, from which the norms are computed. None (default) if `norms` are given.
+        norms: The nuclear norm and the Frobenius norm, `[b, 1, 1]` each, given where the Gram stayed on another rank;
+            None by default.
     """
 
     def __init__(self, matrix: Tensor, *, gram: Tensor | None = None, norms: tuple[Tensor, Tensor] | None = None):
@@ -94,7 +107,14 @@ class InverseRoot:
         self._unit: Tensor | float = 1.0
 
     def of_larger(self, unit: Tensor | None) -> "InverseRoot":
-        """Make the norms those of `unit·M`, for an M that was divided by `unit` before, and return this root."""
+        """Make the norms those of `unit·M`, where M is a matrix that was divided by `unit` beforehand.
+
+        Args:
+            unit: `[b, 1, 1]`; None if the matrix was not divided.
+
+        Returns:
+            This root, modified in place.
+        """
         self._unit = 1.0 if unit is None else unit
         return self
 
@@ -125,11 +145,11 @@ def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
         numerics: The method, its steps and the damping. "exact" computes in float64.
 
     Returns:
-        The roots, in the dtype of `gram` or in float32 where that is narrower. A zero matrix gives a finite root.
+        The roots, in the dtype of `gram`, or in float32 if that dtype is narrower. The root of a zero matrix is finite.
     """
     c = gram.to(torch.promote_types(gram.dtype, torch.float32))
-    # Scale by the trace: unlike the squares in a norm it stays in float32's range as long as the Gram itself does. A
-    # denormal trace has no digits left, so such a matrix counts as zero.
+    # Scale by the trace. It stays in float32's range as long as the Gram itself does, unlike the squares in a norm. A
+    # denormal trace has no significant digits left, so such a matrix is treated as zero.
     trace = _trace(c)
     number = torch.finfo(c.dtype)
     held = trace > number.tiny / number.eps
@@ -144,9 +164,10 @@ def _trace(x: Tensor) -> Tensor:
 
 
 def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
-    """Compute the polar factor by quintic steps on the matrix itself, in bfloat16, as Muon runs on accelerators.
+    """Compute the polar factor by quintic steps on the matrix itself, in bfloat16, as Muon does on accelerators.
 
-    The products are fast. The rounding, some percent of a singular value, is part of the method as published.
+    Products in bfloat16 are fast. The rounding error, a few percent of a singular value, is part of the published
+    method.
 
     Args:
         m: `[b, m, n]`.
@@ -155,7 +176,8 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
     Returns:
         The polar factor, in the shape and dtype of `m`.
     """
-    # Dividing by a power of two first rounds nothing. Without it the squares of a long-unused expert's momentum vanish.
+    # The division by a power of two rounds nothing. Without it, the squares of the momentum of a long-unused expert
+    # would vanish.
     exponent = torch.frexp(m.float().abs().amax((-2, -1), keepdim=True)).exponent.clamp(-126, 126)
     x = torch.ldexp(m, -exponent).bfloat16()
     tall = m.shape[-2] > m.shape[-1]
@@ -163,8 +185,8 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
     x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True)).clamp_min(torch.finfo(x.dtype).tiny)
     for a, b, c in numerics.coefficients():
         gram = x @ x.mT
-        # Each product is rounded to bfloat16 separately. A fused form rounds less, but then differs from the
-        # published updates by as much as they differ from the exact polynomial.
+        # Each product is rounded to bfloat16 separately. A fused form would round less, but its updates would differ
+        # from the published ones by as much as those differ from the exact polynomial.
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(m.dtype)
 
@@ -172,14 +194,17 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
 def _exact(unit: Tensor, numerics: Numerics) -> Tensor:
     values, vectors = torch.linalg.eigh(unit.double())
     norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
-    # Rounding leaves the zero eigenvalues of a singular Gram at ±eps of its dtype. Without a floor their roots are
-    # noise.
+    # Rounding turns the zero eigenvalues of a singular Gram into values of about ±eps of its dtype. Without a lower
+    # bound, their roots would be noise.
     values = values.clamp_min(torch.finfo(unit.dtype).eps) + numerics.damping * norm
     return ((vectors * values.rsqrt()[..., None, :]) @ vectors.mT).to(unit.dtype)
 
 
 def _polynomial(unit: Tensor, numerics: Numerics) -> Tensor:
-    """Coupled iteration: y tends to `A^{1/2}`, z to `A^{-1/2}`; all factors are polynomials in the same `A`."""
+    """Run the coupled iteration, in which y tends to `A^{1/2}` and z to `A^{-1/2}`.
+
+    All factors are polynomials in the same matrix `A`.
+    """
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
     y = unit
     if numerics.damping:

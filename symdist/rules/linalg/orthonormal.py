@@ -1,4 +1,4 @@
-"""Orthonormal columns: the unique Q of a QR, by Cholesky QR where that is accurate and by Householder where not."""
+"""Orthonormal columns: the unique Q of a QR, by Cholesky QR where that is accurate and by Householder otherwise."""
 
 import math
 from collections.abc import Sequence
@@ -7,18 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Passes of Cholesky QR: the first, with a shift, bounds the condition number; the others bring it to one.
+# Passes of Cholesky QR. The first one, with a shift, bounds the condition number; the others reduce it to one.
 _PASSES = 3
 _TOLERANCE = 1e-10
 
 
 def orthonormal(a: Tensor) -> Tensor:
-    """Compute the Q of `a = Q·R`, with R upper triangular and its diagonal positive, for each matrix of a stack.
+    """Compute the Q of `a = Q·R` for each matrix of a stack; R is upper triangular with a positive diagonal.
 
-    The columns are scaled to length one, then orthonormalised by Cholesky QR in float64: `Q = A·L^{-T}` with
-    `L·Lᵀ = AᵀA + δI`, and twice more without the shift δ. Matrices for which that fails are done by Householder
-    reflections. A column that depends linearly on those before it, within the rounding of `a`, is left out and a unit
-    vector e_j takes its place, so that Q does not depend on last digits. Costs about `9·m·k²` operations.
+    The columns are scaled to length one and then orthonormalised by Cholesky QR in float64: `Q = A·L^{-T}` with `L·Lᵀ =
+    AᵀA + δI`, followed by two more passes without the shift δ. Matrices for which this fails are orthonormalised by
+    Householder reflections instead. If a column depends linearly on those before it, within the rounding of `a`, it is
+    left out and a unit vector e_j takes its place, so that Q does not depend on the last digits of `a`. The cost is
+    about `9·m·k²` operations.
 
     Source: Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR for computing the QR factorization
     of ill-conditioned matrices*, SIAM J. Sci. Comput. 42, 2020.
@@ -27,7 +28,7 @@ def orthonormal(a: Tensor) -> Tensor:
         a: `[b, m, k]`, `m ≥ k`.
 
     Returns:
-        Q, in the shape and dtype of `a`; a zero matrix gives a zero matrix.
+        Q, in the shape and dtype of `a`. For a zero matrix, Q is zero.
     """
     m, k = a.shape[-2:]
     x = a.double()
@@ -39,13 +40,13 @@ def orthonormal(a: Tensor) -> Tensor:
     q = x
     for i in range(_PASSES):
         gram = q.mT @ q
-        # A zero matrix has no factor: use the identity here, and set the result to zero at the end.
+        # A zero matrix has no Cholesky factor. Use the identity here, and set the result to zero at the end.
         gram = torch.where(zero, eye, gram) + (shift * eye if i == 0 else 0)
         lower, _ = torch.linalg.cholesky_ex(gram)
         q = torch.linalg.solve_triangular(lower, q.mT, upper=False).mT
     error = (q.mT @ q - eye).abs().amax((-2, -1), keepdim=True)
     least = 100 * m**0.5 * torch.finfo(a.dtype).eps
-    # Both comparisons are false for NaN, so that NaN counts as failed.
+    # Both comparisons are false for NaN, so a matrix with NaN counts as failed.
     fine = (error <= _TOLERANCE) & ((q * x).sum(-2, keepdim=True) > least).all(-1, keepdim=True)
     failed = (~fine & ~zero).flatten()
     if not a.is_meta and bool(failed.any()):
@@ -65,11 +66,19 @@ OPERATIONS: dict[Any, Any] = {
     torch.ops.aten.linalg_cholesky_ex: _cholesky_operations,
     torch.ops.aten.linalg_solve_triangular: _solve_operations,
 }
-"""Operation counts that PyTorch's FlopCounterMode lacks."""
+"""Operation counts, by operator, that PyTorch's FlopCounterMode lacks."""
 
 
 def orthonormal_operations(m: int, k: int) -> float:
-    """Floating-point operations of `orthonormal` on one `[m, k]`, to leading order."""
+    """Return the number of floating-point operations of `orthonormal` on one matrix, to leading order.
+
+    Args:
+        m: The number of rows.
+        k: The number of columns.
+
+    Returns:
+        The number of operations.
+    """
     return _PASSES * (3.0 * m * k**2 + k**3 / 3) + 2.0 * m * k**2
 
 
@@ -77,7 +86,7 @@ def _householder(x: Tensor, least: float) -> Tensor:
     q, r = torch.linalg.qr(x)
     hanging = r.diagonal(dim1=-2, dim2=-1).abs()[..., None, :] <= least
     if bool(hanging.any()):
-        # Leave dependent columns out of the QR: their directions would come from their last digits alone.
+        # Leave dependent columns out of the QR, since their directions would be determined by their last digits alone.
         q, r = torch.linalg.qr(torch.where(hanging, torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device), x))
     signs = r.diagonal(dim1=-2, dim2=-1).sign()
     return q * torch.where(signs == 0, 1, signs)[..., None, :]
