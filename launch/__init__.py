@@ -1,1 +1,1 @@
-"""Training runs of the optimizers in symdist: data, loop, checkpoints and reports."""
+"""Pretraining jobs that use the symdist optimizers: data, training loop, checkpoints and reports."""

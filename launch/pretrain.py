@@ -1,4 +1,4 @@
-"""Pretrain a language model with a symdist recipe: torchrun --nproc_per_node=2 -m launch.pretrain --help."""
+"""Pretrain a language model under FSDP2: torchrun --nproc_per_node=2 -m launch.pretrain --help."""
 
 import sys
 
@@ -9,7 +9,11 @@ from launch.loop.job import end_with, run
 
 
 def main() -> int:
-    """Run; the exit code: 0 at the end or after a clean stop, 2 for what the user can mend."""
+    """Run the job that the command line describes.
+
+    Returns:
+        The exit code: 0 after a finished run or a clean stop, 2 for an error that the user can fix.
+    """
     return run(lambda: parse_as(FsdpRun, sys.argv[1:]), FsdpTraining)
 
 

@@ -88,7 +88,7 @@ class Ranks:
             self._end(patience=0)
             self._start()
         assert not errors, "\n".join(errors)
-        assert not silent, f"no answer from ranks {silent}"
+        assert not silent, f"no answer from ranks {silent}; the others said {results!r:.4000}"
         return [results[rank] for rank in range(len(pipes))]
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""symdist for DeepSpeed: `register()` makes `"type": "SymDist"` of a DeepSpeed config work."""
+"""SymDist for DeepSpeed: after `register()`, a DeepSpeed config may say `"optimizer": {"type": "SymDist"}`."""
 
 from symdist_deepspeed.optimizer import DeepSpeedSymDist
 from symdist_deepspeed.register import register

@@ -1,4 +1,4 @@
-"""Where DeepSpeed put each parameter: the tensors its wrappers step, as runs of the parameters they are made of."""
+"""Reads which elements of which parameters lie in each tensor that DeepSpeed hands to the optimizer."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -22,20 +22,30 @@ from symdist.layouts.flat import flat_bounds
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A parameter's block of tensor parallelism, among all ranks that hold some of the parameter."""
+    """How a parameter cut by tensor parallelism lies on all ranks that hold some of it.
+
+    Attributes:
+        layout: The layout if ZeRO does not cut the parameter further.
+        flat: The layout if ZeRO does; None otherwise.
+    """
 
     layout: Layout
-    """As far as ZeRO does not cut it."""
     flat: FlatLayout | None
-    """Where it does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A parameter in a tensor that is stepped: its elements `bounds[i]` to `bounds[i + 1]` lie on rank i of `ranks`.
+    """A parameter, or this rank's elements of it, in an optimized tensor.
 
-    This rank's begin at `start` of the tensor. Without `bounds` the tensor is the parameter, the same on all `ranks`.
-    Of a parameter that tensor parallelism cuts, all this is said of this rank's block.
+    If tensor parallelism cuts the parameter, `start` and `bounds` refer to this rank's block of it.
+
+    Attributes:
+        parameter: The model's parameter.
+        ranks: The data-parallel ranks that hold it.
+        start: The offset in the optimized tensor at which this rank's elements begin; 0 by default.
+        bounds: Rank i of `ranks` holds the parameter's elements `bounds[i]` to `bounds[i + 1]`. None (default) if the
+            optimized tensor is the parameter, the same on all `ranks`.
+        block: The layout under tensor parallelism; None (default) if it does not cut the parameter.
     """
 
     parameter: Tensor
@@ -47,10 +57,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizedTensor:
-    """A tensor that DeepSpeed hands to the optimizer, in the param group of index `group`.
+    """A tensor that DeepSpeed hands to the optimizer.
 
-    `publish` brings its values to what the model computes with, for tensors that DeepSpeed has already brought there
-    when the step is taken.
+    Attributes:
+        tensor: The tensor.
+        group: The index of its param group.
+        parts: The parameters in it.
+        publish: Copies its values to the weights that the model computes with. This is for tensors that DeepSpeed
+            copies before the step has been taken. Does nothing by default.
     """
 
     tensor: Tensor
@@ -60,9 +74,16 @@ class OptimizedTensor:
 
 
 def read_partitions(engine: Any) -> list[OptimizedTensor]:
-    """What the optimizer of an engine is handed in a step.
+    """Find the tensors that DeepSpeed hands to the optimizer.
 
-    Raises ValueError, naming it, for a wrapper that symdist does not know.
+    Args:
+        engine: The DeepSpeed engine, after it has made its partitions.
+
+    Returns:
+        The tensors and what they hold.
+
+    Raises:
+        ValueError: If the engine's optimizer wrapper is unknown to symdist. The message names it.
     """
     wrapper = engine.optimizer
     if wrapper is engine.basic_optimizer:
@@ -82,12 +103,22 @@ def read_partitions(engine: Any) -> list[OptimizedTensor]:
 
 
 def ranks_of(group: Any) -> Group:
-    """The ranks of a process group of DeepSpeed's; ValueError where it does not number them in ascending order."""
+    """Return the ranks of a process group.
+
+    Args:
+        group: The process group; None is all ranks.
+
+    Returns:
+        The ranks.
+
+    Raises:
+        ValueError: If the group does not number its ranks in ascending order.
+    """
     return ascending(dist.group.WORLD if group is None else group)
 
 
 def _whole(engine: Any, pairs: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> list[OptimizedTensor]:
-    """Stage 0: parameters, or their masters, whole on all ranks of data parallelism; experts on those of theirs."""
+    """Read stage 0: whole parameters or masters on all data-parallel ranks, experts on those of their own."""
     ranks: dict[Any, Group] = {}
 
     def of(parameter: Any) -> Group:
@@ -109,7 +140,7 @@ def _stage_1_and_2(wrapper: Any) -> list[OptimizedTensor]:
     for i, tensor in enumerate(wrapper.single_partition_of_fp32_groups):
         ranks = ranks_of(wrapper.real_dp_process_group[i])
         parameters = wrapper.round_robin_bit16_groups[i]
-        # Each is a view of the group's flat tensor: that tells where it is under every option.
+        # Under every option, the parameters are views of the group's flat tensor, so addresses give their offsets.
         flat = wrapper.bit16_groups_flat[i]
         offsets = [(p.data_ptr() - flat.data_ptr()) // flat.element_size() for p in parameters]
         parts = _parts(zip(parameters, offsets, strict=True), part=int(wrapper.partition_size[i]), ranks=ranks)
@@ -133,7 +164,7 @@ def _bf16(wrapper: Any) -> list[OptimizedTensor]:
 
 
 def _parts(placed: Iterable[tuple[Tensor, int]], *, part: int, ranks: Group) -> list[Part]:
-    """Parameters at offsets of one vector, cut into a part a rank."""
+    """Return the parts of parameters at given offsets of a vector of which each rank holds `part` elements."""
     parts = []
     for parameter, offset in placed:
         bounds = flat_bounds(offset, parameter.numel(), part=part, ranks=ranks.size)
@@ -143,7 +174,7 @@ def _parts(placed: Iterable[tuple[Tensor, int]], *, part: int, ranks: Group) -> 
 
 
 def _stage_3(wrapper: Any) -> list[OptimizedTensor]:
-    """Every parameter is cut by itself; a sub-group's shards lie one after another."""
+    """Read stage 3: each parameter is cut by itself, and a sub-group's parts lie one after another."""
     found = []
     for i, tensor in enumerate(wrapper.fp32_partitioned_groups_flat):
         parts = []
@@ -163,18 +194,23 @@ def _stage_3(wrapper: Any) -> list[OptimizedTensor]:
 
 @torch.no_grad()
 def _publish(wrapper: Any, group: int, rank: int) -> None:
-    # Looked up each time: DeepSpeed makes them anew when it has offloaded them.
+    # Looked up each time, because DeepSpeed creates new masters when it offloads and reloads them.
     masters = wrapper.single_partition_of_fp32_groups[group]
     wrapper.parallel_partitioned_bit16_groups[group][rank].data.copy_(masters.data)
 
 
 def keep_linked(wrapper: Any) -> Callable[[], None]:
-    """Let DeepSpeed's `safe_get_full_…` and checkpoints find parameters and state where they are, from now on.
+    """Make DeepSpeed's `safe_get_full_…` functions and checkpoints find parameters and state from now on.
 
-    DeepSpeed links each parameter to its fragments when it has made its partitions, and again when it has loaded them;
-    to state after the first step only, and never again. With `round_robin_gradients`, and without the padding of
-    `parameter_alignment`, it links them as if they still lay in their first order. Returned is what must be called
-    when state has been made, or has moved.
+    DeepSpeed links each parameter to its fragments when it makes its partitions and when it loads them. It links state
+    only once, after the first step. With `round_robin_gradients`, and without the padding of `parameter_alignment`, it
+    also links fragments as if they were still in their original order. This function corrects both.
+
+    Args:
+        wrapper: DeepSpeed's optimizer wrapper.
+
+    Returns:
+        A function to call whenever state has been created or has moved.
     """
     link = getattr(wrapper, "_link_all_hp_params", None)
     if link is None or isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
@@ -201,7 +237,12 @@ def keep_linked(wrapper: Any) -> Callable[[], None]:
 
 
 def follow_offloads(wrapper: Any, follow: Callable[[], None]) -> None:
-    """Call `follow` whenever DeepSpeed has moved masters and state away or back, so that nothing holds the old ones."""
+    """Call a function whenever DeepSpeed has offloaded or reloaded masters and state, so that old tensors are released.
+
+    Args:
+        wrapper: DeepSpeed's optimizer wrapper; only that of stages 1 and 2 is changed.
+        follow: The function to call.
+    """
     if not isinstance(wrapper, DeepSpeedZeroOptimizer):
         return
     for name in ("offload_states", "reload_states"):

@@ -1,4 +1,4 @@
-"""The optimizer that DeepSpeed drives: its flat tensors outside, the shards of parameters they are made of inside."""
+"""The optimizer that DeepSpeed steps: DeepSpeed sees its flat tensors, `symdist.SymDist` the matrices in them."""
 
 from __future__ import annotations
 
@@ -24,15 +24,23 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedSymDist(torch.optim.Optimizer):
-    """A torch optimizer over what DeepSpeed's wrappers make of the model's parameters, stepped by `symdist.SymDist`.
+    """The torch optimizer that DeepSpeed steps; within it, `symdist.SymDist` steps the matrices.
 
-    DeepSpeed replaces the parameters of `param_groups` by flat fp32 partitions and calls `step` for one of them at a
-    time. The exchange is taken once, at the last of these calls, for all of them together: until then the gradients
-    are kept. State is kept flat, too, as `exp_avg` (momentum, or Adam's first moment), `exp_avg_sq` (Adam's second, or
-    what else a rule remembers) and `step`: DeepSpeed's converter of checkpoints knows Adam's names alone.
+    DeepSpeed replaces the parameters in `param_groups` by flat fp32 partitions, and calls `step` for some of them at a
+    time. The gradients are kept until the last of these calls, which steps all tensors at once.
 
-    In a group, `lr` is the rate of the recipe's matrices, which DeepSpeed's schedulers set; every parameter has its own
-    rate in proportion to it.
+    Of a group, `lr` is the learning rate of the recipe's matrices, which DeepSpeed's schedulers set. Every parameter's
+    own learning rate keeps its proportion to it.
+
+    State has Adam's names, because DeepSpeed's checkpoint converter knows no others: `exp_avg` is the momentum or
+    Adam's first moment, `exp_avg_sq` is Adam's second moment or the rule's second state, and `step` is the step count.
+
+    `register` lets DeepSpeed create it; users need not.
+
+    Args:
+        groups: The param groups from `route_engine`.
+        routed: By `id` of a model parameter, its name, shape and options, from `route_engine`.
+        options: The options from the DeepSpeed config.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, routed: dict[int, EngineAssignment], options: Options):
@@ -42,10 +50,10 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         self._bound: list[_DeepSpeedTensor] = []
         self._waiting: set[int] = set()
         self._relink: Callable[[], None] = lambda: None
+        # For each group of the inner SymDist: the index of its group here, and the factor to that group's `lr`.
         self._rates: list[tuple[int, float]] = []
-        """Of the groups inside: their group outside, and their share of its rate."""
         self._rules = [group["rules"] for group in groups]
-        # What a group keeps whatever it is loaded with, and its rate beside the first group's.
+        # What a group keeps whatever is loaded, and its learning rate as a multiple of the first group's.
         self._own = [{"rules": group["rules"], "schedule": group["schedule"]} for group in groups]
         first = float(groups[0]["lr"])
         self._beside_first = [float(group["lr"]) / first if first else 1.0 for group in groups]
@@ -54,26 +62,34 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
     @property
     def symdist(self) -> ExternalStateSymDist:
-        """The optimizer of the shards; RuntimeError before DeepSpeed has made its partitions."""
+        """The `SymDist` that steps the matrix shards.
+
+        Raises:
+            RuntimeError: Before DeepSpeed has made its partitions.
+        """
         if self._symdist is None:
             raise RuntimeError("SymDist is not attached to a DeepSpeed engine yet")
         return self._symdist
 
     @property
     def names(self) -> dict[int, str]:
-        """Of the model's parameters, by `id`."""
+        """The names of the model's parameters, by `id` of the parameter."""
         return {key: routed.name for key, routed in self._routed.items()}
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out for gradients that were not finite."""
+        """The number of steps skipped because a gradient was not finite."""
         return self.symdist.skipped_steps
 
     def attach(self, stepped: list[OptimizedTensor], *, relink: Callable[[], None]) -> None:
-        """Take over what DeepSpeed made of the parameters: called once, by all ranks.
+        """Create the state and the inner `SymDist` for the tensors that DeepSpeed has made; all ranks call it once.
 
-        `relink` is called when state has been made or has moved. Raises ValueError, by name, for a parameter whose
-        rule, view or layout do not fit.
+        Args:
+            stepped: The tensors that DeepSpeed optimizes, and what they hold.
+            relink: Called whenever state has been created or has moved.
+
+        Raises:
+            ValueError: If the rule, view or layout of a parameter does not fit. The message names the parameter.
         """
         self._all_groups = list(self.param_groups)
         self._empty_at_rest = not any(group["params"] for group in self.param_groups)
@@ -112,26 +128,33 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Let the shards lie where DeepSpeed has moved tensors and state to; what it left is held no longer."""
+        """Rebind the shards to tensors and state that DeepSpeed has moved, and release the old ones."""
         moved = [bound.follow(self.state[bound.tensor], self.symdist) for bound in self._bound]
         if any(moved):
             self._relink()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take the gradients of the tensors in `param_groups`; with the last of all tensors, take the step.
+        """Take the gradients of the tensors in `param_groups`, and step once all are there; all ranks call it.
 
-        Raises FloatingPointError on every rank, before anything changes, where a gradient is not finite on any and
-        `nonfinite` is "raise".
+        Args:
+            closure: Ignored.
+
+        Returns:
+            None.
+
+        Raises:
+            FloatingPointError: On every rank, before anything changes, if a gradient on any rank is not finite and
+                `nonfinite` is "raise".
         """
         if len(self.param_groups) == len(self._rules):
             self._all_groups = list(self.param_groups)
         if self._symdist is None:
-            # DeepSpeed tries the optimizer out while it makes its partitions.
+            # DeepSpeed makes a trial call while it makes its partitions.
             return None
         given = {id(tensor) for group in self.param_groups for tensor in group["params"]}
         if self._waiting & given:
-            # The step before was broken off.
+            # The previous step was interrupted.
             self._forget()
         for bound in self._bound:
             if id(bound.tensor) in given:
@@ -142,7 +165,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         try:
             self._step()
         except Exception:
-            # DeepSpeed would have put back what it cut down for this call.
+            # DeepSpeed reduced the param groups for this call, and does not restore them after an exception.
             self.param_groups = list(self._all_groups)
             if self._empty_at_rest:
                 for group in self.param_groups:
@@ -156,10 +179,13 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's.
+        """Return the state as torch's optimizers do, with `exp_avg_sq` for every tensor that has `exp_avg`.
 
-        DeepSpeed's converter to universal checkpoints wants `exp_avg_sq` of everything: momentum has zeros there, of
-        one element in memory and file.
+        DeepSpeed's converter to universal checkpoints requires it. For rules that only have momentum it is zeros, which
+        take up one element in memory and in the file.
+
+        Returns:
+            The state dict.
         """
         found = super().state_dict()
         if len(found["param_groups"]) == len(self._own):
@@ -172,9 +198,13 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, into the tensors that are here.
+        """Copy saved state into the existing tensors.
 
-        Raises ValueError, before anything changes, where groups, rules or state do not match.
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: Before anything changes, if the groups, rules or state do not match this run's.
         """
         saved = state_dict["param_groups"]
         if len(saved) != len(self.param_groups):
@@ -219,7 +249,10 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                 bound.count(self.state[bound.tensor])
 
     def _check_loaded(self) -> None:
-        """What a universal checkpoint said of the groups; at stage 3 it says of all what it knows of the first."""
+        """Check the rules of groups that a universal checkpoint has replaced.
+
+        At stage 3 it gives all groups the values of the first, so the others' own values are restored.
+        """
         said = [group.get("rules") for group in self._all_groups]
         if said == self._rules:
             return
@@ -239,7 +272,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
                 )
 
     def _set_rates(self) -> None:
-        """Let every group inside follow the rate of its group outside."""
+        """Set the learning rates of the inner SymDist's groups from those of the groups here."""
         for (group, ratio), inner in zip(self._rates, self.symdist.param_groups, strict=True):
             inner["lr"] = float(self._all_groups[group]["lr"]) * ratio
 
@@ -257,7 +290,16 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
 @dataclass(kw_only=True)
 class MatrixShard:
-    """A matrix's or vector's part of an optimized tensor: `start` to `stop`, or all of it where these are None."""
+    """A matrix's or vector's part of an optimized tensor.
+
+    Attributes:
+        name: The name of the matrix or vector.
+        parameter: The part as a parameter: a view of the optimized tensor, or the tensor itself.
+        layout: How the whole matrix lies on all ranks.
+        start: The offset in the optimized tensor at which the part begins; None (default) if it is the whole tensor.
+        stop: The offset at which it ends; None (default) likewise.
+        copied: Always False, since parts of flat tensors are views.
+    """
 
     name: str
     parameter: Tensor
@@ -265,24 +307,34 @@ class MatrixShard:
     start: int | None = None
     stop: int | None = None
     copied = False
-    """Parts of flat tensors are always views."""
 
     @property
     def itself(self) -> bool:
-        """Whether the parameter is the optimized tensor."""
+        """Whether the parameter is the optimized tensor itself."""
         return self.start is None
 
     def bind(self, tensor: Tensor) -> None:
-        """Let the parameter be its part of `tensor`."""
+        """Make the parameter a view of its part of a tensor.
+
+        Args:
+            tensor: The optimized tensor.
+        """
         self.parameter.data = self.of(tensor)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The part of a tensor that is like the optimized one."""
+        """Return this matrix's part of a tensor.
+
+        Args:
+            tensor: A tensor of the optimized tensor's shape.
+
+        Returns:
+            A view, or the tensor itself.
+        """
         return tensor if self.itself else tensor.detach()[self.start : self.stop]
 
 
 class _DeepSpeedTensor(BoundTensor[MatrixShard]):
-    """A bound tensor that counts its steps as DeepSpeed does, tensor by tensor."""
+    """A bound tensor with a step count of its own, as DeepSpeed keeps one for each tensor."""
 
     def __init__(self, optimized: OptimizedTensor):
         super().__init__(optimized.tensor)
@@ -290,14 +342,14 @@ class _DeepSpeedTensor(BoundTensor[MatrixShard]):
         self._steps = 0.0
 
     def remember(self, state: Mapping[str, Any]) -> None:
-        """See `BoundTensor`; the count is kept as a number, for loading writes into its tensor."""
+        """See `BoundTensor`; the step count is kept as a number, since loading overwrites its tensor."""
         super().remember(state)
         self._steps = float(state["step"])
 
     def follow(self, state: Mapping[str, Any], symdist: ExternalStateSymDist) -> bool:
-        """See `BoundTensor`; the count of steps comes along, and state that the rules have no use for goes."""
+        """See `BoundTensor`; also takes over a loaded step count, and deletes state that the rules do not use."""
         for name in [name for name in state if name in ENGINE_STATE_NAMES and name not in self.state]:
-            # Only a universal checkpoint brings it, for a momentum that has no use for it.
+            # Universal checkpoints bring `exp_avg_sq` even for rules that only have momentum.
             del state[name]  # type: ignore[attr-defined]
         if float(state["step"]) != self._steps:
             for shard in self.shards:
@@ -306,13 +358,13 @@ class _DeepSpeedTensor(BoundTensor[MatrixShard]):
         return super().follow(state, symdist)
 
     def count(self, state: dict[str, Any]) -> None:
-        """One more step; a tensor of its own, for a universal checkpoint shares one among all."""
+        """Count one more step, in a new tensor, because a universal checkpoint gives all tensors the same one."""
         state["step"] = torch.tensor(self._steps + 1)
         self.remember(state)
 
 
 def _shards(part: Part, tensor: Tensor, routed: EngineAssignment) -> list[MatrixShard]:
-    """A parameter's shards in a tensor: one, or of a stack of matrices one each."""
+    """Return a parameter's shards in an optimized tensor: one, or one for each matrix of a stack."""
     name, shape, options = routed.name, routed.shape, routed.options
     if part.bounds is None:
         whole = part.block.layout if part.block is not None else replicated(shape, part.ranks)

@@ -1,4 +1,4 @@
-"""What the `"params"` of a DeepSpeed config may say, and which of DeepSpeed's features symdist cannot serve."""
+"""The `"params"` of a DeepSpeed config, and the check for DeepSpeed features that symdist does not support."""
 
 import math
 from collections.abc import Mapping
@@ -13,14 +13,17 @@ from symdist.routing.recipes import Recipe, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The params of `"type": "SymDist"` in a DeepSpeed config.
+    """The `"params"` of `"type": "SymDist"` in a DeepSpeed config.
 
     Attributes:
-        recipe: A recipe's name, a TOML file, or a mapping of the same form.
-        lr: The rate of the recipe's matrices; all others follow in proportion. None leaves the recipe's own.
-        overrides: Options of roles in place of the recipe's, rates as they stand.
-        nonfinite: What all ranks do together about a gradient that is inf or NaN: "raise", "skip" or "zero".
-        exchange: The keys of `symdist.ExchangeOptions`.
+        recipe: The recipe's name, the path of a TOML file, or a mapping of the same form. Required.
+        lr: The learning rate of the recipe's matrices, above 0; all other rates keep their proportion to it. None
+            (default) keeps the recipe's rates.
+        overrides: Options by role that replace the recipe's, such as `{"router": {"rule": "left_spectral"}}`. `lr` does
+            not scale learning rates given here. Empty by default.
+        nonfinite: What all ranks do if a gradient on any rank is inf or NaN: "raise" (default) FloatingPointError
+            before anything changes, "skip" the step, or set the offending elements to "zero".
+        exchange: Settings of the communication, with the keys of `symdist.ExchangeOptions`. Its defaults if empty.
     """
 
     recipe: Any
@@ -31,7 +34,18 @@ class Options:
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any] | None) -> "Options":
-        """From a config; ValueError for a missing recipe, an unknown option, or a value of the wrong kind."""
+        """Read and check the params of a config.
+
+        Args:
+            params: The `"params"` as DeepSpeed parsed them from JSON.
+
+        Returns:
+            The options.
+
+        Raises:
+            ValueError: If there is no recipe, an option is unknown, or `lr`, `overrides` or `exchange` has an invalid
+                value.
+        """
         given = dict(params or {})
         known = [option.name for option in fields(cls)]
         unknown = sorted(set(given) - set(known))
@@ -55,9 +69,13 @@ class Options:
         return options
 
     def scaled(self) -> tuple[Recipe, float]:
-        """The recipe with its rates scaled and its overrides in place, and the rate of its matrices.
+        """Load the recipe, scale its learning rates to `lr`, and apply the overrides.
 
-        Raises ValueError as `load_recipe` and `Recipe.overridden` do.
+        Returns:
+            The recipe, and the learning rate of its matrices.
+
+        Raises:
+            ValueError: As `load_recipe` and `Recipe.overridden` do.
         """
         recipe = load_recipe(_tuples(self.recipe) if isinstance(self.recipe, Mapping) else self.recipe)
         recipe, base = recipe.at_rate(self.lr)
@@ -65,7 +83,7 @@ class Options:
 
 
 def _tuples(options: Any) -> Any:
-    """JSON has no tuples; betas are one."""
+    """Convert lists under the key `betas` to tuples, which JSON does not have."""
     if isinstance(options, Mapping):
         return {
             key: tuple(value) if key == "betas" and isinstance(value, list) else _tuples(value)
@@ -75,7 +93,14 @@ def _tuples(options: Any) -> Any:
 
 
 def check_features(engine: Any) -> None:
-    """ValueError, naming it and the remedy, for what this engine is configured to do and symdist cannot do."""
+    """Refuse DeepSpeed features that symdist does not support.
+
+    Args:
+        engine: The DeepSpeed engine.
+
+    Raises:
+        ValueError: If the config uses any. The message lists them, with a remedy where there is one.
+    """
     stage = int(engine.zero_optimization_stage())
     config = engine._config
     zero = config.zero_config

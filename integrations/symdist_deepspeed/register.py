@@ -1,4 +1,4 @@
-"""Making DeepSpeed know the type, and saying so where this DeepSpeed is another than what we rely on."""
+"""Registers the optimizer type "SymDist" with DeepSpeed, after a check that this DeepSpeed release fits."""
 
 import functools
 import inspect
@@ -20,9 +20,9 @@ from symdist_deepspeed.tensor_parallel import with_blocks
 
 TYPE = "SymDist"
 SUPPORTED = "0.16.0 to 0.19.8"
-"""The releases that the tests have passed on."""
+"""The DeepSpeed releases that the tests have passed on."""
 
-# What is called or read, by class: looked for in the source, for most of it is set in constructors.
+# The names that symdist uses, by class. Most are attributes set in constructors, so the source is searched for them.
 _NEEDED: dict[Any, tuple[str, ...]] = {
     DeepSpeedEngine: ("_configure_basic_optimizer", "_configure_optimizer", "basic_optimizer"),
     stage_1_and_2.DeepSpeedZeroOptimizer: (
@@ -47,15 +47,30 @@ _NEEDED: dict[Any, tuple[str, ...]] = {
 
 
 def register() -> None:
-    """Let `"optimizer": {"type": "SymDist"}` in a DeepSpeed config make a `DeepSpeedSymDist`; again does nothing.
+    """Let DeepSpeed configs name the optimizer type "SymDist".
 
-    Raises ImportError, naming what is missing and the releases that have it, where this DeepSpeed lacks anything that
-    symdist relies on.
+    Call it on every rank before `deepspeed.initialize`, and pass no optimizer there. A further call does nothing. The
+    config's `"params"` are the fields of `symdist_deepspeed.options.Options`. The optimizer is a `DeepSpeedSymDist`.
+
+    Raises:
+        ImportError: If this DeepSpeed lacks something that symdist relies on. The message names it, and the releases
+            that have it.
+
+    Example:
+        >>> symdist_deepspeed.register()
+        >>> config = {
+        ...     "train_micro_batch_size_per_gpu": 1,
+        ...     "optimizer": {"type": "SymDist", "params": {"recipe": "olmoe", "lr": 0.01}},
+        ...     "zero_optimization": {"stage": 3},
+        ...     "bf16": {"enabled": True},
+        ... }
+        >>> engine, optimizer, _, scheduler = deepspeed.initialize(model=model, config=config)
     """
     if getattr(torch.optim, TYPE, None) is DeepSpeedSymDist:
         return
     _check_version()
-    # DeepSpeed finds types it does not know here; the engine's own method is what has the model, though.
+    # DeepSpeed looks up types that it does not know in torch.optim. But routing needs the model, and only the engine's
+    # method has it, so that method is wrapped too.
     setattr(torch.optim, TYPE, DeepSpeedSymDist)
     utils.ZERO_SUPPORTED_OPTIMIZERS.append(DeepSpeedSymDist)
     DeepSpeedEngine._configure_basic_optimizer = _knowing_the_model(DeepSpeedEngine._configure_basic_optimizer)

@@ -1,4 +1,4 @@
-"""The model in a DeepSpeed engine to param groups: before ZeRO flattens it, while names and modules are known."""
+"""Routes parameters to rules and param groups before ZeRO flattens them, while names and modules are known."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +18,18 @@ from symdist_deepspeed.options import Options
 from symdist_deepspeed.tensor_parallel import cut_of, tensor_parallel_group
 
 _DEEPSPEEDS = ("name", "moe", "lr")
-"""Keys of a group that no rule is told of."""
+"""Keys of a user's param group that are not options of a rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineAssignment:
-    """A parameter by its name and full shape, with the options of its rule; its rate is `lr_ratio` of its group's.
+    """A parameter with the options of its rule.
 
-    Parameters of equal `options` share one dict.
+    Attributes:
+        name: The parameter's name.
+        shape: Its full shape, on all ranks.
+        options: The options of its rule. Parameters with equal options share one dict.
+        lr_ratio: Its learning rate as a multiple of its param group's.
     """
 
     name: str
@@ -35,15 +39,25 @@ class EngineAssignment:
 
 
 def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[str, Any]], dict[int, EngineAssignment]]:
-    """The param groups for DeepSpeed, and by `id` what each parameter of them is.
+    """Route the parameters of a DeepSpeed engine's model to rules and param groups.
 
-    A group has all parameters of one kind of state, momentum or Adam's two moments, that `given`, the engine's
-    `model_parameters`, has in one group and the recipe gives one `schedule`: DeepSpeed flattens groups one by one, and
-    few large ones serve it best. Its `lr` is the rate of the recipe's matrices, for that is what DeepSpeed's schedulers
-    set; `rules` says by role what rules are in it. What the user's groups say
-    of `lr`, `weight_decay` or an option of the rules holds for their parameters.
+    DeepSpeed flattens each group by itself, and works best with few large ones. So parameters from the same group of
+    `given` share a group if their rules have the same number of state tensors and the recipe gives them the same
+    `schedule`. A group's `lr` is the learning rate of the recipe's matrices, which DeepSpeed's schedulers set. Its
+    `rules` maps the roles in it to their rules.
 
-    Raises ValueError for whatever `symdist.route` refuses, and for parameters that are not the model's.
+    Args:
+        engine: The DeepSpeed engine, before ZeRO has flattened its parameters.
+        given: The `model_parameters` passed to `deepspeed.initialize`: parameters, param groups, or None for all of the
+            model's. `lr`, `weight_decay` and options of the rules in a group apply to the parameters of that group.
+        options: The options from the DeepSpeed config.
+
+    Returns:
+        The param groups for DeepSpeed, and by `id` of a parameter what it was assigned.
+
+    Raises:
+        ValueError: For anything that `symdist.route` refuses, a parameter that is not the model's, or a model without
+            trainable parameters.
     """
     model = engine.module
     recipe, base = options.scaled()
@@ -91,13 +105,13 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
 
 
 def _completed(group: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    """All options of a group, checked while its parameters still have names."""
+    """Return all options of a group, checked while the names of its parameters are known."""
     full = with_defaults({**group, **told})
     return {key: value for key, value in full.items() if key not in ("params", "param_names", "lr")}
 
 
 def _user_groups(given: Any, model: nn.Module) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
-    """What a group says, and its parameters."""
+    """Return each of the user's param groups as its options and its parameters."""
     items: list[Any] = list(model.parameters()) if given is None else list(given)
     if items and isinstance(items[0], Mapping):
         return [
@@ -114,7 +128,7 @@ def _listed(parameters: Any) -> list[nn.Parameter]:
 
 
 def _with_gates(recipe: Recipe, model: nn.Module) -> Recipe:
-    """The recipe with the gates of DeepSpeed's MoE layers named as routers, unless it speaks of them itself."""
+    """Give the gates of DeepSpeed's MoE layers the role "router", unless the recipe's patterns match them."""
     names = [f"{name}.wg.weight" for name, module in model.named_modules() if isinstance(module, TopKGate)]
     own = [pattern["match"] for pattern in recipe.patterns]
     patterns = [
@@ -125,7 +139,7 @@ def _with_gates(recipe: Recipe, model: nn.Module) -> Recipe:
 
 @contextmanager
 def _full_shapes(model: nn.Module, tensor_parallel: int) -> Iterator[None]:
-    """Parameters that `zero.Init` or tensor parallelism have cut show their full shapes meanwhile, at no memory."""
+    """Show parameters that `zero.Init` or tensor parallelism has cut in full shape, without taking memory."""
     held: list[tuple[Any, torch.Tensor]] = []
     try:
         for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""How DeepSpeed's tensor parallelism cuts parameters, before ZeRO cuts what is left of them."""
+"""Reads how DeepSpeed's tensor parallelism cuts parameters into blocks, before ZeRO cuts these blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,13 @@ _META = "ds_autotp_universal_checkpoint_meta"
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """A parameter of full `shape`, cut along `dim` into blocks of `sizes`, one a tensor-parallel rank."""
+    """How tensor parallelism cuts a parameter.
+
+    Attributes:
+        shape: The parameter's full shape.
+        dim: The dimension along which it is cut.
+        sizes: The size of each tensor-parallel rank's block along `dim`.
+    """
 
     shape: tuple[int, ...]
     dim: int
@@ -23,7 +29,17 @@ class Cut:
 
 
 def tensor_parallel_group(engine: Any) -> Any:
-    """The process group along which an engine's parameters are cut, or None."""
+    """Find the process group over which an engine's parameters are cut.
+
+    Args:
+        engine: The DeepSpeed engine.
+
+    Returns:
+        The group, or None without tensor parallelism.
+
+    Raises:
+        ValueError: If there is tensor parallelism, but neither `mpu` nor DeepSpeed has a group for it.
+    """
     if engine.mp_world_size == 1:
         return None
     for holder in (engine.mpu, deepspeed_groups):
@@ -37,10 +53,18 @@ def tensor_parallel_group(engine: Any) -> Any:
 
 
 def cut_of(parameter: Any, *, ranks: int, name: str) -> Cut | None:
-    """How a parameter is cut; None where every tensor-parallel rank has all of it.
+    """Read how a parameter is cut, from what AutoTP or Megatron (`tensor_model_parallel`, `partition_dim`) noted on it.
 
-    As AutoTP notes it, or as Megatron does (`tensor_model_parallel`, `partition_dim`). Raises ValueError, naming the
-    parameter, for cuts that are not into one block a rank.
+    Args:
+        parameter: The parameter.
+        ranks: The number of tensor-parallel ranks.
+        name: The parameter's name, for messages.
+
+    Returns:
+        The cut; None if every tensor-parallel rank holds the whole parameter.
+
+    Raises:
+        ValueError: If the cut is unknown or gives a rank several blocks. The message names the parameter.
     """
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
     meta: Mapping[str, Any] | None = getattr(parameter, _META, None)
@@ -68,9 +92,18 @@ def cut_of(parameter: Any, *, ranks: int, name: str) -> Cut | None:
 
 
 def with_blocks(engine: Any, stepped: list[OptimizedTensor], names: Mapping[int, str]) -> list[OptimizedTensor]:
-    """The same, with the block that each part of a cut parameter belongs to. All ranks must call it.
+    """Add to each part of a parameter that is cut the layout of its block; all ranks must call it.
 
-    Raises ValueError where the ranks are not data parallelism times tensor parallelism, or a cut is not supported.
+    Args:
+        engine: The DeepSpeed engine.
+        stepped: What `read_partitions` returned.
+        names: The names of the model's parameters, by `id`.
+
+    Returns:
+        The tensors with blocks; `stepped` itself without tensor parallelism.
+
+    Raises:
+        ValueError: If the ranks are not a grid of data and tensor parallelism, or a cut is not supported.
     """
     handle = tensor_parallel_group(engine)
     if handle is None:
@@ -78,7 +111,7 @@ def with_blocks(engine: Any, stepped: list[OptimizedTensor], names: Mapping[int,
     across = ranks_of(handle)
     data = ranks_of(engine.seq_data_parallel_group)
     world = ranks_of(None)
-    # Rank by rank: which ranks of data parallelism go with each of tensor parallelism.
+    # For each tensor-parallel rank, the data-parallel ranks that hold the same block.
     columns: list[Any] = [None] * across.size
     dist.all_gather_object(columns, list(data.ranks), group=handle)
     if sorted(rank for column in columns for rank in column) != list(world.ranks):

@@ -1,4 +1,4 @@
-"""Collectives for state that is offloaded to the CPU where the process groups only know the accelerator."""
+"""Collectives for state on the CPU, for process groups that can only communicate from the accelerator."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,15 @@ from symdist.layouts import Group
 
 
 def transport_for(tensors: Iterable[Tensor]) -> Transport:
-    """The collectives of torch.distributed, through the accelerator where tensors lie where these cannot reach."""
+    """Choose the transport for tensors on these devices.
+
+    Args:
+        tensors: The tensors that are stepped.
+
+    Returns:
+        `Staged` if a tensor is on the CPU, there is a GPU, and the default process group has no gloo backend; otherwise
+        `TorchTransport`.
+    """
     if torch.cuda.is_available() and any(tensor.device.type == "cpu" for tensor in tensors):
         backend = dist.get_backend()
         if "gloo" not in backend:
@@ -22,7 +30,13 @@ def transport_for(tensors: Iterable[Tensor]) -> Transport:
 
 
 class Staged:
-    """Collectives on copies of the buffers on another device; results come back when they are waited for."""
+    """A transport that runs each collective on copies of its buffers on another device.
+
+    Results are copied back when the collective's handle is waited for.
+
+    Args:
+        device: The device that the process groups can communicate from.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -61,13 +75,13 @@ class Staged:
 
 @dataclass(frozen=True, kw_only=True)
 class _Staging:
-    """A collective on a copy."""
+    """The handle of a collective that runs on a copy."""
 
     handle: Any
     out: Tensor
     copy: Tensor
 
     def wait(self) -> None:
-        """Bring the result back."""
+        """Wait for the collective and copy its result back."""
         self.handle.wait()
         self.out.copy_(self.copy)

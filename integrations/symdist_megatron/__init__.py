@@ -1,4 +1,4 @@
-"""symdist for Megatron: `register()` makes `--optimizer symdist`; `get_symdist_optimizer` needs no arguments."""
+"""SymDist for Megatron: `register()` adds `--optimizer symdist`; `get_symdist_optimizer` builds it in your own code."""
 
 from symdist_megatron.arguments import add_arguments
 from symdist_megatron.factory import get_symdist_optimizer

@@ -1,4 +1,4 @@
-"""symdist on the command line of Megatron's training scripts."""
+"""The command-line arguments of symdist in Megatron's training scripts."""
 
 import argparse
 from collections.abc import Mapping
@@ -11,9 +11,19 @@ NAME = "symdist"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--symdist-…` to a parser of Megatron's, and `symdist` to what `--optimizer` takes.
+    """Add the `--symdist-…` arguments to a parser, and `symdist` to the choices of `--optimizer`.
 
-    For Megatron's `extra_args_provider`, where `register` was called too late to do it by itself.
+    `register` does this for Megatron's scripts. Pass this function to Megatron as `extra_args_provider` if `register`
+    is called too late for that. Arguments that are already there are left as they are.
+
+    Args:
+        parser: Megatron's parser.
+
+    Returns:
+        The same parser.
+
+    Example:
+        >>> pretrain(..., extra_args_provider=symdist_megatron.add_arguments)
     """
     for action in parser._actions:
         if "--optimizer" in action.option_strings and action.choices is not None and NAME not in action.choices:
@@ -57,9 +67,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def options_of(args: Any, *, vocabulary: int | None) -> Mapping[str, Any]:
-    """What the arguments say, as `get_symdist_optimizer` takes it; `vocabulary` is the tokenizer's.
+    """Convert parsed arguments to keywords of `get_symdist_optimizer`.
 
-    Raises ValueError where no recipe is named, or an override is of another form.
+    Args:
+        args: Megatron's parsed arguments.
+        vocabulary: The number of the tokenizer's tokens, used if `--symdist-vocabulary` is not given; None if unknown.
+
+    Returns:
+        The keywords and their values.
+
+    Raises:
+        ValueError: If there is no recipe, or an override is not of the form ROLE.OPTION=VALUE.
     """
     if args.symdist_recipe is None:
         raise ValueError("--optimizer symdist needs a recipe: --symdist-recipe olmoe")

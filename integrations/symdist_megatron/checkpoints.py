@@ -1,4 +1,4 @@
-"""Checkpoints of the chain of optimizers in a form that does not tell how many they were, or how ranks shared them."""
+"""Converts the state of a chain of optimizers to and from a form that does not depend on how ranks shared it."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,20 +10,35 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from symdist_megatron.peaks import KEPT, KIND, RATES, counterparts
 
 COMMON = "symdist"
-"""The key of what all optimizers of the chain have in common."""
+"""The checkpoint's key for what all optimizers of the chain have in common."""
 
 _OWN = ("params", "is_expert_parallel")
 
 
 def reshardable(metadata: Mapping[str, Any] | None, optimizers: Iterable[Any]) -> bool:
-    """Whether what is saved has the shapes of parameters, rather than those of one layout's buffers."""
+    """Return whether a checkpoint is saved by the shapes of parameters, not of one layout's buffers.
+
+    Args:
+        metadata: Megatron's metadata of the checkpoint, or None.
+        optimizers: The optimizers of the chain.
+
+    Returns:
+        True without the distributed optimizer, or if `metadata` names one of its fully reshardable formats.
+    """
     distributed = any(isinstance(each, DistributedOptimizer) for each in optimizers)
     kind = (metadata or {}).get("distrib_optim_sharding_type", "fully_sharded_model_space")
     return not distributed or kind in DistributedOptimizer.checkpoint_fully_reshardable_formats
 
 
 def common_state(optimizers: Iterable[Any]) -> dict[str, Any]:
-    """What their groups say, by kind of group, and the rules of the run: the same on all ranks."""
+    """Return the param groups of all optimizers, one of each kind, with the rules of the run.
+
+    Args:
+        optimizers: The optimizers of the chain.
+
+    Returns:
+        The common state, the same on all ranks.
+    """
     groups: dict[str, dict[str, Any]] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -34,7 +49,14 @@ def common_state(optimizers: Iterable[Any]) -> dict[str, Any]:
 
 
 def without_groups(part: dict[str, Any]) -> dict[str, Any]:
-    """The sharded state of one optimizer; what is common to all, or this layout's alone, stays in memory."""
+    """Exclude from one optimizer's sharded state what is common to all optimizers or specific to this layout.
+
+    Args:
+        part: The optimizer's sharded state, which is changed.
+
+    Returns:
+        The same dict.
+    """
     holder = part.get("optimizer", part)
     groups = [dict(group) for group in holder["param_groups"]]
     for group in groups:
@@ -43,7 +65,7 @@ def without_groups(part: dict[str, Any]) -> dict[str, Any]:
     holder["param_groups"] = LocalNonpersistentObject(groups)
     holder.get("state", {}).pop("common_step", None)
     if "fp32_from_fp16_params" in part:
-        # By number: a list would lose those that have nothing here.
+        # Keyed by index, because a list would lose the positions of entries that are empty on this rank.
         masters = part["fp32_from_fp16_params"]
         part["fp32_from_fp16_params"] = {i: dict(enumerate(group)) for i, group in enumerate(masters)}
     if "param_state_sharding_type" in part:
@@ -52,7 +74,11 @@ def without_groups(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_copies(parts: Mapping[Any, Any]) -> None:
-    """Let this rank save all it has, whatever its place among data-parallel ranks: no other has it."""
+    """Make this rank save all that it holds, whatever its data-parallel rank, since no other rank holds it.
+
+    Args:
+        parts: The sharded state of all optimizers, which is changed.
+    """
     for sharded in nested_values(parts):
         replica = getattr(sharded, "replica_id", None)
         if replica is not None:
@@ -60,10 +86,19 @@ def own_copies(parts: Mapping[Any, Any]) -> None:
 
 
 def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
-    """The loaded state of one optimizer, its groups as the checkpoint has them.
+    """Put the checkpoint's param groups into one optimizer's loaded state.
 
-    What tells groups apart stays as this run has it. Raises ValueError for a group of a kind that the checkpoint does
-    not know, or knows several of.
+    The values that tell groups apart, and those for schedulers, stay this run's.
+
+    Args:
+        part: The optimizer's loaded state, which is changed.
+        common: What `common_state` returned when it was saved.
+
+    Returns:
+        The same dict.
+
+    Raises:
+        ValueError: If the checkpoint has no group, or several, of a group's kind.
     """
     holder = part.get("optimizer", part)
     holder.setdefault("state", {})

@@ -1,4 +1,4 @@
-"""The optimizer for a Megatron model: groups, wrappers and process groups as Megatron's factory makes them."""
+"""Builds the optimizer for a Megatron model, using the groups and wrappers of Megatron's own factory."""
 
 import copy
 import inspect
@@ -26,7 +26,7 @@ from symdist_megatron.routing import Routing, route_model
 from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, SymDistLayerWise, stepped_by
 
 WRAPS = "_get_megatron_optimizer_based_on_param_groups"
-"""Megatron's function that puts its wrappers around a torch optimizer."""
+"""The name of Megatron's function that wraps a torch optimizer for some param groups."""
 
 
 def get_symdist_optimizer(
@@ -44,31 +44,40 @@ def get_symdist_optimizer(
     pg_collection: Any = None,
     dump_param_to_param_group_map: str | None = None,
 ) -> SymDistChain:
-    """Make what `megatron.core.optimizer.get_megatron_optimizer` makes, with symdist's rules; all ranks call it.
+    """Build the optimizer for a Megatron model; all ranks must call it.
+
+    It takes the place of `megatron.core.optimizer.get_megatron_optimizer`, and its result has the same interface. Each
+    rank passes its own model chunks.
 
     Args:
-        config: Megatron's `OptimizerConfig`. Its `lr` and `weight_decay` are those of the recipe's matrices, and all
-            others follow in proportion; without `lr` the recipe's rates stand.
-        model_chunks: This rank's `DistributedDataParallel` chunks.
-        recipe: A recipe's name, a TOML file, or a mapping of the same form.
-        overrides: Options of roles in place of the recipe's, rates as they stand.
-        vocabulary: The number of real tokens. Further rows of embedding and head only fill it up to what tensor
-            parallelism divides: they take no part and never move.
-        nonfinite: What all ranks do together about a gradient that is inf or NaN: "raise", "skip" or "zero".
-        exchange: How matrices travel between ranks, `symdist.ExchangeOptions` or a mapping of its keys.
-        layer_wise: Whether each data-parallel rank steps whole parameters and keeps their state, as Megatron's
-            layer-wise optimizer does over plain data parallelism.
-        config_overrides: As of Megatron's function, like what follows.
-        use_gloo_process_groups: See there.
-        pg_collection: See there.
-        dump_param_to_param_group_map: See there.
+        config: Megatron's `OptimizerConfig`. Its `lr` and `weight_decay` become those of the recipe's matrices, and all
+            others keep their proportion to them. If `lr` is None, the recipe's learning rates are kept.
+        model_chunks: This rank's chunks of the model, each wrapped in megatron-core's `DistributedDataParallel`.
+        recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
+        overrides: Options by role that replace the recipe's, such as `{"router": {"rule": "left_spectral"}}`. They are
+            not scaled by `config`. None (default) replaces nothing.
+        vocabulary: The number of real tokens. Further rows of embedding and head only pad them to a size that tensor
+            parallelism divides; they are left out of the update and never change. Give it if there are such rows. None
+            (default) treats all rows as tokens.
+        nonfinite: What all ranks do if a gradient on any rank is inf or NaN: "raise" (default) FloatingPointError
+            before anything changes, "skip" the step (counted in `skipped_steps`), or set the offending elements to
+            "zero".
+        exchange: Settings of the communication: `symdist.ExchangeOptions`, a mapping of its keys, or None (default) for
+            its defaults.
+        layer_wise: Whether each data-parallel rank steps whole parameters of its own and holds their state, as in
+            Megatron's layer-wise optimizer for plain data parallelism. False by default;
+            `use_layer_wise_distributed_optimizer` of `config` also turns it on.
+        config_overrides: Passed on to Megatron's function, as are the next three.
+        use_gloo_process_groups: See Megatron; True by default.
+        pg_collection: Megatron's process groups. None (default) takes its global ones.
+        dump_param_to_param_group_map: See Megatron; None by default.
 
     Returns:
-        A chain of Megatron's own wrappers, which training loop, schedulers and checkpoints drive as any other.
+        The chain of optimizers, for Megatron's training loop.
 
     Raises:
-        ValueError: Naming it and the remedy, for an unknown recipe, rule, option or role, a parameter without a role, a
-            rule that does not fit, and for what of Megatron symdist cannot serve.
+        ValueError: For an unknown recipe, rule, option or role, a parameter without a role, a rule that does not fit
+            its parameter, or a Megatron feature that symdist does not support. The message names it and the remedy.
 
     Example:
         >>> optimizer = symdist_megatron.get_symdist_optimizer(config, model_chunks, recipe="olmoe")
@@ -86,7 +95,7 @@ def get_symdist_optimizer(
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, chunks, use_gloo_process_groups)
     rank_grids = _rank_grids(groups, pg_collection)
     routing = route_model(chunks, options, config, rank_grids=rank_grids)
-    # To Megatron's factory it is an Adam; and one config is all wrappers'.
+    # Megatron's factory must take it for Adam. The copy becomes the config of all wrappers.
     own = copy.copy(config)
     own.optimizer, own.lr = "adam", routing.scaled.lr
     with _wrapping(routing, by_layers=by_layers):
@@ -115,7 +124,7 @@ def get_symdist_optimizer(
 
 @contextmanager
 def _wrapping(routing: Routing, *, by_layers: bool) -> Iterator[None]:
-    """Let Megatron's factory, which knows the process groups, put its wrappers around symdist."""
+    """Make Megatron's factory, which knows the process groups, wrap optimizers with `_wrapper`."""
     original = getattr(megatron_optimizer, WRAPS)
     setattr(megatron_optimizer, WRAPS, partial(_wrapper, routing, by_layers))
     try:
@@ -125,10 +134,10 @@ def _wrapping(routing: Routing, *, by_layers: bool) -> Iterator[None]:
 
 
 def _layer_wise(wrappers: list[Any], config: Any, pg_collection: Any) -> SymDistLayerWise:
-    """Megatron's layer-wise optimizer over plain wrappers, whose parameters it shares out."""
+    """Build Megatron's layer-wise optimizer from plain wrappers; it assigns their parameters to ranks."""
     given = list(wrappers)
     if config.bf16 and "model_chunks" in inspect.signature(LayerWiseDistributedOptimizer.__init__).parameters:
-        # Since 0.18 it wants to wrap torch's optimizers itself.
+        # Since 0.18 it wraps the torch optimizers itself.
         given = [wrapper.optimizer for wrapper in wrappers]
     groups = pg_collection if pg_collection is not None else ProcessGroupCollection.use_mpu_process_groups()
     chain = SymDistLayerWise(given, config, groups, init_state_fn_list=[_nothing] * len(given))
@@ -154,7 +163,7 @@ def _wrapper(
     distributed_optimizer_instance_id: int = 0,
     pg_collection: Any = None,
 ) -> MegatronOptimizer:
-    """One of Megatron's wrappers around the groups it is given."""
+    """Wrap the given param groups in the Megatron optimizer that the config asks for."""
     base = MegatronSymDist(param_groups, routing=routing) if param_groups else None
     scaler = ConstantGradScaler(config.loss_scale) if config.loss_scale else None
     wrapper: Any
@@ -178,18 +187,18 @@ def _wrapper(
         else:
             wrapper = FP32Optimizer(base, config, _nothing)
         wrapper.grad_stats_parallel_group = model_parallel_group
-    # Norms and clipping tell by them which gradients are counted on several ranks.
+    # Norms and clipping use these groups to count gradients once that several ranks hold.
     wrapper.tp_group = _group(pg_collection, "tp", parallel_state.get_tensor_model_parallel_group)
     wrapper.expert_tp_group = _group(pg_collection, "expt_tp", parallel_state.get_expert_tensor_parallel_group)
     return wrapper
 
 
 def _nothing(optimizer: Any, config: Any = None) -> None:
-    """State is complete from construction on."""
+    """Do nothing where Megatron would create the state, which symdist creates itself."""
 
 
 def _group(pg_collection: Any, name: str, default: Callable[[], Any]) -> Any:
-    """A process group of the collection, or of Megatron's global ones."""
+    """Return a process group of the collection, or else Megatron's global one."""
     found = None if pg_collection is None else vars(pg_collection).get(name)
     return found if found is not None else default()
 
@@ -199,7 +208,7 @@ def _rank_grids(groups: Mapping[str, Any], pg_collection: Any) -> RankGrids:
     tensor = _group(pg_collection, "tp", parallel_state.get_tensor_model_parallel_group)
     expert_tensor = _group(pg_collection, "expt_tp", parallel_state.get_expert_tensor_parallel_group)
     of_dense = find_rank_grid(dense, tensor)
-    # A collection may leave out the groups of experts where there are none.
+    # A collection may lack the experts' groups if the model has no experts.
     of_experts = find_rank_grid(expert, expert_tensor) if expert is not None else of_dense
     return RankGrids(
         dense=of_dense,

@@ -1,4 +1,4 @@
-"""One step of all of a rank's Megatron optimizers: their tensors' shards under one SymDist."""
+"""Steps all Megatron optimizers of a rank at once, with one SymDist over the matrix shards of their tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,14 @@ from symdist_megatron.routing import Routing, UnitAssignment
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizedTensor:
-    """A model's parameter and the tensor that Megatron has stepped for it; none where other ranks hold all of it."""
+    """A model parameter and the tensor that Megatron optimizes for it.
+
+    Attributes:
+        parameter: The model's parameter.
+        group: The index of its param group.
+        tensor: The tensor; None if other ranks hold all of the parameter.
+        held: Which of the parameter's elements the tensor has.
+    """
 
     parameter: Any
     group: int
@@ -29,7 +36,7 @@ class OptimizedTensor:
 
 
 class _MegatronTensor(BoundTensor[MatrixShard]):
-    """A bound tensor with the model's parameter that it is of, and the optimizer that keeps its state."""
+    """A bound tensor, the model parameter it belongs to, and the optimizer that keeps its state."""
 
     def __init__(self, parameter: Any, base: MegatronSymDist, tensor: Tensor):
         super().__init__(tensor)
@@ -39,7 +46,7 @@ class _MegatronTensor(BoundTensor[MatrixShard]):
 
 @dataclass(frozen=True, kw_only=True)
 class _Rate:
-    """Where a group of the SymDist within takes its rates from."""
+    """Computes the learning rate and weight decay of a group of the inner SymDist from its group in Megatron."""
 
     base: MegatronSymDist
     group: int
@@ -56,11 +63,22 @@ class _Rate:
 
 
 class JointStep:
-    """SymDist over the shards of all tensors that the optimizers of a rank step, dense parameters' and experts'.
+    """Steps the tensors of all optimizers of a rank, of dense parameters and of experts, with one SymDist.
 
-    All ranks must make one, with the same options. `stepped` has, for each optimizer, its parameters in an order that
-    is the same on all ranks that hold them; `shared` is the group of the ranks that each have a copy of an embedding
-    which is both the first and the last stage's.
+    All ranks must create one, with the same options.
+
+    Args:
+        stepped: Each optimizer with its tensors, in an order that is the same on all ranks that hold the same
+            parameters.
+        routing: What each parameter was assigned.
+        rank_grids: The ranks that hold dense parameters and experts.
+        options: The user's options.
+        shared: The process group of the pipeline stages' ranks that each hold a copy of a shared embedding. None
+            (default) if there is none.
+
+    Raises:
+        ValueError: On all ranks, if a rule, view or layout does not fit on any, or a rank has no trainable parameter.
+            Also if the stages that share an embedding hold unequal parts of it.
     """
 
     def __init__(
@@ -82,7 +100,7 @@ class JointStep:
             if trains:
                 self.symdist = self._made(stepped, routing, rank_grids, options)
         except ValueError as error:
-            # Of ranks that hold the same parameters all fail alike, but there are other stages.
+            # Ranks that hold the same parameters all fail, but other pipeline stages must be told.
             failure = str(error)
         _agree_to_begin(failure, trains)
         self._let_go()
@@ -95,7 +113,7 @@ class JointStep:
         rank_grids: RankGrids,
         options: Options,
     ) -> ExternalStateSymDist:
-        """The optimizer of the shards of what is stepped."""
+        """Create the SymDist that steps the shards of all tensors."""
         groups: dict[tuple[int, int, int], dict[str, Any]] = {}
         states: dict[int, dict[str, Tensor]] = {}
         for place, (base, given) in enumerate(stepped):
@@ -124,9 +142,14 @@ class JointStep:
 
     @torch.no_grad()
     def step(self) -> bool:
-        """Step every tensor by its gradient; whether anything was stepped, for gradients that are not finite may skip.
+        """Step every tensor by its gradient; all ranks must call it.
 
-        Raises FloatingPointError on every rank, before anything changes, where that is what was asked for.
+        Returns:
+            False if the step was skipped because a gradient was not finite, otherwise True.
+
+        Raises:
+            FloatingPointError: On every rank, before anything changes, if a gradient on any rank is not finite and
+                `nonfinite` is "raise".
         """
         self._follow()
         for group, rate in zip(self.symdist.param_groups, self._rates, strict=True):
@@ -165,7 +188,7 @@ class JointStep:
         return bound
 
     def _follow(self) -> None:
-        """Go where Megatron has moved tensors and state to, as it does to offload them, and count as it counts."""
+        """Follow tensors and state that Megatron has moved, as in offloading, and take over a loaded step count."""
         for bound in self._bound:
             bound.follow(bound.base.state.get(bound.tensor, bound.state), self.symdist)
         steps = self._bases[0].steps
@@ -176,7 +199,7 @@ class JointStep:
                     state["step"].fill_(steps)
 
     def _take(self) -> None:
-        """Give the shards their gradients, and those that are no views their values."""
+        """Give the shards their gradients, and fill those that are copies."""
         for bound in self._bound:
             for shard in bound.shards:
                 if shard.copied:
@@ -185,7 +208,7 @@ class JointStep:
             bound.take_gradient()
 
     def _let_go(self, *, written: bool = False) -> None:
-        """Let the gradients go, and what was copied, after writing it back."""
+        """Release gradients and copies; with `written`, write the copies back first."""
         for bound in self._bound:
             bound.drop_gradient()
             for shard in bound.shards:
@@ -201,10 +224,10 @@ class JointStep:
 
 
 class _TiedEmbeddingSync:
-    """Embeddings that the first and the last stage of a pipeline both have, and step by equal gradients.
+    """Keeps embeddings equal that both the first and the last pipeline stage hold.
 
-    Where their rule sums over ranks, the order of summing may differ between the stages, and so the last digit: the
-    first stage's weights then go to the others.
+    The stages step them by equal gradients. But if the rule sums over ranks, the order of the sums may differ between
+    stages, and with it the last digit. The first stage's weights are then sent to the others.
     """
 
     def __init__(self, bound: Sequence[_MegatronTensor], strategies: Mapping[str, str], group: Any):
@@ -226,13 +249,13 @@ class _TiedEmbeddingSync:
         self._tensors = [each.tensor for each in mine if each.tensor.numel()]
 
     def agree(self) -> None:
-        """Let all have the first stage's weights."""
+        """Send the first stage's weights to the others."""
         for tensor in self._tensors:
             dist.broadcast(tensor.detach(), src=dist.get_process_group_ranks(self._group)[0], group=self._group)
 
 
 def _agree_to_begin(failure: str | None, trains: bool) -> None:
-    """ValueError on all ranks for what one has to say, or where one has nothing to step: it would stay out of steps."""
+    """Raise ValueError on all ranks if any has failed, or has nothing to step and would miss the collectives."""
     if idle := [rank for rank, theirs in enumerate(gather_unless_failed(trains, failure)) if not theirs]:
         raise ValueError(
             f"symdist: ranks {idle} train no parameter. Where all of a stage are frozen, cut the model in fewer; "

@@ -1,4 +1,4 @@
-"""A parameter's matrices as this rank steps them: what of a stepped tensor is theirs, and how they lie on all ranks."""
+"""Lays out a parameter's matrices: which elements of an optimized tensor are theirs, and how they lie on all ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,10 +15,15 @@ from symdist_megatron.strided_slice import joined, put_back
 
 @dataclass(frozen=True, kw_only=True)
 class HeldRange:
-    """Of a parameter, the elements that a rank steps: from `low` to `high` of its tensor-parallel part.
+    """The elements of a parameter that a rank steps.
 
-    `bounds` has where the data-parallel ranks' runs of that part meet, or is None where all have all of it. `copies`
-    says that these are copies: one replica's work is as good as another's.
+    Attributes:
+        low: The first element, as an offset in the rank's tensor-parallel part of the parameter.
+        high: The end of the elements, as such an offset.
+        bounds: The offsets at which the data-parallel ranks' ranges of that part meet. None if all of them hold all of
+            it.
+        copies: Whether other data-parallel ranks may hold the same elements, so that one can do the work for all. True
+            by default.
     """
 
     low: int
@@ -29,9 +34,18 @@ class HeldRange:
 
 @dataclass(kw_only=True)
 class MatrixShard:
-    """A unit's part of a stepped tensor, as a parameter of its own, and how it lies on all ranks.
+    """A matrix's or vector's part of an optimized tensor, as a parameter of its own.
 
-    Where the part lies in one stretch of memory the parameter is a view of it; else it is filled for the step alone.
+    Attributes:
+        name: The name of the matrix or vector.
+        unit: Its description.
+        layout: How it lies on all ranks.
+        held: The elements of the model's parameter that this rank steps.
+        at: The position, in the sense of `StridedSlice`, of the first element of this rank's part of `unit`.
+        parameter: The part: a view of the optimized tensor where it is contiguous there, otherwise a copy that is only
+            filled during the step.
+        copied: Whether `parameter` is a copy; set by `bind`.
+        itself: Always False: `parameter` is never the optimized tensor itself.
     """
 
     name: str
@@ -39,14 +53,16 @@ class MatrixShard:
     layout: Layout | FlatLayout
     held: HeldRange
     at: int
-    """Where the stretch of the unit's memory that may be held here begins, see `StridedSlice`."""
     parameter: nn.Parameter = field(init=False)
     copied: bool = False
     itself = False
-    """It is never the tensor itself, but a view of it or a copy."""
 
     def bind(self, tensor: Tensor) -> None:
-        """Let the parameter be its part of `tensor`."""
+        """Make the parameter its part of a tensor.
+
+        Args:
+            tensor: The optimized tensor.
+        """
         values = self.of(tensor)
         self.copied = values.numel() > 0 and values.data_ptr() != self._parts(tensor)[0].data_ptr()
         if hasattr(self, "parameter"):
@@ -55,11 +71,23 @@ class MatrixShard:
             self.parameter = nn.Parameter(values)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The unit's part of a tensor like the stepped one: a view of it, or a copy where it is not in one stretch."""
+        """Return this matrix's part of a tensor.
+
+        Args:
+            tensor: A tensor of the optimized tensor's shape.
+
+        Returns:
+            A view if the part is contiguous, otherwise a copy; of the layout's local shape.
+        """
         return joined(self._parts(tensor), self.layout.local_shape, tensor.detach())
 
     def put(self, tensor: Tensor, values: Tensor) -> None:
-        """Write the part back, where it is a copy."""
+        """Write values back to a part that is not contiguous.
+
+        Args:
+            tensor: A tensor of the optimized tensor's shape.
+            values: The values, of the layout's local shape.
+        """
         put_back(self._parts(tensor), values)
 
     def _parts(self, tensor: Tensor) -> list[Tensor]:
@@ -71,9 +99,18 @@ class MatrixShard:
 
 
 def shard_of(unit: MatrixSpec, rank_grid: RankGrid, held: HeldRange, options: Mapping[str, Any]) -> MatrixShard:
-    """The shard of a unit that is held so, for the rule that `options` name.
+    """Create the shard of a matrix or vector on this rank.
 
-    A rule that treats every number by itself, on nothing but local ones, is told of no other rank.
+    If the rule treats every element independently, the layout has only the local elements and no other rank.
+
+    Args:
+        unit: The matrix or vector.
+        rank_grid: The ranks that hold it.
+        held: The elements of the parameter that this rank steps.
+        options: The options of its rule.
+
+    Returns:
+        The shard, which is yet to be bound to a tensor.
     """
     rank = rank_grid.across.index if unit.cut is not None else 0
     at = rank * unit.size
@@ -101,7 +138,7 @@ def _whole(unit: MatrixSpec, rank_grid: RankGrid, *, copies: bool) -> Layout:
 
 
 def _flat(unit: MatrixSpec, rank_grid: RankGrid, bounds: tuple[int, ...]) -> FlatLayout:
-    """In runs of the memory of all tensor-parallel ranks one after another."""
+    """Lay out ranges of the memory of all tensor-parallel ranks, one rank after another."""
 
     def within(rank: int) -> list[int]:
         at = rank * unit.size

@@ -1,4 +1,4 @@
-"""What Megatron's wrappers drive: an optimizer by its groups and state, stepped together with its like."""
+"""The optimizer inside each of Megatron's wrappers: it holds param groups and state, and `JointStep` steps it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,14 +12,20 @@ from symdist_megatron.routing import Routing
 
 
 class MegatronSymDist(torch.optim.AdamW):
-    """The groups of one of Megatron's optimizers, of dense parameters or of experts, and their state.
+    """The param groups and state of one of Megatron's optimizers, for dense parameters or for experts.
 
-    State is kept like the tensors that Megatron has stepped: `exp_avg` (momentum, or Adam's first moment),
-    `exp_avg_sq` (Adam's second, or what else a rule remembers) where a rule has it, and `step`: Megatron's checkpoints
-    know Adam's names alone. `lr` and `weight_decay` of a group are those of the recipe's matrices,
-    which Megatron's schedulers set; every matrix has its own in proportion.
+    Of a group, `lr` and `weight_decay` are those of the recipe's matrices, which Megatron's schedulers set. Every
+    matrix's own values keep their proportion to them.
 
-    It is an AdamW by descent alone, for Megatron's distributed optimizer takes no other.
+    State has the shapes of the tensors that Megatron optimizes, and Adam's names, because Megatron's checkpoints know
+    no others: `exp_avg` is the momentum or Adam's first moment, `exp_avg_sq` is Adam's second moment or the rule's
+    second state, and `step` is the step count. Rules without a second state have no `exp_avg_sq`.
+
+    It inherits from AdamW only because Megatron's distributed optimizer accepts no other class.
+
+    Args:
+        groups: The param groups from Megatron's factory.
+        routing: What each parameter of the model was assigned.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, routing: Routing):
@@ -27,7 +33,7 @@ class MegatronSymDist(torch.optim.AdamW):
         self.model_parameters = [list(group["params"]) for group in groups]
         super().__init__(groups, lr=routing.scaled.lr, weight_decay=routing.scaled.weight_decay)
         for group in self.param_groups:
-            # Of these AdamW would make use; a rule's own options are the recipe's.
+            # These are AdamW's options; a rule's options are in the routing.
             for key in set(self.defaults) - {"lr", "weight_decay"}:
                 group.pop(key, None)
             group["rules"] = dict(routing.rules)
@@ -35,7 +41,11 @@ class MegatronSymDist(torch.optim.AdamW):
         self._complete = False
 
     def complete_state(self, pairs: list[tuple[Any, Tensor]]) -> None:
-        """Make the state of the tensors that are stepped, each given with the model's parameter that it is of."""
+        """Create the state of the optimized tensors, as zeros.
+
+        Args:
+            pairs: Each model parameter with the tensor that Megatron optimizes for it.
+        """
         for parameter, tensor in pairs:
             rules = {routed.options["rule"] for routed in self._routing.routed[id(parameter)]}
             state = self.state[tensor]
@@ -46,10 +56,14 @@ class MegatronSymDist(torch.optim.AdamW):
         self._complete = True
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Nothing: the chain that this is part of has stepped all its optimizers at once when this is called."""
+        """Do nothing: `SymDistChain` has already stepped all its optimizers at once when Megatron calls this."""
 
     def count(self, steps: int) -> None:
-        """Note how many steps have been taken."""
+        """Set the number of steps taken.
+
+        Args:
+            steps: The number of steps.
+        """
         for group in self.param_groups:
             group["step"] = steps
         for state in self.state.values():
@@ -57,16 +71,20 @@ class MegatronSymDist(torch.optim.AdamW):
 
     @property
     def steps(self) -> int:
-        """How many steps have been taken."""
+        """The number of steps taken."""
         return int(next((group["step"] for group in self.param_groups), 0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, into the tensors that are here; what groups say to schedulers stays.
+        """Copy saved state into the existing tensors; the groups keep their values for schedulers.
 
-        Raises ValueError, before anything changes, where groups, rules or state do not match.
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: Before anything changes, if the groups, rules or state do not match this run's.
         """
         if not self._complete:
-            # Megatron has the optimizer take over the tensors that it has put in place of the parameters.
+            # Megatron calls this when it has replaced the parameters by its own tensors; there is no state yet.
             return
         saved = state_dict["param_groups"]
         if len(saved) != len(self.param_groups):
@@ -81,8 +99,8 @@ class MegatronSymDist(torch.optim.AdamW):
             raise ValueError(
                 f"the saved state is of {len(state_dict['state'])} tensors, this optimizer of {len(tensors)}"
             )
-        # They are counted over all groups. What groups say of them may be another's: Megatron 0.16 takes groups that
-        # differ by their peaks alone for one.
+        # Tensors are numbered over all groups. The saved groups' own lists of tensors are not used, because Megatron
+        # 0.16 mixes up groups that differ only in what `RATES` lists.
         for index, tensor in enumerate(tensors):
             pairs += self._matched(tensor, state_dict["state"].get(index, {}))
             steps = int(state_dict["state"].get(index, {}).get("step", steps))
@@ -95,7 +113,14 @@ class MegatronSymDist(torch.optim.AdamW):
         self.count(steps)
 
     def check_rules(self, saved: Mapping[str, Any]) -> None:
-        """ValueError where a saved group is of a run with other rules."""
+        """Check that a saved param group has the rules of this run.
+
+        Args:
+            saved: The saved group.
+
+        Raises:
+            ValueError: If it has other rules, or none.
+        """
         rules = saved.get("rules")
         mine = self._routing.rules
         if rules is None or any(rules.get(role, rule) != rule for role, rule in mine.items()):

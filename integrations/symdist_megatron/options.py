@@ -1,4 +1,4 @@
-"""What a user may say of the optimizer in Megatron, and which of Megatron's features symdist cannot serve."""
+"""The options of the optimizer in Megatron, and the check for Megatron features that symdist does not support."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,15 @@ from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of `get_symdist_optimizer`, see there."""
+    """The options of `get_symdist_optimizer`, which explains them.
+
+    Attributes:
+        recipe: The recipe: a name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
+        overrides: Options by role that replace the recipe's. Empty by default.
+        vocabulary: The number of real tokens. None (default) counts every row of embedding and head as one.
+        nonfinite: What to do about gradients that are inf or NaN: "raise" (default), "skip" or "zero".
+        exchange: Settings of the communication. None (default) leaves all at their defaults.
+    """
 
     recipe: RecipeLike
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -23,7 +31,13 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled:
-    """A recipe in the proportion that Megatron's `lr` and `weight_decay` give it: those of the role "matrix"."""
+    """A recipe whose learning rates and weight decays are scaled to those of Megatron's config.
+
+    Attributes:
+        recipe: The scaled recipe, with overrides.
+        lr: The learning rate of its matrices.
+        weight_decay: The weight decay of its matrices.
+    """
 
     recipe: Recipe
     lr: float
@@ -31,9 +45,18 @@ class Scaled:
 
 
 def scaled(options: Options, config: Any) -> Scaled:
-    """The recipe of the options under Megatron's config; overrides are meant as they stand.
+    """Load the recipe, scale it to `lr` and `weight_decay` of Megatron's config, and apply the overrides unscaled.
 
-    Raises ValueError for a recipe that decays no matrices under a config that decays some.
+    Args:
+        options: The options.
+        config: Megatron's `OptimizerConfig`.
+
+    Returns:
+        The scaled recipe.
+
+    Raises:
+        ValueError: If the config's `lr` is not positive, or the config has a weight decay and the recipe decays no
+            matrices. Also as `load_recipe` and `Recipe.overridden` do.
     """
     if config.lr is not None and not (math.isfinite(config.lr) and config.lr > 0):
         raise ValueError(f"symdist: lr={config.lr!r} of the optimizer config must be a positive number")
@@ -51,7 +74,16 @@ def scaled(options: Options, config: Any) -> Scaled:
 
 
 def check_features(config: Any, chunks: Sequence[Any], *, layer_wise: bool) -> None:
-    """ValueError, naming it and the remedy, for what Megatron is configured to do and symdist cannot do."""
+    """Refuse Megatron features that symdist does not support.
+
+    Args:
+        config: Megatron's `OptimizerConfig`.
+        chunks: The model chunks of this rank.
+        layer_wise: Whether the layer-wise optimizer is used.
+
+    Raises:
+        ValueError: If any is in use. The message lists them, with a remedy where there is one.
+    """
     ddp = getattr(chunks[0], "ddp_config", None)
     kind = type(chunks[0]).__name__
     refused = {

@@ -1,4 +1,4 @@
-"""What a Megatron model's parameters are: by their modules and configuration, the matrices that each is made of."""
+"""Describes a Megatron model's parameters by their modules and configuration, and the matrices each consists of."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from symdist.routing.sites import ParamSite, norm_role
 from symdist_megatron.rank_grid import RankGrids
 from symdist_megatron.strided_slice import StridedSlice
 
-# megatron-core 0.17 dropped the first.
+# megatron-core 0.17 dropped GroupedMLP.
 _EXPERTS = tuple(
     getattr(experts, name) for name in ("GroupedMLP", "TEGroupedMLP", "SequentialMLP") if hasattr(experts, name)
 )
@@ -23,11 +23,23 @@ _EXPERTS = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixSpec:
-    """A matrix, or vector, that a parameter consists of, alone or beside others.
+    """A matrix or vector that a parameter consists of, alone or beside others.
 
-    `shape` is that of the whole of it, on all tensor-parallel ranks, `cut` the dimension along which these share it and
-    `widths` what each has. In memory it lies among the `size` elements from `base` of every rank's part of the
-    parameter: put one after another, rank by rank, these are what `strided_slice` looks at.
+    In every rank's part of the parameter, it lies among the `size` elements from `base` on. `strided_slice` selects its
+    elements from these stretches of all tensor-parallel ranks, put one after another.
+
+    Attributes:
+        name: Its name: the parameter's, followed by a suffix in brackets if the parameter consists of several.
+        shape: Its full shape, on all tensor-parallel ranks.
+        site: What it is used for, and how it is stored.
+        base: The offset of its stretch in every rank's part of the parameter.
+        size: The number of elements of that stretch.
+        strided_slice: Which elements are its own.
+        cut: The dimension along which tensor parallelism cuts it; None (default) if every rank has all of it.
+        widths: The size along `cut` on each tensor-parallel rank; empty by default.
+        vocabulary: Whether its rows are those of the vocabulary, padded to a size that tensor parallelism divides.
+            False by default.
+        opaque: Whether each rank holds several pieces of it, and nothing says which. False by default.
     """
 
     name: str
@@ -39,16 +51,18 @@ class MatrixSpec:
     cut: int | None = None
     widths: tuple[int, ...] = ()
     vocabulary: bool = False
-    """Whether its rows are those of the vocabulary, filled up to what tensor parallelism divides."""
     opaque: bool = False
-    """Whether it is in several shards a rank, and nothing says what these are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSpec:
-    """A parameter by a name that does not depend on the layout, and its matrices.
+    """A parameter and its matrices.
 
-    `expert` says whose ranks it is cut over: those of the experts' tensor parallelism.
+    Attributes:
+        name: A name that is the same under every parallel layout.
+        parameter: The parameter.
+        expert: Whether it belongs to an expert, and so is cut by the experts' tensor parallelism.
+        units: The matrices or vectors it consists of.
     """
 
     name: str
@@ -59,7 +73,7 @@ class ParamSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    """A section of a fused dimension: `size` of its `period`."""
+    """A section of a fused dimension: `size` rows in each of its periods."""
 
     name: str
     size: int
@@ -67,11 +81,23 @@ class _Part:
 
 
 def describe(chunks: Sequence[nn.Module], *, rank_grids: RankGrids, recipe: Recipe) -> list[ParamSpec]:
-    """Every trainable parameter of a rank's model chunks, once.
+    """Describe every trainable parameter of a rank's model chunks, each once.
 
-    A fused q, k and v is taken apart unless the recipe speaks of `attention_qkv`, or all three are seen head by head in
-    the same way; gate and up of a dense MLP unless it speaks of `mlp_gate_up`, or sees them in pairs. Raises
-    ValueError, naming it, for a parameter whose module says one thing and its shape another.
+    A fused q, k and v becomes one matrix each, unless the recipe has a section `attention_qkv` or gives all of them the
+    same options with `view = "heads"`. The gate and up of a dense MLP become two, unless the recipe has a section
+    `mlp_gate_up` or gives it `view = "neurons"`.
+
+    Args:
+        chunks: This rank's model chunks.
+        rank_grids: The ranks that hold dense parameters and experts.
+        recipe: The recipe.
+
+    Returns:
+        The parameters, in the order of the model.
+
+    Raises:
+        ValueError: If the shape of a parameter contradicts its module, or its tensor parallelism is unknown or not
+            supported. The message names the parameter.
     """
     found: list[ParamSpec] = []
     seen: set[int] = set()
@@ -84,9 +110,9 @@ def describe(chunks: Sequence[nn.Module], *, rank_grids: RankGrids, recipe: Reci
 
 
 def _walk(chunk: nn.Module, rank_grids: RankGrids) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
-    """Name, parameter, and the chain of (attribute, module) from the model to the module that holds it.
+    """Yield name, parameter, and the chain of (attribute, module) from the model to the module that holds it.
 
-    Layers and experts go by their numbers in the whole model.
+    Names have the numbers of layers and experts in the whole model.
     """
 
     def descend(module: nn.Module, prefix: str, chain: list[tuple[str, nn.Module]]) -> Any:
@@ -98,7 +124,7 @@ def _walk(chunk: nn.Module, rank_grids: RankGrids) -> Iterator[tuple[str, nn.Par
                 place = str(child.layer_number - 1)  # type: ignore[operator]
             elif chain[-1][0] == "local_experts":
                 place = str(rank_grids.expert_rank * len(module._modules) + int(attribute))
-            # What wraps the model, DDP and half-precision modules, calls it so.
+            # DDP and half-precision modules hold the model as `module`; names leave that out.
             inner = prefix if attribute == "module" and len(chain) <= 3 else f"{prefix}{place}."
             yield from descend(child, inner, [*chain, (attribute, child)])
 
@@ -169,7 +195,7 @@ def _describe(
 def _sections(
     name: str, parameter: nn.Parameter, parts: Sequence[_Part], *, count: int, cut: int | None, ranks: int
 ) -> Iterator[MatrixSpec]:
-    """Rows of a fused weight, every part by itself."""
+    """Yield a matrix for every part of a fused weight's rows."""
     width, size = parameter.shape[1], parameter.numel()
     period = sum(part.size for part in parts) * width
     start = 0
@@ -193,7 +219,7 @@ def _sections(
 def _grouped(
     name: str, parameter: nn.Parameter, module: Any, *, ranks: int, rank_grids: RankGrids, recipe: Recipe
 ) -> tuple[MatrixSpec, ...]:
-    """The experts of a grouped MLP: `[expert, in, out]` in memory, whatever the parameter's shape says."""
+    """Describe the experts of a grouped MLP, stored as `[expert, in, out]` whatever the parameter's shape is."""
     count, hidden = module.num_local_experts, module.config.hidden_size
     first = rank_grids.expert_rank * count
     size = parameter.numel() // count
@@ -231,10 +257,10 @@ def _grouped(
 
 
 def _gates_apart(recipe: Recipe, kind: str) -> bool:
-    """Whether a fused gate and up are two matrices.
+    """Return whether a fused gate and up are two matrices.
 
-    Those of a dense MLP are, unless the recipe says otherwise, as in models that store them apart. Those of experts are
-    only if the recipe says so, since other models store them as one, too.
+    In a dense MLP they are unless the recipe says otherwise, because many models store them apart. In experts they are
+    only if the recipe says so, because other models store them as one as well.
     """
     role = f"{kind}_gate_up"
     view = (recipe.options(role) or {}).get("view")
@@ -244,8 +270,8 @@ def _gates_apart(recipe: Recipe, kind: str) -> bool:
 
 
 def _cut(name: str, parameter: Any, site: ParamSite, holder: nn.Module, *, expert: bool) -> int | None:
-    """The dimension along which tensor parallelism cuts a matrix."""
-    # Transformer Engine's linears mark those as cut which it was not told of: experts, and what all ranks have whole.
+    """Return the dimension along which tensor parallelism cuts a matrix, or None."""
+    # Transformer Engine's linears mark weights as cut without knowing: those of experts, and those whole on all ranks.
     declared = {"expert_gate_up": 0, "expert_up": 0, "expert_down": 1}.get(str(site.role))
     if expert and declared is not None:
         return declared
@@ -264,7 +290,7 @@ def _cut(name: str, parameter: Any, site: ParamSite, holder: nn.Module, *, exper
 def _site(
     leaf: str, parameter: nn.Parameter, chain: list[tuple[str, nn.Module]], *, recipe: Recipe
 ) -> tuple[ParamSite, list[_Part], int]:
-    """What a parameter is; the parts that it is fused of, if they are to be apart, and how often these repeat."""
+    """Return a parameter's site, the parts it is taken apart into (if any), and how often these repeat."""
     attribute, module = chain[-1]
     parent: Any = chain[-2][1] if len(chain) > 1 else module
     if isinstance(module, router.Router):
@@ -273,7 +299,7 @@ def _site(
         return ParamSite(role="bias"), [], 1
     if parameter.dim() < 2:
         if "norm" in leaf:
-            # One with the linear that follows it.
+            # The norm is fused with the linear layer that follows it.
             return ParamSite(role=norm_role(leaf, module)), [], 1
         norm = "norm" in type(module).__name__.lower()
         return ParamSite(role=norm_role(attribute, parent) if norm else "other"), [], 1
@@ -290,7 +316,7 @@ def _site(
             return ParamSite(role=f"{kind}_gate_up", fused="stacked"), [], 1
         return ParamSite(role=f"{kind}_up"), [], 1
     if leaf == "gate_weight":
-        # The one row that gates a shared expert.
+        # The single row that gates a shared expert.
         return ParamSite(role="other"), [], 1
     return ParamSite(role=None), [], 1
 
@@ -308,7 +334,7 @@ def _attention_site(attribute: str, module: Any, *, recipe: Recipe) -> tuple[Par
     if attribute == "linear_proj":
         return ParamSite(role="attention_o", heads=heads, head_dim_index=1), [], 1
     if isinstance(module, MultiLatentAttention):
-        # Latent projections have rows of several kinds, not head after head: matrices like any other.
+        # Latent projections have rows of several kinds, not one head after another, so they are plain matrices.
         queries = attribute in ("linear_q_proj", "linear_q_up_proj")
         return ParamSite(role="attention_q", heads=heads) if queries else ParamSite(role="matrix", latent=True), [], 1
     dim = config.kv_channels
@@ -328,7 +354,7 @@ def _attention_site(attribute: str, module: Any, *, recipe: Recipe) -> tuple[Par
 def _fused(
     names: list[str], counts: list[int], *, groups: int, dim: int, recipe: Recipe
 ) -> tuple[ParamSite, list[_Part], int]:
-    """Heads of several kinds in every query group, `counts` of each."""
+    """Describe rows of several kinds of heads in every query group, `counts` of each kind."""
     whole = ParamSite(role="attention_qkv", heads=groups * sum(counts), groups=groups)
     roles = [f"attention_{'q' if name == 'gate' else name}" for name in names]
     options = [recipe.options(role) for role in roles]

@@ -1,4 +1,4 @@
-"""Whose rates a resumed run has, its own or the checkpoint's: Megatron's scheduler says so, after groups are loaded."""
+"""Decides whether a resumed run uses its own learning rates or the checkpoint's, as Megatron's scheduler is told to."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -6,16 +6,28 @@ from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-# What tells groups apart that another layout has as well; experts are in groups of their own on some layouts only.
+# Keys that tell groups apart under every layout. Whether a group is of experts is not one of them, because only some
+# layouts keep experts in groups of their own.
 KIND = ("wd_mult", "lr_mult", "is_decoupled_lr")
-# What a scheduler reads of a group in place of its own: a run may change it from one part to the next.
+# Keys that a scheduler reads from a group in place of its own settings. A resumed run may change them.
 RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
-# What a group keeps, whatever is loaded: Megatron may load one group of a kind in place of another.
+# Keys that a group keeps whatever is loaded, because Megatron may load one group of a kind in place of another.
 KEPT = ("default_config", *RATES)
 
 
 def counterparts(group: Mapping[str, Any], saved: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The saved groups of a group's kind: of several the nearest, by whether the run told their rates, and by these."""
+    """Find the saved groups that are of a group's kind.
+
+    If there are several, only those are returned that also agree in `default_config`, and then in the keys of `RATES`,
+    as far as any do.
+
+    Args:
+        group: The group.
+        saved: The saved groups.
+
+    Returns:
+        The groups found.
+    """
     found = [theirs for theirs in saved if _alike(theirs, group, KIND)]
     for keys in (("default_config",), RATES):
         found = [theirs for theirs in found if _alike(theirs, group, keys)] or found
@@ -23,26 +35,46 @@ def counterparts(group: Mapping[str, Any], saved: Iterable[Mapping[str, Any]]) -
 
 
 def rates(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What a group says to schedulers."""
+    """Return a group's values for schedulers.
+
+    Args:
+        group: The group.
+
+    Returns:
+        The values it has, by the keys of `RATES`.
+    """
     return {key: group[key] for key in RATES if key in group}
 
 
 def saved_rates(groups: Iterable[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each group, what its counterpart in a checkpoint says to schedulers; its own where there is none."""
+    """Return, for each group, the values for schedulers of its counterpart in a checkpoint.
+
+    Args:
+        groups: The groups.
+        saved: The saved groups.
+
+    Returns:
+        The values in the order of `groups`; a group's own if it has no counterpart.
+    """
     return [rates(next(iter(counterparts(group, saved)), group)) for group in groups]
 
 
 def take_rates(group: dict[str, Any], taken: Mapping[str, Any]) -> None:
-    """Let a group say this to schedulers, and nothing else."""
+    """Replace a group's values for schedulers.
+
+    Args:
+        group: The group.
+        taken: The new values; keys of `RATES` that are not in it are removed from the group.
+    """
     for key in RATES:
         group.pop(key, None)
     group.update(taken)
 
 
 def follow_schedulers() -> None:
-    """Have Megatron's scheduler, as it loads what it saved, tell an optimizer that asks for it whose rates count.
+    """Make Megatron's scheduler tell the optimizer, as it loads a checkpoint, to use the checkpoint's learning rates.
 
-    Where `override_opt_param_scheduler` is set they are this run's, else the checkpoint's. Again it does nothing.
+    It does not if `override_opt_param_scheduler` is set: this run's rates then stay. A further call does nothing.
     """
     load = OptimizerParamScheduler.load_state_dict
     if getattr(load, "knows_symdist", False):

@@ -1,4 +1,4 @@
-"""The ranks among which a Megatron parameter lies: data-parallel replicas or shards, times tensor parallelism."""
+"""Finds the ranks that hold a Megatron parameter: data-parallel ranks times tensor-parallel ranks."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,13 @@ from symdist.layouts import Grid, Group, ascending
 
 @dataclass(frozen=True, kw_only=True)
 class RankGrid:
-    """Data-parallel × tensor-parallel ranks; `columns[t]` are the data-parallel ranks of tensor-parallel rank t."""
+    """A grid of data-parallel and tensor-parallel ranks.
+
+    Attributes:
+        data: This rank's data-parallel group.
+        across: This rank's tensor-parallel group.
+        columns: For each tensor-parallel rank, the data-parallel ranks that hold the same part of a parameter.
+    """
 
     data: Group
     across: Group
@@ -20,49 +26,81 @@ class RankGrid:
 
     @functools.cached_property
     def grid(self) -> Grid | None:
-        """The ranks that hold a parameter, with an axis for each of the two that has more than one rank."""
+        """All ranks, with an axis for each of the two kinds that has more than one rank; None for a single rank."""
         return _grid([self.data, self.across], [rank for row in zip(*self.columns, strict=True) for rank in row])
 
     @functools.cached_property
     def tensor_grid(self) -> Grid | None:
-        """The ranks of tensor parallelism alone."""
+        """The tensor-parallel ranks alone; None for a single rank."""
         return _grid([self.across], list(self.across.ranks))
 
     @functools.cached_property
     def everyone(self) -> Group:
-        """All ranks, of both kinds of parallelism."""
+        """The group of all ranks of the grid."""
         assert self.grid is not None
         return self.grid.group(range(len(self.grid.sizes)))
 
     @functools.cached_property
     def rank_order(self) -> tuple[int, ...]:
-        """The places in `everyone` of all ranks, one tensor-parallel rank's after another's."""
+        """The indices in `everyone` of all ranks, in the order of `columns`."""
         place = {rank: i for i, rank in enumerate(self.everyone.ranks)}
         return tuple(place[rank] for column in self.columns for rank in column)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankGrids:
-    """Those of all kinds of parameters; `expert_rank` is this rank's place among expert parallelism's."""
+    """The rank grids of dense parameters and of experts.
+
+    Attributes:
+        dense: The ranks of dense parameters.
+        expert: The ranks of experts.
+        expert_rank: This rank's index in its expert-parallel group.
+    """
 
     dense: RankGrid
     expert: RankGrid
     expert_rank: int
 
     def of(self, parameter: Any, *, expert: bool) -> RankGrid:
-        """The ranks of a parameter, which is one of an expert or not.
+        """Return the ranks that hold a parameter.
 
-        Without expert parallelism Megatron reduces the gradients of experts like all others, over the same ranks.
+        Without expert parallelism, Megatron reduces the gradients of experts over the same ranks as all others.
+
+        Args:
+            parameter: The parameter.
+            expert: Whether it belongs to an expert.
+
+        Returns:
+            Its rank grid.
         """
         return self.expert if expert and not getattr(parameter, "allreduce", True) else self.dense
 
     def tensor_ranks(self, *, expert: bool) -> int:
-        """How many ranks share a matrix that tensor parallelism cuts."""
+        """Return over how many ranks tensor parallelism cuts a matrix.
+
+        Args:
+            expert: Whether the matrix belongs to an expert.
+
+        Returns:
+            The number of ranks.
+        """
         return (self.expert if expert else self.dense).across.size
 
 
 def find_rank_grid(data: Any, across: Any) -> RankGrid:
-    """The ranks of two process groups. All ranks of `across` must call it; raises ValueError where they overlap."""
+    """Gather the rank grid of two process groups; all ranks of `across` must call it.
+
+    Args:
+        data: This rank's data-parallel process group.
+        across: This rank's tensor-parallel process group.
+
+    Returns:
+        The rank grid.
+
+    Raises:
+        ValueError: If the data-parallel groups of different tensor-parallel ranks overlap or differ in size, or a group
+            does not number its ranks in ascending order.
+    """
     mine, tensor = ascending(data), ascending(across)
     columns: list[Any] = [None] * tensor.size
     dist.all_gather_object(columns, list(mine.ranks), group=across)

@@ -1,4 +1,4 @@
-"""Making Megatron know the name, and saying so where this Megatron is another than what we rely on."""
+"""Registers the optimizer name "symdist" with Megatron, after a check that this Megatron release fits."""
 
 import copy
 import functools
@@ -20,9 +20,9 @@ from symdist_megatron.factory import WRAPS, get_symdist_optimizer
 from symdist_megatron.optimizer import MegatronSymDist
 
 SUPPORTED = "0.16.1 and 0.19.2"
-"""The releases that the tests have passed on."""
+"""The megatron-core releases that the tests have passed on."""
 
-# What is called or read, by owner: looked for in the source, for some of it is set in constructors.
+# The names that symdist uses, by owner. Some are attributes set in constructors, so the source is searched for them.
 _NEEDED: dict[Any, tuple[str, ...]] = {
     megatron_optimizer: ("get_megatron_optimizer", WRAPS, "get_standard_config_overrides"),
     distrib_optimizer.DistributedOptimizer: (
@@ -41,7 +41,11 @@ _NEEDED: dict[Any, tuple[str, ...]] = {
 
 
 def check_version() -> None:
-    """ImportError, naming what is missing and the releases that have it, where this Megatron lacks what is needed."""
+    """Check that this Megatron has everything that symdist uses.
+
+    Raises:
+        ImportError: If it lacks something. The message names it, and the releases that have it.
+    """
     missing = [
         f"{owner.__name__.rpartition('.')[2]}.{name}"
         for owner, names in _NEEDED.items()
@@ -56,16 +60,27 @@ def check_version() -> None:
 
 
 def register() -> None:
-    """Let `optimizer="symdist"` of Megatron's config, and `--optimizer symdist` of its scripts, make symdist's.
+    """Let Megatron build symdist's optimizer for `--optimizer symdist`, or `optimizer="symdist"` in its config.
 
-    Call it before Megatron parses its arguments. Again it does nothing. Raises ImportError as `check_version` does.
+    Call it on every rank, before Megatron parses its arguments. A further call does nothing. The scripts then take the
+    arguments of `add_arguments`. Without the scripts, set `config.symdist` to a mapping of the keywords of
+    `get_symdist_optimizer`, such as `{"recipe": "olmoe"}`, or call that function.
+
+    Raises:
+        ImportError: If this Megatron lacks something that symdist relies on. The message names it, and the releases
+            that have it.
+
+    Example:
+        >>> import symdist_megatron
+        >>> symdist_megatron.register()  # in pretrain_gpt.py, which you then run with
+        >>> # --optimizer symdist --symdist-recipe olmoe --symdist-override router.rule=left_spectral
     """
     if getattr(megatron_optimizer.get_megatron_optimizer, "knows_symdist", False):
         return
     check_version()
     _replace(megatron_optimizer, "get_megatron_optimizer", _building)
     if hasattr(megatron_optimizer, "_get_megatron_emerging_optimizer"):
-        # Reached through functions that were imported before, too.
+        # Functions that were imported before still call this one.
         _replace(megatron_optimizer, "_get_megatron_emerging_optimizer", _building)
     registry = getattr(megatron_optimizer, "_EMERGING_OPTIMIZERS", None)
     if registry is not None:
@@ -88,7 +103,7 @@ def _has(module: str) -> bool:
 
 
 def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Put a wrapper around a function, wherever it has been imported to by its name."""
+    """Wrap a function, in its own module and in every module that has imported it under its name."""
     original = getattr(owner, name, None)
     if original is None:
         return
@@ -126,7 +141,7 @@ def _with_arguments(add: Any) -> Any:
 
 
 def _as_adam(validate: Any) -> Any:
-    """Megatron takes optimizers of other names for such as cannot share their state out by bytes."""
+    """Validate as if for Adam: Megatron assumes that optimizers of other names cannot divide their state by bytes."""
 
     @functools.wraps(validate)
     def validated(args: Any, *more: Any, **kwargs: Any) -> Any:
@@ -158,7 +173,7 @@ def _configuring(configure: Any) -> Any:
 
 
 def _tokens() -> int | None:
-    """The size of the vocabulary of Megatron's tokenizer, where there is one."""
+    """Return the vocabulary size of Megatron's tokenizer, or None if there is no tokenizer."""
     if not _has("megatron.training.global_vars"):
         return None
     global_vars = importlib.import_module("megatron.training.global_vars")

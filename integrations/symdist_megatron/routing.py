@@ -1,4 +1,4 @@
-"""The matrices of a Megatron model to rules: roles from modules, options from the recipe, the same on all ranks."""
+"""Assigns rules to a Megatron model's matrices: roles from modules, options from the recipe, agreed by all ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +18,16 @@ _VOCABULARIES = ("embedding", "tied_embedding", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class UnitAssignment:
-    """A unit with the options of its rule, and its rate and decay beside those of Megatron's group.
+    """A matrix or vector with the options of its rule.
 
-    Units of equal `options` share one dict. `decay_ratio` is None where Megatron decays nothing: `decay` then stands.
+    Attributes:
+        unit: The matrix or vector.
+        options: The options of its rule, without learning rate and weight decay. Units with equal options share one
+            dict.
+        lr_ratio: Its learning rate as a multiple of its Megatron group's.
+        decay_ratio: Its weight decay as a multiple of its Megatron group's; None if Megatron's config has no weight
+            decay.
+        decay: Its weight decay, used if `decay_ratio` is None.
     """
 
     unit: MatrixSpec
@@ -32,7 +39,14 @@ class UnitAssignment:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """By `id` of a model's parameter, what it is and what becomes of its units; `rules` has the rule of every role."""
+    """What the parameters of a rank are, and what they were assigned.
+
+    Attributes:
+        described: By `id` of a model parameter, its description.
+        routed: By `id` of a model parameter, the assignments of its matrices and vectors.
+        rules: The rule of every role on any rank.
+        scaled: The scaled recipe.
+    """
 
     described: Mapping[int, ParamSpec]
     routed: Mapping[int, tuple[UnitAssignment, ...]]
@@ -41,9 +55,19 @@ class Routing:
 
 
 def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, rank_grids: RankGrids) -> Routing:
-    """Route the parameters of this rank's chunks. All ranks must call it.
+    """Assign rules to the parameters of this rank's model chunks; all ranks must call it.
 
-    Raises ValueError, on every rank and naming the parameter, for whatever `symdist.route` refuses on any.
+    Args:
+        chunks: This rank's model chunks.
+        options: The user's options.
+        config: Megatron's `OptimizerConfig`.
+        rank_grids: The ranks that hold dense parameters and experts.
+
+    Returns:
+        The routing.
+
+    Raises:
+        ValueError: On every rank, for anything that `symdist.route` refuses on any. The message names the parameter.
     """
     failure: str | None = None
     taken: set[int] = set()
@@ -103,7 +127,7 @@ def _route(
 
 
 def _by_padding(group: Mapping[str, Any], vocabulary: int | None) -> dict[int, list[MatrixSpec]]:
-    """The units of a group by how many of their rows only fill the vocabulary up."""
+    """Sort the units of a group by how many of their rows only pad the vocabulary."""
     found: dict[int, list[MatrixSpec]] = {}
     for unit in group["params"]:
         over = 0

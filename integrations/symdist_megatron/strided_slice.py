@@ -1,4 +1,4 @@
-"""Parts of a parameter's memory: where q lies in a fused q, k and v, or gates among gates and ups."""
+"""Selects parts of a parameter's memory, such as the q in a fused q, k and v, or the gates among gates and ups."""
 
 import math
 from dataclasses import dataclass
@@ -9,7 +9,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class StridedSlice:
-    """Of each of `count` stretches of `period` elements, one after another, the elements from `start` to `stop`."""
+    """Selects the same range from each of several equal stretches of memory, which lie one after another.
+
+    Positions count elements from the beginning of the first stretch.
+
+    Attributes:
+        count: The number of stretches.
+        period: The number of elements of a stretch.
+        start: The offset in each stretch of the first element selected.
+        stop: The offset in each stretch after the last one.
+    """
 
     count: int
     period: int
@@ -18,19 +27,42 @@ class StridedSlice:
 
     @classmethod
     def whole(cls, numel: int) -> "StridedSlice":
-        """Everything there is."""
+        """Select everything.
+
+        Args:
+            numel: The number of elements.
+
+        Returns:
+            The slice.
+        """
         return cls(count=1, period=numel, start=0, stop=numel)
 
     def between(self, low: int, high: int) -> int:
-        """How many of the elements lie at positions from `low` to `high`."""
+        """Count the selected elements in a range of positions.
+
+        Args:
+            low: The first position.
+            high: The position after the last one.
+
+        Returns:
+            The number of elements.
+        """
         return self._before(high) - self._before(low)
 
     def parts(self, tensor: Tensor, *, at: int) -> list[Tensor]:
-        """Views of those elements that a vector has which begins at position `at`: at most three, in order."""
+        """Return views of the selected elements of a vector.
+
+        Args:
+            tensor: The vector, which holds consecutive elements.
+            at: The position of its first element.
+
+        Returns:
+            At most three views, in order, none of them empty.
+        """
         low, high = at, at + tensor.numel()
         if self.start == 0 and self.stop == self.period:
             return _nonempty([tensor[: max(min(self.count * self.period, high) - low, 0)]])
-        # The stretches that are cut by the ends of the vector, and those in between that are whole.
+        # The ends of the vector may cut a stretch each; the stretches in between are whole.
         first, last = -(-low // self.period), min(high // self.period, self.count)
         if first >= last:
             return _nonempty(
@@ -56,7 +88,16 @@ class StridedSlice:
 
 
 def joined(parts: list[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """The parts as one tensor: a view where there is one that lies in one shard, else a copy."""
+    """Return the parts of a tensor as one.
+
+    Args:
+        parts: Views from `StridedSlice.parts`.
+        shape: The shape of the result.
+        like: Gives dtype and device if the result is empty.
+
+    Returns:
+        A view if there is one contiguous part, otherwise a copy.
+    """
     if len(parts) == 1 and parts[0].is_contiguous():
         return parts[0].view(shape)
     if not math.prod(shape):
@@ -65,7 +106,12 @@ def joined(parts: list[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def put_back(parts: list[Tensor], values: Tensor) -> None:
-    """The inverse of `joined` where it copied."""
+    """Write values back to the parts that `joined` has copied.
+
+    Args:
+        parts: The same views.
+        values: The new values, of any shape, in the order of the parts.
+    """
     for part, value in zip(parts, values.flatten().split([part.numel() for part in parts]), strict=True):
         part.copy_(value.view(part.shape))
 

@@ -1,4 +1,4 @@
-"""Megatron's own wrappers around symdist: what of them must know of state that is not Adam's, and of steps together."""
+"""Megatron's optimizer wrappers, adapted to state that is not Adam's and to one step for all optimizers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,15 +27,20 @@ from symdist_megatron.peaks import saved_rates, take_rates
 
 
 class SymDistDistributedOptimizer(DistributedOptimizer):
-    """Megatron's distributed optimizer over a `MegatronSymDist`: state that a rule does not have is saved as zeros.
+    """Megatron's distributed optimizer over a `MegatronSymDist`.
 
-    So checkpoints have the form that Megatron knows, and load at any number of ranks of any kind.
+    State that a rule does not have is saved as zeros. So checkpoints have Megatron's own form, and load under any
+    parallel layout.
     """
 
     optimizer: MegatronSymDist
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the groups alone, as Megatron's: what belongs to parameters is saved apart."""
+        """Return the state of the param groups alone, since Megatron saves the parameters' state separately.
+
+        Returns:
+            The state dict.
+        """
         groups = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.state_dict()["param_groups"]
@@ -46,18 +51,22 @@ class SymDistDistributedOptimizer(DistributedOptimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, and the parameters' state where it comes along.
+        """Load the groups, and the parameters' state if it is included.
 
-        Raises ValueError, before anything changes, where the rules are others than this run's.
+        Args:
+            state_dict: What `state_dict` returned, with or without the parameters' state.
+
+        Raises:
+            ValueError: Before anything changes, if its rules are not this run's.
         """
         super().load_state_dict(state_dict)
-        # Megatron takes the count from tensors of its own making, and only with the optimizers it knows.
+        # Megatron reads the count from tensors that it makes itself, and only for optimizers that it knows.
         self.optimizer.count(int(state_dict["optimizer"]["param_groups"][0]["step"]))
 
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
         main = self._main_of(model_param)
         state = self.optimizer.state[main]
-        # A tensor of its own, for some formats load into what they are given here.
+        # New zeros, not shared ones, because some formats load into the tensors returned here.
         second = state["exp_avg_sq"] if "exp_avg_sq" in state else torch.zeros_like(main)
         return {"param": main, "exp_avg": state["exp_avg"], "exp_avg_sq": second}
 
@@ -74,26 +83,46 @@ class SymDistDistributedOptimizer(DistributedOptimizer):
 
 
 class SymDistChain(ChainedOptimizer):
-    """Megatron's chain of optimizers, all of which are stepped at once before each publishes what it holds."""
+    """Megatron's chain of optimizers, which are all stepped at once before each copies its results to the model.
+
+    Attributes:
+        joint_step: Steps all optimizers.
+        owned: Whether each data-parallel rank has parameters of its own.
+    """
 
     joint_step: JointStep
     owned = False
-    """Whether each data-parallel rank has parameters of its own."""
     _saved_rates: Sequence[tuple[dict[str, Any], dict[str, Any]]] = ()
 
     def attach(self, joint_step: JointStep) -> None:
-        """Take the steps with `joint_step`."""
+        """Set what steps the optimizers.
+
+        Args:
+            joint_step: Steps all optimizers of this chain.
+        """
         self.joint_step = joint_step
 
     @property
     def skipped_steps(self) -> int:
-        """Steps left out for gradients that were not finite, beside those that Megatron leaves out itself."""
+        """The number of steps that symdist itself, not Megatron, skipped because a gradient was not finite."""
         return self.joint_step.symdist.skipped_steps
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Any, is_loading: bool = False, **kwargs: Any
     ) -> dict[Any, Any]:
-        """As Megatron's; in the formats of parameters' shapes it loads at any layout, with experts apart or not."""
+        """Return the sharded state, as Megatron's chain does.
+
+        In formats that save parameters by their shapes, it is independent of the layout: it loads under any other,
+        whether or not experts have an optimizer of their own there.
+
+        Args:
+            model_sharded_state_dict: The model's sharded state.
+            is_loading: Whether it is to be filled from a checkpoint. False by default.
+            **kwargs: See Megatron; `metadata` has the format.
+
+        Returns:
+            The sharded state.
+        """
         if not reshardable(kwargs.get("metadata"), self.chained_optimizers):
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
         parts: dict[Any, Any] = {
@@ -105,12 +134,16 @@ class SymDistChain(ChainedOptimizer):
         return {COMMON: common_state(self.chained_optimizers), **parts}
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Load what `state_dict` gave, or `sharded_state_dict` once it is filled.
+        """Load saved state.
 
-        Raises ValueError, before anything changes, where groups, rules or state do not match.
+        Args:
+            state_dict: What `state_dict` returned, or the filled `sharded_state_dict`.
+
+        Raises:
+            ValueError: Before anything changes, if the groups, rules or state do not match this run's.
         """
         if not (isinstance(state_dict, dict) and COMMON in state_dict):
-            # Megatron puts groups of its own choice in place of these as it loads.
+            # Noted first, because Megatron replaces these groups as it loads.
             saved = [list(part.get("optimizer", part).get("param_groups", ())) for part in self._parts(state_dict)]
             super().load_state_dict(state_dict)
             self._note(saved)
@@ -125,15 +158,16 @@ class SymDistChain(ChainedOptimizer):
         self._note([list(common["groups"].values())] * len(parts))
 
     def take_saved_rates(self) -> None:
-        """Let groups say to schedulers what they said in the checkpoint that was loaded, in place of this run's config.
+        """Replace the groups' values for schedulers (`max_lr` and the like) by those of the loaded checkpoint.
 
-        Rates of matrices follow in proportion. Megatron's scheduler asks for it, see `peaks.follow_schedulers`.
+        The learning rates of all matrices follow in proportion. Megatron's scheduler calls this, see
+        `peaks.follow_schedulers`.
         """
         for group, theirs in self._saved_rates:
             take_rates(group, theirs)
 
     def _parts(self, state_dict: Any) -> list[Any]:
-        """A loaded state by optimizer."""
+        """Split a loaded state by optimizer."""
         if len(self.chained_optimizers) == 1:
             return [state_dict]
         return [state_dict[key] for key in sorted(state_dict)] if isinstance(state_dict, dict) else list(state_dict)
@@ -146,22 +180,31 @@ class SymDistChain(ChainedOptimizer):
         ]
 
     def trace_collectives(self) -> CountingTransport:
-        """Every collective of symdist's in a step on this rank, in order, with the bytes it sends; nothing moves.
+        """Record the collectives of symdist in a step on this rank, without communicating.
 
-        Megatron's own, of norms and of gathering weights, come beside them.
+        Megatron's own collectives, for norms and for gathering weights, are not included.
+
+        Returns:
+            The transport that recorded every collective in order, with the bytes it sends.
         """
         return self.joint_step.symdist.trace_collectives()
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
-        """As Megatron's, and what one rank finds all ranks know: a step is everybody's or nobody's."""
+        """Prepare the gradients as Megatron does, and agree on overflows; all ranks must call it.
+
+        If `nonfinite` is "zero", gradient elements that are not finite are set to 0.
+
+        Returns:
+            Whether an overflow was found, with a loss scale on any rank; then no rank steps.
+        """
         found = super().prepare_grads()
         if any(getattr(each, "grad_scaler", None) is not None for each in self.chained_optimizers):
             flag = torch.tensor([float(found)], device=torch.cuda.current_device())
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             found = bool(flag.item())
         if self.joint_step.symdist.nonfinite == "zero":
-            # Before norms are taken of them.
+            # Before Megatron computes norms of the gradients.
             for each in self.chained_optimizers:
                 for parameter in each.get_parameters():
                     if parameter.grad is not None:
@@ -170,7 +213,15 @@ class SymDistChain(ChainedOptimizer):
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
-        """Step all, then bring to the model what was stepped; False where gradients were not finite and are skipped."""
+        """Step all optimizers, then copy the results to the model; all ranks must call it.
+
+        Returns:
+            False if the step was skipped because a gradient was not finite, otherwise what Megatron's chain returns.
+
+        Raises:
+            FloatingPointError: On every rank, before anything changes, if a gradient on any rank is not finite and
+                `nonfinite` is "raise".
+        """
         timers = self.config.timers
         if timers is not None:
             timers("symdist-step", log_level=1).start(barrier=self.config.barrier_with_L1_time)
@@ -181,18 +232,26 @@ class SymDistChain(ChainedOptimizer):
 
 
 class SymDistLayerWise(SymDistChain, LayerWiseDistributedOptimizer):
-    """Megatron's layer-wise optimizer: each data-parallel rank steps whole parameters of its own, and has their state.
+    """Megatron's layer-wise optimizer: each data-parallel rank steps whole parameters of its own and holds their state.
 
-    Its checkpoints load at any number of ranks, too.
+    Its checkpoints load on any number of ranks, too.
     """
 
     owned = True
 
 
 def stepped_by(wrapper: MegatronOptimizer, *, owned: bool = False) -> list[OptimizedTensor]:
-    """What a wrapper has stepped: for every parameter of the model it serves, in the order of its groups.
+    """List the tensors that a Megatron wrapper optimizes.
 
-    `owned` says that no other data-parallel rank has these parameters.
+    Args:
+        wrapper: The wrapper, around a `MegatronSymDist`.
+        owned: Whether no other data-parallel rank has these parameters. False by default.
+
+    Returns:
+        One entry for every model parameter that the wrapper serves, in the order of its groups.
+
+    Raises:
+        ValueError: If a parameter lies in the distributed optimizer's buffers in an unexpected way.
     """
     base: MegatronSymDist = wrapper.optimizer
     if isinstance(wrapper, DistributedOptimizer):
@@ -214,7 +273,7 @@ def stepped_by(wrapper: MegatronOptimizer, *, owned: bool = False) -> list[Optim
 
 
 def _of_distributed(wrapper: DistributedOptimizer, base: MegatronSymDist) -> Iterator[OptimizedTensor]:
-    """Of the distributed optimizer: runs of each parameter, as the gradient buffers' buckets are cut."""
+    """Yield the tensors of the distributed optimizer: a range of each parameter, as buckets are divided among ranks."""
     places: dict[int, tuple[int, Any]] = {}
     for buffer in wrapper.buffers:
         ranks = buffer.data_parallel_group.size()

@@ -1,1 +1,1 @@
-"""Checkpoints of a run."""
+"""Writing, checking and reading the checkpoints of a run."""

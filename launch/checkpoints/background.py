@@ -1,4 +1,4 @@
-"""Checkpoints written in a thread while training goes on."""
+"""Writes checkpoints in a thread while training continues."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -15,10 +15,15 @@ from launch.runtime.distributed import patience_of
 
 
 class BackgroundSaver:
-    """Writes one checkpoint at a time from a copy in the host's memory; every method is called by all ranks.
+    """Writes one checkpoint at a time from a copy in host memory; all ranks must create it and call its methods.
 
-    The ranks' threads talk over a gloo group of their own, so that nothing of theirs comes between the collectives of
-    training. The copy's buffers are kept: they cost as much host memory as weights and state of a rank take.
+    The ranks' threads use their own gloo group, so that their collectives do not mix with those of training. The copy's
+    buffers are kept between checkpoints; they take as much host memory as the rank's weights and optimizer state.
+
+    Args:
+        directory: The folder of the run's checkpoints.
+        keep_every: Keep every checkpoint whose step is a multiple of this; 0 is for none.
+        timeout: The watchdog's limit in seconds, from which the timeout of the gloo group follows.
     """
 
     def __init__(self, directory: Path, *, keep_every: int, timeout: float):
@@ -27,7 +32,7 @@ class BackgroundSaver:
         self._group = dist.new_group(backend="gloo", timeout=patience_of(timeout))
         gpu = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
-        # A thread begins with the first GPU, whichever its process has.
+        # A new thread uses the first GPU unless it is told which one its process has.
         set_up = partial(torch.cuda.set_device, torch.cuda.current_device()) if gpu else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=set_up)
         self._under_way: tuple[Path, Future[Path]] | None = None
@@ -42,7 +47,19 @@ class BackgroundSaver:
         identity: dict[str, Any],
         keep: int,
     ) -> Path:
-        """Copy everything, and begin to write it; where it will be. One that is still being written must be done."""
+        """Copy everything to host memory, and start to write it; no earlier checkpoint may still be in progress.
+
+        Args:
+            step: Optimizer steps done.
+            model: The model to save.
+            optimizer: The optimizer to save.
+            trainer: JSON-serializable values of the loop, the same on all ranks.
+            identity: JSON-serializable values that tell this run from others.
+            keep: How many checkpoints to leave, this one included.
+
+        Returns:
+            The directory where the checkpoint will be.
+        """
         assert self._under_way is None
         copied = sharded.snapshot(step, model=model, optimizer=optimizer, trainer=trainer, stager=self._stager)
         writing = self._thread.submit(
@@ -58,9 +75,13 @@ class BackgroundSaver:
         return self._under_way[0]
 
     def outcome(self, *, wait: bool) -> tuple[Path, CheckpointError | None] | None:
-        """The checkpoint that was written, or failed, since the last call; None where there is none, or none yet.
+        """Return the checkpoint that was written, or failed, since the last call.
 
-        Ranks see it end at different times, so that only with `wait` the answer is the same on all.
+        Args:
+            wait: Whether to wait for it. If not, ranks may get different answers, since they finish at different times.
+
+        Returns:
+            The checkpoint's path and its error (None if it was written), or None if no checkpoint ended.
         """
         if self._under_way is None or not (wait or self._under_way[1].done()):
             return None

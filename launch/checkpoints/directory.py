@@ -1,6 +1,6 @@
-"""The directory of a checkpoint: its manifest, its checks, and the housekeeping among its neighbours.
+"""The directory of a checkpoint: its manifest, its checks, and the removal of old checkpoints.
 
-No function here communicates; ``launch.checkpoints.sharded`` decides which rank calls what.
+No function here communicates; the callers decide which rank calls what.
 """
 
 from __future__ import annotations
@@ -24,26 +24,30 @@ _UNFINISHED = re.compile(r"step-\d{8,}\.(writing|removing)")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or must not be read; says which one, why, and what to do."""
+    """A checkpoint could not be written or must not be read; the message says which, why, and what to do."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint of this run cannot be read: another one may do."""
+    """A checkpoint cannot be read because it is damaged; another one may be intact."""
 
 
 def latest(directory: Path) -> Path | None:
-    """Return the finished checkpoint of the highest step in ``directory``, or None; reads no checksum."""
+    """Return the finished checkpoint of the highest step in ``directory``, or None; verifies no checksums."""
     return next(iter(newest_first(directory)), None)
 
 
 def newest_first(directory: Path) -> list[Path]:
-    """Return all finished checkpoints in ``directory``, that of the highest step first; reads no checksum."""
+    """Return all finished checkpoints in ``directory``, highest step first; verifies no checksums."""
     named = (path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
     return sorted((path for path in named if (path / _MANIFEST).exists()), key=_step, reverse=True)
 
 
 def check_mixing(directory: Path, path: Path) -> None:
-    """ValueError where ``directory`` has a newer checkpoint than ``path``, which a run from it would mix with."""
+    """Check that a run that continues from ``path`` would not mix with newer checkpoints in ``directory``.
+
+    Raises:
+        ValueError: If ``path`` is in ``directory`` and is not the newest checkpoint there.
+    """
     newest = latest(directory)
     if newest is not None and newest != path and newest.parent.resolve() == path.parent.resolve():
         raise ValueError(
@@ -52,7 +56,7 @@ def check_mixing(directory: Path, path: Path) -> None:
 
 
 def quarantine(path: Path) -> Path:
-    """Rename a damaged checkpoint so that it no longer counts; its new name. Nothing is removed."""
+    """Rename a damaged checkpoint so that it is no longer found, and return its new path; nothing is deleted."""
     aside = path.with_name(f"{path.name}.damaged")
     number = 1
     while aside.exists():
@@ -63,13 +67,18 @@ def quarantine(path: Path) -> Path:
 
 
 def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
-    """Make ``writing`` anew beside where ``final`` will be, and clear what interrupted saves left there.
+    """Create the directory ``writing`` next to ``final``, and delete what interrupted saves left there.
 
-    What has the name of ``final`` and is no readable checkpoint is set aside.
+    If ``final`` exists but is not a readable checkpoint, it is renamed.
+
+    Args:
+        writing: The directory to write the files into.
+        final: The checkpoint's directory once it is complete.
+        identity: JSON-serializable values that tell this run from others.
 
     Raises:
-        CheckpointError: where the directory holds another run's checkpoints.
-        OSError: where a directory cannot be made or removed.
+        CheckpointError: If the folder holds another run's checkpoints.
+        OSError: If a directory cannot be created or removed.
     """
     directory = final.parent
     directory.mkdir(parents=True, exist_ok=True)
@@ -83,7 +92,7 @@ def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
 
 
 def describe_files(paths: Sequence[Path]) -> dict[str, Any]:
-    """Return each file's size in bytes and its SHA-256, by name, as the manifest holds them, once it is on the disk."""
+    """Flush the files to disk, and return their manifest entries: size in bytes and SHA-256, by file name."""
     for path in paths:
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
@@ -91,7 +100,15 @@ def describe_files(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def publish(writing: Path, final: Path, *, world: int, identity: dict[str, Any], files: dict[str, Any]) -> None:
-    """Complete ``writing`` with its manifest, put it on the disk for good, and give it its final name."""
+    """Add the manifest to ``writing``, flush it to disk, and rename it to ``final``.
+
+    Args:
+        writing: The directory that holds all other files.
+        final: The checkpoint's directory; an existing one is replaced.
+        world: Number of ranks that wrote the checkpoint.
+        identity: JSON-serializable values that tell this run from others.
+        files: The entries of all files, from `describe_files`.
+    """
     manifest = {"format": FORMAT, "version": VERSION, "step": _step(final), "world_size": world}
     manifest |= {"identity": identity, "files": files}
     write_json(writing / _MANIFEST, manifest | {"sha256": _digest(manifest)})
@@ -104,9 +121,16 @@ def publish(writing: Path, final: Path, *, world: int, identity: dict[str, Any],
 
 
 def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) -> None:
-    """Remove the oldest checkpoints before ``final`` so that ``keep`` are left, itself included.
+    """Remove the oldest checkpoints before ``final``.
 
-    Those of steps that ``keep_every`` divides stay; 0 is for none.
+    Args:
+        final: The checkpoint just written; those of later steps are neither counted nor removed.
+        keep: How many of the newest checkpoints to leave, ``final`` included.
+        keep_every: Also leave every checkpoint whose step is a multiple of this; 0 is for none.
+        identity: JSON-serializable values that tell this run from others.
+
+    Raises:
+        CheckpointError: If the folder holds another run's checkpoints.
     """
     older = [path for path in _finished(final.parent, identity=identity) if _step(path) < _step(final)]
     for path in older[: max(0, len(older) - (keep - 1))]:
@@ -115,14 +139,20 @@ def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) 
 
 
 def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> int:
-    """Check the manifest, and sizes and checksums of the files that fall to ``rank``.
+    """Check a checkpoint's manifest, and sizes and checksums of this rank's share of its files.
+
+    Args:
+        path: The checkpoint.
+        identity: JSON-serializable values that tell this run from others.
+        rank: This rank, which checks every ``world``-th file.
+        world: Number of ranks.
 
     Returns:
         The number of ranks that wrote the checkpoint.
 
     Raises:
-        DamagedCheckpointError: where anything is missing or damaged.
-        CheckpointError: where it is another run's or program's.
+        DamagedCheckpointError: If anything is missing or damaged, or the directory is another program's.
+        CheckpointError: If there is no such directory, or it is another run's or of another format version.
     """
     manifest = _read_manifest(path)
     check_identity(path, manifest["identity"], identity)
@@ -143,7 +173,12 @@ def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> in
 
 
 def verify_sizes(path: Path) -> None:
-    """Check the manifest and every file's size; CheckpointError as `verify`'s, whatever run it is of."""
+    """Check a checkpoint's manifest and the size of every file, but no checksums and no identity.
+
+    Raises:
+        DamagedCheckpointError: If anything is missing or damaged, or the directory is another program's.
+        CheckpointError: If there is no such directory, or it is of another format version.
+    """
     for name, entry in _read_manifest(path)["files"].items():
         file = path / name
         if not file.exists() or file.stat().st_size != entry["bytes"]:
@@ -159,13 +194,13 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _finished(directory: Path, *, identity: dict[str, Any]) -> list[Path]:
-    """Return this run's finished checkpoints, oldest first; refuse a directory shared with another run."""
+    """Return this run's finished checkpoints, oldest first; raise CheckpointError if any is another run's."""
     found = []
     for path in directory.glob("step-*"):
         try:
             manifest = _read_manifest(path)
         except CheckpointError:
-            continue  # not ours to count or to remove
+            continue  # not a readable checkpoint, so neither counted nor removed
         if _NAME.fullmatch(path.name):
             check_identity(path, manifest["identity"], identity)
             found.append(path)
@@ -196,8 +231,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_identity(path: Path, theirs: dict[str, Any], identity: dict[str, Any]) -> None:
-    """CheckpointError, naming every difference, where the checkpoint at `path` says it is another run's."""
-    identity = json.loads(json.dumps(identity))  # tuples to lists, as stored
+    """Check that a checkpoint belongs to this run.
+
+    Args:
+        path: The checkpoint, for the message.
+        theirs: The identity stored in the checkpoint.
+        identity: The identity of this run.
+
+    Raises:
+        CheckpointError: If they differ; the message names every difference.
+    """
+    identity = json.loads(json.dumps(identity))  # turns tuples into lists, as in the stored identity
     differing = [
         f"{key} is {theirs.get(key)!r} there, {identity.get(key)!r} here"
         for key in sorted(theirs.keys() | identity.keys())
@@ -217,12 +261,12 @@ def _step(path: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Remove a checkpoint, so that at no moment a part of it passes for one."""
+    """Remove a checkpoint; it is renamed first, so that a partly removed one never looks finished."""
     shutil.rmtree(_leave(path))
 
 
 def _leave(path: Path) -> Path:
-    """Take a checkpoint's name away; what it is called then."""
+    """Rename a checkpoint that will be removed, and return its new path."""
     leaving = path.with_name(f"{path.name}.removing")
     path.rename(leaving)
     return leaving

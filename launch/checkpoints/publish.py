@@ -1,4 +1,4 @@
-"""A checkpoint's directory from the first byte to its name: written by all ranks, published whole or not at all."""
+"""Writes a checkpoint's directory from all ranks, so that it appears complete or not at all."""
 
 import shutil
 from collections.abc import Callable
@@ -12,7 +12,10 @@ from launch.runtime.agreement import gather, on_rank_0, rank_and_world
 from symdist.tools.tables import in_bytes
 
 Write = Callable[[Path, str, str], dict[str, Any]]
-"""Writes this rank's files into a directory and returns their descriptions; raises on all ranks, with the two texts."""
+"""Writes this rank's files into a directory and returns their `describe_files` entries; called on all ranks.
+
+Its arguments are the directory and the texts `failed` and `remedy` for the CheckpointError that it raises on all ranks.
+"""
 
 
 def publish_together(
@@ -26,11 +29,27 @@ def publish_together(
     group: dist.ProcessGroup | None = None,
     after: Callable[[Path], None] = lambda final: None,
 ) -> Path:
-    """Have all ranks write ``directory/step-XXXXXXXX``, then remove the oldest earlier ones; its path.
+    """Write ``directory/step-XXXXXXXX`` from all ranks, then remove the oldest checkpoints.
 
-    ``write(writing, failed, remedy)`` is called by all ranks and may communicate, over ``group``. ``after`` is called
-    on the first rank once the checkpoint has its name. Raises ValueError where ``keep`` is below 1, and CheckpointError
-    on all ranks where any could not write: earlier checkpoints are then as they were, and nothing of this one is left.
+    All ranks of ``group`` must call it.
+
+    Args:
+        directory: The folder of the run's checkpoints; created if missing.
+        step: Optimizer steps done.
+        write: Called on all ranks as ``write(writing, failed, remedy)``; it may communicate over ``group``.
+        identity: JSON-serializable values that tell this run from others.
+        keep: How many checkpoints to leave, this one included.
+        keep_every: Also leave every checkpoint whose step is a multiple of this; 0 is for none.
+        group: A process group of all ranks; the default group if None.
+        after: Called on rank 0 with the checkpoint's path once it has its final name.
+
+    Returns:
+        The directory of the finished checkpoint.
+
+    Raises:
+        ValueError: If ``keep`` is below 1.
+        CheckpointError: On all ranks, if any of them could not write. Earlier checkpoints are then unchanged, and
+            nothing of this one is left. Also if this one is written but an older one cannot be removed.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the newest checkpoint must stay")
@@ -49,7 +68,7 @@ def publish_together(
         shares = gather(write(writing, failed, remedy), group)
         on_rank_0(publish_all, failed, remedy, group)
     except CheckpointError as error:
-        # Writers seldom say that a disk is full.
+        # Error messages of writers often do not say that the disk is full.
         free = f"; {in_bytes(shutil.disk_usage(directory).free)} were free there" if directory.exists() else ""
         on_rank_0(lambda: shutil.rmtree(writing, ignore_errors=True), failed, remedy, group)
         raise type(error)(f"{error}{free}") from error

@@ -1,4 +1,4 @@
-"""States of the generators of random numbers in one process, as JSON-able values."""
+"""States of a process's random number generators, as JSON-serializable values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """Return the states of Python's, NumPy's and torch's generators, the current CUDA device's included."""
+    """Return the states of Python's, NumPy's and torch's generators, including the current CUDA device's."""
     numbers = np.random.get_state(legacy=False)
     numbers["state"]["key"] = numbers["state"]["key"].tolist()
     state = {"python": random.getstate(), "numpy": numbers, "torch": _encode(torch.get_rng_state())}
@@ -21,7 +21,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what ``rng_state`` returned; a CUDA state is left out on a machine without CUDA."""
+    """Restore what ``rng_state`` returned; a CUDA state is ignored on a machine without CUDA."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(state["numpy"])

@@ -1,12 +1,12 @@
-"""Checkpoints of a sharded training run: written whole or not at all, and checked before they are read.
+"""Checkpoints of a sharded training run: written completely or not at all, and checked before they are read.
 
 A checkpoint is a directory ``step-00000100`` that holds the shards and the ``.metadata`` of
-``torch.distributed.checkpoint``, a ``state.json`` (trainer state and optimizer options), one
-``rng-00000.json`` a rank, and a ``manifest.json``. The manifest is written last and names every other file
-with its size and checksum, so a directory that has one was finished. Every rank must see the same directory.
+``torch.distributed.checkpoint`` (DCP), a ``state.json`` (trainer state and optimizer options), one ``rng-00000.json``
+per rank, and a ``manifest.json``. The manifest is written last and lists every other file with its size and checksum,
+so a directory that has one is finished. All ranks must see the same directory.
 
-Each stage ends in one exchange of outcomes between all ranks, whatever happened on any of them; a failure on
-one rank is therefore raised on all, and none is left waiting in a collective.
+After each stage all ranks exchange whether they succeeded, so a failure on one rank is raised on all of them, and none
+is left waiting in a collective.
 """
 
 from __future__ import annotations
@@ -50,7 +50,15 @@ _STATE = "state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """All of a checkpoint's content: the tensors of model and optimizer, and what JSON can hold."""
+    """The content of a checkpoint on one rank.
+
+    Attributes:
+        step: Optimizer steps done.
+        tensors: The tensors of model and optimizer, by flat name.
+        plain: Optimizer options and scalar state, JSON-serializable.
+        trainer: The loop's values, JSON-serializable.
+        rng: States of the random number generators, JSON-serializable.
+    """
 
     step: int
     tensors: dict[str, torch.Tensor]
@@ -70,26 +78,25 @@ def save(
     keep: int = 3,
     keep_every: int = 0,
 ) -> Path:
-    """Write ``directory/step-XXXXXXXX``, then remove the oldest earlier ones; called by all ranks.
+    """Write ``directory/step-XXXXXXXX``, then remove the oldest checkpoints; all ranks must call it.
 
     Args:
-        directory: where the checkpoints of this run live; made when missing.
-        step: optimizer steps done; an older checkpoint of the same step is replaced.
-        model: its parameters and persistent buffers are saved, each rank writing its own shards.
-        optimizer: its state and its groups' options are saved; a state not made yet is made.
-        trainer: JSON-able values, the same on all ranks.
-        identity: JSON-able values that tell this run from others.
-        keep: how many checkpoints to leave, this one included. Those of later steps are neither counted
-            nor removed.
-        keep_every: of earlier checkpoints those stay too whose step it divides; 0 is for none.
+        directory: The folder of this run's checkpoints; created if missing.
+        step: Optimizer steps done; an older checkpoint of the same step is replaced.
+        model: Its parameters and persistent buffers are saved; each rank writes its own shards.
+        optimizer: Its state and the options of its groups are saved; missing state is initialized.
+        trainer: JSON-serializable values, the same on all ranks.
+        identity: JSON-serializable values that tell this run from others.
+        keep: How many checkpoints to leave, this one included; those of later steps are neither counted nor removed.
+        keep_every: Also leave every checkpoint whose step is a multiple of this; 0 is for none.
 
     Returns:
         The directory of the finished checkpoint.
 
     Raises:
-        ValueError: where ``keep`` is below 1.
-        CheckpointError: on all ranks, where any of them could not write, or where ``directory`` belongs to
-            another run. Earlier checkpoints are then as they were, and nothing of this one is left.
+        ValueError: If ``keep`` is below 1.
+        CheckpointError: On all ranks, if any of them could not write, or ``directory`` belongs to another run. Earlier
+            checkpoints are then unchanged, and nothing of this one is left.
     """
     tensors, plain = _collect(model, optimizer)
     snapshot = Snapshot(step=step, tensors=tensors, plain=plain, trainer=trainer, rng=rng_state())
@@ -99,13 +106,18 @@ def save(
 def snapshot(
     step: int, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, trainer: dict[str, Any], stager: AsyncStager
 ) -> Snapshot:
-    """Return a copy of all that ``save`` would write, in the memory of the host; called by all ranks.
+    """Return a copy of everything that ``save`` would write, in host memory; all ranks must call it.
 
-    ``stager`` keeps its buffers: the copy before is overwritten.
+    Args:
+        step: Optimizer steps done.
+        model: The model to copy.
+        optimizer: The optimizer to copy.
+        trainer: JSON-serializable values, the same on all ranks; not copied.
+        stager: Copies the tensors. It reuses its buffers, so each snapshot overwrites the one before.
     """
     tensors, plain = _collect(model, optimizer)
     copied = cast("dict[str, torch.Tensor]", stager.stage(tensors))
-    # The options are the optimizer's own until they are copied.
+    # The options still belong to the optimizer, so they must be copied.
     return Snapshot(step=step, tensors=copied, plain=copy.deepcopy(plain), trainer=trainer, rng=rng_state())
 
 
@@ -118,7 +130,23 @@ def write(
     keep_every: int,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
-    """Write a snapshot as ``save`` does. ``group`` has all ranks, so that it can be done in another thread."""
+    """Write a snapshot as ``save`` does; all ranks must call it.
+
+    Args:
+        directory: See ``save``.
+        snapshot: This rank's content of the checkpoint.
+        identity: See ``save``.
+        keep: See ``save``.
+        keep_every: See ``save``.
+        group: A process group of all ranks, needed to write from another thread; the default group if None.
+
+    Returns:
+        The directory of the finished checkpoint.
+
+    Raises:
+        ValueError: See ``save``.
+        CheckpointError: See ``save``.
+    """
     rank, _ = rank_and_world()
 
     def write_all(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
@@ -145,19 +173,24 @@ def write(
 def load(
     path: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
 ) -> dict[str, Any]:
-    """Restore a checkpoint into ``model`` and ``optimizer``; called by all ranks, changes nothing on disk.
+    """Restore a checkpoint into ``model`` and ``optimizer``; all ranks must call it, and nothing on disk changes.
 
-    The number of ranks may differ from the run that saved; the generators of random numbers are then left
-    as they are.
+    The number of ranks may differ from that of the run that saved; the random number generators are then not restored.
+
+    Args:
+        path: The checkpoint's directory.
+        model: The model to restore, built as in the run that saved.
+        optimizer: The optimizer to restore, built as in the run that saved.
+        identity: JSON-serializable values that tell this run from others.
 
     Returns:
-        The ``trainer`` values given to ``save``, and ``"rng_restored"``: whether the states of Python's,
-        NumPy's and torch's generators were restored too.
+        The ``trainer`` values given to ``save``, plus ``"rng_restored"``: whether the states of Python's, NumPy's and
+        torch's generators were restored too.
 
     Raises:
-        CheckpointError: on all ranks, where the directory is missing, unfinished, damaged or not of this
-            format, comes from a run of another identity, or holds other tensors than the model and the
-            optimizer need. Weights and existing optimizer state are untouched then.
+        CheckpointError: On all ranks, if the directory is missing, unfinished, damaged, of another format or another
+            run's, or holds other tensors than the model and the optimizer need. Weights and existing optimizer state
+            are then unchanged.
     """
     rank, world = rank_and_world()
     failed = f"cannot read {path}"
@@ -190,7 +223,7 @@ def _collect(
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Split the state of both into tensors by flat name, for DCP, and the rest, for JSON.
 
-    DCP would pickle whatever is not a tensor, and unpickle it without restriction.
+    DCP would pickle everything that is not a tensor, and unpickle it without restrictions, which is unsafe.
     """
     weights = get_model_state_dict(model)
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
@@ -206,25 +239,25 @@ def _collect(
 
 
 def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, tensors: dict, plain: dict) -> None:
-    """Apply the options, and let load hooks run; DCP has already filled all tensors in place."""
+    """Restore options and run the load hooks; DCP has already filled all tensors in place."""
     weights = {name: value for name, value in tensors.items() if name.startswith("model.")}
     set_model_state_dict(model, {name.removeprefix("model."): value for name, value in weights.items()})
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer)
     for name, values in state["state"].items():
         values.update(plain["scalars"].get(name, {}))
     for group, saved in zip(state["param_groups"], plain["groups"], strict=True):
-        # JSON has made lists of tuples such as AdamW's betas.
+        # JSON turned tuples, such as AdamW's betas, into lists.
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in saved.items()})
     exact = {parameter: dict(values) for parameter, values in optimizer.state.items()}
     set_optimizer_state_dict(model, optimizer, state)
-    # Optimizer.load_state_dict rounds floating state to its parameter's dtype, float32 momenta of bfloat16
-    # weights included.
+    # Optimizer.load_state_dict casts state to its parameter's dtype, which would round the float32 momenta of bfloat16
+    # weights.
     for parameter, values in exact.items():
         optimizer.state[parameter].update(values)
 
 
 def _mismatch(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> str | None:
-    """Say how the stored tensors differ from the wanted ones; DCP itself ignores surplus and casts dtypes."""
+    """Describe how the stored tensors differ from the wanted ones; DCP itself ignores extra ones and casts dtypes."""
     stored: dict[str, Any] = metadata.state_dict_metadata
     lacking, surplus = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
     if lacking or surplus:
@@ -237,7 +270,7 @@ def _mismatch(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> str | Non
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads shards as DCP does, but unpickles ``.metadata`` with DCP's own record types only."""
+    """Reads shards as DCP does, but lets ``.metadata`` unpickle only DCP's own types, so that it can run no code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with open(Path(self.path) / ".metadata", "rb") as stream:

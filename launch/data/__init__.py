@@ -1,7 +1,7 @@
-"""Text and token corpora for pretraining: preparation once, then sharded, resumable loading.
+"""Text and token corpora for pretraining: prepared once, then loaded per rank, with resumption.
 
-`prepare` turns a source of text into token shards on disk; `TokenLoader` and `validation_batches`
-read windows of these shards for one rank.
+`prepare` turns a source of text into token shards on disk; `TokenLoader` and `validation_batches` read windows of these
+shards for one rank.
 """
 
 from launch.data.errors import DataError

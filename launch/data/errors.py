@@ -1,5 +1,5 @@
-"""The error that every module of this package raises for data the user can mend."""
+"""The error that this package raises for data problems that the user can fix."""
 
 
 class DataError(ValueError):
-    """A source, shard or setting that cannot be used; the message names it and what to do about it."""
+    """A source, shard or setting cannot be used; the message names it and the remedy."""

@@ -1,4 +1,4 @@
-"""Batches of token windows for one rank of many."""
+"""Batches of token windows for one rank."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ from launch.data.windows import Windows
 class TokenLoader:
     """Endless iterator over the training windows of one rank; yields int64 tensors `[batch, sequence + 1]`.
 
-    The run reads one row of windows, epoch after epoch, each epoch in its own order. A step of all ranks
-    takes the next `world * batch` of them and rank r the r-th `batch` of these. The position in that row
-    is the only state, so a run resumes at any world size and batch without repeating or missing a window.
+    All ranks together read one stream of windows, epoch after epoch, each epoch in its own order. Each batch takes the
+    next `world * batch` windows of the stream, and rank r the r-th `batch` of these. The position in the stream is the
+    only state, so a run resumes at any world size and batch size without repeating or missing a window.
     """
 
     def __init__(
@@ -33,7 +33,21 @@ class TokenLoader:
         vocabulary: int | None = None,
         shuffle: bool = True,
     ) -> None:
-        """Open `shards`; raises `DataError` where they hold too few windows for one step of all ranks."""
+        """Open the shards.
+
+        Args:
+            shards: The shards' files, in order.
+            sequence: Tokens per window, less one.
+            batch: Windows per batch of this rank.
+            rank: This rank's number among the data-parallel ranks.
+            world: Number of data-parallel ranks.
+            seed: Seed of the order.
+            vocabulary: Number of token ids, to check that all tokens are below it; None checks nothing.
+            shuffle: Whether to shuffle each epoch.
+
+        Raises:
+            DataError: If the shards hold too few windows for one batch of all ranks.
+        """
         assert batch >= 1
         assert 0 <= rank < world
         self.batch = batch
@@ -54,7 +68,7 @@ class TokenLoader:
 
     @property
     def windows(self) -> int:
-        """Windows of one epoch, over all ranks."""
+        """Number of windows in one epoch, over all ranks."""
         return self._windows.count
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -80,11 +94,18 @@ class TokenLoader:
         return places
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs: the sequences read so far by all ranks, and of what."""
+        """Return the number of windows that all ranks have read so far, and what identifies the stream."""
         return {"position": self.position, "fingerprint": self._fingerprint, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; raises `DataError` where it counts windows of another row."""
+        """Continue where `state_dict` was called.
+
+        Args:
+            state: What `state_dict` returned, at any world size and batch size.
+
+        Raises:
+            DataError: If it belongs to another corpus, sequence length, shuffling or seed.
+        """
         for name, mine in (("fingerprint", self._fingerprint), ("seed", self.seed)):
             if state[name] != mine:
                 raise DataError(
@@ -97,12 +118,24 @@ class TokenLoader:
 def validation_batches(
     shards: Sequence[Path], *, sequence: int, batch: int, rank: int, world: int, limit: int | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield this rank's share of `limit` windows spread evenly over `shards` (all windows where None).
+    """Return an iterator over this rank's validation windows, spread evenly over the shards.
 
-    Yields tokens, int64 `[batch, sequence + 1]`, and weights, float32 `[batch]`. The windows of weight 1 are,
-    over all ranks, the same whatever `world` and `batch` are, each once. Weight 0 marks padding: every rank
-    yields the same number of batches of the same shape, since a forward pass of sharded weights is
-    collective. Raises `DataError`, at the call, where the shards hold no window.
+    All ranks together get each window once, the same ones at any `world` and `batch`. Every rank gets the same number
+    of batches of the same shape, filled up with padding, since a forward pass of sharded weights is collective.
+
+    Args:
+        shards: The shards' files, in order.
+        sequence: Tokens per window, less one.
+        batch: Windows per batch of this rank.
+        rank: This rank's number among the data-parallel ranks.
+        world: Number of data-parallel ranks.
+        limit: Number of windows over all ranks; None takes all.
+
+    Returns:
+        An iterator of tokens, int64 `[batch, sequence + 1]`, and weights, float32 `[batch]`: 1, or 0 for padding.
+
+    Raises:
+        DataError: If the shards are too short for one window.
     """
     assert batch >= 1
     assert 0 <= rank < world

@@ -1,4 +1,4 @@
-"""Preparation of a corpus: from a source of text to token shards, built once and kept in a cache."""
+"""Prepares a corpus: turns a source of text into token shards, built once and kept in a cache."""
 
 import hashlib
 import json
@@ -33,17 +33,17 @@ class DataConfig:
     """Which text to train on and how to cut it into tokens."""
 
     source: str = "stdlib"
-    """`stdlib`, a directory of text, `.parquet` or `.bin` files, `datasets:NAME[:CONFIG]` or `bin:GLOB`."""
+    """`stdlib`, a directory of text, `.parquet` or `.bin` files, `datasets:NAME[:CONFIG]`, or `bin:GLOB`."""
     vocabulary: int = 4096
-    """Token ids: the size of the tokenizer to train, or of the one that `.bin` shards were made with."""
+    """Number of token ids: of the tokenizer to train, or of the tokenizer that made the `.bin` shards."""
     text_column: str = "text"
     """Column that holds the text in parquet files and datasets."""
     max_tokens: int | None = None
-    """Training tokens to keep, with validation in proportion; None keeps all. Not for `.bin` shards."""
+    """Training tokens to keep, with validation in proportion; None keeps all (not for `.bin` shards)."""
     validation_fraction: float = 0.05
-    """Share of the documents that validate instead of training, between 0 and 1. Not for `.bin` shards."""
+    """Fraction of the documents used for validation, between 0 and 1 (not for `.bin` shards)."""
     cache: str = "data-cache"
-    """Directory that keeps prepared corpora, one folder each; safe to delete when no run uses it."""
+    """Directory for prepared corpora, one folder each; safe to delete when no run uses it."""
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
@@ -54,27 +54,32 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token shards ready for loading."""
+    """A prepared corpus: token shards ready for loading."""
 
     train: tuple[Path, ...]
     """Shards to train on."""
     validation: tuple[Path, ...]
-    """Shards to validate on, of other documents."""
+    """Shards to validate on, with other documents."""
     vocabulary: int
     """Every token id is below this."""
     tokenizer: Path | None
     """The tokenizer's JSON file; None for a corpus that came as `.bin` shards."""
     fingerprint: str
-    """Hash of the vocabulary and the shards' contents: equal where and only where the tokens are."""
+    """Hash of the vocabulary and the shards' contents."""
 
 
 def prepare(config: DataConfig, *, progress: Progress | None = None) -> Corpus:
     """Return the corpus of `config`, from the cache or built now.
 
-    `progress` is called with a sentence now and then while building. Any number of processes may prepare the
-    same corpus at once: each builds its own copy and the first to finish provides it to all. Pre-tokenized
-    shards stay where they are and are read through to verify their ids. Raises `DataError` for a source that
-    cannot be used.
+    Several processes may prepare the same corpus at once: each builds its own copy, and all use the first one finished.
+    Pre-tokenized shards stay where they are; they are read completely to check their token ids.
+
+    Args:
+        config: Which text to use and how to tokenize it.
+        progress: Called with a sentence from time to time while building.
+
+    Raises:
+        DataError: If the source cannot be used.
     """
     pattern = _shard_pattern(config.source)
     if pattern is not None:
@@ -94,9 +99,16 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Corpus:
 
 
 def survey(config: DataConfig) -> tuple[str, int | None]:
-    """What `prepare` would find, without building anything: a sentence, and the training tokens where they are known.
+    """Describe what `prepare` would find, without building anything.
 
-    Raises `DataError` for a source that cannot be used, as far as that shows without reading all of it.
+    Args:
+        config: Which text to use and how to tokenize it.
+
+    Returns:
+        A description, and the number of training tokens, or None if the corpus is not built yet.
+
+    Raises:
+        DataError: If the source cannot be used, as far as that shows without reading all of it.
     """
     pattern = _shard_pattern(config.source)
     if pattern is not None:
@@ -155,7 +167,7 @@ def _build(work: Path, source: TextSource, config: DataConfig, progress: Progres
         "validation": [path.name for path in validation],
         "fingerprint": _fingerprint(train, validation, config.vocabulary),
     }
-    # Last: a folder without a manifest is not a corpus.
+    # Written last, since a folder without a manifest does not count as a corpus.
     (work / _MANIFEST).write_text(json.dumps(manifest, indent=2))
 
 
@@ -187,7 +199,7 @@ def _tokenize(
 
 
 def _batches(documents: Iterator[Document], room: dict[bool, int]) -> Iterator[list[Document]]:
-    """Group documents whose side still has room, until neither has."""
+    """Group documents whose side (training or validation) still needs tokens, until neither does."""
     batch: list[Document] = []
     characters = 0
     for document in documents:
@@ -224,20 +236,20 @@ def _load(target: Path) -> Corpus | None:
         for path in (*train, *validation):
             read_shard(path)
     except DataError:
-        return None  # a file of the cache was lost or cut since: it is built again
+        return None  # a file in the cache is missing or truncated, so the corpus is built again
     if not tokenizer.is_file():
         return None
     return Corpus(train, validation, manifest["vocabulary"], tokenizer, manifest["fingerprint"])
 
 
 def _publish(work: Path, target: Path) -> Corpus:
-    """Give the finished folder its name, unless another process has done so with its own by now."""
+    """Give the finished folder its final name, unless another process has finished its own first."""
     try:
         os.rename(work, target)
     except OSError:
         if not target.is_dir():
             raise
-        if _load(target) is None:  # no rival but the remains of a corpus that lost a file
+        if _load(target) is None:  # not another process's corpus but a damaged old one
             shutil.rmtree(target)
             os.rename(work, target)
     corpus = _load(target)

@@ -1,4 +1,4 @@
-"""Corpora that come as token shards: which shards train, which validate, and whether the ids fit."""
+"""Corpora that come as token shards: which shards are for training or validation, and whether their ids are valid."""
 
 import glob
 from pathlib import Path
@@ -10,10 +10,18 @@ CHUNK_TOKENS = 2**24
 
 
 def split_shards(pattern: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """Sort the shards that `pattern` (a glob, or a directory of `.bin` files) matches into two groups.
+    """Split shards into training and validation shards.
 
-    Returns the training and the validation shards. Shards with `val` in their name validate; where none has,
-    the last one does. Raises `DataError` where either group would be empty.
+    Shards with `val` in their name are for validation; if there are none, the last shard is.
+
+    Args:
+        pattern: A glob, or a directory of `.bin` files.
+
+    Returns:
+        The training shards and the validation shards.
+
+    Raises:
+        DataError: If either group would be empty.
     """
     if Path(pattern).is_dir():
         pattern = str(Path(glob.escape(pattern)) / "*.bin")
@@ -31,7 +39,11 @@ def split_shards(pattern: str) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 
 
 def verify_tokens(path: Path, vocabulary: int) -> None:
-    """Read the whole shard in chunks and raise `DataError` where an id is not below `vocabulary`."""
+    """Read the whole shard, in chunks, and check its token ids.
+
+    Raises:
+        DataError: If an id is not below `vocabulary`.
+    """
     tokens = read_shard(path)
     for start in range(0, tokens.size, CHUNK_TOKENS):
         largest = int(tokens[start : start + CHUNK_TOKENS].max())

@@ -1,6 +1,6 @@
 """Token shards on disk: a 1024-byte header followed by little-endian token ids.
 
-The header is 256 int32 values. Two public layouts are read:
+The header is 256 int32 values. Two public layouts can be read:
 
 =========  =======  ==========  =======================
 magic      version  value [2]   payload
@@ -9,7 +9,7 @@ magic      version  value [2]   payload
 20260317   2        token count  uint16 or uint32, as value [3] (bytes per token) says
 =========  =======  ==========  =======================
 
-Version 2 is written.
+Shards are written in version 2.
 """
 
 import os
@@ -27,10 +27,13 @@ _DTYPES: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
 def read_shard(path: Path) -> np.ndarray:
-    """Map the tokens of one shard, without reading them.
+    """Memory-map the tokens of one shard, without reading them.
 
-    Returns a read-only `[tokens]` array of uint16 or uint32. Raises `DataError` where the header is not one
-    of the two layouts or does not agree with the size of the file.
+    Returns:
+        A read-only array `[tokens]` of uint16 or uint32.
+
+    Raises:
+        DataError: If the file cannot be read, or its header has neither layout or does not match the file's size.
     """
     path = Path(path)
     try:
@@ -63,9 +66,12 @@ def read_shard(path: Path) -> np.ndarray:
 
 
 def write_shard(path: Path, tokens: np.ndarray, *, vocabulary: int) -> None:
-    """Write `tokens` (`[tokens]`, integers below `vocabulary`) as a version-2 shard.
+    """Write a version-2 shard; the file gets its name only when complete, so no reader sees part of it.
 
-    The file appears under its name only when complete, so that no reader meets half of it.
+    Args:
+        path: The shard's file.
+        tokens: Integers below `vocabulary`, `[tokens]`; at least one.
+        vocabulary: Number of token ids; up to 65536 the tokens are stored as uint16, else as uint32.
     """
     path = Path(path)
     assert tokens.size > 0
@@ -84,7 +90,14 @@ def write_shard(path: Path, tokens: np.ndarray, *, vocabulary: int) -> None:
 
 
 class ShardWriter:
-    """Cuts a stream of tokens into shards `PREFIX-00000.bin`, `PREFIX-00001.bin`, … of one directory."""
+    """Cuts a stream of tokens into shards `PREFIX-00000.bin`, `PREFIX-00001.bin`, … in one directory.
+
+    Args:
+        directory: Where the shards go.
+        prefix: Start of the shards' names.
+        vocabulary: Number of token ids.
+        shard_tokens: Tokens per shard.
+    """
 
     def __init__(self, directory: Path, prefix: str, *, vocabulary: int, shard_tokens: int = SHARD_TOKENS) -> None:
         self.directory = directory
@@ -97,7 +110,7 @@ class ShardWriter:
         self._pending_tokens = 0
 
     def append(self, tokens: np.ndarray) -> None:
-        """Add `tokens` (`[tokens]`); a shard is written as soon as one is full."""
+        """Add `tokens` (`[tokens]`), and write each shard that is full."""
         self.tokens += tokens.size
         while tokens.size:
             head = tokens[: self.shard_tokens - self._pending_tokens]
@@ -108,7 +121,7 @@ class ShardWriter:
                 self._flush()
 
     def close(self) -> tuple[Path, ...]:
-        """Write what is left as a last, shorter shard and return every path, in order."""
+        """Write the remaining tokens as a last, shorter shard, and return all paths in order."""
         if self._pending:
             self._flush()
         return tuple(self.paths)

@@ -1,6 +1,6 @@
-"""Sources of text: each yields documents in a fixed order, sorted into training and validation.
+"""Sources of text: each yields documents in a fixed order, marked for training or validation.
 
-The side of a document depends on its content alone, so that two copies of one text never end on both sides.
+The mark depends only on a document's content, so two copies of a text never end up one in each.
 """
 
 import hashlib
@@ -36,25 +36,34 @@ _ROWS_PER_READ = 1024
 
 
 class Document(NamedTuple):
-    """One text and its side of the split."""
+    """One text, and whether it is for validation."""
 
     text: str
     validation: bool
 
 
 class TextSource(Protocol):
-    """What preparation needs of a source."""
+    """The interface of a source that preparation needs."""
 
     @property
     def identity(self) -> str:
-        """Names the source and the state of its files, at the cost of a directory listing."""
+        """Text that identifies the source and the state of its files, without reading their contents."""
 
     def documents(self) -> Iterator[Document]:
-        """Yield every document; each call starts over and gives the same documents in the same order."""
+        """Yield every document; each call starts again and gives the same documents in the same order."""
 
 
 def open_source(source: str, *, text_column: str, validation_fraction: float) -> TextSource:
-    """Open `stdlib`, `datasets:NAME[:CONFIG]` or a directory; raises `DataError` where it holds no text."""
+    """Open a source of text.
+
+    Args:
+        source: `stdlib`, `datasets:NAME[:CONFIG]`, or a directory of text or `.parquet` files.
+        text_column: Column that holds the text in parquet files and datasets.
+        validation_fraction: Fraction of the documents for validation, between 0 and 1.
+
+    Raises:
+        DataError: If the directory does not exist or holds no text.
+    """
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         return TextFiles(root, _list_files(root, {".py"}, pruned=_NOT_STDLIB), validation_fraction)
@@ -73,11 +82,11 @@ def open_source(source: str, *, text_column: str, validation_fraction: float) ->
 
 
 class TextFiles:
-    """Text files below `root`, one document each; files that are empty or not UTF-8 are passed over."""
+    """Text files below `root`, one document each; files that are empty or not UTF-8 are skipped."""
 
     def __init__(self, root: Path, files: list[Path], validation_fraction: float) -> None:
         self.root = root
-        # An order that mixes the folders makes any leading part of the corpus a fair sample of it.
+        # Ordered by hash, which mixes the folders, so that any first part of the corpus is a fair sample of it.
         self.files = sorted(files, key=lambda path: _digest(path.relative_to(root).as_posix()))
         self.fraction = validation_fraction
 
@@ -87,14 +96,18 @@ class TextFiles:
         return _listing(self.root, self.files)
 
     def documents(self) -> Iterator[Document]:
-        """Yield the files' contents; raises `DataError` where fewer than two differ."""
+        """Yield the files' contents.
+
+        Raises:
+            DataError: If there are not at least two different texts.
+        """
         for path in self.files:
             if text := _read_text(path):
                 yield Document(text, _digest(text) <= self._threshold)
 
     @cached_property
     def _threshold(self) -> int:
-        # A handful of files may well have none below the wanted fraction: then the lowest one validates.
+        # Of a few files, none may fall below the wanted fraction; then the one with the lowest hash validates.
         digests = sorted({_digest(text) for path in self.files if (text := _read_text(path))})
         if len(digests) < 2:
             raise DataError(
@@ -119,7 +132,11 @@ class ParquetRows:
         return _listing(self.root, self.files)
 
     def documents(self) -> Iterator[Document]:
-        """Yield the rows batch by batch; raises `DataError` for a broken file or a missing column."""
+        """Yield the rows, read batch by batch.
+
+        Raises:
+            DataError: If a file is not readable, or lacks the column.
+        """
         import pyarrow
         import pyarrow.parquet
 
@@ -145,12 +162,16 @@ class DatasetRows:
 
     @property
     def identity(self) -> str:
-        """The name of the dataset; for a local directory its files too."""
+        """The name of the dataset, and for a local directory also its files."""
         root = Path(self.name)
         return f"{self.source}\n{_listing(root, _list_files(root)) if root.is_dir() else ''}"
 
     def documents(self) -> Iterator[Document]:
-        """Stream the rows; raises `DataError` for a dataset that does not open or lacks the column."""
+        """Yield the rows, streamed.
+
+        Raises:
+            DataError: If the dataset does not open, or lacks the column.
+        """
         from datasets import load_dataset
 
         try:
@@ -197,7 +218,7 @@ def _list_files(
 ) -> list[Path]:
     found = []
     for folder, folders, names in os.walk(root):
-        # Pruned here rather than filtered later: site-packages can hold a hundred times the library's files.
+        # Pruned during the walk, since site-packages can hold a hundred times as many files as the standard library.
         folders[:] = [name for name in folders if name not in pruned | {"__pycache__"} and not name.startswith(".")]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return [path for path in found if suffixes is None or path.suffix.lower() in suffixes]

@@ -16,10 +16,14 @@ _PIECE_CHARACTERS = 250_000
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Tokenizer:
-    """Train on the first `SAMPLE_CHARACTERS` of `texts`, in their order; equal texts give an equal tokenizer.
+    """Train a tokenizer on the first `SAMPLE_CHARACTERS` characters of `texts`; equal texts give equal tokenizers.
 
-    Ids are below `vocabulary` and id 0 is `END_OF_TEXT`; a short text may yield fewer ids than asked for.
-    Raises `DataError` for a vocabulary that the 256 bytes and a few merges do not fit in.
+    Args:
+        texts: The texts, in order.
+        vocabulary: Largest number of token ids; short texts may yield fewer. Id 0 is `END_OF_TEXT`.
+
+    Raises:
+        DataError: If the vocabulary is too small for the 256 bytes and a few merges.
     """
     if vocabulary < MIN_VOCABULARY:
         raise DataError(f"vocabulary={vocabulary} cannot hold a byte-level BPE; use {MIN_VOCABULARY} or more")
@@ -38,17 +42,20 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer that preparation saved."""
+    """Load a tokenizer that `prepare` saved."""
     return Tokenizer.from_file(str(path))
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Return the ids (uint32, `[tokens]`) of each text, followed by the document-end id.
+    """Encode each text and append the id of `END_OF_TEXT`.
 
-    The mark itself, met inside a text, is encoded as plain characters: only preparation ends documents.
+    If a text contains the characters of `END_OF_TEXT`, they are encoded as plain characters.
+
+    Returns:
+        The token ids of each text, uint32 `[tokens]`.
     """
     tokenizer.encode_special_tokens = True
-    # A very long document is encoded in pieces, since an encoding takes some hundred bytes per token.
+    # A very long document is encoded in pieces, since an encoding takes about a hundred bytes per token.
     pieces = [_pieces(text) for text in texts]
     encodings = iter(tokenizer.encode_batch_fast([piece for group in pieces for piece in group]))
     documents = []

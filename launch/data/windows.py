@@ -1,4 +1,4 @@
-"""Token shards seen as one numbered row of windows of equal length."""
+"""Token shards as one numbered sequence of windows of equal length."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,9 +13,13 @@ _FINGERPRINT_TOKENS = 4096
 
 
 class Windows:
-    """Windows of `sequence + 1` tokens at stride `sequence`; what is left at the end of a shard is skipped.
+    """Windows of `sequence + 1` tokens with stride `sequence`; the remainder at the end of a shard is skipped.
 
-    A window's last token is the next one's first, so that every token of a shard is predicted once.
+    The last token of a window is the first of the next one, so each token is predicted once.
+
+    Args:
+        shards: The shards' files, in order.
+        sequence: Tokens per window, less one.
     """
 
     def __init__(self, shards: Sequence[Path], sequence: int) -> None:
@@ -27,7 +31,7 @@ class Windows:
         self.count = sum(counts)
 
     def read(self, indices: np.ndarray) -> torch.Tensor:
-        """Return the windows numbered `indices` (`[n]`) as an int64 tensor `[n, sequence + 1]`."""
+        """Return the windows with numbers `indices` (`[n]`) as an int64 tensor `[n, sequence + 1]`."""
         rows = np.empty((len(indices), self.sequence + 1), dtype=np.int64)
         for row, index in zip(rows, indices, strict=True):
             shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -36,7 +40,7 @@ class Windows:
         return torch.from_numpy(rows)
 
     def fingerprint(self) -> str:
-        """Hash of the shards' lengths, beginnings and ends, in order: cheap on a corpus of any size."""
+        """Return a hash of the shards' lengths, first and last tokens, which is cheap for a corpus of any size."""
         total = hashlib.sha256()
         for tokens in self._shards:
             total.update(str(tokens.size).encode())

@@ -1,1 +1,1 @@
-"""Engines: what shards the model, one folder each."""
+"""The engines that shard and step the model, one folder each."""

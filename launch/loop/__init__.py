@@ -1,1 +1,1 @@
-"""The training loop, the same under every engine."""
+"""The training loop, shared by all engines."""

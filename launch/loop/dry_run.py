@@ -1,4 +1,4 @@
-"""What a run would do and whether it can, found without ranks, weights or GPUs."""
+"""The dry run: checks what a run would do, and whether it can, without ranks, weights or GPUs."""
 
 import math
 import os
@@ -27,8 +27,11 @@ _FILE_WIDTH = 200
 def dry_run(config: Config) -> None:
     """Check configuration, data, disk and checkpoint directory, and print routing and plan.
 
-    NNODES and NPROC in the environment say how many ranks there would be, one by default. Raises ValueError or
-    CheckpointError for what the run would stop at.
+    The environment variables NNODES and NPROC (both 1 by default) set the number of nodes and of ranks per node.
+
+    Raises:
+        ValueError: If the run would stop with one, for example because the batch does not split over the ranks.
+        CheckpointError: If the checkpoint to resume from cannot be used.
     """
     ranks = _count("NNODES") * _count("NPROC")
     config.check(ranks=ranks)
@@ -87,7 +90,7 @@ def _data(config: Config) -> str:
 
 
 def _checkpoint_bytes(found: Preview) -> int:
-    """Weights and state in float32."""
+    """Return the bytes of weights and optimizer state in float32."""
     total = 0
     for each in found.parameters:
         kept = 1 + len(get_rule(each.rule).state_names())
@@ -96,7 +99,7 @@ def _checkpoint_bytes(found: Preview) -> int:
 
 
 def _checkpoints(config: Config, size: int) -> list[str]:
-    """What is there, whether it can be written to, and whether there is room."""
+    """Describe the checkpoint folder: what it holds, and whether it is writable and has enough space."""
     if config.resume == "auto" and already_finished(config.output, steps=config.steps):
         return [f"{config.output} has come to its {config.steps} steps already; there is nothing to do"]
     check_folder(config.output, resume=config.resume)
@@ -107,7 +110,7 @@ def _checkpoints(config: Config, size: int) -> list[str]:
     kept = min(saved, config.keep)
     if config.checkpoint_every and config.keep_every:
         kept += config.steps // math.lcm(config.checkpoint_every, config.keep_every)
-    # One more than are kept, while it is being written.
+    # Old checkpoints are removed only after the new one is written.
     needed = size * (kept + 1)
     if free < 2 * size:
         raise ValueError(
@@ -137,7 +140,7 @@ def _going_on(config: Config, folder: Path) -> str:
 
 
 def _writable(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there; ValueError where nothing can be written to it."""
+    """Return the folder or its nearest existing parent; raise ValueError if it is not writable."""
     place = next(each for each in (folder, *folder.resolve().parents) if each.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".symdist-"):

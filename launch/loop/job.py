@@ -1,4 +1,4 @@
-"""A pretraining job from its command line to its exit code, whatever shards the model."""
+"""A pretraining job from its command line to its exit code, the same for all engines."""
 
 import contextlib
 import os
@@ -20,15 +20,19 @@ from launch.runtime.watchdog import Watchdog
 
 C = TypeVar("C", bound=Config)
 
-# Names the launch that last began a run in the folder.
+# File in the output folder with torchrun's id of the launch that last began a run there.
 _LAUNCH = ".launch"
 
 
 def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog], Training]) -> int:
-    """Run; the exit code: 0 at the end or after a clean stop, 2 for what the user can mend.
+    """Run a job; every rank calls it.
 
-    `configure` reads the command line, in the same way on all ranks; `start` builds what is trained once the ranks are
-    connected. Both may raise ValueError.
+    Args:
+        configure: Reads the command line, with the same result on all ranks; may raise ValueError.
+        start: Builds the training once the ranks are connected; may raise ValueError.
+
+    Returns:
+        The exit code: 0 after a finished run or a clean stop, 2 for an error that the user can fix.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     rank = int(os.environ.get("RANK", "0"))
@@ -40,7 +44,7 @@ def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog]
         rank, world = launched()
         config.check(ranks=world)
     except (ValueError, CheckpointError) as error:
-        # All ranks meet the same fault; one tells.
+        # All ranks hit the same error, so one reports it.
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,13 +54,13 @@ def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog]
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         elif not isinstance(error, AllRanksError | CheckpointError):
-            # Perhaps this rank's alone.
+            # Perhaps only this rank hit it.
             print(f"error: rank {rank}: {error}", file=sys.stderr)
         return 2
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:
-    """End the process at once with what `main` returns, or leaves with."""
+    """Call `main` and end the process at once with its exit code; 1 after an uncaught exception."""
     try:
         code = main()
     except SystemExit as leaving:
@@ -68,11 +72,11 @@ def end_with(main: Callable[[], int]) -> NoReturn:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once."""
+    """Flush the output and end the process at once, without tearing down the interpreter."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: gloo's threads, still held by meshes and tensors, can abort a process whose interpreter is torn down
-    # (pytorch#190489), and torchrun would take a finished run for a failed one.
+    # Not sys.exit: gloo's threads, which meshes and tensors keep alive, can abort the process while the interpreter is
+    # torn down (pytorch#190489), and torchrun would then count a finished run as failed.
     os._exit(code)
 
 
@@ -90,7 +94,7 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
     with connect(timeout=config.timeout, first=first, watch=watchdog.start) as ranks:
         if not _started_before(ranks, config.output):
             ranks.restarts = 0
-            # Together: the first rank's log must not be there before all have looked.
+            # Rank 0 writes into the folder only after all ranks have checked it.
             ranks.everywhere(lambda: check_folder(config.output, resume=config.resume))
             _note_start(ranks, config.output)
         corpus = ranks.everywhere(lambda: prepare(config.data))
@@ -107,7 +111,7 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
         except CheckpointError:
             raise
         except RuntimeError as error:
-            # Whatever it is, where it came up is half of what there is to know of it.
+            # The error itself does not say what the run was doing.
             print(f"error: rank {rank} in {watchdog.where()}: {error}", file=sys.stderr, flush=True)
             raise
         watchdog.doing("leaving", slow=True)
@@ -118,7 +122,7 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
 
 
 def _started_before(ranks: Ranks, output: Path) -> bool:
-    """Whether the launcher starts ranks again that had begun this run, and not some that were refused."""
+    """Return whether torchrun restarted ranks that had begun this run, not ranks that were refused at the start."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     path = output / _LAUNCH
     noted = ranks.gather(path.read_text() if path.exists() else None)[0]

@@ -1,4 +1,4 @@
-"""Which steps to leave out: those whose loss jumps."""
+"""Detects loss spikes, so that the loop can skip those steps."""
 
 import math
 import statistics
@@ -10,10 +10,10 @@ _LEAST = 32
 
 
 class SpikeJudge:
-    """Judges each step's loss by the 128 before it; the same on all ranks, given the same losses.
+    """Compares each step's loss with the 128 finite losses before it; ranks with the same losses agree.
 
-    A loss `sigma` standard deviations above their mean is a spike, and so is one that is not finite. Nothing is before
-    32 losses are known, nor ever where `sigma` is 0. After OLMo 2 (arXiv 2501.00656).
+    A loss is a spike if it is not finite, or, once 32 losses are known, if it is more than `sigma` standard deviations
+    above their mean. If `sigma` is 0, nothing is a spike. After OLMo 2 (arXiv 2501.00656).
     """
 
     def __init__(self, sigma: float):
@@ -21,21 +21,21 @@ class SpikeJudge:
         self._seen: deque[float] = deque(maxlen=_WINDOW)
 
     def judge(self, loss: float) -> bool:
-        """Whether this loss is a spike; it counts for those that follow."""
+        """Return whether `loss` is a spike, and remember it for the losses that follow."""
         if not self.sigma:
             return False
         spike = not math.isfinite(loss)
         if not spike and len(self._seen) >= _LEAST:
             spike = loss > statistics.fmean(self._seen) + self.sigma * statistics.stdev(self._seen)
         if math.isfinite(loss):
-            # Spikes too: a loss that stays where it has jumped to is soon none.
+            # Spikes included: if the loss stays at its new level, that level soon counts as normal.
             self._seen.append(loss)
         return spike
 
     def state_dict(self) -> dict[str, Any]:
-        """The losses it goes by."""
+        """Return the remembered losses."""
         return {"seen": list(self._seen)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go by the losses of `state_dict`."""
+        """Restore the losses that `state_dict` returned."""
         self._seen = deque(state["seen"], maxlen=_WINDOW)

@@ -1,4 +1,4 @@
-"""What a run logs of itself beside loss and speed: steps by role, logits, memory, and how much of the peak is used."""
+"""Metrics a run logs besides loss and speed: update sizes by role, logits, memory, and model flops utilization."""
 
 import resource
 from typing import Any
@@ -9,8 +9,8 @@ from torch import Tensor
 from launch.runtime.distributed import Ranks
 from symdist.diagnostics import StepMonitor
 
-# Dense bfloat16 products of one GPU without sparsity, Tflop/s, from the makers' data sheets; by a part of the name that
-# torch.cuda.get_device_name gives, more special ones first.
+# Peak dense bfloat16 Tflop/s of one GPU, from the vendors' data sheets. The key is a part of the name that
+# torch.cuda.get_device_name returns; the first match counts, so longer names come first.
 _PEAK_TFLOPS = (
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.0),
@@ -31,7 +31,7 @@ _PEAK_TFLOPS = (
 
 
 class LogitMonitor:
-    """RMS and largest magnitude of the logits of a step's forwards, while it is `on`."""
+    """Collects RMS and largest magnitude of the logits in a step's forward passes while `on` is true."""
 
     def __init__(self) -> None:
         self.on = False
@@ -41,16 +41,16 @@ class LogitMonitor:
 
     @torch.no_grad()
     def see(self, logits: Tensor) -> None:
-        """Add the logits of a forward, of any shape; nothing where it is off."""
+        """Add the logits of one forward pass, of any shape; does nothing while `on` is false."""
         if self.on and logits.numel():
             wide = torch.promote_types(logits.dtype, torch.float32)
             self._squares.append(torch.linalg.vector_norm(logits.detach(), dtype=wide).square())
-            # No copy of them, as their magnitudes would be.
+            # Unlike logits.abs().max(), this makes no copy of the logits.
             self._largest.append(torch.linalg.vector_norm(logits.detach(), float("inf")).float())
             self._count += logits.numel()
 
     def take(self) -> tuple[float, float, int]:
-        """Sum of squares, largest magnitude and number of what this rank has seen, which is then forgotten."""
+        """Return sum of squares, largest magnitude and count of this rank's logits, and start over."""
         squares = float(torch.stack(self._squares).double().sum()) if self._squares else 0.0
         largest = float(torch.stack(self._largest).max()) if self._largest else 0.0
         count = self._count
@@ -59,7 +59,12 @@ class LogitMonitor:
 
 
 class Measures:
-    """The measures of the steps it is armed for; `optimizer` is the SymDist at work, if one is."""
+    """Metrics of the steps for which it was armed.
+
+    Args:
+        ranks: The ranks of the run.
+        optimizer: The SymDist optimizer; None if the run uses another one.
+    """
 
     def __init__(self, ranks: Ranks, optimizer: Any | None):
         self._ranks = ranks
@@ -68,13 +73,13 @@ class Measures:
         self._sent = None if optimizer is None else optimizer.trace_collectives().sent
 
     def arm(self) -> None:
-        """Measure the step that begins."""
+        """Measure the step that begins now."""
         self.logits.on = True
         if self._steps is not None:
             self._steps.arm()
 
     def take(self) -> dict[str, float]:
-        """What the step showed, the same on all ranks, which all must ask."""
+        """Return the metrics of the armed step, the same on all ranks; all ranks must call it."""
         self.logits.on = False
         found = self._ranks.gather((self.logits.take(), _peak_memory(self._ranks.device), self._sent))
         count = sum(logits[2] for logits, _, _ in found)
@@ -90,7 +95,16 @@ class Measures:
 
 
 def peak_flops(given: float | None, device: torch.device, *, low: bool) -> float | None:
-    """Operations a second of one rank at most: what was given in Tflop/s, or what is known of its GPU in bfloat16."""
+    """Return the peak floating-point operations per second of one rank.
+
+    Args:
+        given: The peak in Tflop/s if the user gave it.
+        device: The rank's device.
+        low: Whether the run computes in bfloat16; the built-in peaks are for bfloat16 only.
+
+    Returns:
+        The peak in flop/s, or None if it is neither given nor known.
+    """
     if given is not None:
         return given * 1e12
     if device.type != "cuda" or not low:
@@ -100,10 +114,15 @@ def peak_flops(given: float | None, device: torch.device, *, low: bool) -> float
 
 
 def flops_per_token(model: Any, *, active: int, sequence: int) -> float:
-    """Of forward and backward: `6·N + 12·L·H·Q·T` (PaLM, arXiv 2204.02311, appendix B).
+    """Return the operations per token of forward and backward: `6·N + 12·L·H·Q·T` (PaLM, arXiv 2204.02311, app. B).
 
-    N are the weights that a token multiplies, `active` less the embedding's rows; L layers have H heads of Q numbers,
-    which look at T tokens, counted in full although the mask is causal.
+    N is `active` without the input embedding if that is separate from the head; L is the number of layers, H of heads
+    and Q the size of a head. Attention counts all T tokens, although the mask is causal.
+
+    Args:
+        model: A transformers model, for its `config`.
+        active: Number of parameters that a token uses.
+        sequence: T, the tokens per sequence.
     """
     config = model.config
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
@@ -113,7 +132,7 @@ def flops_per_token(model: Any, *, active: int, sequence: int) -> float:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Bytes: of the GPU what was allocated at most, of the host what the process held at most."""
+    """Return the peak memory in bytes: allocated on the GPU, or the resident set of the process on the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

@@ -1,4 +1,4 @@
-"""What lets a run go on: checkpoints as it trains, the newest that is whole after a loss, and the way back from one."""
+"""Saving and resuming: checkpoints during training, the newest undamaged one after a restart, and rollbacks."""
 
 import contextlib
 import json
@@ -26,11 +26,11 @@ _ROLLBACK = "rollback.json"
 
 
 class DivergedError(AllRanksError):
-    """A run goes on to leave out steps, however often it is taken back."""
+    """The run still skips steps after all allowed rollbacks, or has no checkpoint to roll back to."""
 
 
 class Resumable(ABC):
-    """Where a run stands, and how that is saved and restored; every method is called by all ranks."""
+    """A run's progress, and how it is saved and restored; all ranks must call every method."""
 
     config: Config
     ranks: Ranks
@@ -38,7 +38,11 @@ class Resumable(ABC):
     loader: TokenLoader
 
     def start_counting(self, spike_sigma: float) -> None:
-        """Stand at the beginning."""
+        """Set all counters to the start of a run.
+
+        Args:
+            spike_sigma: Threshold for `SpikeJudge`; 0 turns it off.
+        """
         self.step = 0
         self.elapsed = 0.0
         self.counts = {"skipped_steps": 0, "spikes": 0}
@@ -48,35 +52,58 @@ class Resumable(ABC):
 
     @abstractmethod
     def load(self, path: Path) -> dict[str, Any]:
-        """Restore model, optimizer and schedule; what `job` gave when the checkpoint was written.
+        """Restore model, optimizer and schedule from the checkpoint at `path`.
+
+        Returns:
+            What `job` returned when the checkpoint was written.
 
         Raises:
-            DamagedCheckpointError: On all ranks and before anything changes, where it cannot be read.
-            ValueError: Likewise, where this run cannot go on from it; or CheckpointError.
+            DamagedCheckpointError: On all ranks and before anything changes, if it cannot be read.
+            CheckpointError: Likewise, if this run cannot continue from it.
+            ValueError: Likewise.
         """
 
     @abstractmethod
     def save(self, *, wait: bool) -> Path:
-        """Write a checkpoint of the present step; without `wait` it may go on in the background, see `saved`.
+        """Write a checkpoint of the current step.
 
-        Raises CheckpointError on all ranks where it cannot be written; what was there before is as it was.
+        Args:
+            wait: Whether the checkpoint must be written now; engines with `background` ignore it and start the write
+                in the background, and `saved` reports its end.
+
+        Returns:
+            The checkpoint's directory.
+
+        Raises:
+            CheckpointError: On all ranks, if it cannot be written; earlier checkpoints are unchanged.
         """
 
     @property
     def background(self) -> bool:
-        """Whether `save` may leave before the checkpoint is written."""
+        """Whether `save` may return before the checkpoint is written."""
         return False
 
     def saved(self, *, wait: bool) -> tuple[Path, CheckpointError | None] | None:
-        """A checkpoint that was written in the background since the last call, and what went wrong with it."""
+        """Return the background checkpoint that ended since the last call, if any.
+
+        Args:
+            wait: Whether to wait for a checkpoint that is still being written.
+
+        Returns:
+            Its path and its error, or None in place of the error if it was written; None if no checkpoint ended.
+        """
         return None
 
     def found(self) -> list[Path]:
-        """The run's finished checkpoints, newest first."""
+        """Return the run's finished checkpoints, newest first."""
         return newest_first(self.checkpoints)
 
     def check_mixing(self, path: Path) -> None:
-        """ValueError where a run from `path` would mix with newer checkpoints beside it."""
+        """Check that a run that continues from `path` would not mix with newer checkpoints in the same folder.
+
+        Raises:
+            ValueError: If the folder holds a newer checkpoint.
+        """
         check_mixing(self.checkpoints, path)
 
     @property
@@ -85,12 +112,12 @@ class Resumable(ABC):
         return self.config.output / "checkpoints"
 
     def job(self) -> dict[str, Any]:
-        """What the loop must know to go on from here, JSON-able and the same on all ranks."""
+        """Return the state of the loop that a checkpoint saves: JSON-serializable and the same on all ranks."""
         return {
             "step": self.step,
             "elapsed": self.elapsed,
             "data": self.loader.state_dict(),
-            # A copy: it may be written while training goes on.
+            # A copy, since it may be written while training continues.
             "counts": dict(self.counts),
             "spikes": self.spikes.state_dict(),
             "left_out_in_a_row": self.left_out_in_a_row,
@@ -98,14 +125,22 @@ class Resumable(ABC):
 
     @property
     def kept(self) -> int:
-        """How many checkpoints stay: all of them, where the last steps were left out and the run may be lost."""
+        """How many checkpoints to keep: all of them while steps are being skipped, since a rollback may follow."""
         return self.config.keep if not self.left_out_in_a_row else _ALL
 
     def resume(self, log: RunLog) -> int | None:
-        """Go on from the checkpoint that the configuration asks for; its step, or None where there is none.
+        """Continue from the checkpoint that the configuration asks for.
 
-        "auto", and a run whose ranks were started again, take the newest that is whole, and set damaged ones aside.
-        Raises ValueError or CheckpointError, the same on all ranks, for a checkpoint that this run cannot go on from.
+        With "auto", or after torchrun restarted the ranks, this is the newest undamaged checkpoint; damaged ones are
+        renamed. If the configuration names a checkpoint of another folder but this run has saved its own, it continues
+        from its own.
+
+        Returns:
+            The checkpoint's step, or None if the run starts from the beginning.
+
+        Raises:
+            ValueError: On all ranks, if this run cannot continue from the checkpoint.
+            CheckpointError: Likewise.
         """
         wanted, restarted = self.config.resume, self.ranks.restarts > 0
         if wanted is None and not restarted:
@@ -126,7 +161,7 @@ class Resumable(ABC):
         return self.step
 
     def _load_newest(self, log: RunLog) -> bool:
-        """Load the newest checkpoint that is whole; False where there is none."""
+        """Load the newest undamaged checkpoint; return False if there is none."""
         while found := self._agreed(self.found()):
             self.watchdog.doing(f"loading {found[0]}", slow=True)
             try:
@@ -141,7 +176,7 @@ class Resumable(ABC):
         return False
 
     def _agreed(self, paths: list[Path]) -> list[Path]:
-        """What the first rank sees."""
+        """Return rank 0's `paths` on all ranks."""
         return self.ranks.gather(paths)[0]
 
     def _go_on(self, job: dict[str, Any]) -> None:
@@ -152,7 +187,7 @@ class Resumable(ABC):
         self.left_out_in_a_row = job["left_out_in_a_row"]
 
     def _follow_rollback(self) -> None:
-        """Keep to where the last roll-back had led, if it led here, and to how many there were."""
+        """Restore the count of rollbacks, and the data position if the last rollback went to this step."""
         path = self.config.output / _ROLLBACK
         told = self.ranks.gather(json.loads(path.read_text()) if path.exists() else None)[0]
         if told is not None:
@@ -161,7 +196,7 @@ class Resumable(ABC):
                 self.loader.position = told["position"]
 
     def _checkpoint(self, log: RunLog, *, wait: bool) -> None:
-        """Save; what goes wrong is told, and raised only where the run ends with it."""
+        """Save; log a failure, and raise it only if `wait` (at the end of the run)."""
         self.watchdog.doing(f"step {self.step}, waiting for the checkpoint before", slow=True)
         self._tell(log, wait=True)
         self.watchdog.doing(f"step {self.step}, checkpoint", slow=True)
@@ -178,7 +213,7 @@ class Resumable(ABC):
             log.event(self.step, "save", f"saved {path}")
 
     def _tell(self, log: RunLog, *, wait: bool, must: bool = False) -> None:
-        """Tell of a checkpoint that was being written in the background; raise its error where it `must` be there."""
+        """Log the end of a background checkpoint; raise its error if the checkpoint `must` have been written."""
         outcome = self.saved(wait=wait)
         if outcome is None:
             return
@@ -191,7 +226,7 @@ class Resumable(ABC):
             log.event(self.step, "save", f"saved {path}")
 
     def _roll_back(self, log: RunLog) -> None:
-        """Go back to the newest checkpoint, and on with the data that follows what was read so far."""
+        """Return to the newest checkpoint, and continue with the data after what was read so far."""
         came, position = self.step, self.loader.position
         counts = self.counts
         if self._rollbacks == self.config.rollbacks:
@@ -211,7 +246,7 @@ class Resumable(ABC):
         self.counts = counts
         self.left_out_in_a_row = 0
         if self.ranks.rank == 0:
-            # For a run that is lost before its next checkpoint.
+            # In case the run is interrupted before its next checkpoint.
             told = {"count": self._rollbacks, "step": self.step, "position": position}
             with contextlib.suppress(OSError):
                 write_json(self.config.output / _ROLLBACK, told)

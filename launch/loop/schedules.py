@@ -1,4 +1,4 @@
-"""Learning-rate schedules, chosen per parameter group."""
+"""Learning-rate schedules, one per parameter group."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Shape = Literal["linear", "cosine", "constant"]
 class Schedule:
     """Multiplier of a base learning rate over the steps of a run.
 
-    Every shape rises linearly over the first ``warmup`` steps, and reaches 1 on the last of them. After that
-    ``linear`` holds 1 until the share ``constant`` of all steps is done and then falls linearly, ``cosine``
-    falls along half a cosine at once, and ``constant`` holds 1 to the end. Both falls end at ``final``.
+    Every shape rises linearly over the first ``warmup`` steps and reaches 1 on the last of them. Then ``linear`` stays
+    at 1 until the fraction ``constant`` of all steps is done and decays linearly, ``cosine`` decays along half a cosine
+    at once, and ``constant`` stays at 1 to the end. Both decays end at ``final``.
 
     Args:
         shape: ``"linear"``, ``"cosine"`` or ``"constant"``.
-        warmup: length of the rise, in optimizer steps.
-        constant: share of all steps, in [0, 1], that are done when the linear fall begins; a longer warmup
-            pushes that point back. Only ``linear`` reads it.
-        final: multiplier that the fall would reach at step ``total``, one past the last step.
+        warmup: Length of the warmup, in optimizer steps.
+        constant: Fraction of all steps, in [0, 1], after which the linear decay begins; never before the end of the
+            warmup. Only ``linear`` reads it.
+        final: Multiplier that the decay would reach at step ``total``, one past the last step.
 
     Raises:
-        ValueError: for an unknown shape, a negative warmup, or a share outside [0, 1].
+        ValueError: If the shape is unknown, the warmup is negative, or ``constant`` is outside [0, 1].
     """
 
     shape: Shape
@@ -49,17 +49,21 @@ class Schedule:
             raise ValueError(f"constant is {self.constant}; it is a share of the steps, between 0 and 1")
 
     def factor(self, step: int, total: int) -> float:
-        """Return the multiplier for the step numbered ``step`` from 0, of ``total`` steps.
+        """Return the learning-rate multiplier of one step.
+
+        Args:
+            step: The step's number, from 0.
+            total: Number of steps of the run.
 
         Raises:
-            ValueError: where ``total`` is not positive or the warmup is longer than the run.
+            ValueError: If ``total`` is not positive or the warmup is longer than the run.
         """
         if total < 1:
             raise ValueError(f"a schedule needs at least one step, not {total}")
         if self.warmup > total:
             raise ValueError(f"warmup takes {self.warmup} steps but the run has only {total}; shorten the warmup")
         if step < self.warmup:
-            # Counted from one: a first step at a rate of zero would be a wasted batch.
+            # Counted from one, since a first step with a rate of zero would waste a batch.
             return (step + 1) / self.warmup
         if self.shape == "constant":
             return 1.0
@@ -76,19 +80,19 @@ class Schedule:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, schedules: Mapping[str, Schedule], total: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Return a scheduler that runs each parameter group along its own schedule.
+    """Return a scheduler that gives each parameter group its own schedule.
 
-    A group takes the schedule filed under its ``group["schedule"]``, else the one under its ``group["role"]`` or the
-    nearest role that this falls back to in recipes, else the one under its ``group["rule"]``, else the one under
-    ``"default"``. The scheduler's ``state_dict()`` survives a round trip through JSON.
+    A group takes the first of these keys that ``schedules`` has: its ``group["schedule"]``; its ``group["role"]`` or
+    the nearest role that it falls back to in recipes; its ``group["rule"]``; ``"default"``. The scheduler's
+    ``state_dict()`` can be stored as JSON.
 
     Args:
-        optimizer: its groups' present learning rates become the base rates.
-        schedules: schedules by role, by rule, or ``"default"``.
-        total: length of the run, in optimizer steps.
+        optimizer: The optimizer, whose current learning rates become the base rates.
+        schedules: Schedules by role, by rule, or ``"default"``.
+        total: Length of the run, in optimizer steps.
 
     Raises:
-        ValueError: where a group finds no schedule, or a schedule does not fit ``total``.
+        ValueError: If a group has no schedule, or a schedule does not fit ``total``.
     """
     factors: list[Callable[[int], float]] = [
         partial(_schedule_of(group, index, schedules=schedules).factor, total=total)
@@ -98,7 +102,7 @@ def build_scheduler(
 
 
 def _schedule_of(group: dict[str, Any], index: int, *, schedules: Mapping[str, Schedule]) -> Schedule:
-    # Groups that hold many roles have none themselves, and say which schedule they follow.
+    # Groups that hold several roles have no role of their own, and name their schedule instead.
     name = group.get("schedule")
     if name not in schedules:
         name = schedule_key(schedules, group.get("role", ""), group.get("rule", ""))

@@ -1,4 +1,4 @@
-"""The training loop: data in, forward, backward, step; validation, logs and checkpoints at their intervals."""
+"""The training loop: forward, backward, optimizer step, and validation, logs and checkpoints at their intervals."""
 
 import dataclasses
 import statistics
@@ -25,15 +25,27 @@ from symdist.diagnostics import RouterMonitor
 from symdist.routing.recipes import Recipe, load_recipe
 from symdist.tools.models import active_parameters, build
 
-# Above this many weights no rank draws the whole model to keep its shard of it.
+# Above this many parameters, `--initialize auto` has each rank initialize only its own shards.
 _DRAWN_WHOLE = 200_000_000
 
 
 class Training(Resumable):
-    """A run on all ranks: model, data, loop and measures. What shards the model says how to step and to save."""
+    """A training run on all ranks; each engine's subclass builds the model and says how to step and save it.
+
+    All ranks must create it, call its methods and read its properties together.
+
+    Args:
+        config: The run's configuration, already checked for this number of ranks.
+        corpus: The token shards to train and validate on.
+        ranks: The ranks of the run.
+        watchdog: Is told what the run is doing.
+
+    Raises:
+        ValueError: If the model cannot be built, or the corpus is too small for one step.
+    """
 
     launcher: str
-    """What shards the model."""
+    """Name of the engine, for the records of the run."""
 
     def __init__(self, config: Config, corpus: Corpus, ranks: Ranks, watchdog: Watchdog):
         self.config, self.corpus, self.ranks, self.watchdog = config, corpus, ranks, watchdog
@@ -51,7 +63,7 @@ class Training(Resumable):
         watchdog.doing("building the model", slow=True)
         self.model = self._build(outline)
         watchdog.detail = lambda: "" if self.symdist is None else self.symdist.progress()
-        # After the build: what shards a model may put hooks of its own on the routers, and these see what those return.
+        # After the build, so that the monitor's hooks run after the hooks that sharding puts on the routers.
         self.monitor = self._watch()
         self.measures = Measures(ranks, self.symdist)
         self.data_rank, self.data_ranks = self._data_share()
@@ -75,49 +87,49 @@ class Training(Resumable):
 
     @abstractmethod
     def _build(self, outline: nn.Module) -> Any:
-        """Make the sharded model, which is returned, and what steps it; `outline` is the model on meta tensors."""
+        """Return the sharded model, and create its optimizer; `outline` is the model on the meta device."""
 
     def _watch(self) -> RouterMonitor:
-        """The measures of the model's routers."""
+        """Return the monitor of the model's routers."""
         return RouterMonitor(self.model)
 
     def _data_share(self) -> tuple[int, int]:
-        """Which share of the data this rank takes, and how many there are: every rank its own."""
+        """Return this rank's number and the count among data-parallel ranks; here every rank is one."""
         return self.ranks.rank, self.ranks.world
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        """Gradients of a micro-batch of `accumulation`; `last` of the step."""
+        """Add the gradients of one micro-batch; `last` marks the last one of the step."""
         (loss / self.config.accumulation).backward()
 
     @abstractmethod
     def _update(self) -> tuple[Tensor | float | None, float]:
-        """Clip and step; the norm of the gradient before, where it is known, and the seconds the optimizer took."""
+        """Clip and step; return the gradient norm before clipping, if known, and the optimizer's seconds."""
 
     @property
     @abstractmethod
     def symdist(self) -> SymDist | None:
-        """The optimizer at work, where it is one of symdist's."""
+        """The SymDist optimizer; None if the run uses another optimizer."""
 
     @property
     @abstractmethod
     def mesh(self) -> dict[str, int]:
-        """How the ranks divide model and data, for the reader."""
+        """Sizes of the parallel dimensions by name, for the records of the run."""
 
     @property
     def low_precision(self) -> bool:
-        """Whether forward and backward are in bfloat16."""
+        """Whether forward and backward run in bfloat16."""
         asked = self.config.precision
         able = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
         return asked == "bfloat16" or (asked == "auto" and able)
 
     @property
     def left_out(self) -> int:
-        """Steps that were left out, since this process began; what the engine leaves out is counted as well."""
+        """Number of steps that the optimizer or the engine skipped since this process started."""
         return 0 if self.symdist is None else self.symdist.skipped_steps
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to belong to this run."""
+        """The settings that a checkpoint must share with this run to be resumed from."""
         config = self.config
         return {
             "model": config.model,
@@ -131,10 +143,15 @@ class Training(Resumable):
         }
 
     def run(self, log: RunLog) -> dict[str, Any] | None:
-        """Train to the end, or until a signal; the summary, or None where it was stopped early.
+        """Train to the last step, or until a signal asks the run to stop; all ranks must call it.
 
-        Raises DivergedError where the run was taken back as often as it may be, CheckpointError where the last
-        checkpoint cannot be written.
+        Returns:
+            The summary of the finished run, or None if it was stopped early.
+
+        Raises:
+            DivergedError: If the run would need more rollbacks than allowed, or has no checkpoint to return to.
+            CheckpointError: If the last checkpoint cannot be written.
+            ValueError: If the checkpoint it resumed from is past the last step.
         """
         config = self.config
         log.describe(
@@ -152,7 +169,7 @@ class Training(Resumable):
             )
         )
         if self.step == config.steps:
-            # Lost between its last checkpoint and its summary.
+            # The run was interrupted between its last checkpoint and its summary.
             return self._summary(self.validate())
         while self.step < config.steps:
             loss, norm, stopping = self._train_step(log)
@@ -169,7 +186,7 @@ class Training(Resumable):
                 measures = self.validate()
                 log.step(self.step, "validation", measures)
             due = config.checkpoint_every and self.step % config.checkpoint_every == 0
-            # Weights that no step moves any more are none to go back to.
+            # While steps are being skipped the weights do not change, so a rollback to them would be no use.
             if last or stopping or (due and not self.left_out_in_a_row):
                 self._checkpoint(log, wait=last or stopping)
             if last:
@@ -180,15 +197,15 @@ class Training(Resumable):
         raise ValueError(f"the checkpoint is of step {self.step}, the run has {config.steps}; give more --steps")
 
     def _train_step(self, log: RunLog) -> tuple[float, Tensor | float | None, bool]:
-        """Take a step; the loss of the whole batch, the gradient's norm, and whether any rank was told to stop."""
+        """Take a step; return the loss over the whole batch, the gradient norm, and whether any rank should stop."""
         number = self.step + 1
-        # The first one compiles, and connects what was not connected yet.
+        # The first step is slow: it compiles, and opens connections between ranks.
         self.watchdog.doing(f"step {number}, forward and backward", slow=not self._step_times)
         started = self._clock()
         self.model.train()
         if number % self.config.log_every == 0 or number == self.config.steps:
             self.measures.arm()
-        # What all ranks must know before the step, in one number each.
+        # One all-reduce tells all ranks the loss and whether to stop.
         told = torch.tensor([float(self._gradients()), float(self.ranks.stopping)], device=self.ranks.device)
         total, stopping = self.ranks.sum(told.double()).tolist()
         loss = total / self.ranks.world
@@ -200,7 +217,7 @@ class Training(Resumable):
         before = self.left_out
         norm, seconds = self._update()
         if spike and self.symdist is not None:
-            # An engine that leaves out the step itself does not come to it.
+            # If the engine skipped the step itself, the optimizer never ran and the request is still set.
             self.symdist.skip_next_step(False)
         self.step = number
         self._optimizer_times.append(seconds)
@@ -222,7 +239,7 @@ class Training(Resumable):
         log.event(self.step, "spike" if spike else "nonfinite", text)
 
     def _gradients(self) -> Tensor:
-        """Gradients of a step; the loss of this rank's part of the batch, whose mean over the ranks is the batch's."""
+        """Compute the gradients of a step; return this rank's loss, whose mean over ranks is the batch's loss."""
         config = self.config
         total = torch.zeros((), device=self.ranks.device)
         for micro in range(config.accumulation):
@@ -238,7 +255,7 @@ class Training(Resumable):
         return total
 
     def _losses(self, tokens: Tensor) -> Tensor:
-        """Cross-entropy of each next token: `[batch, sequence]` of tokens `[batch, sequence + 1]`, in nats."""
+        """Return the loss of each next token in nats, `[batch, sequence]`, for `[batch, sequence + 1]` tokens."""
         logits = self.model(input_ids=tokens[:, :-1]).logits
         self.measures.logits.see(logits)
         return functional.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")
@@ -277,7 +294,11 @@ class Training(Resumable):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean next-token loss on the validation set, and how its tokens load the routers."""
+        """Evaluate the model on the validation set; all ranks must call it.
+
+        Returns:
+            `loss`, the mean next-token loss in nats, and the routers' load measures, the same on all ranks.
+        """
         self.model.eval()
         self.monitor.reset()
         totals = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
@@ -319,7 +340,7 @@ class Training(Resumable):
     def _speeds(self) -> dict[str, float]:
         config = self.config
         if not self._step_times:
-            # Of the parts of the run before this one no more is known.
+            # This process took no step; of earlier processes only the total time is known.
             return {"tokens_per_second": config.steps * config.batch * config.sequence / max(self.elapsed, 1e-9)}
         return {
             "tokens_per_second": config.batch * config.sequence / statistics.median(self._step_times),
@@ -340,7 +361,7 @@ class Training(Resumable):
             schedules = {key: Schedule(**options) for key, options in given.items()}
         except TypeError as error:
             raise ValueError(f"recipe {self.recipe.name!r}: [schedule] {error}") from None
-        # A trial run of a few steps should warm up too, and still get somewhere.
+        # A short trial run should not spend all its steps in the warmup.
         limit = self.config.steps // 4
         return {
             key: dataclasses.replace(schedule, warmup=min(schedule.warmup, limit))
@@ -348,6 +369,6 @@ class Training(Resumable):
         }
 
     def _drawn_whole(self) -> bool:
-        """Whether every rank draws all weights."""
+        """Return whether every rank initializes the whole model."""
         asked = self.config.initialize
         return asked == "whole" or (asked == "auto" and self.parameters <= _DRAWN_WHOLE)

@@ -1,1 +1,1 @@
-"""What a run writes about itself."""
+"""The logs and descriptions that a run writes."""

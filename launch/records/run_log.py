@@ -1,4 +1,4 @@
-"""Where a run writes what it measures and what happens to it: JSON lines, TensorBoard, and the terminal."""
+"""Logs a run's metrics and events to JSON lines, TensorBoard, and the terminal."""
 
 import contextlib
 import json
@@ -21,11 +21,15 @@ _SHOWN = (
 
 
 class RunLog:
-    """The log of a run's first rank; on other ranks every method does nothing.
+    """The log of a run, written by rank 0; on other ranks every method does nothing.
 
-    `log.jsonl` has the measures of the run as it stands: one that goes on from step s keeps the lines up to s and drops
-    those after it, which it is about to write again. `events.jsonl` has what happened to it, restarts and roll-backs
-    included, and only grows.
+    `log.jsonl` has the metrics. A run that continues from step s keeps the lines up to s and drops the later ones,
+    since it will write them again. `events.jsonl` has the events, such as restarts and rollbacks, and only grows.
+
+    Args:
+        folder: The run's output folder.
+        steps: Number of steps of the run, for the progress bar.
+        write: Whether this rank writes the log.
     """
 
     def __init__(self, folder: Path, *, steps: int, write: bool):
@@ -37,7 +41,7 @@ class RunLog:
         self._unwritten: list[str] = []
 
     def begin(self, step: int | None) -> None:
-        """Begin with the lines up to `step`, or with none; to be called again where the run goes back to a step."""
+        """Open the log, keeping the lines up to `step`, or none if None; call it again after a rollback to `step`."""
         if not self.write:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +51,7 @@ class RunLog:
         writing = path.with_name(f"{LOG}.writing")
         try:
             writing.write_text("".join(line + "\n" for line in kept))
-            # At no moment is there less than was kept.
+            # Replaced in one go, so that no lines are lost if the process dies here.
             os.replace(writing, path)
         except OSError as error:
             self.say(f"cannot write {path} ({error.strerror}): lines that are written again stay beside the first ones")
@@ -68,7 +72,13 @@ class RunLog:
         self.advance(step or 0)
 
     def step(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line: `kind` is "train" or "validation". The terminal shows the most telling measures."""
+        """Log the metrics of a step; the terminal shows the most important ones.
+
+        Args:
+            step: The step's number.
+            kind: "train" or "validation".
+            values: The metrics by name.
+        """
         if not self.write:
             return
         assert self._board is not None
@@ -84,7 +94,13 @@ class RunLog:
         self.say(f"step {step:>6}  {kind:<10}  {shown}")
 
     def event(self, step: int, event: str, text: str) -> None:
-        """Something happened: a kind for programs, a sentence for people."""
+        """Log an event.
+
+        Args:
+            step: The step at which it happened.
+            event: Its kind, for programs to read.
+            text: A sentence for people, also printed.
+        """
         if not self.write:
             return
         self.say(text)
@@ -94,7 +110,7 @@ class RunLog:
         _append(self._folder / EVENTS, line)
 
     def describe(self, files: dict[str, Any]) -> None:
-        """Write JSON files of what the run is."""
+        """Write files that describe the run; `files` has their JSON-serializable contents by file name."""
         if self.write:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
@@ -104,12 +120,12 @@ class RunLog:
                     self.say(f"cannot write {self._folder / name} ({error.strerror})")
 
     def advance(self, step: int) -> None:
-        """Move the progress bar."""
+        """Move the progress bar to `step`."""
         if self.write and self._progress is not None:
             self._progress.update(self._task, completed=step)
 
     def say(self, text: str) -> None:
-        """A line for the reader."""
+        """Print a line to the terminal (stderr)."""
         if not self.write:
             return
         if self._progress is not None:
@@ -118,7 +134,7 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def finish(self, summary: dict[str, Any] | None) -> None:
-        """Close; `summary`, of a run that came to its end, goes to a file of its own."""
+        """Close the log, and write the summary file; `summary` is None if the run is not finished."""
         if not self.write:
             return
         if summary is not None:
@@ -133,22 +149,30 @@ class RunLog:
 
 
 def already_finished(folder: Path, *, steps: int) -> bool:
-    """Whether the folder holds a run that came to its end, with as many steps."""
+    """Return whether `folder` holds a finished run of at least `steps` steps."""
     try:
         return bool(json.loads((folder / SUMMARY).read_text())["steps"] >= steps)
     except (OSError, ValueError):
-        # None, or one that a lost machine left empty.
+        # There is no summary, or a crash of the machine left it empty.
         return False
 
 
 def check_folder(folder: Path, *, resume: str | None) -> None:
-    """ValueError where the folder already holds a run that is not being resumed."""
+    """Check that a run can use `folder`.
+
+    Args:
+        folder: The run's output folder.
+        resume: The value of `--resume`, or None.
+
+    Raises:
+        ValueError: If the folder already holds a run and `resume` is None.
+    """
     if resume is None and (folder / LOG).exists():
         raise ValueError(f"{folder} already holds a run; pass --resume auto to continue it, or another --output")
 
 
 def _append(path: Path, text: str) -> bool:
-    """Add to a file, or leave it as it was: a full disk is no reason to lose a run."""
+    """Append to a file or leave it unchanged, and return whether it worked; a full disk must not end a run."""
     try:
         with open(path, "ab", buffering=0) as stream:
             before = stream.tell()
@@ -166,7 +190,7 @@ def _append(path: Path, text: str) -> bool:
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a log, without one that a killed process left half-written."""
+    """Return the lines of a log, without a last line that a killed process left incomplete."""
     if not path.exists():
         return []
     text = path.read_text()

@@ -1,4 +1,4 @@
-"""What a run is, for whoever reads its folder later: configuration, versions, routing and plan."""
+"""Describes a run for later readers of its folder: configuration, versions, routing and plan."""
 
 import dataclasses
 import math
@@ -19,7 +19,18 @@ _PACKAGES = ("torch", "symdist", "transformers", "deepspeed", "megatron-core")
 def describe(
     config: Any, *, launcher: str, mesh: dict[str, int], numbers: dict[str, Any], optimizer: SymDist | None
 ) -> dict[str, Any]:
-    """JSON-able contents by file name: `mesh` by dimension and `numbers` as they are go into the first."""
+    """Return the contents of the files that describe a run.
+
+    Args:
+        config: The run's configuration, a dataclass.
+        launcher: Name of the engine.
+        mesh: Sizes of the parallel dimensions by name.
+        numbers: More values for the run's own file, such as the parameter count.
+        optimizer: The SymDist optimizer, whose routing and plan are described; None if the run uses another one.
+
+    Returns:
+        Contents by file name, for `RunLog.describe`.
+    """
     values = dataclasses.asdict(config)
     files: dict[str, Any] = {
         RUN: {
@@ -53,7 +64,7 @@ def _versions() -> dict[str, str]:
 
 
 def _plan(optimizer: SymDist, routing: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a step of this rank sends, by kind of collective, and where each role is stepped."""
+    """Return what this rank sends per step, by kind of collective, and how each role is stepped."""
     counted = optimizer.trace_collectives()
     kinds: dict[tuple[str, int], list[float]] = {}
     for moved in counted.log:

@@ -1,1 +1,1 @@
-"""Ranks: connected, watched, and agreed with each other."""
+"""The ranks of a run: connecting them, watching for hangs, and agreeing on errors."""

@@ -1,4 +1,4 @@
-"""What all ranks do together or not at all: each tells the others how it went before any goes on."""
+"""Makes ranks agree on failures: all of them continue, or all of them raise."""
 
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -13,14 +13,27 @@ T = TypeVar("T")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This rank and their number."""
+    """Return this rank and the number of ranks; (0, 1) without torch.distributed."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def on_all_ranks(function: Callable[[], T], failed: str, remedy: str, group: dist.ProcessGroup | None = None) -> T:
-    """Call ``function``, which must not communicate; raise on all ranks what went wrong on any of them.
+    """Call ``function`` on all ranks; if it fails on any of them, raise on all of them.
 
-    That is a DamagedCheckpointError only where each trouble is one.
+    All ranks of ``group`` must call this.
+
+    Args:
+        function: What to do; it must not communicate.
+        failed: What failed, the start of the message about an unexpected exception.
+        remedy: What the user can do, the end of that message.
+        group: The process group; the default group if None.
+
+    Returns:
+        What ``function`` returned on this rank.
+
+    Raises:
+        DamagedCheckpointError: If every failure is one.
+        CheckpointError: If there is any other failure.
     """
     result: T | None = None
     failure: tuple[str, bool] | None = None
@@ -29,9 +42,9 @@ def on_all_ranks(function: Callable[[], T], failed: str, remedy: str, group: dis
         result = function()
     except CheckpointError as error:
         failure, cause = (str(error), isinstance(error, DamagedCheckpointError)), error
-    except Exception as error:  # whatever it is, the other ranks are waiting to hear of it
+    except Exception as error:  # any exception, since the other ranks wait for the outcome
         failure, cause = (f"{failed}: {_told(error, rank_and_world()[0])}; {remedy}", False), error
-    # Ranks that met the same trouble say so once; a dict keeps their order.
+    # A dict removes duplicate messages and keeps their order.
     failures = dict.fromkeys(told for told in gather(failure, group) if told is not None)
     if failures:
         kind = DamagedCheckpointError if all(damaged for _, damaged in failures) else CheckpointError
@@ -40,12 +53,23 @@ def on_all_ranks(function: Callable[[], T], failed: str, remedy: str, group: dis
 
 
 def on_rank_0(function: Callable[[], None], failed: str, remedy: str, group: dist.ProcessGroup | None = None) -> None:
-    """Have the first rank call ``function``; raise on all ranks where it failed."""
+    """Call ``function`` on rank 0 only; if it fails, raise on all ranks, as `on_all_ranks`, which all must call."""
     on_all_ranks(function if rank_and_world()[0] == 0 else lambda: None, failed, remedy, group)
 
 
 def with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:
-    """Run a collective of DCP, which gathers failures itself, but in a BaseException full of tracebacks."""
+    """Run a collective of ``torch.distributed.checkpoint`` (DCP); all ranks must call it.
+
+    DCP gathers failures from all ranks itself, but raises them as a BaseException full of tracebacks.
+
+    Args:
+        function: Calls DCP.
+        failed: What failed, the start of the message.
+        remedy: What the user can do, the end of the message.
+
+    Raises:
+        CheckpointError: On all ranks, if any of them failed.
+    """
     try:
         function()
     except CheckpointException as error:

@@ -1,4 +1,4 @@
-"""The ranks of a run: process group, device, and what they agree on."""
+"""The ranks of a run: process group, device, and collectives on small values."""
 
 import os
 import signal
@@ -20,19 +20,24 @@ from symdist.engines.agreement import gather, gather_unless_failed
 
 T = TypeVar("T")
 
-# While the first rank prepares a corpus, which may be a large one, the others wait.
+# The other ranks wait while rank 0 prepares a corpus, which may be large.
 _PREPARING = timedelta(days=2)
 
 
 class AllRanksError(ValueError):
-    """What all ranks raise, since one of them met it: one tells."""
+    """An error that all ranks raise together because one of them hit it; only rank 0 needs to print it."""
 
 
 @dataclass(kw_only=True)
 class Ranks:
-    """This process among the others. `stopping` turns true once SIGTERM, SIGUSR1 or SIGINT reached this rank.
+    """This process and its place among the ranks.
 
-    `restarts` counts how often the launcher started ranks again; of several nodes it is the most that any saw.
+    Attributes:
+        rank: This rank's number.
+        world: Number of ranks.
+        device: This rank's device.
+        restarts: How often torchrun restarted the ranks; the largest count of any node.
+        stopping: Whether SIGTERM, SIGUSR1 or SIGINT reached this rank.
     """
 
     rank: int
@@ -42,22 +47,29 @@ class Ranks:
     stopping: bool = field(default=False)
 
     def sum(self, values: Tensor) -> Tensor:
-        """Add `values` over all ranks, in place."""
+        """Sum `values` over all ranks, in place, and return them; all ranks must call it."""
         dist.all_reduce(values)
         return values
 
     def most(self, value: float) -> float:
-        """The largest `value` of any rank."""
+        """Return the largest `value` of all ranks; all ranks must call it."""
         largest = torch.tensor([value], dtype=torch.float64, device=self.device)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return float(largest)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order."""
+        """Return every rank's value, in rank order; all ranks must call it."""
         return gather(value)
 
     def everywhere(self, function: Callable[[], T]) -> T:
-        """Call a function that may raise ValueError, which then all ranks raise."""
+        """Call `function` on every rank; all ranks must call this.
+
+        Returns:
+            What `function` returned on this rank.
+
+        Raises:
+            AllRanksError: On all ranks, if `function` raised ValueError on any of them.
+        """
         result, failure = None, None
         try:
             result = function()
@@ -67,13 +79,17 @@ class Ranks:
         return cast(T, result)
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read after it counts the work before it."""
+        """Wait until the device has finished, so that a clock read afterwards includes its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def launched() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as the launcher tells them; ValueError where there was none."""
+    """Return this process's rank and the number of ranks, from the launcher's environment variables.
+
+    Raises:
+        ValueError: If no launcher set them.
+    """
     if "RANK" not in os.environ:
         module = f"launch.{Path(sys.argv[0]).stem}"
         raise ValueError(f"start this with torchrun, as in: torchrun --nproc_per_node=2 -m {module}")
@@ -84,13 +100,14 @@ def launched() -> tuple[int, int]:
 
 
 def local_device() -> torch.device:
-    """This process's GPU where every process of its machine has one, else the CPU.
+    """Return this process's GPU if every process of its machine has one, else the CPU.
 
-    Raises ValueError where it cannot be told what the others have, and there is none for this one.
+    Raises:
+        ValueError: If this process has no GPU but others have one, and the launcher does not set the process count.
     """
     local = int(os.environ["LOCAL_RANK"])
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # The first is torchrun's, the second is DeepSpeed's launcher's; some launchers of clusters set neither.
+    # torchrun sets the first, DeepSpeed's launcher the second; some cluster launchers set neither.
     processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     if processes is None and 0 < gpus <= local:
         raise ValueError(
@@ -102,21 +119,32 @@ def local_device() -> torch.device:
 
 
 def patience_of(timeout: float) -> timedelta:
-    """When collectives give up by themselves, where a watchdog ends what stands still for `timeout` seconds.
+    """Return the timeout of collectives in a run whose watchdog has a limit of `timeout` seconds.
 
-    They wait longer than a disk may be slower on one rank than on the others.
+    It is longer than the watchdog's limits, so that a rank whose disk is slow does not make the others give up.
     """
     return timedelta(seconds=max(2 * timeout, SLOW_SECONDS) + 60)
 
 
 @contextmanager
 def connect(*, timeout: float, first: Callable[[], None], watch: Callable[[], None]) -> Iterator[Ranks]:
-    """Join the process group that the launcher describes; NCCL where every local rank has a GPU, else gloo.
+    """Join the process group that the launcher describes; all ranks must enter it.
 
-    `watch` is called before the first wait for all ranks together.
+    The backend is NCCL if every process of the machine has a GPU, else gloo. From here on SIGTERM, SIGUSR1 and SIGINT
+    set `Ranks.stopping`.
 
-    Before the ranks meet, the first one calls `first`, however long that takes; a ValueError of it is raised on all.
-    Collectives give up long after `timeout` seconds: who watches for that is quicker, and knows more.
+    Args:
+        timeout: The watchdog's limit in seconds; collectives time out later, see `patience_of`, because the watchdog
+            gives the better message.
+        first: Called on rank 0 before the ranks meet, while the others wait up to two days.
+        watch: Called on every rank before the process group is made, to start the watchdog.
+
+    Yields:
+        The ranks of the run.
+
+    Raises:
+        ValueError: If the launcher's variables are missing or there is no device, see `launched` and `local_device`.
+        AllRanksError: On all ranks, if `first` raised ValueError.
     """
     rank, world = launched()
     device = local_device()
@@ -135,7 +163,7 @@ def connect(*, timeout: float, first: Callable[[], None], watch: Callable[[], No
         timeout=patience,
     )
     ranks = Ranks(rank=rank, world=world, device=device)
-    # A node that came back counts from zero.
+    # A node that was replaced counts from zero, so take the largest count.
     ranks.restarts = int(ranks.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -144,22 +172,23 @@ def connect(*, timeout: float, first: Callable[[], None], watch: Callable[[], No
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, stop)
     yield ranks
-    # Not after an error: leaving a group in order waits for ranks that may be waiting for this one.
+    # Not after an error: destroying the group waits for ranks that may be waiting for this one.
     dist.destroy_process_group()
 
 
 def _store(rank: int) -> dist.Store:
-    """Where the ranks of this attempt find each other."""
+    """Return the store through which the ranks of this attempt find each other."""
     store, _, _ = next(dist.rendezvous("env://", timeout=_PREPARING))
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # One agent keeps one store for all its attempts, and the keys of ranks that are gone in it. With several agents
-        # their counts differ; launch/cluster/node.sh has each attempt make a store of its own.
+        # One torchrun agent keeps one store for all attempts, with the keys of earlier ranks, so each attempt gets its
+        # own prefix. Several agents can have different restart counts; for them launch/cluster/node.sh has each attempt
+        # make its own store.
         return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     return store
 
 
 def _precede(store: dist.Store, rank: int, first: Callable[[], None]) -> None:
-    """Have the first rank call `first` and the others wait for it."""
+    """Call `first` on rank 0 while the other ranks wait for it."""
     key = "symdist/first"
     if rank == 0:
         try:

@@ -1,4 +1,4 @@
-"""Ends a process that stands still, and says at what."""
+"""Ends a process that makes no progress, and reports what it was doing."""
 
 import faulthandler
 import os
@@ -8,20 +8,24 @@ import time
 from collections.abc import Callable
 
 STOOD_STILL = 3
-"""The exit code."""
+"""Exit code of a process that the watchdog ended."""
 
-# What is done once, or waits for a disk, may take as long whatever a collective may.
+# Limit for work that is done once or waits for a disk, which may take longer than any collective.
 SLOW_SECONDS = 1800.0
 _TELLING_SECONDS = 30.0
 
 
 class Watchdog:
-    """Watches from a thread that `doing` is called at least every `seconds`; else the process ends with `STOOD_STILL`.
+    """Ends the process with code `STOOD_STILL` unless `doing` is called at least every `seconds`.
 
-    What is said to be `slow` may take half an hour, if that is more.
+    It runs in a thread, since a rank that waits for a lost or hung one is stuck inside a collective. Before it ends the
+    process it prints a message and the stack of every thread to stderr, and passes the message to `report`.
 
-    A rank that waits for one that is lost or hung cannot say so itself: it is inside a collective. What it says goes to
-    stderr, with the stack of every thread after it, and to `report`. `detail` adds where in its work it is.
+    Args:
+        seconds: How long one activity may take; `slow` ones may take half an hour if that is longer.
+        rank: This process's rank, for the message.
+        detail: Returns more about the current activity, for the message.
+        report: Called with the message before the process ends.
     """
 
     def __init__(
@@ -41,24 +45,24 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._stop.set()
 
     def doing(self, what: str, *, slow: bool = False) -> None:
-        """This process goes on, with `what`."""
+        """Report progress: the process now begins `what`, which is `slow` if it may take half an hour."""
         self._doing = (what, time.monotonic(), max(self.seconds, SLOW_SECONDS) if slow else self.seconds)
 
     def where(self) -> str:
-        """What this process is at."""
+        """Return what this process is doing."""
         what, _, _ = self._doing
         try:
             detail = self.detail()
         except Exception:
-            # A device that has failed cannot be asked how far it came.
+            # A failed device cannot report how far it got.
             detail = ""
         return f"{what}, {detail}" if detail else what
 
@@ -71,7 +75,7 @@ class Watchdog:
                 f"rank {self._rank} has stood still for {allowed:g} s in {self.where()}: a rank is lost or hung, "
                 "or --timeout is shorter than this takes"
             )
-            # Where the output hangs as well, nothing is told, but the process ends.
+            # Ends the process even if writing the message hangs.
             ending = threading.Timer(_TELLING_SECONDS, os._exit, (STOOD_STILL,))
             ending.daemon = True
             ending.start()
@@ -80,5 +84,5 @@ class Watchdog:
             try:
                 self.report(text)
             finally:
-                # Nothing gentler: the main thread does not return from its collective.
+                # A normal exit is impossible, since the main thread does not return from its collective.
                 os._exit(STOOD_STILL)

@@ -1,1 +1,1 @@
-"""A study: many runs, tuned and set side by side."""
+"""Studies: many runs, each tuned with the same budget, and a comparison of their results."""

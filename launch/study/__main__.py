@@ -1,4 +1,4 @@
-"""Compare stacks at equal tuning budgets: python -m launch.study --config launch/configs/study.toml."""
+"""Compare optimizer stacks with equal tuning budgets: python -m launch.study --config launch/configs/study.toml."""
 
 import sys
 

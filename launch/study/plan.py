@@ -1,4 +1,4 @@
-"""What a study runs: arms, a grid of rates and seeds, told by a TOML file and checked before anything starts."""
+"""Configuration of a study: arms, learning-rate multipliers and seeds, from a TOML file checked before any run."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from launch.study.report import ArmOutcome, Outcome, read_outcome
 from symdist.routing.recipes import Recipe, load_recipe, parse_overrides, parse_value
 
 RECORD = "study-run.json"
-# Of a run's options, those that arms, grid and seeds decide, and those on which no measure depends.
+# Options of a run that the study itself sets, and options that do not change any result.
 _DECIDED = ("model", "recipe", "override", "seed", "output", "resume", "validate_every")
 _IRRELEVANT = ("output", "resume", "log_every", "checkpoint_every", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A model under a stack: a recipe and settings over it."""
+    """A model with one optimizer stack: a recipe, and overrides of its options."""
 
     model: str
     name: str
@@ -33,11 +33,15 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Model and name, as the folder of its runs."""
+        """Model and name, which is also the folder of the arm's runs."""
         return f"{Path(self.model).stem}/{self.name}"
 
     def tuned(self) -> Recipe:
-        """The recipe with the settings; ValueError where it is unknown or has rates that settings cannot reach."""
+        """Return the recipe with the arm's overrides.
+
+        Raises:
+            ValueError: If the recipe is unknown, or a pattern in it sets a learning rate, which overrides cannot reach.
+        """
         recipe = load_recipe(self.recipe).overridden(parse_overrides(self.override, option=f"arm {self.key}: override"))
         if any("lr" in pattern for pattern in recipe.patterns):
             raise ValueError(
@@ -46,7 +50,7 @@ class Arm:
         return recipe
 
     def settings(self, multiplier: float) -> tuple[str, ...]:
-        """The settings with every learning rate of the stack given, `multiplier` times as high."""
+        """Return the arm's overrides plus one for every learning rate, each multiplied by `multiplier`."""
         sections = self.tuned().multiplied("lr", multiplier).sections
         return (
             *self.override,
@@ -56,31 +60,35 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A comparison of arms, which stand in the file as [[arms]] tables: model, name, recipe, label, override."""
+    """A comparison of arms, given in the file as [[arms]] tables with model, name, recipe, label and override."""
 
     output: Path = Path("runs/study")
-    """The folder of runs, tables and picture."""
+    """Folder for runs, tables and the plot."""
     multipliers: tuple[float, ...] = (0.5, 1.0, 2.0)
-    """The grid of the sweep: factors of all learning rates of an arm at once."""
+    """Learning-rate multipliers of the sweep; each multiplies all learning rates of an arm."""
     sweep_seed: int = 42
-    """The seed of the sweep."""
+    """Seed of the sweep's runs."""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """The further seeds, each run at an arm's best multiplier; the table is about these."""
+    """Further seeds, each run with the arm's best multiplier; the table reports these runs."""
     jobs: int = 2
-    """Runs at a time."""
+    """Number of runs at the same time."""
     nproc: int = 1
-    """Ranks of a run."""
+    """Number of ranks per run."""
     dry_run: bool = False
-    """List the runs, start none."""
+    """List the runs and start none."""
     report: bool = False
-    """Tables and picture of what is there, start nothing."""
+    """Write tables and plot from the finished runs, and start none."""
     run: Config = field(default_factory=lambda: Config(steps=200, log_every=20))
-    """Options of every run, as of launch.pretrain."""
+    """Options of every run, the same as those of launch.pretrain."""
     arms: Suppress[tuple[Arm, ...]] = ()
-    """From the file."""
+    """The arms, which come from the file."""
 
     def check(self) -> None:
-        """ValueError, naming what is wrong and the remedy, for what cannot run."""
+        """Check that the study can run.
+
+        Raises:
+            ValueError: If it cannot; the message names what is wrong and the remedy.
+        """
         if not self.arms:
             raise ValueError("the study has no arms; give [[arms]] tables in the file of --config")
         if self.jobs < 1 or self.nproc < 1:
@@ -107,7 +115,11 @@ class Study:
                 raise ValueError(f"arm {arm.key}: {error}") from None
 
     def check_stacks(self) -> None:
-        """ValueError, naming the arm, for a model there is not and a stack that does not fit the model."""
+        """Check that every arm's model exists and its stack fits the model.
+
+        Raises:
+            ValueError: If not; the message names the arm.
+        """
         from symdist import route
         from symdist.param_groups import with_defaults
         from symdist.tools.models import build
@@ -123,19 +135,19 @@ class Study:
                 raise ValueError(f"arm {arm.key}: {error}") from None
 
     def sweep(self, arm: Arm) -> "list[Run]":
-        """The arm's runs over the grid."""
+        """Return the arm's runs of the sweep, one per multiplier."""
         return [Run(arm=arm, multiplier=multiplier, seed=self.sweep_seed) for multiplier in self.multipliers]
 
     def further(self, arm: Arm, multiplier: float) -> "list[Run]":
-        """The arm's runs of further seeds."""
+        """Return the arm's runs with further seeds, all with the same multiplier."""
         return [Run(arm=arm, multiplier=multiplier, seed=seed) for seed in self.seeds]
 
     def folder(self, run: "Run") -> Path:
-        """Where a run's logs and checkpoints are."""
+        """Return the folder of a run's logs and checkpoints."""
         return self.output / "runs" / run.name
 
     def config(self, run: "Run") -> Config:
-        """The whole configuration of a run."""
+        """Return the full configuration of a run."""
         return dataclasses.replace(
             self.run,
             model=run.arm.model,
@@ -148,7 +160,7 @@ class Study:
         )
 
     def record(self, run: "Run") -> dict[str, Any]:
-        """What must be the same for a folder to hold this run, the recipe's contents among it."""
+        """Return the settings, the recipe's contents included, by which a folder is known to hold this run."""
         config = dataclasses.asdict(self.config(run))
         config["data"].pop("cache")
         recipe = dataclasses.asdict(load_recipe(run.arm.recipe).overridden(self.config(run).overrides()))
@@ -156,11 +168,15 @@ class Study:
         return json.loads(json.dumps(kept | {"recipe": recipe, "ranks": self.nproc}))
 
     def finished(self, run: "Run") -> bool:
-        """Whether the run has come to its end."""
+        """Return whether the run is finished."""
         return already_finished(self.folder(run), steps=self.run.steps)
 
     def check_folder(self, run: "Run") -> None:
-        """ValueError where the run's folder holds a run of another configuration."""
+        """Check that the run's folder is free or holds this run.
+
+        Raises:
+            ValueError: If it holds a run of another configuration, or one that no study started.
+        """
         folder = self.folder(run)
         if not (folder / RECORD).exists():
             if (folder / LOG).exists():
@@ -176,7 +192,7 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One of an arm's runs."""
+    """One run of an arm, with its learning-rate multiplier and seed."""
 
     arm: Arm
     multiplier: float
@@ -184,12 +200,20 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its folder under the study's runs."""
+        """The run's folder, relative to the study's folder of runs."""
         return f"{self.arm.key}/x{self.multiplier:g}-seed{self.seed}"
 
 
 def parse(arguments: list[str], *, description: str | None) -> Study:
-    """The study of `--config FILE.toml` and of options over it; ValueError for a file that is none."""
+    """Parse a study from `--config FILE.toml` and the options that override it.
+
+    Args:
+        arguments: The command line, without the program's name.
+        description: The text at the top of `--help`.
+
+    Raises:
+        ValueError: If the file cannot be read, is not valid TOML, or has an arm with wrong entries.
+    """
     given: list[str] = []
     arms: list[Arm] = []
     for word in split_configs(arguments):
@@ -217,7 +241,11 @@ def _arm(table: dict[str, Any]) -> Arm:
 
 
 def outcomes(study: Study) -> list[ArmOutcome]:
-    """What there is of every arm; ValueError where a folder holds a run of another configuration."""
+    """Read the finished runs of every arm.
+
+    Raises:
+        ValueError: If a run's folder holds a run of another configuration.
+    """
 
     def read(runs: list[Run]) -> tuple[Outcome, ...]:
         for run in runs:

@@ -1,4 +1,4 @@
-"""What a study has found so far: the table on the terminal and in Markdown, all numbers in JSON, and the picture."""
+"""Reports the results of a study so far: tables on the terminal and in Markdown, all numbers in JSON, and a plot."""
 
 import json
 import math
@@ -18,7 +18,16 @@ PICTURE = "study.png"
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A run that came to its end; the router's measures are None for a model without routers."""
+    """The result of a finished run.
+
+    Attributes:
+        multiplier: Factor of all learning rates.
+        seed: The run's seed.
+        loss: Final validation loss in nats.
+        load_cv: Coefficient of variation of the routers' load; None for a model without routers.
+        dead: Fraction of dead experts; None for a model without routers.
+        seconds: Training time.
+    """
 
     multiplier: float
     seed: int
@@ -35,7 +44,17 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmOutcome:
-    """What there is of an arm: outcomes of the sweep, in the order of the grid, and of the further seeds."""
+    """The results of an arm so far.
+
+    Attributes:
+        model: The model's name.
+        name: The arm's name.
+        label: The arm's name in tables and plot.
+        grid: The learning-rate multipliers of the sweep.
+        seeds: The further seeds.
+        sweep: Results of the sweep's finished runs, in the order of the grid.
+        further: Results of the finished runs with further seeds.
+    """
 
     model: str
     name: str
@@ -47,7 +66,7 @@ class ArmOutcome:
 
     @property
     def best(self) -> float | None:
-        """The multiplier of the sweep's smallest loss, a diverged run counting as worst; None before its end."""
+        """The multiplier with the smallest loss, where a diverged run counts as worst; None until the sweep is done."""
         if len(self.sweep) < len(self.grid):
             return None
         return min(
@@ -56,7 +75,7 @@ class ArmOutcome:
 
     @property
     def note(self) -> str:
-        """What to keep in mind about the numbers; empty where nothing is."""
+        """Caveats about the numbers, such as missing or diverged runs; empty if there are none."""
         notes = []
         if self.best is None:
             notes.append(f"{len(self.sweep)} of {len(self.grid)} runs of the sweep done")
@@ -73,12 +92,21 @@ class ArmOutcome:
         return "; ".join(notes)
 
     def values(self, measure: str) -> list[float]:
-        """A measure of the further seeds, where they have it."""
+        """Return a measure (a field of `Outcome`) of all runs with further seeds, without None."""
         return [value for run in self.further if (value := getattr(run, measure)) is not None]
 
 
 def read_outcome(folder: Path, *, multiplier: float, seed: int) -> Outcome:
-    """A finished run from its folder; ValueError where it has not come to its end."""
+    """Read the result of a finished run.
+
+    Args:
+        folder: The run's folder.
+        multiplier: The run's learning-rate multiplier.
+        seed: The run's seed.
+
+    Raises:
+        ValueError: If the run is not finished.
+    """
     summary = read_run(folder).summary
     if summary is None:
         raise ValueError(f"{folder} has not come to its end; run the study again, which goes on with it")
@@ -93,14 +121,24 @@ def read_outcome(folder: Path, *, multiplier: float, seed: int) -> Outcome:
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are no values, or not enough, or not all finite."""
+    """Return mean and sample standard deviation.
+
+    Returns:
+        Both are None if there are no values or any is not finite; the deviation is also None for a single value.
+    """
     if not values or not all(map(math.isfinite, values)):
         return None, None
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def write(arms: Sequence[ArmOutcome], folder: Path, *, settings: dict[str, Any]) -> None:
-    """Print the tables; write `study.json`, `study.md` and `study.png` into the study's folder."""
+    """Print the tables, and write `study.json`, `study.md` and `study.png`.
+
+    Args:
+        arms: The results of all arms.
+        folder: The study's folder; created if missing.
+        settings: The study's configuration, which goes into `study.json`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     print_tables(arms)
     (folder / JSON).write_text(json.dumps(_plain(_numbers(arms, settings)), indent=2, allow_nan=False) + "\n")
@@ -110,7 +148,7 @@ def write(arms: Sequence[ArmOutcome], folder: Path, *, settings: dict[str, Any])
 
 
 def print_tables(arms: Sequence[ArmOutcome]) -> None:
-    """A table a model."""
+    """Print one table per model."""
     from rich.console import Console
     from rich.table import Table
 
@@ -126,7 +164,7 @@ def print_tables(arms: Sequence[ArmOutcome]) -> None:
 
 
 def markdown(arms: Sequence[ArmOutcome]) -> str:
-    """The same tables for a README."""
+    """Return the tables, one per model, as Markdown."""
     parts = []
     for model, group in _by_model(arms).items():
         header, rows = _cells(group)
@@ -140,7 +178,7 @@ def markdown(arms: Sequence[ArmOutcome]) -> str:
 
 
 def draw(arms: Sequence[ArmOutcome], path: Path) -> None:
-    """A row of panels a model: losses of the seeds, the sweep, and the routers' load where there are routers."""
+    """Draw one row of plots per model: losses of the seeds, the sweep, and router load if any model has routers."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +229,7 @@ def _draw_seeds(axis: Any, group: Sequence[ArmOutcome], measure: str) -> None:
 
 
 def _cells(group: Sequence[ArmOutcome]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of a model's table, as text."""
+    """Return header and rows of a model's table, as text."""
     columns: list[tuple[str, Callable[[ArmOutcome], str]]] = [
         ("stack", lambda arm: arm.label),
         ("validation loss", lambda arm: _spread(arm.values("loss"), lambda value: f"{value:.3f}")),
@@ -233,7 +271,7 @@ def _numbers(arms: Iterable[ArmOutcome], settings: dict[str, Any]) -> dict[str, 
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold: no inf or NaN, which become null, and no paths."""
+    """Return a JSON-serializable copy: inf and NaN become None, paths become text."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""Compare stacks at equal tuning budgets: a sweep of learning rates for every arm, then further seeds at its best.
+"""Compare optimizer stacks with equal tuning budgets: a learning-rate sweep per arm, then more seeds at its best rate.
 
 python -m launch.study --config launch/configs/study.toml [--report | --dry-run]
 
-Every run is a launch.pretrain of its own. A stopped study goes on by the same command, in the middle of a run too.
+Every run is a separate launch.pretrain. The same command continues a stopped study, even in the middle of a run.
 """
 
 import dataclasses
@@ -27,7 +27,12 @@ _ENTRY = "launch.pretrain"
 
 
 class Runner:
-    """Runs of a study, `jobs` at a time, until there is none left or a signal says to stop."""
+    """Executes the runs of a study, `jobs` at a time, until none is left or a signal stops it.
+
+    Args:
+        study: The study to run.
+        lock: File descriptor of the lock on the study's folder, which the runs inherit.
+    """
 
     def __init__(self, study: Study, lock: int):
         from rich.console import Console
@@ -42,7 +47,7 @@ class Runner:
         self._started = time.monotonic()
 
     def go(self) -> None:
-        """Run; what failed is in `failed`, the signal in `stopped_by`."""
+        """Execute the runs; afterwards `failed` has the logs of failed runs by name, and `stopped_by` the signal."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,7 +66,7 @@ class Runner:
                     signal.signal(number, handler)
 
     def _step(self) -> bool:
-        """Start what there is room for, and wait for a run to end; whether there is more to do."""
+        """Start as many runs as `jobs` allows and wait until one ends; return whether to continue."""
         due = [run for run in self._due() if run not in self._running]
         for run in due[: self.study.jobs - len(self._running)]:
             self._start(run)
@@ -81,7 +86,7 @@ class Runner:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _due(self) -> Iterator[Run]:
-        """What is left to run and can run now, in the order of the arms."""
+        """Yield the runs that are left and can start now, in the order of the arms."""
         for arm, outcome in zip(self.study.arms, outcomes(self.study), strict=True):
             runs = self.study.sweep(arm) if outcome.best is None else self.study.further(arm, outcome.best)
             yield from (run for run in runs if not self.study.finished(run) and run.name not in self.failed)
@@ -95,7 +100,7 @@ class Runner:
         (folder / RECORD).write_text(json.dumps(study.record(run), indent=2) + "\n")
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         if not study.run.data.source.startswith("datasets:"):
-            # Models come from their configurations, so nothing is to be looked up.
+            # Models are built from configurations alone, so nothing needs the Hugging Face Hub.
             environment["HF_HUB_OFFLINE"] = "1"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={study.nproc}"]
         command += ["-m", _ENTRY, *words(dataclasses.asdict(study.config(run)), prefix="--")]
@@ -106,7 +111,7 @@ class Runner:
                 stdout=output,
                 stderr=output,
                 env=environment,
-                # Ctrl-C is for the study, which tells its runs; a run that outlives it keeps the lock.
+                # Ctrl-C reaches only the study, which then stops its runs; a run that outlives it keeps the lock.
                 start_new_session=True,
                 pass_fds=(self._lock,),
             )
@@ -120,7 +125,7 @@ class Runner:
         return ended
 
     def _tidied(self, run: Run) -> bool:
-        """Whether the run has come to its end; if so, its checkpoints go: the log is what counts then."""
+        """Return whether the run is finished; if so, delete its checkpoints, since only its log is needed."""
         finished = self.study.finished(run)
         if finished:
             shutil.rmtree(self.study.folder(run) / "checkpoints", ignore_errors=True)
@@ -128,7 +133,7 @@ class Runner:
 
     def _end(self) -> None:
         for process in self._running.values():
-            # torchrun hands it on to the ranks, which save a checkpoint.
+            # torchrun passes the signal on to the ranks, which save a checkpoint.
             process.terminate()
         deadline = time.monotonic() + 90
         for run, process in self._running.items():
@@ -156,7 +161,7 @@ class Runner:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Hold the study's folder; ValueError where another study, or a run it left behind, does."""
+    """Lock the study's folder; raise ValueError if another study, or a run it left behind, holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
@@ -198,7 +203,15 @@ def _report(study: Study) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run, list or report; the exit code: 0, 1 where runs failed, 2 for what the user can mend, 128 + a signal."""
+    """Run, list or report the study that the command line describes.
+
+    Args:
+        arguments: The command line, without the program's name.
+
+    Returns:
+        The exit code: 0 on success, 1 if runs failed, 2 for an error that the user can fix, 128 plus the signal's
+        number if a signal stopped it.
+    """
     try:
         study = parse(arguments, description=__doc__)
         study.check()

@@ -1,4 +1,4 @@
-"""Measures of a training run that the loss alone does not show."""
+"""Measurements of a training run that the loss does not show."""
 
 from symdist.diagnostics.router import RouterMonitor
 from symdist.diagnostics.steps import StepMonitor

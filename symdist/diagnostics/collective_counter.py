@@ -1,4 +1,4 @@
-"""The collectives that pass through torch.distributed while a block of code runs, whoever starts them."""
+"""Counts the collectives that any library starts through torch.distributed while a block of code runs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,29 +17,50 @@ from symdist.exchange.collectives.transport import CollectiveRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Passed(CollectiveRecord):
-    """A collective that was started, with the global ranks of its group; see `CollectiveCounter` for `sent`."""
+    """A collective that was started, see `CollectiveCounter` for how `sent` is counted.
+
+    Attributes:
+        ranks: The global ranks of its process group.
+    """
 
     ranks: tuple[int, ...]
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Notes in `log` every collective that this thread starts while the context is open.
+    """Records in `log` every collective that this thread starts inside the context.
 
-    It watches the operators below torch.distributed, so it sees torch.distributed's own functions, asynchronous or
-    not, functional collectives, DTensor's redistributions, FSDP2 and DDP, each once. `sent` is what this rank sends,
-    counted as `CountingTransport` does: for a sum over w ranks 2·n·(w−1)/w of n bytes, as in a ring; for a
-    reduce_scatter or all_gather the whole buffer less one chunk; for an all_to_all all but the own chunk; for a
-    broadcast the root's buffer, for a scatter all of the root's but its own chunk, and nothing elsewhere; for a reduce
-    or gather the buffer of everyone but the root; for a send its buffer, for a recv nothing. What is coalesced into one
-    call is one collective. In a group of one they count, with nothing sent. Barriers and waits are no collectives.
+    It intercepts the operators below torch.distributed. It therefore sees torch.distributed's own functions
+    (asynchronous or not), functional collectives, DTensor's redistributions, FSDP2 and DDP, each collective once.
+    Collectives that are coalesced into one call count as one; barriers and waits do not count.
 
-    Not seen: what other threads start. A backward on CPUs runs on the thread that called it and is seen; for GPUs
-    autograd has threads of its own, to which it hands the watch on, but this was not tried. Nothing moves for fake
-    tensors, and nothing is noted. Under the watch torch.compile does not compile, and with fullgraph=True refuses to
-    run, unless `torch.compiler.set_stance("force_eager")` is open around it.
+    `sent` is the number of bytes that this rank sends, counted as `CountingTransport` does. For w ranks:
 
-    Inside the context a collective of a kind that is not known here, such as those on symmetric memory, raises
-    RuntimeError with its name before it runs.
+    - all_reduce of n bytes: 2·n·(w−1)/w, as in a ring.
+    - reduce_scatter, all_gather: the whole buffer without one chunk.
+    - all_to_all: everything but this rank's own chunk.
+    - broadcast: the buffer, on the root only.
+    - scatter: everything but its own chunk, on the root only.
+    - reduce, gather: the buffer, on all ranks but the root.
+    - send: the buffer. recv: nothing.
+
+    In a group of one rank, collectives are counted with nothing sent. With fake tensors nothing moves, and nothing is
+    recorded.
+
+    Collectives of other threads are not seen. On CPUs, a backward runs on the thread that calls it and is seen; on GPUs
+    autograd has threads of its own, to which it passes the context on, but this is not tested. Inside the context
+    torch.compile does not compile, and with `fullgraph=True` it refuses to run unless
+    `torch.compiler.set_stance("force_eager")` is active.
+
+    A collective of an unknown kind, such as those on symmetric memory, raises RuntimeError with its name before it
+    runs.
+
+    Attributes:
+        log: The collectives in the order in which they were started.
+
+    Example:
+        >>> with CollectiveCounter() as counter:
+        ...     optimizer.step()
+        >>> counter.collectives, counter.sent
     """
 
     def __init__(self) -> None:
@@ -48,19 +69,19 @@ class CollectiveCounter(TorchDispatchMode):
 
     @property
     def collectives(self) -> int:
-        """How many collectives were started."""
+        """The number of collectives that were started."""
         return len(self.log)
 
     @property
     def sent(self) -> float:
-        """Bytes this rank sent."""
+        """The number of bytes that this rank sent."""
         return sum(passed.sent for passed in self.log)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         fake = any(issubclass(kind, FakeTensor) for kind in types)
         if not fake and any(kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ for kind in types):
-            # Let DTensor and its like break down into operations on their pieces, which come back here one by one.
+            # DTensor and similar subclasses then split into operations on local tensors, which arrive here one by one.
             return NotImplemented
         if fake or func.namespace not in _NAMESPACES:
             return func(*args, **kwargs)
@@ -71,7 +92,7 @@ class CollectiveCounter(TorchDispatchMode):
             raise RuntimeError(f"symdist.diagnostics.collective_counter cannot count {name}: add it to the table there")
         arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         group = _group(arguments)
-        # Before the call: an asynchronous one may already be at work on its buffers after it.
+        # Count before the call: after it, an asynchronous collective may already be changing its buffers.
         kind, sent = _KNOWN[name]
         passed = Passed(
             kind=kind,
@@ -86,7 +107,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """The arguments by name, in the order of the schema; the group's size, and this rank's index in it."""
+    """The arguments of an operator by name, in schema order, with the group's size and this rank's index in it."""
 
     arguments: Mapping[str, Any]
     size: int
@@ -96,7 +117,7 @@ class _Call:
         return list(self.arguments.values())[position]
 
     def nbytes(self, position: int = 0) -> int:
-        """Bytes of the argument's tensors, a tensor or a list of them or of lists."""
+        """Return the bytes of an argument: a tensor, a list of tensors, or a list of such lists."""
         return _nbytes(self.argument(position))
 
     def is_root(self) -> bool:
@@ -108,14 +129,14 @@ _Sent: TypeAlias = Callable[[_Call], float]
 
 
 def _rows(buffer: Tensor, splits: list[int], call: _Call) -> float:
-    """An all_to_all of blocks of rows, of equal ones where no splits are given."""
+    """Return the bytes sent in an all_to_all of blocks of rows, which are of equal size if `splits` is empty."""
     if not splits:
         return buffer.nbytes * (call.size - 1) / call.size
     return buffer.nbytes - splits[call.index] * (buffer.nbytes // max(1, len(buffer)))
 
 
 def _posted(call: _Call) -> float:
-    """What is sent of several sends and receives."""
+    """Return the bytes sent by the sends among several sends and receives."""
     arguments = call.arguments
     return sum(
         tensor.nbytes
@@ -124,7 +145,8 @@ def _posted(call: _Call) -> float:
     )
 
 
-# What this rank sends in each. The c10d ones have their outputs before their inputs, the functional ones inputs alone.
+# Kind, bytes that this rank sends, and operators. The c10d operators take outputs before inputs, the functional ones
+# inputs only.
 _TRAFFIC: tuple[tuple[str, _Sent, str], ...] = (
     (
         "all_reduce",
@@ -161,7 +183,7 @@ _TRAFFIC: tuple[tuple[str, _Sent, str], ...] = (
         lambda call: _rows(call.argument(0), call.argument(2), call),
         "_c10d_functional::all_to_all_single",
     ),
-    # What DTensor moves a shard to another dimension by, where the backend can.
+    # DTensor moves a shard to another dimension with this operator if the backend supports it.
     ("all_to_all", lambda call: _rows(call.argument(0), [], call), "_dtensor::shard_dim_alltoall"),
     (
         "broadcast",
@@ -184,7 +206,8 @@ _NOTHING_SENT = {
     "_c10d_functional::wait_tensor",
     "_dtensor::mesh_get_process_group",
 }
-# Of the last three nothing is known: the first two break down into _c10d_functional, the other moves data by itself.
+# The tables hold no operators of the last three. Those of c10d_functional and _c10d_functional_autograd decompose into
+# _c10d_functional; those of symm_mem move data on their own and are refused.
 _NAMESPACES = {"c10d", "_c10d_functional", "_dtensor", "c10d_functional", "_c10d_functional_autograd", "symm_mem"}
 
 
@@ -193,7 +216,7 @@ def _nbytes(tensors: Any) -> int:
 
 
 def _group(arguments: Mapping[str, Any]) -> dist.ProcessGroup:
-    """The process group of a call, which is given as an object or by name."""
+    """Return the process group of a call, which is given as an object or by name."""
     given = arguments["process_group"] if "process_group" in arguments else arguments["group_name"]
     if isinstance(given, str):
         return _resolve_process_group(cast(Any, given))

@@ -1,4 +1,4 @@
-"""The memory a call needs on top of what was there before it."""
+"""Measures the memory that a call needs on top of what was allocated before it."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -13,13 +13,20 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 
 def peak_bytes(function: Callable[[], object], *, device: torch.device | str = "cpu") -> int:
-    """Call `function` and return the most bytes of tensors made during the call that were alive at one moment.
+    """Call a function and return the peak memory of the tensors it creates.
 
-    On a CUDA device the allocator's own count, of everything PyTorch allocates there. On any other the storages of
-    the tensors that operations return, each counted once however many views it has, from its creation to its end;
-    what was alive before the call is not counted. Not seen there: memory inside a kernel (scratch of matrix products
-    and decompositions), the buffers of gloo and other libraries, storages resized after they were made, and work on
-    other threads. The call runs slower while it is watched.
+    On a CUDA device this is PyTorch's allocator statistic for the device. On other devices, the storages of the tensors
+    that operations return are tracked from creation to release; each is counted once, however many views it has.
+    Tensors that existed before the call are not counted. The tracking slows the call down and misses memory inside a
+    kernel (such as scratch space of matrix products and decompositions), buffers of gloo and other libraries, storages
+    that are resized later, and work on other threads.
+
+    Args:
+        function: The function to call.
+        device: The device whose memory is measured. The CPU by default; "meta" measures a run without data.
+
+    Returns:
+        The largest number of bytes alive at the same time, without what was there before the call.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -39,23 +46,23 @@ def _peak_of_allocator(function: Callable[[], object], device: torch.device) -> 
 
 
 class _Watch(TorchDispatchMode):
-    """Follows storages from the operation that returns them to their end."""
+    """Tracks storages from the operation that returns them until they are released."""
 
     def __init__(self, device_type: str):
         super().__init__()
         self.peak = 0
         self._device_type = device_type
         self._alive = 0
-        # By identity and weakly: an address can be used again, and nothing may live longer for being watched.
+        # Weak references, so that tracking keeps nothing alive; by identity, since addresses are reused.
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            # Let it break down into operations on its pieces, which come back here one by one.
+            # DTensor then splits it into operations on local tensors, which arrive here one by one.
             return NotImplemented
         kwargs = kwargs or {}
         for storage in self._storages((args, kwargs)):
-            # Given to an operation before any returned it: older than the call.
+            # An input that no operation has returned existed before the call.
             self._known.setdefault(storage, None)
         result = func(*args, **kwargs)
         for storage in self._storages(result):
@@ -69,7 +76,7 @@ class _Watch(TorchDispatchMode):
         for leaf in tree_leaves(tree):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                # Not the tensor's device: DTensor works out shapes on tensors that only claim to be here.
+                # Not the tensor's own device: DTensor infers shapes with tensors that only claim to be on this device.
                 if storage.device.type == self._device_type:
                     yield storage
 

@@ -1,4 +1,4 @@
-"""How a mixture-of-experts model spreads its tokens: auxiliary losses and load measures of its routers."""
+"""Measures how a mixture-of-experts model distributes its tokens: auxiliary losses and router load statistics."""
 
 from __future__ import annotations
 
@@ -10,46 +10,58 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-# An expert that gets less than this share of an even load counts as dead.
+# An expert whose load is below this fraction of an even load counts as dead.
 _DEAD = 0.1
 
 
 class RouterMonitor:
-    """Watches the routers of an OLMoE, Qwen3-MoE, Mixtral or gpt-oss model of transformers by forward hooks.
+    """Observes the routers of an OLMoE, Qwen3-MoE, Mixtral or gpt-oss model of `transformers`, by forward hooks.
 
-    With E experts, k of them a token and N tokens, a layer has the load `f_i = count_i / (N·k)` and the mean
-    router probability `p_i`, the softmax over all E experts averaged over the tokens.
+    With E experts, k of them chosen per token, and N tokens, a layer has the load `f_i = count_i / (N·k)` and the mean
+    router probability `p_i`: the softmax over all E experts, averaged over the tokens.
 
-    `losses` looks at the last forward. `accumulate` adds the last forward to running totals, from which
-    `summary` takes its measures; call it once a forward. Under FSDP the monitor may be placed before or after
-    `fully_shard`.
+    `losses` uses the last forward. `accumulate` adds the last forward to running totals, so call it once per forward;
+    `summary` computes statistics of these totals. Under FSDP the monitor can be created before or after `fully_shard`.
+
+    Args:
+        model: The model.
 
     Attributes:
-        layers: number of routers found; 0 for a dense model, for which every method does nothing.
+        layers: The number of routers found. It is 0 for a dense model, for which all methods do nothing.
+
+    Example:
+        >>> monitor = symdist.RouterMonitor(model)
+        >>> loss = model(input_ids=tokens, labels=tokens).loss
+        >>> balance, z = monitor.losses()
+        >>> (loss + 0.01 * balance + 0.001 * z).backward()
+        >>> monitor.accumulate()
+        >>> monitor.summary()["mean"]["load_cv"]
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # By name: the library does not import transformers, and FSDP2 only puts a prefix before a class name.
+        # By class name, since the library does not import transformers. FSDP2 only adds a prefix to a class name.
         routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
         self.layers = len(routers)
-        # Per layer of the last forward: logits [N, E] with their graph, and the chosen experts [N, k].
+        # Per layer, from the last forward: logits [N, E] with their autograd graph, and the chosen experts [N, k].
         self._last: list[tuple[Tensor, Tensor] | None] = [None] * self.layers
-        # Per layer a row of counts (E), sums of probabilities (E), sum of logsumexp² and number of tokens.
+        # Per layer, a row of: counts (E), sums of probabilities (E), sum of logsumexp², number of tokens.
         self._totals: Tensor | None = None
         self._handles: list[RemovableHandle] = [
             router.register_forward_hook(self._recorder(layer)) for layer, router in enumerate(routers)
         ]
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """Auxiliary losses of the last forward, to be weighted and added to the loss before `backward`.
+        """Return the auxiliary losses of the last forward on this rank.
+
+        Multiply them by weights of your choice and add them to the loss before `backward`.
 
         Returns:
-            Two scalars, each a mean over layers. Load balance `E·Σ f_i·p_i`: 1 when the load is even, E when
-            every token surely goes to one expert; no gradient flows through f. And z, the mean over tokens of
-            the squared logsumexp of the logits. Zeros for a dense model.
+            Two scalars, each the mean over the layers; zeros for a dense model. The first is the load-balance loss `E·Σ
+            f_i·p_i`: 1 if the load is even, E if every token goes to the same expert with certainty; no gradient flows
+            through f. The second is the z-loss: the squared logsumexp of the logits, averaged over the tokens.
 
         Raises:
-            RuntimeError: the model has not run since the monitor was placed.
+            RuntimeError: If the model has not run since the monitor was created.
         """
         if self.layers == 0:
             return torch.zeros(()), torch.zeros(())
@@ -63,10 +75,10 @@ class RouterMonitor:
 
     @torch.no_grad()
     def accumulate(self) -> None:
-        """Add the last forward to the running totals.
+        """Add the last forward to the running totals. Call it once per forward.
 
         Raises:
-            RuntimeError: the model has not run since the monitor was placed.
+            RuntimeError: If the model has not run since the monitor was created.
         """
         if self.layers == 0:
             return
@@ -76,25 +88,31 @@ class RouterMonitor:
             z = logits.logsumexp(-1).square().sum(0, keepdim=True)
             tokens = z.new_tensor([logits.shape[0]])
             rows.append(torch.cat([_counts(chosen, logits.shape[-1]), logits.softmax(-1).sum(0), z, tokens]))
-        # Counts of many steps outgrow the integers float32 holds exactly.
+        # float64, since counts of many steps exceed the integers that float32 represents exactly.
         totals = torch.stack(rows).double()
         self._totals = totals if self._totals is None else self._totals + totals
 
     def summary(self, reduce: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
-        """Measures of everything accumulated since the start or the last `reset`.
+        """Return statistics of all forwards accumulated since the start or the last `reset`.
 
         Args:
-            reduce: adds a flat float64 tensor over the ranks that saw other tokens, in place, such as
-                `torch.distributed.all_reduce`. The monitor's own totals stay those of this rank.
+            reduce: A function that sums a flat float64 tensor in place over the ranks that saw different tokens, such
+                as `torch.distributed.all_reduce`; these ranks must then all call `summary`. The monitor's own totals
+                stay those of this rank. None (default) for the statistics of this rank's tokens.
 
         Returns:
-            `{"layers": {measure: one number a layer}, "mean": {measure: mean over layers}}`; `{}` for a dense
-            model. Measures: `load_cv`, std(f) / mean(f), 0 when even; `load_entropy`, −Σ f ln f / ln E, 1
-            when even; `dead`, share of experts with f < 0.1 / E; `top_load`, max f; `balance`, E·Σ f_i·p_i;
-            `z`, mean squared logsumexp.
+            `{"layers": {statistic: one number per layer}, "mean": {statistic: mean over the layers}}`; `{}` for a dense
+            model.
+
+            - `load_cv`: std(f) / mean(f); 0 if the load is even.
+            - `load_entropy`: −Σ f ln f / ln E; 1 if the load is even.
+            - `dead`: share of experts with f < 0.1 / E.
+            - `top_load`: max f.
+            - `balance`: E·Σ f_i·p_i.
+            - `z`: mean squared logsumexp of the logits.
 
         Raises:
-            RuntimeError: nothing was accumulated.
+            RuntimeError: If nothing was accumulated.
         """
         if self.layers == 0:
             return {}
@@ -121,11 +139,11 @@ class RouterMonitor:
         }
 
     def reset(self) -> None:
-        """Forget what was accumulated; the last forward stays."""
+        """Clear the running totals. The last forward is kept."""
         self._totals = None
 
     def close(self) -> None:
-        """Remove the hooks and let go of the last forward's tensors."""
+        """Remove the hooks and release the tensors of the last forward."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -146,7 +164,7 @@ class RouterMonitor:
 
 
 def _counts(chosen: Tensor, experts: int) -> Tensor:
-    """Tokens per expert, float32 [E], from the chosen experts [N, k]."""
-    # Not bincount: on CUDA it waits for the device, since its length depends on the values.
+    """Return the number of tokens per expert, `[E]` in float32, from the chosen experts `[N, k]`."""
+    # Not bincount: on CUDA it waits for the device, since the length of its result depends on the values.
     counts = torch.zeros(experts, device=chosen.device)
     return counts.index_add_(0, chosen.flatten(), torch.ones(chosen.numel(), device=chosen.device))

@@ -1,4 +1,4 @@
-"""Measures of single optimizer steps: how far weights move by role, ν, and where the time goes."""
+"""Measures optimizer steps: how far weights move by role, nuclear norms (ν), and where the time goes."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,15 +15,20 @@ Sums = dict[str, list[float]]
 
 
 class StepMonitor:
-    """Measures steps of a `SymDist` optimizer, those before which it was armed; the others cost nothing.
+    """Measures single steps of a `SymDist` optimizer.
 
-    It works on any layout: pieces are measured where they lie, and `summary` puts them together. A measured step waits
-    for the device around each part of its work, and keeps a copy of what AdamW steps.
+    Only a step before which `arm` was called is measured; other steps cost nothing extra. A measured step is slower: it
+    waits for the device before and after each part of its work, and copies the weights that AdamW steps. Weights and
+    updates are measured as local pieces in any layout, and `summary` combines them over the ranks.
 
-        monitor = StepMonitor(optimizer)
-        monitor.arm()
-        optimizer.step()
-        values = monitor.summary(gather)
+    Args:
+        optimizer: The `SymDist` optimizer.
+
+    Example:
+        >>> monitor = symdist.StepMonitor(optimizer)
+        >>> monitor.arm()
+        >>> optimizer.step()
+        >>> values = monitor.summary()  # of this rank's pieces; pass `gather` for all ranks
     """
 
     def __init__(self, optimizer: Any):
@@ -36,7 +41,7 @@ class StepMonitor:
         self._seconds: dict[str, float] = {}
 
     def arm(self) -> None:
-        """Measure the next step, in place of one measured before."""
+        """Measure the next step, and discard what was measured before."""
         self._squares, self._counts, self._nuclear, self._seconds = {}, {}, {}, {}
         self._measured = False
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
@@ -45,7 +50,11 @@ class StepMonitor:
 
     @contextmanager
     def timing(self, what: str) -> Iterator[None]:
-        """Count the time inside for a strategy, or for "exchange" or "coordinate"."""
+        """Add the time spent inside this context to a part of the step. The optimizer calls this.
+
+        Args:
+            what: The part: a strategy, "exchange" or "coordinate".
+        """
         started = self._clock()
         yield
         self._seconds[what] = self._seconds.get(what, 0.0) + self._clock() - started
@@ -59,20 +68,34 @@ class StepMonitor:
         *,
         padding_rows: int = 0,
     ) -> None:
-        """Pieces of parameters of a role have moved by these steps; `weights` are those after it.
+        """Record how far parameters of a role moved. The optimizer calls this.
 
-        The last `padding_rows` of each, which are zero and stay so, are not counted.
+        Args:
+            role: The role of the parameters.
+            layouts: The layout of each parameter.
+            weights: This rank's piece of each parameter, after the step.
+            steps: What was subtracted from each piece, learning rate included and decay not; the sign does not matter.
+            padding_rows: The number of last rows of each parameter that are padding, zero and not counted. 0 by
+                default.
         """
         self._measured = True
         for layout, weight, step in zip(layouts, weights, steps, strict=True):
-            # Replicas hold the same: with as many shares as it is cut in, every tensor counts alike over all ranks.
+            # A replica is counted on every rank that has it, but a sharded tensor only once over its ranks. The number
+            # of shards as a weight makes all tensors count alike in the sum over all ranks.
             shares = _shares(layout)
             real = 1 - padding_rows / layout.shape[0] if padding_rows else 1.0
             self._add(f"update_rms/{role}", step, shares, real)
             self._add(f"weight_rms/{role}", weight, shares, real)
 
     def rooted(self, roles: Sequence[str], root: InverseRoot, members: Sequence[int], ranks: float) -> None:
-        """A Gram's root was taken, of matrices of `members` in order, whose roles these are, for so many ranks."""
+        """Record an inverse root of a Gram matrix, which contains the nuclear norms. The optimizer calls this.
+
+        Args:
+            roles: The roles of the parameters of a job.
+            root: The inverse root, of one or several matrices per member.
+            members: The indices in `roles` of the parameters whose matrices these are, in order.
+            ranks: For how many ranks this rank computed the root: the weight of its values in the mean.
+        """
         if not members:
             return
         found = root.nuclear.flatten().view(len(members), -1)
@@ -81,12 +104,20 @@ class StepMonitor:
             self._nuclear.setdefault(roles[member], []).append((values, float(ranks)))
 
     def summary(self, gather: Callable[[Any], list[Any]] | None = None) -> dict[str, float]:
-        """What the last measured step showed; empty where it was left out.
+        """Return what the last measured step showed.
 
-        `update_rms/ROLE` is of the step the weights took, learning rate included and decay not; `weight_rms/ROLE` of
-        the weights after it; `nu/ROLE` the mean nuclear norm of what a spectral rule or Muon takes the polar factor
-        of; `optimizer_ms/STRATEGY` the milliseconds of the rank that spends most there. `gather` returns the values
-        of all ranks from each rank's own, as `torch.distributed.all_gather_object` does; all ranks must then call it.
+        Args:
+            gather: A function that takes an object from each rank and returns the list of all ranks' objects, like
+                `torch.distributed.all_gather_object` with its list filled in. All ranks must then call `summary`.
+                Without it (default), the values are those of this rank's pieces and work.
+
+        Returns:
+            Values by name; empty if the step was skipped.
+
+            - `update_rms/ROLE`: root mean square of the step, with the learning rate and without weight decay.
+            - `weight_rms/ROLE`: root mean square of the weights after the step.
+            - `nu/ROLE`: mean nuclear norm of the matrices whose polar factors a spectral rule or Muon computes.
+            - `optimizer_ms/PART`: milliseconds in a strategy, "exchange" or "coordinate", of the slowest rank in it.
         """
         mine = self._sums(), self._seconds
         found = [mine] if gather is None else gather(mine)
@@ -105,7 +136,7 @@ class StepMonitor:
             self._counts[key] = self._counts.get(key, 0.0) + values.numel() * shares * real
 
     def _sums(self) -> Sums:
-        """By measure: a sum, and of how many."""
+        """Return by measure the sum of its values, and over how many values it was taken."""
         if not self._measured:
             return {}
         sums: Sums = {}
@@ -126,7 +157,7 @@ class StepMonitor:
 
 
 def _shares(layout: Layout | FlatLayout) -> int:
-    """The number of ranks that hold a tensor once between them."""
+    """Return the number of ranks that a tensor is divided among."""
     if isinstance(layout, FlatLayout):
         return layout.group.size
     return layout.shard_group.size if layout.shard_group is not None else 1

@@ -1,1 +1,1 @@
-"""Routing: from a model and a recipe to param groups."""
+"""Routing: turn a model and a recipe into param groups."""

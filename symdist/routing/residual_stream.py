@@ -1,11 +1,12 @@
-"""Which stage of the residual stream a matrix writes to or reads from."""
+"""Find which stage of the residual stream a matrix reads from or writes to."""
 
 from dataclasses import dataclass
 
 from symdist.param_names import plain_name
 
-# Stored [out, in], the first have the residual stream as their input, the second as their output. An embedding's rows
-# are written to it one by one, so its columns are the stream, as they are of what reads it.
+# Roles whose matrices, stored [out, in], take the residual stream as input (READS_RESIDUAL) or produce it as output
+# (WRITES_RESIDUAL). An embedding writes its rows to the stream one at a time, so the stream is its column dimension.
+# That is the same side as for the matrices that read the stream, so it is listed with them.
 READS_RESIDUAL = frozenset(
     (
         *("embedding", "tied_embedding", "head", "router"),
@@ -18,9 +19,11 @@ WRITES_RESIDUAL = frozenset(("attention_o", "mlp_down", "expert_down"))
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualStage:
-    """A stage of the residual stream: `number` counts the layers before it, None for the one after the last.
+    """A stage of the residual stream: what flows between two layers, before the first, or after the last.
 
-    `tower` is the stack of layers, None where a name does not tell it.
+    Attributes:
+        tower: The name of the stack of layers, None for an embedding or head, whose name does not tell it.
+        number: The number of layers before the stage, None for the stage after the last layer.
     """
 
     tower: str | None
@@ -28,10 +31,20 @@ class ResidualStage:
 
 
 def residual_stage(name: str, role: str) -> ResidualStage:
-    """Which stage a matrix writes to, or reads from.
+    """Return the stage of the residual stream that a matrix writes to or reads from.
 
-    A layer's first number tells which it is: it reads from the stage before it and writes to the one after. An
-    embedding writes to the first stage, a head reads from the last. Raises ValueError where that is not known.
+    The first number in the name is taken as the number of the layer. A layer reads from the stage before it and writes
+    to the stage after it; an embedding writes to the first stage, and a head reads from the last.
+
+    Args:
+        name: The parameter's name.
+        role: The parameter's role.
+
+    Returns:
+        The stage.
+
+    Raises:
+        ValueError: If the name has no layer number, or the role neither reads from the stream nor writes to it.
     """
     if role in ("embedding", "tied_embedding"):
         return ResidualStage(tower=None, number=0)

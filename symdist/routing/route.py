@@ -1,4 +1,4 @@
-"""From a model and a recipe to param groups: every parameter gets a role, and by its role a rule."""
+"""Build param groups from a model and a recipe: each parameter gets a role, and the role decides its rule."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,24 +24,40 @@ def route(
     lr: float | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The param groups of a model: one for each role and set of options, parameters in the model's order.
+    """Return the param groups of a model by a recipe.
 
-    Frozen parameters are left out. Beside the views a group knows, a recipe may say "heads" (head by head), "neurons"
-    (rows are the hidden neurons of an MLP), "residual" (rows are the residual stream), "apart" (what shares one
-    tensor, as gate and up do, each by itself) or nothing (`[out, in]`), and each parameter gets the view that means.
+    There is one group for each role and set of options; its parameters are in the order of the model. Frozen parameters
+    are left out. The groups can be inspected or changed before they are passed to `symdist.SymDist`. No collectives
+    run.
+
+    A recipe may name these views in addition to those of a param group; each parameter gets the concrete view that
+    results:
+
+    - "heads": each attention head is a matrix of its own.
+    - "groups": each query group of a fused q, k and v is a matrix of its own.
+    - "neurons": rows are the hidden neurons of an MLP.
+    - "residual": rows are the residual stream.
+    - "apart": gate and up projections that share a tensor are two matrices.
+    - no view: the tensor as `[out, in]`.
 
     Args:
         model: The model, sharded or not.
-        recipe: A recipe's name, a TOML file or a mapping of the same form.
-        lr: The learning rate of the matrices; all others follow in proportion. None leaves the recipe's own.
-        overrides: Options of roles in place of the recipe's, rates as they stand.
+        recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
+        lr: The learning rate of the matrices; all others are scaled by the same factor. None (default) uses the
+            recipe's.
+        overrides: Options by role that replace the recipe's. Learning rates in it are used as they are, not scaled.
+            None by default.
+
+    Returns:
+        The param groups, with the keys `params`, `param_names`, `role`, `rule`, `view` and further options.
 
     Raises:
-        ValueError: For a matrix without a role, a role without a section, a pattern that nothing takes, and a view
-            that does not fit; always with the parameter's name and what to do.
+        ValueError: If a matrix has no known role, a role has no section, a pattern matches no parameter, or a view does
+            not fit. The message names the parameter and what to do.
 
     Example:
         >>> groups = symdist.route(model, "olmoe", overrides={"router": {"rule": "left_spectral"}})
+        >>> optimizer = symdist.SymDist(groups)
     """
     return route_sites(find_sites(model), load_recipe(recipe).adjusted(lr=lr, overrides=overrides))
 
@@ -49,10 +65,20 @@ def route(
 def route_sites(
     sites: Mapping[str, tuple[Any, ParamSite]], recipe: Recipe, *, taken: set[int] | None = None
 ) -> list[dict[str, Any]]:
-    """As `route`, of whatever is at known sites: anything that has a `shape`, by its name.
+    """Return the param groups of parameters whose sites are known already, see `route`.
 
-    Where the sites are one part of a model, such as the stage of a pipeline, `taken` collects which patterns take
-    something, for `check_patterns` when all parts are known.
+    Args:
+        sites: Parameters by name, each with its site. Instead of a parameter, any object with a `shape` is accepted.
+        recipe: The recipe.
+        taken: If the sites are only a part of a model, such as one pipeline stage: a set to which the indices of the
+            patterns in use are added. Pass it to `check_patterns` when all parts are known. None (default) means that
+            the sites are the whole model, and unused patterns are reported at once.
+
+    Returns:
+        The param groups.
+
+    Raises:
+        ValueError: As `route`.
     """
     used: set[int] = set() if taken is None else taken
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -77,7 +103,16 @@ def route_sites(
 
 
 def check_patterns(recipe: Recipe, taken: set[int], names: Sequence[str]) -> None:
-    """ValueError where a pattern of the recipe is not among those taken; `names` of parameters are shown to compare."""
+    """Check that every pattern of a recipe applies to some parameter.
+
+    Args:
+        recipe: The recipe.
+        taken: The indices of the patterns that apply to some parameter.
+        names: Names of parameters, some of which are shown in the error message.
+
+    Raises:
+        ValueError: If a pattern is not used.
+    """
     unused = [pattern["match"] for i, pattern in enumerate(recipe.patterns) if i not in taken]
     if unused:
         raise ValueError(
@@ -87,7 +122,7 @@ def check_patterns(recipe: Recipe, taken: set[int], names: Sequence[str]) -> Non
 
 
 def _advice(lost: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Recipe) -> str:
-    """What to say of weights that have no role: all of them, each with a pattern that can be pasted as it is."""
+    """Return an error message on weights without a role, with a pattern for each that can be pasted into the recipe."""
     patterns = []
     for name, shape, site in lost:
         role = site.likely
@@ -106,9 +141,9 @@ def _advice(lost: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Reci
 
 
 def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
-    """Role and options of a parameter; None where its role is not known and no pattern says it.
+    """Return the role and options of a parameter, or None if its role is unknown and no pattern gives one.
 
-    Raises ValueError, naming the parameter, for a recipe that has no rule for it, or one that does not exist.
+    Raises ValueError, naming the parameter, if the recipe has no rule for it or names an unknown rule.
     """
     role, own = None if site.role is None else recipe.grouped_role(site.role), {}
     for i, pattern in enumerate(recipe.patterns):
@@ -139,9 +174,10 @@ def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tupl
 
 
 def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite) -> Any:
+    """Return the param-group view that the recipe's view means for this parameter."""
     view = options.get("view")
     if not get_rule(options["rule"]).matrices:
-        # Coordinate-wise rules see no matrix, so a section shared with them may name any view.
+        # A coordinate-wise rule ignores the view, so a section that several rules share may name any.
         return COMMON["view"]
     match view:
         case "apart" if site.fused is not None:

@@ -1,4 +1,4 @@
-"""What part a parameter plays in a transformer, found from the modules around it."""
+"""Find out what each parameter is used for in a transformer, from the modules around it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from symdist.layouts.fsdp1 import read_units, whole_shape
 from symdist.param_names import WRAPPERS, plain_name
 
 _HEADS = {"lm_head", "output", "head", "unembed", "embed_out", "output_layer"}
-# Latent projections have rows of several kinds, not head after head: matrices like any other.
+# The rows of these projections of multi-head latent attention are not one head after another, so they get the plain
+# role "matrix".
 _LATENT = dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "matrix")
 _ATTENTION = {
     **_LATENT,
@@ -26,7 +27,8 @@ _MLP = {
     **dict.fromkeys(("down_proj", "w2", "fc2", "c_proj", "linear2", "dense_4h_to_h", "fc_out", "wo"), "down"),
     "gate_up_proj": "gate_up",
 }
-# A norm's place decides whether decay of its scale helps (arXiv 2605.26895): before a linear map, or after one.
+# Whether weight decay of a norm's scale helps depends on whether the norm comes before or after a linear map
+# (arXiv 2605.26895).
 _NORMS = {
     **dict.fromkeys(("input_layernorm", "pre_self_attn_layernorm", "pre_cross_attn_layernorm"), "input_norm"),
     **dict.fromkeys(("pre_mlp_layernorm", "pre_feedforward_layernorm", "pre_ff_layernorm"), "input_norm"),
@@ -44,13 +46,20 @@ _KV_COUNTS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads")
 
 @dataclass(frozen=True, kw_only=True)
 class ParamSite:
-    """Where a parameter stands.
+    """What a parameter is used for, and how it is stored.
 
-    `role` is None where nothing is known of a matrix. `heads` and `head_dim_index` (0 rows, 1 columns of the stored
-    matrix) are set where heads lie one after another, `groups` where a fused q, k and v is made of so many query groups
-    one after another. `transposed` marks storage as `[in, out]`. `fused` says how a gate and an up projection share one
-    tensor: "stacked" in `blocks`, each with neurons' gates before the same neurons' ups. `latent` marks projections to
-    and from the latents of attention, whose input counts as their residual stream.
+    Attributes:
+        role: The role, such as "attention_q"; None for a matrix of unknown use.
+        heads: The number of heads, if the matrix consists of heads one after another; else None.
+        head_dim_index: The dimension of the stored matrix along which the heads lie: 0 for rows, 1 for columns.
+        groups: The number of query groups, if a fused q, k and v consists of them one after another; else None.
+        transposed: Whether the matrix is stored as `[in, out]` instead of `[out, in]`.
+        fused: How gate and up projections share a tensor: "stacked" (all gates, then all ups, in each of the `blocks`)
+            or "interleaved" (gates and ups alternate). None if they do not.
+        blocks: The number of blocks of a "stacked" tensor, each with the gates of some neurons and then their ups.
+        latent: Whether the matrix projects to or from the latents of multi-head latent attention. Its input then counts
+            as the residual stream.
+        likely: The role to suggest to the user if `role` is None.
     """
 
     role: str | None
@@ -62,14 +71,20 @@ class ParamSite:
     blocks: int = 1
     latent: bool = False
     likely: str = "matrix"
-    """The role to suggest where none is known."""
 
 
 def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, ParamSite]]:
-    """Every trainable parameter by its name, once, with its site. Tied parameters keep their first name.
+    """Find every trainable parameter of a model and what it is used for.
 
-    Names are those without wrappers, see `symdist.param_names`. Raises ValueError for what FSDP has made one flat
-    parameter.
+    Args:
+        model: The model, sharded or not.
+
+    Returns:
+        Parameter and site by name. Names are without what wrappers add, see `symdist.param_names`. Tied parameters
+        appear once, under their first name.
+
+    Raises:
+        ValueError: If FSDP has joined parameters into one flat parameter.
     """
     read_units(model)
     embedded = {id(weight) for weight in _embedding_weights(model)}
@@ -92,9 +107,9 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, ParamSite]]:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
-    """Name, parameter, and the chain of (attribute, module) from the root to the module that holds it.
+    """Yield the name of each parameter, the parameter, and the (attribute, module) pairs from the root to its module.
 
-    A wrapper is not in the chain: what it wraps goes by the wrapper's own attribute.
+    Wrappers are not in these pairs: the wrapped module takes the attribute of its wrapper.
     """
 
     def descend(module: nn.Module, prefix: str, chain: list[tuple[str, nn.Module]]) -> Any:
@@ -143,14 +158,16 @@ def _site(leaf: str, shape: tuple[int, ...], chain: list[tuple[str, nn.Module]])
         return ParamSite(role=norm_role(attribute, parent))
     if len(shape) < 2:
         return ParamSite(role="other")
-    # A bare parameter (stacked experts, in_proj_weight) names itself; a linear's weight is named by its attribute.
+    # The weight of a linear layer is identified by the layer's attribute name. A parameter that its module holds
+    # directly (stacked experts, in_proj_weight) is identified by its own name.
     word, holder = (attribute, parent) if leaf == "weight" else (leaf.removesuffix("_weight"), module)
     if any("experts" in name for name, _ in chain):
         return _expert_site(word, module, shape)
     transposed = kind == "Conv1D"
     around = [name for name, _ in chain] + [type(m).__name__ for _, m in chain[-2:]]
     if word in _ATTENTION and any(w in text.lower() for text in around for w in _ATTENTION_WORDS):
-        # Heads of a weight stored [in, out] are no view there is: a recipe that asks for them is told so.
+        # There is no view for the heads of a weight stored [in, out]. Leave `heads` unset, so that a recipe that asks
+        # for them gets an error.
         if transposed:
             return ParamSite(role=_ATTENTION[word], transposed=True)
         return _attention_site(word, holder, shape)
@@ -160,7 +177,7 @@ def _site(leaf: str, shape: tuple[int, ...], chain: list[tuple[str, nn.Module]])
 
 
 def _likely(attribute: str, module: nn.Module, shape: tuple[int, ...]) -> str:
-    """What a weight of an unknown kind may be: no matrix where its shape, or a convolution, says so."""
+    """Guess the role of a weight of unknown use: "other" if its shape or a convolution says that it is no matrix."""
     convolves = "conv" in type(module).__name__.lower() or "conv" in attribute.lower()
     if len(shape) > 3 or (len(shape) == 3 and convolves) or 1 in shape[-2:]:
         return "other"
@@ -170,33 +187,40 @@ def _likely(attribute: str, module: nn.Module, shape: tuple[int, ...]) -> str:
 
 
 def norm_role(name: str, holder: nn.Module) -> str:
-    """What kind of norm a block calls by a name: "input_norm", "output_norm", "qk_norm", or "norm" where unknown.
+    """Return the role of a norm from the name a block gives it.
 
-    `holder` is the module that has it, for what lies beside it tells names apart that models use for several kinds.
+    Args:
+        name: The attribute under which the block holds the norm.
+        holder: The block. Its other attributes decide where models use the same name for different kinds of norm.
+
+    Returns:
+        "input_norm" (before a linear map), "output_norm" (after one, before the residual sum), "qk_norm", or "norm" if
+        the kind is not known.
     """
 
     def beside(*names: str) -> bool:
         return any(getattr(holder, each, None) is not None for each in names)
 
     if "Swin" in type(holder).__name__ or getattr(holder, "norm_after", False):
-        # Chameleon's and Molmo 2's blocks then norm what comes out, under the names for what goes in.
+        # These blocks of Chameleon and Molmo 2 normalize their outputs, under names that elsewhere mean input norms.
         return "norm"
     match name:
         case "norm" | "final_norm" | "final_layernorm" | "final_layer_norm":
-            # The last of a stack, or before the head of a prediction further ahead; elsewhere the names say nothing.
+            # The final norm of a stack of layers, or a norm in a multi-token prediction module. Elsewhere these names
+            # do not show the kind.
             return "input_norm" if beside("layers", "eh_proj") else "norm"
         case "post_attention_layernorm":
             if beside("pre_feedforward_layernorm", "pre_mlp_layernorm", "post_feedforward_layernorm"):
                 return "output_norm"
-            # Blocks with no norm before attention have it after the residual sum.
+            # In blocks without a norm before attention, this norm comes after the residual sum.
             return "input_norm" if beside("input_layernorm") else "norm"
         case "post_mlp_layernorm":
             return "output_norm" if beside("pre_mlp_layernorm", "post_self_attn_layernorm") else "norm"
         case "q_layernorm" if beside("kv_layernorm"):
-            # The latent of multi-head latent attention, which an up projection takes.
+            # Normalizes the latent of multi-head latent attention, which then goes into an up projection.
             return "input_norm"
         case "q_norm" if beside("kv_norm"):
-            # Of DeepSeek's own code, where this too may be a latent's.
+            # In DeepSeek's own code, where this may be the norm of a latent instead.
             return "norm"
     return _NORMS.get(name, "norm")
 
@@ -206,7 +230,8 @@ def _expert_site(word: str, module: nn.Module, shape: tuple[int, ...]) -> ParamS
         return ParamSite(role=None)
     if len(shape) < 3:
         return _mlp_site(word, "expert_", transposed=type(module).__name__ == "Conv1D")
-    # transformers says of stacked experts how they lie; elsewhere [expert, out, in] with gate before up is assumed.
+    # In transformers, modules of stacked experts declare their storage. Elsewhere, assume [expert, out, in] with gate
+    # before up.
     transposed = bool(getattr(module, "is_transposed", False))
     stacked = bool(getattr(module, "is_concatenated", True))
     fused: Literal["stacked", "interleaved"] | None = None

@@ -1,1 +1,1 @@
-"""What the command `symdist` does: previews and benchmarks, and how they are shown."""
+"""The command `symdist` and what it uses: previews, plans, benchmarks, reports, and example models."""

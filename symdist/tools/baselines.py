@@ -1,6 +1,7 @@
-"""Optimizers one would pick instead, for `compare` to set beside recipes.
+"""Other optimizers that `compare` measures beside recipes.
 
-Each gets a model under FSDP2, takes the hidden matrices that the recipe `muon` takes, and leaves the rest to AdamW.
+Each gets a model under FSDP2, steps the hidden matrices that the recipe `muon` steps by Muon, and leaves the rest to
+AdamW.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ _LR = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A model's parameters by name: hidden matrices, stacks of them (experts), and the rest."""
+    """A model's parameters by name, by how Muon optimizers treat them.
+
+    Attributes:
+        matrices: Hidden matrices.
+        stacks: Stacks of hidden matrices, such as the experts.
+        rest: All other parameters.
+    """
 
     matrices: dict[str, nn.Parameter]
     stacks: dict[str, nn.Parameter]
@@ -38,12 +45,22 @@ class Parts:
 
     @property
     def hidden(self) -> dict[str, nn.Parameter]:
-        """Matrices and stacks."""
+        """Matrices and stacks together."""
         return {**self.matrices, **self.stacks}
 
 
 def parts(model: nn.Module) -> Parts:
-    """What the recipe `muon` takes for matrices, and the rest. Raises ValueError for a matrix of an unknown role."""
+    """Divide a model's parameters into those that the recipe `muon` steps by Muon, and the rest.
+
+    Args:
+        model: The model, sharded or not.
+
+    Returns:
+        The parameters.
+
+    Raises:
+        ValueError: If a matrix has no known role.
+    """
     found = Parts(matrices={}, stacks={}, rest={})
     for group in route(model, "muon"):
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
@@ -57,33 +74,69 @@ def parts(model: nn.Module) -> Parts:
 
 
 def build_baseline(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimizers of a baseline, or of `ADAMW`, to be stepped one after another. Raises KeyError for others."""
+    """Build the optimizers of a baseline, to be stepped one after another.
+
+    Args:
+        name: One of `NAMES`, or `ADAMW`.
+        model: The model, sharded already.
+
+    Returns:
+        The optimizers.
+
+    Raises:
+        KeyError: If the name is unknown.
+    """
     if name == ADAMW:
         return [_adamw(dict(model.named_parameters()))]
     return _YARDSTICKS[name].build(parts(model))
 
 
 def describe_baseline(name: str, model: nn.Module) -> str:
-    """What a baseline, or `ADAMW`, steps by what. Raises KeyError for other names."""
+    """Describe which parameters a baseline steps and how.
+
+    Args:
+        name: One of `NAMES`, or `ADAMW`.
+        model: The model.
+
+    Returns:
+        The description.
+
+    Raises:
+        KeyError: If the name is unknown.
+    """
     if name == ADAMW:
         return "all parameters by torch.optim.AdamW, fused"
     return _YARDSTICKS[name].describe(parts(model))
 
 
 def refusal(name: str, model: nn.Module, ranks: int) -> str | None:
-    """Why a baseline cannot step this model, sharded over `ranks` on meta tensors; None where it can.
+    """Return why a baseline cannot step a model, or None if it can.
 
-    Found before any rank starts: in the middle of a step, a rank that fails leaves the others waiting for it.
-    Raises KeyError for a name that is none.
+    This is checked before any rank starts, since a rank that fails in the middle of a step leaves the others waiting.
+
+    Args:
+        name: One of `NAMES`.
+        model: The model on meta tensors, sharded over `ranks`.
+        ranks: The number of ranks.
+
+    Returns:
+        The reason, or None.
+
+    Raises:
+        KeyError: If the name is unknown.
     """
     return _YARDSTICKS[name].refuse(parts(model), ranks)
 
 
 class AllGatherMuon(torch.optim.Optimizer):
-    """Muon as it is first written for shards: every rank gathers each momentum whole, steps it, and keeps its piece.
+    """The simplest Muon for shards: every rank gathers each momentum whole, computes its update, and keeps its piece.
 
-    For DTensors of two dimensions, or three (stacks of matrices), however they are cut. The polar step is that of
-    symdist's own rule in bfloat16, five quintic steps on the matrix.
+    The polar factor is computed in bfloat16 by the code of symdist's own rule, with five quintic steps.
+
+    Args:
+        params: DTensors of two dimensions, or of three for stacks of matrices, sharded in any way.
+        lr: The learning rate; 1e-3 by default.
+        momentum: The factor of the Nesterov momentum; 0.95 by default.
     """
 
     def __init__(self, params: Any, *, lr: float = _LR, momentum: float = 0.95):
@@ -91,7 +144,14 @@ class AllGatherMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Step every parameter that has a gradient; all ranks must have the same ones."""
+        """Step every parameter that has a gradient. All ranks must call it, with gradients for the same parameters.
+
+        Args:
+            closure: Computes the loss anew, if given.
+
+        Returns:
+            What `closure` returned, or None.
+        """
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -104,7 +164,7 @@ class AllGatherMuon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        # On this rank's pieces where that is all there is to do, for every operation on a DTensor costs some time.
+        # Elementwise work on local tensors, since every operation on a DTensor has some overhead.
         grad, momentum = local(cast(Tensor, parameter.grad)), local(state["momentum_buffer"])
         momentum.lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(momentum, group["momentum"])
@@ -112,7 +172,7 @@ class AllGatherMuon(torch.optim.Optimizer):
             nesterov, mesh, placements, shape=parameter.shape, stride=parameter.stride()
         ).full_tensor()
         update = polar_in_bfloat16(whole, Numerics(normalise="matrix"))
-        # From copies to shards nothing is sent: each rank cuts out its own.
+        # Replicate to Shard sends nothing: each rank takes its own piece.
         piece = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, placements)
         scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
         local(parameter).add_(local(piece), alpha=-group["lr"] * scale)
@@ -120,7 +180,7 @@ class AllGatherMuon(torch.optim.Optimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class _Yardstick:
-    """How to build it, what it steps by what, and why it cannot, if so."""
+    """How to build a baseline, what it steps and how, and why it cannot run, if so."""
 
     build: Callable[[Parts], list[torch.optim.Optimizer]]
     describe: Callable[[Parts], str]
@@ -136,7 +196,7 @@ def _torch_muon(found: Parts) -> list[torch.optim.Optimizer]:
 
 
 def _refuse_torch_muon(found: Parts, ranks: int) -> str | None:
-    """DTensor works out alike on all ranks, from shapes, whether it can do what torch.optim.Muon does."""
+    """Return why torch.optim.Muon cannot step a matrix. DTensor decides it from shapes, so alike on all ranks."""
     tried: set[torch.Size] = set()
     for name, parameter in found.matrices.items():
         if parameter.shape in tried:
@@ -153,10 +213,11 @@ def _refuse_torch_muon(found: Parts, ranks: int) -> str | None:
 
 
 def _muon_fsdp2(found: Parts) -> list[torch.optim.Optimizer]:
-    # It compiles a few small functions: no pool of processes for that, which this rank would leave behind.
+    # It compiles only a few small functions. Do without a pool of compile processes, which would outlive this rank.
     importlib.import_module("torch._inductor.config").compile_threads = 1  # type: ignore[attr-defined]
     muon = importlib.import_module("muon_fsdp2").Muon
-    # Scaled by the ratio of the last two dimensions: the package's other scale takes the number of experts for rows.
+    # rms_scale off, to scale by the ratio of the last two dimensions: the package's other scale would use the number of
+    # experts as the number of rows.
     hidden = {"params": list(found.hidden.values()), "lr": _LR, "use_muon": True, "rms_scale": False}
     return [muon([hidden, {"params": list(found.rest.values()), "lr": _LR, "use_muon": False}])]
 

@@ -1,6 +1,7 @@
 """The command `symdist`: shows what a recipe does to a model, measures what it costs, and reports on runs.
 
-A subcommand is a dataclass of its arguments with a method `run`, listed in `_COMMANDS`.
+Each subcommand is a dataclass of its arguments with a method `run`, listed in `_COMMANDS`. The docstrings of these
+classes and of their fields are the help texts of the command.
 """
 
 import sys
@@ -17,20 +18,20 @@ _EXTRA = ("matplotlib", "rich", "tyro")
 
 @dataclass(frozen=True, kw_only=True)
 class Route:
-    """Show the role, rule, view and strategy of every parameter of a model. Nothing is materialised."""
+    """Show the role, rule, view and strategy of every parameter of a model, without creating weights."""
 
     model: str
     """A preset, or a TOML file of the same form."""
     recipe: str = "small-moe"
     """A recipe, or a TOML file of the same form."""
     ranks: int = 2
-    """Ranks to shard over, as FSDP2 does."""
+    """Number of ranks to shard over by FSDP2."""
     lr: float | None = None
-    """The learning rate of the recipe's matrices; all others follow in proportion."""
+    """Learning rate of the recipe's matrices; all others are scaled by the same factor."""
     override: tuple[str, ...] = ()
-    """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
+    """Option of a role that replaces the recipe's, as in router.rule=left_spectral; may be repeated."""
     all: bool = False
-    """Show every parameter, not one row for all layers alike."""
+    """Show every parameter, instead of one row for parameters that differ only in the layer."""
 
     def run(self) -> None:
         """Print the table and a line of totals."""
@@ -50,41 +51,41 @@ class Route:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Show what a step sends, computes and needs on a mesh of any size. Nothing is materialised."""
+    """Show what a step sends, computes and needs in memory on a mesh of any size, without creating weights."""
 
     model: str
     """A preset, or a TOML file of the same form."""
     mesh: str
     """Sizes of dp_replicate, dp_shard (or dp), ep and tp, as in dp=64,tp=8."""
     zero: Literal[1, 2, 3] | None = None
-    """Weights in the partitions of a ZeRO stage, over dp alone, instead of in shards."""
+    """ZeRO stage whose partitions hold the weights instead of FSDP2 shards; the mesh then has dp only."""
     recipe: str = "small-moe"
     """A recipe, or a TOML file of the same form."""
     lr: float | None = None
-    """The learning rate of the recipe's matrices; all others follow in proportion."""
+    """Learning rate of the recipe's matrices; all others are scaled by the same factor."""
     override: tuple[str, ...] = ()
-    """An option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again."""
+    """Option of a role that replaces the recipe's, as in router.rule=left_spectral; may be repeated."""
     communication_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What matrices travel as to their owners and back."""
+    """Data type in which matrices are sent to their owners and back."""
     bucket_mb: float = 1000.0
-    """Megabytes of buffers in flight."""
+    """Megabytes of communication buffers in use at a time."""
     bandwidth: float = 50.0
-    """GB/s that a rank sends."""
+    """Network bandwidth per rank, in GB/s."""
     tflops: float = 60.0
-    """Tflop/s of the optimizer's float32 products."""
+    """Speed of the optimizer's float32 matrix products, in Tflop/s."""
     model_tflops: float = 400.0
-    """Tflop/s of forward and backward, as achieved."""
+    """Achieved speed of forward and backward, in Tflop/s."""
     tokens: int = 16384
-    """Tokens of a data-parallel rank and step."""
+    """Tokens per data-parallel rank and step."""
     compare: bool = False
-    """Show beside it what other ways would move."""
+    """Also show what other ways of stepping the same matrices would cost."""
     json: Path | None = None
-    """File for the same numbers as JSON."""
+    """JSON file to write the same numbers to."""
     picture: Path | None = None
-    """File for a picture of bytes by role, over numbers of ranks up to the mesh's."""
+    """File for a chart of bytes by role, for numbers of ranks up to that of the mesh."""
 
     def run(self) -> None:
-        """Print the tables, and write the files that are asked for."""
+        """Print the tables, and write the requested files."""
         from symdist.exchange import ExchangeOptions
         from symdist.routing.recipes import load_recipe, parse_overrides
         from symdist.tools.plan import Machine, StepPlan, parse_mesh, plan_step, smaller_meshes
@@ -125,27 +126,27 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare:
-    """Train recipes and other optimizers side by side on random tokens, and show time, traffic and memory."""
+    """Train a model on random tokens with recipes and other optimizers, and compare time, traffic and memory."""
 
     model: str = "olmoe-tiny"
     """A preset, or a TOML file of the same form."""
     recipes: tuple[str, ...] = ("small-moe", "muon", "adamw")
     """Recipes, or TOML files of the same form."""
     against: tuple[Name, ...] = NAMES
-    """Optimizers beside torch.optim.AdamW, which is always there; muon-fsdp2 is a package of its own."""
+    """Other optimizers to measure; torch.optim.AdamW always is, and muon-fsdp2 needs the package of that name."""
     ranks: tuple[int, ...] = (2,)
-    """Numbers of processes, one table each: on GPUs where there are as many, else on the CPU."""
+    """Numbers of processes, one table for each; on GPUs if there are enough, else on the CPU."""
     steps: int = 12
-    """Steps measured, after two that are not."""
+    """Number of measured steps, after two steps of warm-up."""
     batch: int = 8
-    """Sequences a rank and step."""
+    """Sequences per rank and step."""
     sequence: int = 128
-    """Tokens a sequence."""
+    """Tokens per sequence."""
     json: Path | None = None
-    """File for the same numbers as JSON."""
+    """JSON file to write the same numbers to."""
 
     def run(self) -> None:
-        """Measure, print a table a number of ranks, and write the JSON file where one is asked for."""
+        """Run the comparison, print a table for each number of ranks, and write the JSON file if requested."""
         from symdist.tools.compare import compare, write
         from symdist.tools.tables import compare_notes, compare_table
 
@@ -167,18 +168,18 @@ class Compare:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Show runs of the pretraining jobs side by side: a table, and a page of curves, routing and plan in one file."""
+    """Compare training runs in a table and in a web page with curves, routing and plan."""
 
     runs: tuple[Path, ...]
     """Folders of runs, finished or not."""
     output: Path = Path("report.html")
-    """File for the page."""
+    """HTML file to write."""
     picture: Path | None = None
-    """File for a picture of losses and router balance."""
+    """File for a picture of losses and router load."""
     live: bool = False
-    """Go on until all runs are finished, or Ctrl-C."""
+    """Update until all runs are finished, or until Ctrl-C."""
     every: float = 5.0
-    """Seconds between two readings of runs that are followed."""
+    """Seconds between two updates with --live."""
 
     def run(self) -> None:
         """Print the table, and write the page and the picture."""
@@ -195,9 +196,13 @@ _COMMANDS = {"route": Route, "plan": Plan, "compare": Compare, "report": Report}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the subcommand that `arguments`, by default the process's own, name.
+    """Run the subcommand given on the command line.
 
-    Exits with code 2 and one line on stderr where a name, option or layout is refused, or an extra is not installed.
+    Exits with code 2 and one line on stderr if a name, option or layout is refused, or an optional dependency is
+    missing.
+
+    Args:
+        arguments: The arguments without the program's name; those of the process by default.
     """
     try:
         _parse(arguments).run()
@@ -208,14 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _refuse(f"this needs {error.name}: pip install symdist[tools]")
         if error.name is not None:
             raise
-        # Raised by symdist itself, which says what to install.
+        # Raised by symdist itself, with a message that says what to install.
         _refuse(str(error))
 
 
 def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
     import tyro
 
-    # --override may be repeated; the lists of other subcommands are given in one go, runs without a word before them.
+    # --override may be repeated. Lists of other subcommands are given at once, and the runs of a report are positional.
     marks: dict[str, Any] = dict.fromkeys(("route", "plan"), tyro.conf.UseAppendAction)
     marks["report"] = tyro.conf.PositionalRequiredArgs
     commands = tuple(
@@ -231,7 +236,7 @@ def _show(*lines: Any) -> None:
 
     console = Console()
     if not console.is_terminal:
-        # In a file or a pipe a row is a line.
+        # In a file or pipe, do not wrap the rows of a table.
         console = Console(width=_FILE_WIDTH)
     for line in lines:
         console.print(line, highlight=False, soft_wrap=isinstance(line, str))

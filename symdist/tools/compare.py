@@ -1,6 +1,7 @@
-"""Recipes beside the optimizers one would use instead, in one run: each has its own copy of the model, in turns.
+"""Compares recipes with other optimizers in one run, in which each has its own copy of the model.
 
-Taking turns step by step lets what else the machine does fall on all alike; numbers of different runs do not compare.
+The optimizers take turns step by step, so that other load on the machine affects all of them alike. Numbers from
+different runs are not comparable.
 """
 
 from __future__ import annotations
@@ -44,12 +45,23 @@ _WARMUP = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One arm. Times are seconds, of the slowest rank each step and the median over steps; bytes are the worst rank's.
+    """What was measured for one optimizer.
 
-    A step is forward, backward, clipping and the optimizer. The ratios are times over those of `ADAMW`, `share` is
-    the optimizer's part of the step. `collectives` and `sent_bytes` are what passed through torch.distributed in one
-    step of the optimizer, as `CollectiveCounter` counts it; `peak_bytes` is what one needs for a moment on top of all
-    it keeps. Both are watched uncompiled. `note` says what steps what.
+    Times are in seconds: the slowest rank of each step, and the median over the steps. Bytes and counts are those of
+    the rank with the most. A step is forward, backward, gradient clipping and the optimizer's step.
+
+    Attributes:
+        name: The recipe, or the other optimizer.
+        note: Which parameters it steps and how.
+        step_seconds: The time of a step.
+        step_ratio: `step_seconds` relative to that of torch.optim.AdamW.
+        optimizer_seconds: The time of the optimizer's step.
+        optimizer_ratio: `optimizer_seconds` relative to that of torch.optim.AdamW.
+        share: The optimizer's share of a step.
+        collectives: The number of collectives in one optimizer step, see `CollectiveCounter`; measured uncompiled.
+        sent_bytes: The bytes they send.
+        state_bytes: The size of the optimizer's state.
+        peak_bytes: The temporary memory of one optimizer step, measured uncompiled; see `peak_bytes`.
     """
 
     name: str
@@ -67,7 +79,21 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What was run on one number of ranks, every arm, `ADAMW` first, and by name why others could not be run."""
+    """The results on one number of ranks.
+
+    Attributes:
+        model: The name of the model.
+        ranks: The number of ranks.
+        threads: The number of CPU threads per rank.
+        backend: The backend of torch.distributed.
+        device: "cuda" or "cpu".
+        torch: The version of PyTorch.
+        steps: The number of measured steps.
+        batch: Sequences per rank and step.
+        sequence: Tokens per sequence.
+        arms: The results of each optimizer; torch.optim.AdamW is the first.
+        refused: By name of optimizer, why others could not be run.
+    """
 
     model: str
     ranks: int
@@ -83,7 +109,12 @@ class Comparison:
 
 
 def write(path: Path, comparisons: Sequence[Comparison]) -> None:
-    """Write all of them as a JSON list."""
+    """Write comparisons to a file as a JSON list.
+
+    Args:
+        path: The file.
+        comparisons: The comparisons.
+    """
     path.write_text(json.dumps([asdict(comparison) for comparison in comparisons], indent=2) + "\n")
 
 
@@ -97,13 +128,32 @@ def compare(
     batch: int = 8,
     sequence: int = 128,
 ) -> Iterator[Comparison]:
-    """Train `ADAMW`, baselines and recipes on random tokens, for `steps` measured steps, on each number of ranks.
+    """Measure recipes and other optimizers side by side, on random tokens.
 
-    `model` and `recipes` are names or TOML files, `against` names of baselines; one that is not installed, or cannot
-    step the model's shards, is left out and named in `refused`. `batch` sequences of `sequence` tokens go to every
-    rank every step. Each number of ranks has its own processes, started when its result is asked for. They talk NCCL
-    where each has a GPU, else gloo, with the machine's cores divided among them. Raises ValueError at once for a
-    model, recipe or baseline that there is not or that cannot be run, and for counts below 1.
+    For each number of ranks, new processes are started when its result is requested. They use NCCL if there is a GPU
+    for each, otherwise gloo, with the CPU cores divided among them. No process group may be open in this process.
+
+    Args:
+        model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
+        recipes: Names of recipes, or paths of TOML files.
+        against: Other optimizers, beside torch.optim.AdamW, which is always measured; all of `NAMES` by default. One
+            that is not installed or cannot step the model's shards is skipped and listed in `refused`.
+        ranks: The numbers of processes; `(2,)` by default.
+        steps: The number of measured steps, after two steps of warm-up; 12 by default.
+        batch: Sequences per rank and step; 8 by default.
+        sequence: Tokens per sequence; 128 by default.
+
+    Returns:
+        An iterator with one result for each number of ranks.
+
+    Raises:
+        ValueError: If a model, recipe or optimizer is unknown or cannot be run, or a count is below 1. It is raised by
+            the call itself, before any process is started.
+
+    Example:
+        >>> if __name__ == "__main__":  # processes are spawned
+        ...     for result in compare("olmoe-tiny", ["small-moe", "muon"], ranks=(1, 2)):
+        ...         print(result.ranks, [(arm.name, arm.optimizer_seconds) for arm in result.arms])
     """
     sizes = {"steps": steps, "batch": batch, "sequence": sequence}
     for name, count in [*(("ranks", count) for count in ranks), *sizes.items()]:
@@ -113,14 +163,14 @@ def compare(
         raise ValueError("ranks is empty: give one number of processes or more")
     if unknown := sorted(set(against) - set(NAMES)):
         raise ValueError(f"no baseline {unknown[0]!r}: one of {', '.join(NAMES)}")
-    # In seconds and in this process, where the message reaches the user, not as a traceback of some rank.
+    # Checked in this process, which takes seconds, so that the user sees the message and not the traceback of a rank.
     plans = [(count, *_plan(model, recipes, against, count)) for count in ranks]
     return (_run(model, count, sizes, arms, refused) for count, arms, refused in plans)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """An arm to be run: a recipe, or a baseline."""
+    """An optimizer to measure: a recipe or a baseline."""
 
     name: str
     note: str
@@ -128,7 +178,7 @@ class _Plan:
 
 
 def _plan(model: str, recipes: Sequence[str], against: Sequence[str], ranks: int) -> tuple[list[_Plan], dict[str, str]]:
-    """The arms, and why others cannot be run: decided here from shapes, so alike for all ranks."""
+    """Return the optimizers to measure, and why others cannot run; decided from shapes, so alike for all ranks."""
     with simulate(model, "muon", mesh={"dp_shard": ranks}) as simulated:
         refused = {name: reason for name in against if (reason := refusal(name, simulated.model, ranks))}
         arms = [
@@ -161,7 +211,7 @@ def _run(model: str, ranks: int, sizes: dict[str, int], plans: list[_Plan], refu
 
 @dataclass(kw_only=True)
 class _Arm:
-    """A model with its optimizers, and this rank's seconds, `step` and `optimizer`, a number a step."""
+    """A model with its optimizers, and the seconds of each step on this rank, by "step" and "optimizer"."""
 
     name: str
     model: PreTrainedModel
@@ -170,8 +220,8 @@ class _Arm:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"step": [], "optimizer": []})
 
     def step(self, tokens: Tensor) -> None:
-        """One step of training, timed."""
-        # Nobody's step begins while another rank still computes the arm before.
+        """Run and time one training step. All ranks must call it."""
+        # Start no step while another rank still runs the optimizer before.
         dist.barrier()
         self._wait()
         start = time.perf_counter()
@@ -187,9 +237,12 @@ class _Arm:
         self.seconds["optimizer"].append(done - clipped)
 
     def report(self) -> dict[str, Any]:
-        """What this rank has seen; steps the optimizer twice more, with the last gradients, to watch it."""
+        """Return this rank's measurements.
+
+        Steps the optimizer twice more with the last gradients, to count collectives and memory. All ranks must call it.
+        """
         state = [value for optimizer in self.optimizers for held in optimizer.state.values() for value in held.values()]
-        # What watches cannot look into compiled code, and torch.compile(fullgraph=True) would refuse to run.
+        # The counters do not see into compiled code, and torch.compile(fullgraph=True) would refuse to run inside them.
         with torch.compiler.set_stance("force_eager"):
             with CollectiveCounter() as wire:
                 self._update()
@@ -216,7 +269,7 @@ def _rank(rank: int, directory: str, run: Settings, plans: list[_Plan]) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(run["threads"])
-    # Each rank seeds its own generator here, so what DTensor has no generator for does no harm.
+    # DTensor warns that it has no random generator for the device; here each rank seeds its own generator instead.
     warnings.filterwarnings("ignore", message="DTensor random operators")
     store = f"file://{directory}/store"
     dist.init_process_group(run["backend"], init_method=store, rank=rank, world_size=run["ranks"])
@@ -232,17 +285,18 @@ def _rank(rank: int, directory: str, run: Settings, plans: list[_Plan]) -> None:
     (Path(directory) / f"rank-{rank}.json").write_text(json.dumps(reports))
     dist.barrier()
     dist.destroy_process_group()
-    # What would be done on the way out, such as giving back the semaphores that torch.compile's progress bar takes.
+    # Do what a normal exit would do, such as releasing the semaphores of torch.compile's progress bar.
     _run_finalizers(0)
-    # Gloo's threads can abort a process whose interpreter is torn down (pytorch#190489), and all is written.
+    # Exit hard, now that everything is written: gloo's threads can abort a process at interpreter shutdown
+    # (pytorch#190489).
     os._exit(0)
 
 
 def _arm(plan: _Plan, name: str, mesh: DeviceMesh, device: torch.device) -> _Arm:
-    """The arm of a plan, on the model of that name."""
+    """Build the model of that name and the optimizers of a plan."""
     model = shard(build(name, device="meta"), mesh)
     model.to_empty(device=device)
-    # Each rank draws its shards by itself: other seeds on other ranks, the same for every arm.
+    # Each rank draws its own shards: the seed differs between ranks, and is the same for every optimizer.
     torch.manual_seed(mesh.get_rank())
     model.init_weights()
     optimizers = [build_optimizer(model, plan.name)] if plan.recipe else build_baseline(plan.name, model)
@@ -250,7 +304,7 @@ def _arm(plan: _Plan, name: str, mesh: DeviceMesh, device: torch.device) -> _Arm
 
 
 def _summary(plans: list[_Plan], by_rank: list[list[dict[str, Any]]]) -> list[Measured]:
-    """The arms, from what every rank reported of them."""
+    """Combine the measurements of all ranks."""
     arms: list[Measured] = []
     for plan, *reports in zip(plans, *by_rank, strict=True):
         step, optimizer = (

@@ -1,4 +1,4 @@
-"""What a step costs on a mesh: bytes, collectives, operations and memory, found by running it on meta tensors."""
+"""Plans a step on a mesh: finds bytes, collectives, operations and memory by running it on meta tensors."""
 
 from __future__ import annotations
 
@@ -31,21 +31,31 @@ _ORDER = ("dp_replicate", "dp_shard", "ep", "tp")
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a rank can do, for estimates of time: the order of an H100 on 400 Gb/s, unless said otherwise."""
+    """What a rank can do, for estimates of time. The defaults are the order of an H100 with a 400 Gb/s network.
+
+    Attributes:
+        bandwidth: Bytes per second that a rank sends; 50e9 by default.
+        flops: Operations per second of the optimizer's float32 matrix products; 60e12 by default.
+        model_flops: Operations per second of forward and backward, as achieved; 400e12 by default.
+        tokens: Tokens per data-parallel rank and step; 16384 by default.
+    """
 
     bandwidth: float = 50e9
-    """Bytes a second that a rank sends."""
     flops: float = 60e12
-    """Operations a second of the optimizer's products, float32."""
     model_flops: float = 400e12
-    """Operations a second of forward and backward, as achieved."""
     tokens: int = 16384
-    """Tokens of a data-parallel rank and step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """A rank's share of a step. `sent` and `peak_bytes` in bytes, `flops` counts matrix products."""
+    """The costs of a step on one rank.
+
+    Attributes:
+        sent: Bytes the rank sends.
+        collectives: The number of collectives it starts.
+        flops: Operations of its matrix products and decompositions.
+        peak_bytes: Bytes of temporary memory at the peak.
+    """
 
     sent: float
     collectives: int
@@ -55,9 +65,17 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class RoleCosts:
-    """The parameters of one role, stepped alone by the rank that sends most in a whole step.
+    """The costs of all parameters of one role.
 
-    `strategies` counts parameters. Roles share collectives, so that theirs do not add up to those of the step.
+    Roles share collectives, so the costs of all roles do not add up to those of the step.
+
+    Attributes:
+        role: The role.
+        rules: The names of the rules of its parameters.
+        parameters: The number of parameters.
+        weights: The number of elements of these parameters.
+        strategies: The number of parameters by strategy.
+        costs: The costs if only these parameters are stepped, on the rank that sends most in a whole step.
     """
 
     role: str
@@ -70,7 +88,14 @@ class RoleCosts:
 
 @dataclass(frozen=True, kw_only=True)
 class Alternative:
-    """What another way of stepping the same matrices would move and compute on a rank, by arithmetic."""
+    """The estimated costs on a rank of another way of stepping the same matrices.
+
+    Attributes:
+        name: What is done instead.
+        sent: Bytes a rank sends.
+        collectives: The number of collectives it starts.
+        flops: Operations of its matrix products and decompositions.
+    """
 
     name: str
     sent: float
@@ -80,11 +105,26 @@ class Alternative:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """A step on a mesh.
+    """The costs of a step on a mesh.
 
-    `busiest` has, of each cost, the most that any of the ranks looked at has; `mean_sent` is over the same ranks, all
-    of them where `looked_at` is the number of ranks. `balance` is the most operations of any rank over the mean of all
-    ranks, `indivisible` the same of a single largest unit: no assignment of whole matrices has a lower balance.
+    Attributes:
+        model: The name of the model.
+        recipe: The name of the recipe.
+        mesh: The sizes of the mesh dimensions, or the ZeRO stage with the number of ranks.
+        ranks: The number of ranks.
+        looked_at: The number of ranks whose costs were determined.
+        roles: The costs by role.
+        busiest: Each cost of the rank, among those looked at, for which it is largest.
+        mean_sent: Bytes sent per rank, averaged over the ranks looked at.
+        waves: The number of waves.
+        balance: Operations of the rank with most of them, divided by the mean of all ranks.
+        indivisible: Operations of the largest unit, divided by the mean of all ranks. No assignment of whole matrices
+            to ranks has a lower `balance`.
+        communication_seconds: Estimated time of the optimizer's communication.
+        compute_seconds: Estimated time of the optimizer's matrix products.
+        model_seconds: Estimated time of forward and backward.
+        machine: The speeds used for these estimates.
+        alternatives: The estimated costs of other ways of stepping the same matrices; empty unless requested.
     """
 
     model: str
@@ -106,17 +146,31 @@ class StepPlan:
 
     @property
     def share(self) -> float:
-        """The optimizer's share of a step, where communication and compute hide nothing of each other."""
+        """The optimizer's share of the time of a step, if communication and computation do not overlap."""
         optimizer = self.communication_seconds + self.compute_seconds
         return optimizer / (optimizer + self.model_seconds)
 
     def write(self, path: Path) -> None:
-        """Write all of it as JSON."""
+        """Write the plan to a file as JSON.
+
+        Args:
+            path: The file.
+        """
         path.write_text(json.dumps({**asdict(self), "share": self.share}, indent=2) + "\n")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """`"dp=64,tp=8"` as sizes by mesh dimension: dp_replicate, dp_shard (or dp), ep, tp. Raises ValueError."""
+    """Parse the sizes of mesh dimensions, as in `"dp=64,tp=8"`.
+
+    Args:
+        text: Sizes of `dp_replicate`, `dp_shard` (or `dp`), `ep` and `tp`, each at most once.
+
+    Returns:
+        The sizes by name of dimension, in the order above.
+
+    Raises:
+        ValueError: If the text has another form or names another dimension.
+    """
     mesh: dict[str, int] = {}
     for part in text.split(","):
         name, equals, size = part.partition("=")
@@ -131,7 +185,15 @@ def parse_mesh(text: str) -> dict[str, int]:
 
 
 def smaller_meshes(mesh: Mapping[str, int], *, most: int = 6) -> list[dict[str, int]]:
-    """The mesh with fewer data-parallel ranks, halved again and again, smallest first."""
+    """Return the same mesh with fewer data-parallel ranks, repeatedly halved.
+
+    Args:
+        mesh: The sizes by name of dimension. Without `dp_shard`, the largest dimension is halved.
+        most: The largest number of meshes; 6 by default.
+
+    Returns:
+        The meshes, smallest first, without the given one.
+    """
     name = "dp_shard" if "dp_shard" in mesh else max(mesh, key=lambda name: mesh[name])
     sizes: list[int] = []
     size = mesh[name]
@@ -152,12 +214,32 @@ def plan_step(
     exchange: ExchangeLike = None,
     alternatives: bool = False,
 ) -> StepPlan:
-    """Run a step on meta tensors, as four to sixteen ranks of the mesh would, that with most work among them.
+    """Find out what a step of the optimizer costs on a mesh of any size, without the ranks and without the weights.
 
-    Every rule, request and collective of `SymDist.step` runs, with the same arithmetic on the same shapes; only nothing
-    is stored or sent. `built` has further options of `symdist.tools.models.build`. With `zero`, weights lie in the
-    partitions of that ZeRO stage, over a mesh of `dp_shard` alone. Raises ValueError for whatever `build`, `shard`,
-    `route` and `SymDist` refuse.
+    The step runs on meta tensors as each of four to sixteen ranks would run it, among them the one with most work. All
+    rules, requests and collectives of `SymDist.step` run with the same arithmetic and shapes, but nothing is stored or
+    sent. No process group may be open in this process, unless `zero` is given.
+
+    Args:
+        model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
+        recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
+        mesh: The sizes by name of mesh dimension, such as `{"dp_shard": 64, "tp": 8}`; see `parse_mesh`.
+        zero: A ZeRO stage (1, 2 or 3), to store the weights in its partitions instead of in FSDP2 shards. The mesh then
+            has `dp_shard` only. None by default.
+        built: Further keyword arguments of `symdist.tools.models.build`. None by default.
+        machine: The speeds for the estimates of time. By default, those of `Machine()`.
+        exchange: How matrices travel between ranks: `ExchangeOptions` or a mapping of its keys. None for the defaults.
+        alternatives: Whether to estimate other ways of stepping the same matrices, too. False by default.
+
+    Returns:
+        The costs.
+
+    Raises:
+        ValueError: If `build`, `shard`, `route` or `SymDist` would refuse the model, recipe or mesh.
+
+    Example:
+        >>> plan = plan_step("olmoe-1b-7b", "olmoe", mesh={"dp_shard": 64})
+        >>> plan.busiest.sent, plan.share
     """
     machine = machine or Machine()
     with simulate_on(
@@ -216,7 +298,7 @@ def _most(costs: Iterable[Costs]) -> Costs:
 
 
 def _by_rank(simulated: Simulated, work_of: Mapping[Group, list[float]]) -> list[float]:
-    """The operations of every rank in a step."""
+    """Return the operations of every rank in a step."""
     work = [0.0] * simulated.ranks
     for group, loads in work_of.items():
         for rank in range(simulated.ranks):
@@ -225,13 +307,16 @@ def _by_rank(simulated: Simulated, work_of: Mapping[Group, list[float]]) -> list
 
 
 def _ranks_to_look_at(simulated: Simulated) -> int:
-    """So many that the answer comes within a minute: a rank's step takes as long as there are matrices to route."""
+    """Return how many ranks to look at so that the result is there within a minute.
+
+    The time for one rank grows with the number of matrices to distribute.
+    """
     units = sum(len(job.members) * units_of(job.stack) for job in simulated.plan.jobs)
     return max(4, min(16, 20_000 // max(1, units)))
 
 
 def _sample(work: Sequence[float], *, most: int) -> list[int]:
-    """Ranks to look at: all of few; of many some evenly spread, the last, and those with most and least work."""
+    """Return the ranks to look at: all of a few; else evenly spread ones and those with most and least work."""
     ranks = len(work)
     if ranks <= most:
         return list(range(ranks))
@@ -258,7 +343,7 @@ def _roles(simulated: Simulated, rank: int) -> list[RoleCosts]:
 
 
 def _alternatives(simulated: Simulated, ours: Costs) -> list[Alternative]:
-    """What users run instead, on the ranks that hold each weight: for the matrices that a matrix rule steps."""
+    """Estimate what other optimizers would cost for the matrices that matrix rules step, sharded in the same way."""
     gathered = exchanged = all_work = shared_work = 0.0
     by_shape: dict[tuple[tuple[int, ...], int], list[Stack]] = {}
     matrices = 0
@@ -273,7 +358,7 @@ def _alternatives(simulated: Simulated, ours: Costs) -> list[Alternative]:
         if role not in ("embedding", "tied_embedding", "head", "router"):
             by_shape.setdefault((member.layout.shape, shards), []).append(member.stack)
     for (shape, shards), stacks in by_shape.items():
-        # Batches of as many as there are ranks, the last one padded; bfloat16 there and back.
+        # Matrices go in batches of one per rank, the last batch padded, and travel in bfloat16 both ways.
         batches = -(-len(stacks) // shards)
         exchanged += 2 * batches * math.prod(shape) * 2 * (shards - 1) / shards
         shared_work += batches * _unit_flops(stacks[0]) * units_of(stacks[0])
@@ -291,7 +376,7 @@ def _alternatives(simulated: Simulated, ours: Costs) -> list[Alternative]:
 
 
 def _num_shards(layout: Layout | FlatLayout) -> int:
-    """Among how many ranks a weight is cut."""
+    """Return the number of ranks that a weight is divided among."""
     group = layout.group if isinstance(layout, FlatLayout) else layout.shard_group
     return group.size if group is not None else 1
 

@@ -1,4 +1,4 @@
-"""Plans as tables for the terminal, and as a picture."""
+"""Shows plans as tables for the terminal, and as a chart."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ _HEADINGS = ("sent\na rank", "collectives", "operations\na rank", "peak extra\na
 
 
 def plan_table(plan: StepPlan) -> Table:
-    """A row a role and the whole step."""
+    """Return a table with one row per role and one for the whole step.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        The table.
+    """
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     table = Table(title=f"{plan.model}, recipe {plan.recipe}, {mesh}", title_justify="left", box=SIMPLE)
     table.add_column("role", no_wrap=True)
@@ -34,7 +41,14 @@ def plan_table(plan: StepPlan) -> Table:
 
 
 def summary(plan: StepPlan) -> list[str]:
-    """Lines on what the table cannot show."""
+    """Return lines of text on what the table does not show: balance of work, and estimated times.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        The lines.
+    """
     machine = plan.machine
     seen = "all ranks" if plan.looked_at == plan.ranks else f"{plan.looked_at} of {plan.ranks:,} ranks looked at"
     milliseconds = [
@@ -53,7 +67,14 @@ def summary(plan: StepPlan) -> list[str]:
 
 
 def alternatives_table(plan: StepPlan) -> Table:
-    """The plan beside what else could step the same matrices."""
+    """Return a table that compares the plan with other ways of stepping the same matrices.
+
+    Args:
+        plan: A plan made with `alternatives=True`.
+
+    Returns:
+        The table.
+    """
     table = Table(title="The same matrices by other ways, a rank and step", title_justify="left", box=SIMPLE)
     table.add_column("way")
     for heading in ("sent", "collectives", "operations"):
@@ -64,7 +85,12 @@ def alternatives_table(plan: StepPlan) -> Table:
 
 
 def draw(plans: Sequence[StepPlan], path: Path) -> None:
-    """Bytes that the busiest sender sends a step, stacked by role, over the number of ranks."""
+    """Draw a bar chart of the bytes a rank sends per step, stacked by role, over the number of ranks.
+
+    Args:
+        plans: Plans of the same model and recipe, one per bar. The rank is the one that sends most.
+        path: The image file to write.
+    """
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""What a recipe comes to on a model over some number of ranks, found without the ranks and without the weights."""
+"""Shows what a recipe does to a model on a number of ranks, without the ranks and without the weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from symdist.tools.simulate_flat import simulate_on
 
 @dataclass(frozen=True, kw_only=True)
 class Preview:
-    """`parameters` in the model's order; `collectives` and `sent` bytes are what one rank does in a step.
+    """What a recipe does to a model.
 
-    `stacks` counts what runs as one, apart from the groups that PyTorch's AdamW steps where they lie.
+    Attributes:
+        parameters: How each parameter is stepped, in the order of the model.
+        groups: The number of param groups.
+        stacks: The number of stacks, which each run as one; parameters that PyTorch's AdamW steps are in none.
+        collectives: The number of collectives that one rank starts per step.
+        sent: The bytes that it sends per step.
     """
 
     parameters: list[Assignment]
@@ -35,10 +40,23 @@ def preview(
     zero: int | None = None,
     built: Mapping[str, Any] | None = None,
 ) -> Preview:
-    """Route a model that is sharded over a mesh, or in the partitions of a ZeRO stage; nothing is materialised.
+    """Route a model that is sharded over a mesh or partitioned by ZeRO, without creating weights.
 
-    `model` is a preset or a TOML file, with further options of `symdist.tools.models.build` in `built`. No process
-    group may be open. Raises ValueError for whatever `build`, `shard`, `route` and `SymDist` refuse.
+    No process group may be open in this process, unless `zero` is given.
+
+    Args:
+        model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
+        recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
+        mesh: The sizes by name of mesh dimension; see `symdist.tools.models.shard`.
+        zero: A ZeRO stage (1, 2 or 3), to store the weights in its partitions instead of in FSDP2 shards. The mesh then
+            has `dp_shard` only. None by default.
+        built: Further keyword arguments of `symdist.tools.models.build`. None by default.
+
+    Returns:
+        What the recipe does to the model.
+
+    Raises:
+        ValueError: If `build`, `shard`, `route` or `SymDist` would refuse the model, recipe or mesh.
     """
     with simulate_on(model, recipe, mesh=mesh, zero=zero, built=built) as simulated:
         counting = CountingTransport()
@@ -50,7 +68,7 @@ def preview(
         }
         order = {name: i for i, (name, _) in enumerate(simulated.model.named_parameters())}
         return Preview(
-            # Parts of a parameter come after all that are in one.
+            # Parts of a parameter that is cut in several come last.
             parameters=sorted(found.values(), key=lambda each: order.get(each.name, len(order))),
             groups=len(simulated.groups),
             stacks=len({member.stack for member in simulated.members} - {None}),

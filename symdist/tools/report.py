@@ -1,4 +1,4 @@
-"""Runs side by side: a table for the terminal, a page of curves, a picture; once, or for as long as the runs go on."""
+"""Shows training runs side by side in a table, a web page and a picture, once or while the runs go on."""
 
 from __future__ import annotations
 
@@ -16,14 +16,27 @@ from rich.table import Table
 from symdist.tools.report_page import model_line, page, summary_columns
 from symdist.tools.run_log import Run, in_time, readers
 
-# How long a call to stop may go unheard while waiting for the next reading.
+# Seconds between calls of `stop` while waiting for the next reading.
 _ATTENTION = 0.1
 
 
 def report(folders: Sequence[Path], *, output: Path, picture: Path | None = None) -> list[Any]:
-    """Read runs and write their page, and their picture where one is asked for; what to show on the terminal.
+    """Write a page on training runs, and a picture if requested.
 
-    Raises ValueError where a folder is no run's, or a file in it cannot be read.
+    Args:
+        folders: The folders of the runs, finished or not.
+        output: The HTML file to write.
+        picture: The image file to write. None (default) for no picture.
+
+    Returns:
+        What to print on the terminal: a table, and lines of text.
+
+    Raises:
+        ValueError: If no folder is given, a folder is not that of a run, or a file in it cannot be read.
+
+    Example:
+        >>> for line in report([Path("runs/muon"), Path("runs/adamw")], output=Path("report.html")):
+        ...     rich.print(line)
     """
     runs = [reader.read() for reader in readers(folders)]
     now = time.time()
@@ -44,10 +57,24 @@ def follow(
     stop: Callable[[], bool] = lambda: False,
     console: Console | None = None,
 ) -> list[Any]:
-    """As `report`, over and over until all runs are finished, `stop` says so, or Ctrl-C; a table shows where they are.
+    """Show a table and write the page again and again while the runs go on.
 
-    The page reloads itself while this goes on. What was read once is not read again, except of a log that a resumed run
-    wrote anew. Raises ValueError as `report` does, and for a waiting time that is not positive.
+    It ends when all runs are finished, `stop` returns True, or the user presses Ctrl-C. The page reloads itself until
+    then. Only what was added to the logs is read each time.
+
+    Args:
+        folders: The folders of the runs.
+        output: The HTML file to write.
+        picture: The image file to write at the end. None (default) for no picture.
+        every: Seconds between two readings; 5 by default.
+        stop: Returns whether to stop. By default, never.
+        console: The terminal to show the table on; the standard output by default.
+
+    Returns:
+        What to print on the terminal at the end: a table, and lines of text.
+
+    Raises:
+        ValueError: As `report`, and if `every` is not positive.
     """
     if not every > 0:
         raise ValueError(f"every={every} must be positive")
@@ -68,7 +95,7 @@ def follow(
                     break
                 runs = [reader.read() for reader in followed]
     except KeyboardInterrupt:
-        # How one leaves; the page below is the last.
+        # The usual way to stop. The final page is written below.
         pass
     now = time.time()
     write_page(runs, output, live=False, every=every, now=now)
@@ -90,7 +117,15 @@ def _stopped(stop: Callable[[], bool], seconds: float) -> bool:
 
 
 def run_table(runs: Sequence[Run], now: float) -> Table:
-    """A row a run; columns that no run has a figure for are left out, as a router's are of dense models."""
+    """Return a table with one row per run. Columns without a value in any run are left out.
+
+    Args:
+        runs: The runs.
+        now: The current time, in seconds since the epoch.
+
+    Returns:
+        The table.
+    """
     table = Table(title=model_line(runs), title_justify="left", box=SIMPLE)
     columns = summary_columns(runs, now)
     for i, column in enumerate(columns):
@@ -101,7 +136,15 @@ def run_table(runs: Sequence[Run], now: float) -> Table:
 
 
 def live_table(runs: Sequence[Run], now: float) -> Table:
-    """A row a run: where it is, how fast it goes, when it will be done, and what happened last."""
+    """Return a table with one row per run: progress, speed, remaining time and last event.
+
+    Args:
+        runs: The runs.
+        now: The current time, in seconds since the epoch.
+
+    Returns:
+        The table.
+    """
     table = Table(title=model_line(runs), title_justify="left", box=SIMPLE)
     for heading in ("run", "state", "step", "loss", "tokens/s", "time left", "router CV", "last event"):
         left = heading in ("run", "state", "last event")
@@ -124,10 +167,18 @@ def live_table(runs: Sequence[Run], now: float) -> Table:
 
 
 def write_page(runs: Sequence[Run], path: Path, *, live: bool, every: float, now: float) -> None:
-    """Write the page whole or not at all, so that a browser never loads half of one."""
+    """Write the page by replacing the file at once, so that a browser never loads an incomplete page.
+
+    Args:
+        runs: The runs.
+        path: The HTML file to write.
+        live: Whether the page reloads itself.
+        every: Seconds between two reloads.
+        now: The current time, in seconds since the epoch.
+    """
     text = page(runs, live=live, every=every, now=now)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not a temporary file of Python's, which others on the machine could not read.
+    # Not a file from Python's tempfile, which only its owner may read.
     written = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         written.write_text(text, encoding="utf-8")
@@ -137,7 +188,12 @@ def write_page(runs: Sequence[Run], path: Path, *, live: bool, every: float, now
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Validation and training loss, and the routers' load over the experts, against tokens seen; written to `path`."""
+    """Draw losses and, for mixtures of experts, the load of the routers, against the tokens seen.
+
+    Args:
+        runs: The runs.
+        path: The image file to write.
+    """
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""The curves of a report's page: which panel each measure is in, and points few enough to draw."""
+"""Prepares the curves of a report's page: assigns measures to panels, and thins out long curves."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from symdist.tools.run_log import Run, at_step
 
-# Points of all curves together, and of one: some megabytes, and more than a screen has pixels.
+# The most points of all curves together, which come to some megabytes, and the range of the limit for one curve, whose
+# upper end is more than a screen has pixels.
 _POINTS = 200_000
 _POINTS_A_CURVE = (160, 2400)
 _CLOCK_POINTS = 200
 _GROUPS = ("Loss", "Optimizer", "Roles", "Routers", "Logits", "Throughput and memory", "Other")
-# Group and title of what jobs write; others find their place by the start of their name.
+# Group and title of the measures that jobs write. Other measures are sorted by how their name begins, see _BEGINNINGS.
 _MEASURES = {
     "loss": ("Loss", "Loss, nats a token"),
     "gradient_norm": ("Loss", "Gradient norm"),
@@ -49,7 +50,15 @@ _BEGINNINGS = {
 
 
 def curves(runs: Sequence[Run]) -> tuple[dict[str, Any], int]:
-    """What the script draws, and how many lines became two points, 0 where all became points."""
+    """Return the data of all curves for the page's script.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        The data, and the number of lines of a log that were reduced to two points in the most thinned curve; 0 if every
+        line is drawn.
+    """
     count = sum(len(run.measures) for run in runs)
     limit = min(max(_POINTS // max(count, 1), _POINTS_A_CURVE[0]), _POINTS_A_CURVE[1])
     thinned = 0
@@ -57,7 +66,7 @@ def curves(runs: Sequence[Run]) -> tuple[dict[str, Any], int]:
     for i, run in enumerate(runs):
         for (kind, measure), (steps, values) in run.measures.items():
             key, _, part = measure.partition("/")
-            # A measure and its parts, as optimizer_ms and optimizer_ms/local, are panels apart.
+            # A measure and its parts, such as optimizer_ms and optimizer_ms/local, go into separate panels.
             group, title = _place(key)
             panel = panels.setdefault(
                 key + "/" * bool(part), {"key": key, "group": group, "title": title, "parts": [], "curves": []}
@@ -91,7 +100,19 @@ def curves(runs: Sequence[Run]) -> tuple[dict[str, Any], int]:
 
 
 def thin(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
-    """Of each `width` points, the lowest and the highest, in their order, and one not finite; of all, the ends."""
+    """Thin out a curve without losing extremes.
+
+    Of each `width` points, the lowest, the highest and one that is not finite are kept, and of the whole curve the
+    ends.
+
+    Args:
+        steps: The steps.
+        values: The value at each step.
+        width: The number of points to thin at a time; below 2, all points are kept.
+
+    Returns:
+        The steps and values that are kept, in order.
+    """
     if width < 2:
         return list(steps), list(values)
     kept = {0, len(steps) - 1}
@@ -107,7 +128,16 @@ def thin(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[lis
 
 
 def means(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
-    """The last step and the mean of each `width` points."""
+    """Average a curve over each `width` points.
+
+    Args:
+        steps: The steps.
+        values: The value at each step. Values that are not finite are ignored.
+        width: The number of points to average.
+
+    Returns:
+        The last step of each `width` points, and their mean.
+    """
     found: tuple[list[int], list[float]] = ([], [])
     for start in range(0, len(steps), width):
         finite = [value for value in values[start : start + width] if math.isfinite(value)]
@@ -117,7 +147,7 @@ def means(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[li
 
 
 def _encoded(steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
-    # Differences of steps are short numbers, which a page of many curves is mostly made of.
+    # Store differences of steps, since they are short numbers and steps make up much of a page with many curves.
     jumps = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
     return {"steps": jumps, "values": [_short(value) for value in values]}
 
@@ -132,7 +162,7 @@ def _clock(run: Run) -> dict[str, Any] | None:
     steps, seconds = run.clock
     if not steps:
         return None
-    # The last line may be of a validation, which comes after the last throughput logged.
+    # The last line may belong to a validation, after the last line with a throughput.
     end = max(run.last_step, steps[-1])
     marks = sorted({round(end * i / _CLOCK_POINTS) for i in range(_CLOCK_POINTS + 1)})
     return {"steps": marks, "seconds": [_short(at_step(steps, seconds, step)) for step in marks]}

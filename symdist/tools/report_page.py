@@ -1,4 +1,4 @@
-"""The page of a report: one HTML file that holds its data, style and script, and loads nothing."""
+"""Makes the page of a report: one HTML file with its data, style and script, which loads nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from symdist.tools.tables import in_bytes, route_table
 
 _EVENTS = 400
 
-# Differ between any two runs and say nothing.
+# Settings that differ between any two runs, and are left out of their comparison.
 _OWN = ("output", "started")
 
 _CONTROLS = """
@@ -37,7 +37,17 @@ _CONTROLS = """
 
 
 def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
-    """The page as text; with `live` it reloads itself every so many seconds."""
+    """Return the page of a report as HTML.
+
+    Args:
+        runs: The runs.
+        live: Whether the page reloads itself.
+        every: Seconds between two reloads.
+        now: The current time, in seconds since the epoch.
+
+    Returns:
+        The text of the page.
+    """
     names = ", ".join(run.name for run in runs)
     legend = "".join(
         f'<button type="button" class="chip" data-run="{i}" aria-pressed="true">{_swatch(i)}{escape(run.name)}</button>'
@@ -64,7 +74,7 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
             f"Long curves are thinned to the lowest and highest of each {thinned} lines or fewer: no extreme is lost. "
         )
     )
-    # A script ends at the first "</script", whatever the string it stands in; no "<" at all is left in the data.
+    # A browser ends a script at the first "</script", even inside a string, so escape every "<" in the data.
     script = "".join(map(_asset, ("axes.js", "plots.js", "switches.js")))
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return "\n".join(
@@ -87,14 +97,27 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of runs: its heading, and a run's cell, empty where not known."""
+    """A column of the table of runs.
+
+    Attributes:
+        heading: The heading.
+        cells: The text for each run, empty if unknown.
+    """
 
     heading: str
     cells: tuple[str, ...]
 
 
 def summary_columns(runs: Sequence[Run], now: float) -> list[Column]:
-    """The runs side by side; columns that no run has a figure for are left out."""
+    """Return the columns of the table of runs. Columns without a value in any run are left out.
+
+    Args:
+        runs: The runs.
+        now: The current time, in seconds since the epoch.
+
+    Returns:
+        The columns.
+    """
 
     def figures(heading: str, form: str, measure: str, kind: str = "train") -> Column:
         values = [run.figure(measure, kind) for run in runs]
@@ -119,7 +142,14 @@ def summary_columns(runs: Sequence[Run], now: float) -> list[Column]:
 
 
 def model_line(runs: Sequence[Run]) -> str:
-    """What the runs have in common: model, parameters, tokens, ranks."""
+    """Return one line on what the runs have in common: model, parameters, tokens and ranks.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        The line, without what differs or is unknown.
+    """
 
     def common(key: str) -> Any:
         found = [run.fact(key) for run in runs]
@@ -190,7 +220,7 @@ def _events(runs: Sequence[Run]) -> str:
 
 def _configuration(runs: Sequence[Run]) -> str:
     flat = [dict(_flat(_settings(run))) for run in runs]
-    # One that tells nothing would differ in everything.
+    # Compare only runs with known settings; a run without any would differ in all of them.
     told = [i for i, run in enumerate(runs) if run.facts]
     keys = dict.fromkeys(key for i in told for key in flat[i] if key.rpartition(".")[2] not in _OWN)
     differing = [key for key in keys if len({flat[i].get(key) for i in told}) > 1]
@@ -216,7 +246,7 @@ def _configuration(runs: Sequence[Run]) -> str:
 def _settings(run: Run) -> dict[str, Any]:
     if run.facts:
         config = run.facts.get("config") or {}
-        # Jobs repeat some of their configuration beside it.
+        # Jobs also write some settings of their configuration outside of it. Leave out these repetitions.
         return {key: value for key, value in run.facts.items() if config.get(key) != value}
     keys = ("model", "recipe", "steps", "ranks", "parameters", "active_parameters")
     return {key: run.summary[key] for key in keys if key in run.summary} if run.summary else {}
@@ -238,7 +268,7 @@ def _routing(runs: Sequence[Run]) -> str:
         if not run.routing:
             return ""
         parameters = [Assignment(**{**row, "shape": tuple(row["shape"])}) for row in run.routing]
-        # The table that `symdist route` shows, so that both fold and word alike.
+        # Use the table of `symdist route`, so that both look the same.
         shown = Preview(parameters=parameters, groups=0, stacks=0, collectives=0, sent=0)
         table = route_table(shown, title="", fold=True)
         cells = zip(*([escape(str(cell)) for cell in column.cells] for column in table.columns), strict=True)
@@ -277,7 +307,7 @@ def _plans(runs: Sequence[Run]) -> str:
 
 
 def _alike(runs: Sequence[Run], told: Any, *, key: str) -> str:
-    """What each run has to say, once for those that say the same."""
+    """Return the text on each run, written only once for runs whose text is the same."""
     said: dict[str, list[int]] = {}
     for i, run in enumerate(runs):
         try:
@@ -302,7 +332,7 @@ def _details(summary: str, content: str, *, key: str, raw: bool = False) -> str:
 def _table(
     heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: int | None = None, raw_heads: bool = False
 ) -> str:
-    """A table of cells that are HTML; columns from `numbers` on are set to the right."""
+    """Return a table of cells that are HTML already. Columns from index `numbers` on are aligned to the right."""
 
     def cell(tag: str, i: int, text: str) -> str:
         return f"<{tag}{' class=n' if numbers is not None and i >= numbers else ''}>{text}</{tag}>"

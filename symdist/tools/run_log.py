@@ -1,4 +1,4 @@
-"""Folders of training runs: what a job's first rank wrote, read once or followed while it is being written."""
+"""Reads the folders of training runs, which the first rank of a job writes, once or while they are being written."""
 
 from __future__ import annotations
 
@@ -22,19 +22,26 @@ ROUTING = "routing.json"
 PLAN = "plan.json"
 EVENTS = "events.jsonl"
 
-# Without a line for so long, or for so many times the usual wait, a run is taken to be dead.
+# A run counts as stopped if it has written no line for `_SILENT_SECONDS`, or for `_SILENT_LINES` times the usual time
+# between lines if that is longer.
 _SILENT_SECONDS = 300.0
 _SILENT_LINES = 20
-# Before the first line come the model, the data and the compiler.
+# The time allowed before the first line, for loading the model and the data and for compiling.
 _STARTING_SECONDS = 1800.0
-# A file that cannot be read may be one that is just being written.
+# A file that cannot be read counts as still being written for this long after its last change.
 _WRITING_SECONDS = 10.0
 _REMEMBERED = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """Whether a run goes on; `seconds` since its last line or event, None where it is finished."""
+    """Whether a run is still going on.
+
+    Attributes:
+        kind: "starting", "running", "finished" or "stopped".
+        seconds: Seconds since the last line or event; None if the run is finished.
+        reason: Why it was stopped, if known.
+    """
 
     kind: Literal["starting", "running", "finished", "stopped"]
     seconds: float | None = None
@@ -54,10 +61,20 @@ class State:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """A run as its folder tells it; what the folder does not hold is None or empty.
+    """A training run, as read from its folder. What the folder does not hold is None or empty.
 
-    `lines` are those of the log by kind, in the order written; `written` is when the log last grew, and `noted`
-    when the last event did, in epoch seconds. `torn_events` counts events that a killed process left torn.
+    Attributes:
+        name: The name to show.
+        folder: The folder.
+        lines: The lines of the log by kind, such as "train" or "validation", in the order written.
+        written: When the log was last written, in seconds since the epoch.
+        summary: The contents of summary.json, which is written at the end of a run.
+        facts: The contents of run.json, which is written at the start.
+        routing: The contents of routing.json: how each parameter is stepped.
+        plan: The contents of plan.json: what a step sends.
+        events: Events such as starts, stops and checkpoints.
+        torn_events: The number of incomplete events, left by a killed process.
+        noted: When the last event was written, in seconds since the epoch.
     """
 
     name: str
@@ -73,23 +90,30 @@ class Run:
     noted: float = 0.0
 
     def fact(self, key: str) -> Any:
-        """What run.json, or else the summary, says under a key; None where neither does."""
+        """Return a value of run.json, or else of the summary.
+
+        Args:
+            key: The key of the value.
+
+        Returns:
+            The value, or None if neither has it.
+        """
         found = self.facts.get(key)
         return (self.summary or {}).get(key) if found is None else found
 
     @property
     def steps(self) -> int | None:
-        """The steps it is to make, where known."""
+        """The number of steps that the run is to make, or None if unknown."""
         return self.fact("steps")
 
     @cached_property
     def last_step(self) -> int:
-        """The step of its last line; 0 where it has none yet."""
+        """The step of the last line; 0 if there is none yet."""
         return max((lines[-1]["step"] for lines in self.lines.values()), default=0)
 
     @cached_property
     def tokens_per_step(self) -> float | None:
-        """Tokens of a step, where known."""
+        """Tokens per step over all ranks, or None if unknown."""
         given = self.facts.get("tokens_per_step")
         if given is None and self.summary and self.summary.get("steps") and self.summary.get("tokens"):
             given = self.summary["tokens"] / self.summary["steps"]
@@ -97,7 +121,7 @@ class Run:
 
     @cached_property
     def measures(self) -> dict[tuple[str, str], tuple[list[int], list[float]]]:
-        """Steps and values of every numeric measure, by kind of line and name; values need not be finite."""
+        """Steps and values of every numeric measure, by kind of line and name. Values may be infinite or NaN."""
         found: dict[tuple[str, str], tuple[list[int], list[float]]] = {}
         for kind, lines in self.lines.items():
             for line in lines:
@@ -111,25 +135,49 @@ class Run:
         return found
 
     def last(self, kind: str, measure: str) -> float | None:
-        """The last value of a measure."""
+        """Return the last value of a measure.
+
+        Args:
+            kind: The kind of line, such as "train".
+            measure: The name of the measure.
+
+        Returns:
+            The value, or None if there is none.
+        """
         values = self.measures.get((kind, measure), ([], []))[1]
         return values[-1] if values else None
 
     def figure(self, measure: str, kind: str = "train") -> float | None:
-        """What the summary says of a measure, or else its last line that does."""
+        """Return the final value of a measure: that of the summary if the run is finished, or else the last in the log.
+
+        Args:
+            measure: The name of the measure.
+            kind: The kind of line; "train" by default.
+
+        Returns:
+            The value, or None if there is none.
+        """
         key = measure if kind == "train" else f"{kind}_{measure}"
         found = self.summary.get(key) if self.summary and self.finished else None
         return self.last(kind, measure) if found is None else found
 
     def curve(self, kind: str, measure: str) -> tuple[list[float], list[float]]:
-        """Tokens seen, or steps where a step's tokens are not known, and a measure of the lines of a kind."""
+        """Return the curve of a measure.
+
+        Args:
+            kind: The kind of line, such as "train".
+            measure: The name of the measure.
+
+        Returns:
+            The tokens seen (or the steps, if the tokens per step are unknown), and the values.
+        """
         steps, values = self.measures.get((kind, measure), ([], []))
         tokens = self.tokens_per_step or 1
         return [step * tokens for step in steps], values
 
     @cached_property
     def clock(self) -> tuple[list[int], list[float]]:
-        """Steps, and the seconds of training that lead to each by the throughput logged; empty where unknown."""
+        """Steps, and seconds of training up to each of them by the logged throughput; empty if unknown."""
         steps, rates = self.measures.get(("train", "tokens_per_second"), ([], []))
         tokens = self.tokens_per_step
         if tokens is None:
@@ -143,7 +191,7 @@ class Run:
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the rest of a run takes at its last throughput, where known."""
+        """Seconds that the remaining steps take at the last throughput, or None if unknown."""
         rate = self.last("train", "tokens_per_second")
         if not rate or not math.isfinite(rate) or self.tokens_per_step is None or self.steps is None:
             return None
@@ -151,14 +199,21 @@ class Run:
 
     @cached_property
     def finished(self) -> bool:
-        """Whether it came to its end, and was not resumed for more steps since."""
+        """Whether the run reached its end and has not been resumed for more steps since."""
         if self.summary is None:
             return False
         end = self.summary.get("steps", self.last_step)
         return self.last_step <= end and (self.facts.get("steps") or 0) <= end
 
     def state(self, now: float) -> State:
-        """Whether it is finished, goes on, or was stopped, as far as its folder tells at a time."""
+        """Return whether the run is finished, goes on, or was stopped, as far as its folder shows.
+
+        Args:
+            now: The current time, in seconds since the epoch.
+
+        Returns:
+            The state.
+        """
         if self.finished:
             return State(kind="finished")
         silent = max(0.0, now - max(self.written, self.noted))
@@ -179,9 +234,13 @@ class Run:
 
 
 class Reader:
-    """Follows a run's folder: each `read` takes in what was added since the last, and a log written anew whole.
+    """Reads the folder of a run repeatedly; each `read` takes in only what was added since the one before.
 
-    Raises ValueError where the folder holds no log, or a file in it cannot be read.
+    A log that was replaced is read again as a whole.
+
+    Args:
+        folder: The folder.
+        name: The name to show; the name of the folder by default.
     """
 
     def __init__(self, folder: Path, *, name: str | None = None):
@@ -193,7 +252,14 @@ class Reader:
         self._run: Run | None = None
 
     def read(self) -> Run:
-        """The run at present; the same object as before where nothing changed."""
+        """Return the run as it is now.
+
+        Returns:
+            The run; the same object as before if nothing changed.
+
+        Raises:
+            ValueError: If the folder holds no log, or a file in it cannot be read.
+        """
         if not (self.folder / LOG).exists() and self._run is None:
             raise ValueError(f"{self.folder} has no {LOG}: it is not the folder of a run, or of one that has not begun")
         changed = [tail.read() for tail in (self._log, self._noted)]
@@ -236,19 +302,40 @@ class Reader:
         except ValueError as error:
             if time.time() - stat.st_mtime > _WRITING_SECONDS:
                 raise ValueError(f"{path} cannot be read: {error}") from None
-            # Read again next time.
+            # Keep the old content, and read the file again next time.
             stamp, content = None, before[1]
         self._whole[name] = (stamp, content)
         return content != before[1]
 
 
 def read_run(folder: Path, *, name: str | None = None) -> Run:
-    """A run from its folder. ValueError, naming file and line, where that has no log or one that cannot be read."""
+    """Read a run from its folder.
+
+    Args:
+        folder: The folder.
+        name: The name to show; the name of the folder by default.
+
+    Returns:
+        The run.
+
+    Raises:
+        ValueError: If the folder holds no log, or a file in it cannot be read. The message names the file and line.
+    """
     return Reader(folder, name=name).read()
 
 
 def readers(folders: Iterable[Path]) -> list[Reader]:
-    """A reader for each folder, under names that tell them apart; ValueError where there are none."""
+    """Return a reader for each folder, with names that distinguish them.
+
+    Args:
+        folders: The folders of the runs.
+
+    Returns:
+        The readers, in the same order.
+
+    Raises:
+        ValueError: If no folder is given.
+    """
     folders = list(folders)
     if not folders:
         raise ValueError("no run given; name the folders of one or more runs")
@@ -265,14 +352,30 @@ def readers(folders: Iterable[Path]) -> list[Reader]:
 
 
 def at_step(steps: list[int], values: list[float], step: float) -> float:
-    """A value between those of ascending steps, and beyond them as between the nearest two."""
+    """Interpolate a value linearly between steps, and extrapolate it beyond them.
+
+    Args:
+        steps: Two or more steps, ascending.
+        values: The value at each step.
+        step: The step to find the value at.
+
+    Returns:
+        The value.
+    """
     i = min(max(bisect_left(steps, step), 1), len(steps) - 1)
     slope = (values[i] - values[i - 1]) / (steps[i] - steps[i - 1])
     return values[i - 1] + (step - steps[i - 1]) * slope
 
 
 def in_time(seconds: float) -> str:
-    """A duration in its two largest units."""
+    """Format a duration in its two largest units.
+
+    Args:
+        seconds: The duration.
+
+    Returns:
+        The text, such as "1 h 5 min".
+    """
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -283,9 +386,9 @@ def in_time(seconds: float) -> str:
 
 
 class _Tail:
-    """The lines of a JSON-lines file that may still grow, be cut short and written anew, or not be there yet.
+    """Reads the lines of a JSON-lines file that may grow, be shortened and written anew, or not exist yet.
 
-    With `strict`, the lines are those of a log and a bad one is an error; without, it is counted.
+    With `strict`, every line must be one of a log, and another is an error. Otherwise, bad lines are counted in `torn`.
     """
 
     def __init__(self, path: Path, *, strict: bool = True):
@@ -300,17 +403,17 @@ class _Tail:
         self._end = b""
 
     def read(self) -> bool:
-        """Take in what is new; whether there was anything."""
+        """Read what is new, and return whether there was anything."""
         try:
             file = self.path.open("rb")
         except FileNotFoundError:
-            # While a file is replaced there may be none for a moment; what was read stays.
+            # While a file is being replaced it may be missing for a moment. Keep what was read before.
             return False
         with file:
             stat = os.fstat(file.fileno())
             moved = stat.st_mtime != self.written
             self.written = stat.st_mtime
-            # A log that was cut short may have grown beyond its old length again: its last bytes tell.
+            # A log that was cut short may have grown beyond its old length again, so compare the last bytes read.
             file.seek(max(0, self._offset - len(self._end)))
             anew = self._offset > 0 and (stat.st_ino != self._inode or file.read(len(self._end)) != self._end)
             if anew:
@@ -320,7 +423,7 @@ class _Tail:
             added = file.read()
         whole, newline, rest = added.rpartition(b"\n")
         if rest.strip() and _object(rest) is not None:
-            # An object that is closed cannot grow any more; only its newline is missing.
+            # A complete JSON object cannot grow any more; only its newline is missing.
             whole, newline, rest = added, b"", b""
         taken = len(added) - len(rest)
         if taken:

@@ -1,4 +1,4 @@
-"""A model sharded over ranks that do not exist, and a step of its optimizer as any of them would take it."""
+"""Simulates a model that is sharded over ranks which do not exist, and a step of its optimizer on any of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ from symdist.tools.models import build, shard
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A model on a mesh of which this process is rank 0; `members` and `plan` are those of its optimizer."""
+    """A model on a mesh, of which this process is rank 0.
+
+    Attributes:
+        model: The model, on the meta device.
+        mesh: The sizes by name of mesh dimension.
+        groups: The param groups, with all options filled in.
+        members: The descriptions of the optimizer's parameters.
+        plan: The optimizer's plan on rank 0.
+    """
 
     model: nn.Module
     mesh: Mapping[str, int]
@@ -40,29 +48,45 @@ class Simulated:
 
     @property
     def ranks(self) -> int:
-        """How many ranks the mesh has."""
+        """The number of ranks of the mesh."""
         return math.prod(self.mesh.values())
 
     def layout(self, layout: Layout, rank: int) -> Layout:
-        """A layout as another rank of the mesh sees its own piece: a sibling of rank 0's, at the rank's coordinates."""
+        """Return a layout of rank 0 as another rank sees it, with that rank's own piece.
+
+        Args:
+            layout: The layout on rank 0.
+            rank: The other rank.
+
+        Returns:
+            The layout on the other rank.
+        """
         if layout.group is None:
             return layout
         key = id(layout), rank
         if key not in self._layouts:
-            # Those of one rank at a time: many jobs share a layout, and large ones are slow to make.
+            # Cache the layouts, since many jobs share one and large ones are slow to make, but of one rank at a time.
             if any(other != rank for _, other in self._layouts):
                 self._layouts.clear()
             self._layouts[key] = layout.at(self.place_in(layout.group, rank))
         return self._layouts[key]
 
     def place_in(self, group: Group, rank: int) -> int:
-        """The place of a rank in its own sibling of a group of rank 0."""
+        """Return the index of a rank in its own group that corresponds to a group of rank 0.
+
+        Args:
+            group: A group that contains rank 0.
+            rank: The rank.
+
+        Returns:
+            The index. The rank's group runs along the same mesh dimensions as `group`.
+        """
         along, stride = rank, self.ranks
         here = 0
         for size in self.mesh.values():
             stride //= size
             coordinate, along = divmod(along, stride)
-            # The axes that rank 0's group runs along: it has the next rank of them.
+            # Rank 0's group extends along this dimension if it contains the next rank in it.
             if size > 1 and stride in self._members_of(group):
                 here += coordinate * stride
         return bisect.bisect_left(group.ranks, here)
@@ -73,10 +97,18 @@ class Simulated:
     def step(
         self, counting: CountingTransport, *, rank: int = 0, only: set[int] | None = None
     ) -> dict[Group, list[float]]:
-        """Run the jobs of a step, of the parameters `only`, on meta tensors, as `rank` would; `counting` notes it.
+        """Run the jobs of a step on meta tensors, as one rank would run them.
 
-        All the arithmetic and every collective of `SymDist.step`, but for what costs nothing elsewhere: gradients are
-        taken for directions, and no weight is written. Returned are the operations that all ranks do, by group.
+        All arithmetic and all collectives of `SymDist.step` run, except that gradients are used as the directions and
+        no weight is written.
+
+        Args:
+            counting: Records what the rank sends.
+            rank: The rank; 0 by default.
+            only: The indices of the members to step; None (default) for all.
+
+        Returns:
+            The operations of every rank, by group.
         """
         parameters = [member.parameter for member in self.members]
         world = ranks_that_agree(parameters, [])
@@ -85,7 +117,7 @@ class Simulated:
         return dry_run(self.plan, counting, change=lambda job: self._of(job, rank, only))
 
     def _of(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Job | None:
-        """What of a job is of the parameters `only`, as a rank sees it."""
+        """Return the part of a job that belongs to the members `only`, as a rank sees it; None if there is none."""
         assert isinstance(job, Job), "DTensors alone are simulated"
         kept = [i for i, member in enumerate(job.members) if only is None or member in only]
         if not kept:
@@ -109,17 +141,28 @@ def simulate(
     built: Mapping[str, Any] | None = None,
     exchange: ExchangeLike = None,
 ) -> Iterator[Simulated]:
-    """Shard a model over a mesh, as `symdist.tools.models.shard` does, and route it; nothing is materialised.
+    """Shard a model over a mesh and route it, without creating weights.
 
-    `model` is a preset or a TOML file, see `symdist.tools.models.build`, of which `built` has further options; `mesh`
-    maps names of mesh dimensions to sizes. No process group may be open, and one is until the context ends. Raises
-    ValueError for whatever `build`, `shard`, `route` and `SymDist` refuse.
+    No process group may be open in this process. A fake one is open until the context ends.
+
+    Args:
+        model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
+        recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
+        mesh: The sizes by name of mesh dimension; see `symdist.tools.models.shard`.
+        built: Further keyword arguments of `symdist.tools.models.build`. None by default.
+        exchange: How matrices travel between ranks: `ExchangeOptions` or a mapping of its keys. None for the defaults.
+
+    Yields:
+        The simulated model.
+
+    Raises:
+        ValueError: If `build`, `shard`, `route` or `SymDist` would refuse the model, recipe or mesh.
     """
-    # Not public, but the only process group that has a size and no peers.
+    # Not a public class, but only this process group has a size without other processes.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     ranks = math.prod(mesh.values())
-    # Opening a group replaces what shows uncaught errors; closing it does not put that back.
+    # Opening a process group replaces sys.excepthook, and closing it does not restore it.
     hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:

@@ -1,4 +1,4 @@
-"""A model in ZeRO partitions over ranks that do not exist, and a step of its optimizer as any of them would take it."""
+"""Simulates a model in ZeRO partitions over ranks which do not exist, and a step of its optimizer on any of them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,39 @@ from symdist.routing.route import route
 from symdist.tools.models import build
 from symdist.tools.simulate import Simulated, simulate
 
-# DeepSpeed pads a group of parameters to a multiple of this, a rank.
+# DeepSpeed pads a group of parameters to a multiple of this number times the number of ranks.
 _ALIGN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class SimulatedFlat(Simulated):
-    """A model in ZeRO partitions; of each rank the optimizer is made anew, for each has other matrices whole."""
+    """A model in ZeRO partitions.
+
+    The plan is made anew for each rank, since each has other matrices whole.
+
+    Attributes:
+        stage: The ZeRO stage: 1, 2 or 3.
+        bounds: By name of parameter, the indices at which one rank's run of its elements ends and the next begins.
+        exchange: How matrices travel between ranks.
+    """
 
     stage: int
     bounds: Mapping[str, tuple[int, ...]]
-    """Of each parameter, by name: where the ranks' runs of it meet."""
     exchange: ExchangeOptions
 
     def place_in(self, group: Group, rank: int) -> int:
-        """All ranks are in one group, in order."""
+        """Return the index of a rank in a group: all ranks are in one group, in order."""
         return rank
 
     def seen_by(self, rank: int) -> tuple[list[ParamSpec], Plan]:
-        """The members and the plan of a rank."""
+        """Return the members and the plan of the optimizer on a rank.
+
+        Args:
+            rank: The rank.
+
+        Returns:
+            The descriptions of its parameters, and its plan.
+        """
         ranks = Group(ranks=tuple(range(self.ranks)), index=rank)
         members = []
         for i, group in enumerate(self.groups):
@@ -54,7 +68,16 @@ class SimulatedFlat(Simulated):
     def step(
         self, counting: CountingTransport, *, rank: int = 0, only: set[int] | None = None
     ) -> dict[Group, list[float]]:
-        """See `Simulated.step`; in ZeRO all ranks agree on whether gradients are finite, and nothing is in parts."""
+        """Run the jobs of a step on meta tensors, as one rank would run them; see `Simulated.step`.
+
+        Args:
+            counting: Records what the rank sends.
+            rank: The rank; 0 by default.
+            only: The indices of the members to step; None (default) for all.
+
+        Returns:
+            The operations of every rank, by group.
+        """
         plan = self.plan if rank == 0 else self.seen_by(rank)[1]
         if only is None and self.ranks > 1:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
@@ -63,7 +86,7 @@ class SimulatedFlat(Simulated):
 
 
 def _of(job: Job | FlatJob, only: set[int] | None) -> FlatJob | None:
-    """What of a job is of the parameters `only`."""
+    """Return the part of a job that belongs to the members `only`; None if there is none."""
     assert isinstance(job, FlatJob)
     if only is None:
         return job
@@ -89,12 +112,24 @@ def simulate_flat(
     built: Mapping[str, Any] | None = None,
     exchange: ExchangeLike = None,
 ) -> Iterator[SimulatedFlat]:
-    """Partition a model as ZeRO does at a stage, and route it; nothing is materialised.
+    """Partition a model as a ZeRO stage does, and route it, without creating weights.
 
-    Stages 1 and 2 put all parameters of one kind of state and one schedule in one vector, and cut that; stage 3 cuts
-    each parameter. `model` is a preset, a TOML file, with further options of `symdist.tools.models.build` in `built`,
-    or a module. Raises ValueError for another stage, and for whatever
-    `build`, `route` and `SymDist` refuse.
+    Stages 1 and 2 join all parameters with the same number of state tensors and the same schedule into one vector, and
+    divide that. Stage 3 divides each parameter.
+
+    Args:
+        model: A preset, the path of a TOML file (see `symdist.tools.models.build`), or a module.
+        recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
+        stage: The ZeRO stage: 1, 2 or 3.
+        ranks: The number of ranks.
+        built: Further keyword arguments of `symdist.tools.models.build`. None by default.
+        exchange: How matrices travel between ranks: `ExchangeOptions` or a mapping of its keys. None for the defaults.
+
+    Yields:
+        The simulated model.
+
+    Raises:
+        ValueError: For another stage, or if `build`, `route` or `SymDist` would refuse the model or recipe.
     """
     if stage not in (1, 2, 3):
         raise ValueError(f"zero={stage} is not a stage that partitions anything; there are 1, 2 and 3")
@@ -102,7 +137,7 @@ def simulate_flat(
     made = model if isinstance(model, nn.Module) else build(model, device="meta", **(built or {}))
     routed = [with_defaults(group) for group in route(made, loaded)]
     kinds = list(dict.fromkeys(loaded.kind_of(group["role"], group["rule"]) for group in routed))
-    # As an engine takes them: one vector after another.
+    # Sort the groups as an engine does: one vector after another.
     groups = sorted(routed, key=lambda group: kinds.index(loaded.kind_of(group["role"], group["rule"])))
     found = SimulatedFlat(
         model=made,
@@ -121,7 +156,21 @@ def simulate_flat(
 def simulate_on(
     model: str | Path, recipe: RecipeLike, *, mesh: Mapping[str, int], zero: int | None, **options: Any
 ) -> AbstractContextManager[Simulated]:
-    """`simulate` on a mesh, or with `zero` `simulate_flat` at that stage, over a mesh of `dp_shard` alone."""
+    """Simulate a model on a mesh, or in the partitions of a ZeRO stage.
+
+    Args:
+        model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
+        recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
+        mesh: The sizes by name of mesh dimension; with `zero`, of `dp_shard` only.
+        zero: A ZeRO stage, or None for FSDP2 shards.
+        **options: Further options of `simulate` or `simulate_flat`.
+
+    Returns:
+        The context of `simulate` or `simulate_flat`.
+
+    Raises:
+        ValueError: If `zero` is given with other mesh dimensions.
+    """
     if zero is None:
         return simulate(model, recipe, mesh=mesh, **options)
     if set(mesh) != {"dp_shard"}:

@@ -1,4 +1,4 @@
-"""Previews and comparisons as tables for the terminal."""
+"""Shows previews and comparisons as tables for the terminal."""
 
 import math
 import re
@@ -14,7 +14,16 @@ from symdist.tools.preview import Preview
 
 
 def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
-    """A row a parameter; with `fold`, one row for all that differ only in the numbers in their names."""
+    """Return a table with one row per parameter.
+
+    Args:
+        preview: The parameters.
+        title: The title of the table.
+        fold: Whether to join parameters into one row if they differ only in the numbers in their names.
+
+    Returns:
+        The table.
+    """
     rows: dict[tuple[str, ...], int] = {}
     for parameter in preview.parameters:
         row = _route_row(parameter, fold=fold)
@@ -23,7 +32,7 @@ def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
     table.add_column("parameter", overflow="fold", min_width=12)
     if fold:
         table.add_column("count", justify="right", no_wrap=True)
-    # Where the terminal is narrow, what has spaces wraps; names of roles and strategies stay whole.
+    # In a narrow terminal, wrap the columns whose cells have spaces, but not the names of roles and strategies.
     for heading in ("shape", "role", "rule", "lr", "view", "strategy"):
         wraps = heading in ("shape", "rule", "view")
         table.add_column(heading, justify="right" if heading == "lr" else "left", no_wrap=not wraps)
@@ -33,7 +42,14 @@ def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
 
 
 def totals(preview: Preview) -> str:
-    """One line on the whole of a preview."""
+    """Return one line with the totals of a preview.
+
+    Args:
+        preview: The preview.
+
+    Returns:
+        The line.
+    """
     weights = sum(math.prod(parameter.shape) for parameter in preview.parameters)
     return (
         f"{weights:,} weights in {len(preview.parameters)} parameters, {preview.groups} groups, "
@@ -43,7 +59,14 @@ def totals(preview: Preview) -> str:
 
 
 def compare_table(comparison: Comparison) -> Table:
-    """A row an arm."""
+    """Return a table with one row per optimizer that was compared.
+
+    Args:
+        comparison: The results on one number of ranks.
+
+    Returns:
+        The table.
+    """
     run = comparison
     ranks = "1 rank" if run.ranks == 1 else f"{run.ranks} ranks"
     table = Table(
@@ -84,7 +107,14 @@ def compare_table(comparison: Comparison) -> Table:
 
 
 def compare_notes(comparison: Comparison) -> list[str]:
-    """A line an arm: what it steps by what, or why it was not run."""
+    """Return one line per optimizer: which parameters it steps and how, or why it was not run.
+
+    Args:
+        comparison: The results on one number of ranks.
+
+    Returns:
+        The lines.
+    """
     return [
         *(f"{arm.name}: {arm.note}" for arm in comparison.arms),
         *(f"{name}: {reason}" for name, reason in comparison.refused.items()),
@@ -92,7 +122,14 @@ def compare_notes(comparison: Comparison) -> list[str]:
 
 
 def in_bytes(count: float) -> str:
-    """Bytes with a unit, in powers of 1000."""
+    """Format a number of bytes with a unit, in powers of 1000.
+
+    Args:
+        count: The number of bytes.
+
+    Returns:
+        The text, such as "1.5 MB".
+    """
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -272,6 +272,13 @@ def test_what_contradicts_is_refused(content: Any, run: dict[str, Any], message:
         DeepSpeedRun(deepspeed=path, **run).check(ranks=2)
 
 
+def test_the_default_config_is_there_and_agrees() -> None:
+    run = DeepSpeedRun()
+    assert run.deepspeed.is_file()
+    run.check(ranks=2)
+    assert zero_stage(run.settings(ranks=2)) == 1
+
+
 def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     params = {"recipe": "auto", "lr": "auto", "overrides": {"head": {"lr": 1.0}}}

@@ -1,5 +1,6 @@
 """DeepSpeed engines in test ranks: a model whose gradients are given, and what a step makes of its weights."""
 
+import gc
 import importlib
 import logging
 import os
@@ -119,7 +120,14 @@ def config(cases: list[str], frozen: tuple[str, ...] = (), **more: Any) -> Confi
 
 def engine_of(model: nn.Module, settings: Config, **more: Any) -> Any:
     connect()
-    return deepspeed.initialize(model=model, config=settings, **more)[0]
+    # Finalizers of engines import, and in CPython 3.11 an import that the collector interrupts with another raises
+    # KeyError (gh-106176): here, on one rank alone, while DeepSpeed looks for fairseq.
+    gc.collect()
+    gc.disable()
+    try:
+        return deepspeed.initialize(model=model, config=settings, **more)[0]
+    finally:
+        gc.enable()
 
 
 def user_groups(named: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:

@@ -1,1 +1,1 @@
-"""Training under DeepSpeed."""
+"""Training with DeepSpeed."""

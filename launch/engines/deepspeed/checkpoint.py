@@ -1,8 +1,8 @@
-"""The folder of DeepSpeed's checkpoints: which one to go on from, and whether this run can.
+"""The folder of a DeepSpeed run's checkpoints: which one to resume from, and whether this run can.
 
-A checkpoint is a folder `step-00000100` of DeepSpeed's files, one `rng-00000.json` a rank, and the manifest of
-`launch.checkpoints.directory`, written last. `latest` names the newest one. What the loop must know is part of
-DeepSpeed's own file of model states, since the converter to universal checkpoints takes that along. Nothing here
+A checkpoint is a folder `step-00000100` of DeepSpeed's files, one `rng-00000.json` per rank, and the manifest of
+`launch.checkpoints.directory`, which is written last. The file `latest` names the newest checkpoint. The loop's state
+is stored in DeepSpeed's own file of model states, since the converter to universal checkpoints keeps that. Nothing here
 communicates.
 """
 
@@ -16,7 +16,7 @@ import torch
 from launch.checkpoints.directory import CHOOSE, CheckpointError, check_identity, verify
 
 JOB = "symdist_job"
-"""The key of what the loop must know, among DeepSpeed's model states."""
+"""Key of the loop's state in DeepSpeed's model states."""
 
 _LATEST = "latest"
 _LATEST_UNIVERSAL = "latest_universal"
@@ -24,12 +24,16 @@ _NAME = re.compile(r"step-\d{8,}")
 
 
 def rng_file(path: Path, rank: int) -> Path:
-    """Where a rank's generators of random numbers are kept."""
+    """Return the file with the random number generators of `rank` in the checkpoint at `path`."""
     return path / f"rng-{rank:05d}.json"
 
 
 def newest_universal(directory: Path) -> Path | None:
-    """The newest universal checkpoint of `directory`; CheckpointError where there are only others."""
+    """Return the newest universal checkpoint in `directory`, or None if there are no checkpoints.
+
+    Raises:
+        CheckpointError: If there are checkpoints but no universal one; the message says how to convert.
+    """
     newest = _pointed(directory, _LATEST)
     path = _pointed(directory, _LATEST_UNIVERSAL)
     if path is None and newest is not None:
@@ -41,11 +45,15 @@ def newest_universal(directory: Path) -> Path | None:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """What the loop had saved of itself; CheckpointError where there is no checkpoint of this job."""
+    """Return the loop's state from the checkpoint at `path`.
+
+    Raises:
+        CheckpointError: If it is not a checkpoint that this job wrote.
+    """
     files = sorted(path.glob("*mp_rank_00_model_states.pt"))
     if not files:
         raise CheckpointError(f"{path} is no checkpoint of DeepSpeed's; {CHOOSE}")
-    # Mapped: of the weights in the same file nothing is read.
+    # Memory-mapped, so that the weights in the same file are not read.
     states = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
     if JOB not in states:
         raise CheckpointError(f"{path} was written by another program than this job; {CHOOSE}")
@@ -62,23 +70,23 @@ def checked_job(
     world: int,
     universal: bool,
 ) -> dict[str, Any]:
-    """What the loop saved of itself in a checkpoint, once it is known that this run can go on from it.
+    """Check that this run can resume from a checkpoint, and return the loop's state that it holds.
 
     Args:
         path: The checkpoint.
-        directory: Where the run saves its own.
-        identity: What must be the same in both runs.
+        directory: The folder where this run saves its own checkpoints.
+        identity: The settings that must be the same in both runs.
         stage: The ZeRO stage of this run.
+        rank: This rank, which verifies its share of the files.
+        world: Number of ranks.
         universal: Whether this run loads universal checkpoints.
-        rank: This rank, which reads its share of the files.
-        world: The number of ranks.
 
     Raises:
-        DamagedCheckpointError: Where a file is missing or is not what was written.
-        CheckpointError: With the remedy, where the run is another.
+        DamagedCheckpointError: If a file is missing or damaged.
+        CheckpointError: If this run cannot resume from it; the message names the remedy.
     """
     if not universal and path.is_dir() and not (path / "zero").is_dir():
-        # The converter writes no manifest.
+        # Only for checkpoints that are not universal: the converter writes no manifest.
         verify(path, identity=identity, rank=rank, world=world)
     job = read_job(path)
     check_identity(path, job["identity"], identity)
@@ -110,7 +118,7 @@ def checked_job(
 
 
 def point_to(path: Path) -> None:
-    """Make a checkpoint that is whole the newest, for DeepSpeed's own tools."""
+    """Name a finished checkpoint as the newest in the file `latest`, which DeepSpeed's own tools read."""
     pointer = path.parent / _LATEST
     writing = pointer.with_name(f"{_LATEST}.writing")
     writing.write_text(path.name)

@@ -1,4 +1,4 @@
-"""A run under DeepSpeed: its options, and the user's DeepSpeed JSON completed by them. Imports no DeepSpeed."""
+"""Configuration of a run under DeepSpeed, which also completes the user's DeepSpeed JSON; imports no DeepSpeed."""
 
 import json
 from collections.abc import Mapping
@@ -10,29 +10,25 @@ from launch.loop.config import Config
 from symdist.routing.recipes import load_recipe
 
 TYPE = "SymDist"
-"""The type of optimizer that `symdist_deepspeed` registers."""
+"""The optimizer type that `symdist_deepspeed` registers with DeepSpeed."""
 
 _AUTO = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedRun(Config):
-    """A pretraining run under DeepSpeed. Every value can stand in the TOML file and on the command line, which wins.
+    """A pretraining run under DeepSpeed; the JSON file must agree with these values, or omit them or say "auto"."""
 
-    What the DeepSpeed JSON leaves out, or says is "auto", is filled in from these values; what it says otherwise must
-    agree with them.
-    """
-
-    deepspeed: Path = Path(__file__).resolve().parent / "configs" / "deepspeed" / "stage1.json"
-    """The DeepSpeed config, a JSON file."""
+    deepspeed: Path = Path(__file__).resolve().parents[2] / "configs" / "deepspeed" / "stage1.json"
+    """Path of the DeepSpeed config, a JSON file."""
 
     def check(self, *, ranks: int) -> None:
-        """As `Config.check`, and for what the JSON says."""
+        """Check as `Config.check` does, and check the DeepSpeed JSON."""
         super().check(ranks=ranks)
         self.settings(ranks=ranks)
 
     def simulated(self, ranks: int) -> dict[str, Any] | None:
-        """See `Config`; at stage 0 weights are whole, and only the job itself tells what it shares out."""
+        """See `Config`; None at ZeRO stage 0, or for an optimizer that is not symdist's."""
         settings = self.settings(ranks=ranks)
         stage = zero_stage(settings)
         if settings["optimizer"]["type"] != TYPE or not stage:
@@ -40,10 +36,14 @@ class DeepSpeedRun(Config):
         return {"mesh": {"dp_shard": ranks}, "zero": stage}
 
     def settings(self, *, ranks: int) -> dict[str, Any]:
-        """What the JSON says, completed by what this configuration says.
+        """Return the DeepSpeed config: the JSON file, with missing and "auto" values filled in from this configuration.
 
-        Raises ValueError for a file that cannot be read, for what contradicts this configuration, naming both, and for
-        kinds of parallelism that the job does not do.
+        Args:
+            ranks: Number of ranks of the run.
+
+        Raises:
+            ValueError: If the file cannot be read, contradicts this configuration, or asks for sequence or tensor
+                parallelism, which this job does not support.
         """
         settings = self._read()
         split = f"--batch {self.batch} over {ranks} ranks × {self.accumulation} micro-batches"
@@ -51,11 +51,11 @@ class DeepSpeedRun(Config):
         self._fill(settings, "train_batch_size", self.batch, f"--batch {self.batch}")
         self._fill(settings, "train_micro_batch_size_per_gpu", micro, split)
         self._fill(settings, "gradient_accumulation_steps", self.accumulation, f"--accumulation {self.accumulation}")
-        # Left out, newer releases of DeepSpeed clip at 1 and older ones not at all.
+        # Without a value, newer releases of DeepSpeed clip at 1 and older ones not at all.
         self._fill(settings, "gradient_clipping", self.clip, f"--clip {self.clip}")
         self._fill_precision(settings)
         self._fill_optimizer(settings)
-        # The job has a log of its own.
+        # Never print: the job has its own log.
         settings.setdefault("steps_per_print", self.steps + 1)
         for name, size in (
             ("sequence_parallel_size", settings.get("sequence_parallel_size", 1)),
@@ -138,7 +138,7 @@ class DeepSpeedRun(Config):
 
 
 def precision(settings: Mapping[str, Any]) -> str:
-    """What a DeepSpeed config has forward and backward computed in."""
+    """Return the dtype of forward and backward in a DeepSpeed config: "float16", "bfloat16" or "float32"."""
     autocast = _section(settings, "torch_autocast")
     if _section(settings, "fp16").get("enabled"):
         return "float16"
@@ -148,12 +148,12 @@ def precision(settings: Mapping[str, Any]) -> str:
 
 
 def zero_stage(settings: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed config."""
+    """Return the ZeRO stage of a DeepSpeed config; 0 if it names none."""
     return int(_section(settings, "zero_optimization").get("stage", 0))
 
 
 def loads_universal(settings: Mapping[str, Any]) -> bool:
-    """Whether a DeepSpeed config says that checkpoints to load are universal ones."""
+    """Return whether a DeepSpeed config says to load universal checkpoints."""
     return bool(_section(settings, "checkpoint").get("load_universal", False))
 
 
@@ -162,5 +162,5 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _plain(*values: Any) -> Any:
-    """As JSON has it: no tuples."""
+    """Return the values as JSON would store them, with lists in place of tuples."""
     return json.loads(json.dumps(values))

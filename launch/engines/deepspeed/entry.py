@@ -1,4 +1,4 @@
-"""What `launch.pretrain_deepspeed` runs: DeepSpeed is imported only once the command line is known to be right."""
+"""The entry of `launch.pretrain_deepspeed`; it imports DeepSpeed only after the command line is parsed."""
 
 import os
 import sys
@@ -14,7 +14,11 @@ from launch.runtime.watchdog import Watchdog
 
 
 def main() -> int:
-    """Run; the exit code: 0 at the end or after a clean stop, 2 for what the user can mend."""
+    """Run the job that the command line describes.
+
+    Returns:
+        The exit code: 0 after a finished run or a clean stop, 2 for an error that the user can fix.
+    """
     arguments = list(_without_local_rank(sys.argv[1:]))
 
     def configure() -> DeepSpeedRun:
@@ -34,9 +38,9 @@ def _start(config: DeepSpeedRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdo
 
 
 def _import_deepspeed() -> None:
-    """Import what needs DeepSpeed, set up for the device at hand; ValueError, naming the remedy, where that fails."""
+    """Import what needs DeepSpeed, set up for this device; raise ValueError with the remedy if that fails."""
     if local_device().type == "cpu":
-        # DeepSpeed looks for itself what devices there are, at its import.
+        # DeepSpeed chooses its device when it is imported.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         import symdist_deepspeed
@@ -53,7 +57,7 @@ def _import_deepspeed() -> None:
 
 
 def _without_local_rank(arguments: list[str]) -> Iterator[str]:
-    """The arguments but `--local_rank`, which launchers put among them; where they do not set it, it is set here."""
+    """Yield the arguments without the launchers' `--local_rank`; set LOCAL_RANK from it if it is not set."""
     rest = iter(arguments)
     for word in rest:
         name, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""Training under DeepSpeed: its engine shards, accumulates, clips, steps and saves; symdist is its optimizer."""
+"""Training under DeepSpeed, whose engine shards, accumulates, clips, steps and saves with symdist as its optimizer."""
 
 import copy
 import json
@@ -40,7 +40,7 @@ from symdist_deepspeed.options import Options
 
 
 class DeepSpeedTraining(Training):
-    """A run whose model is in a DeepSpeed engine; `config` must have been checked for this number of ranks."""
+    """A run whose model is in a DeepSpeed engine; see `Training` for the arguments."""
 
     config: DeepSpeedRun
     launcher = "deepspeed"
@@ -58,7 +58,7 @@ class DeepSpeedTraining(Training):
 
     def _build(self, outline: nn.Module) -> Any:
         if self.ranks.device.type == "cpu":
-            # It would compile C++ for a minute, to speed up a collective that is none of ours.
+            # DeepSpeed would spend a minute compiling C++ for a collective that this job does not use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         schedule = None
@@ -68,7 +68,7 @@ class DeepSpeedTraining(Training):
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
-            # A copy: DeepSpeed takes out of it what it has read.
+            # A copy, since DeepSpeed removes entries that it has read.
             config=copy.deepcopy(self.settings),
             lr_scheduler=schedule,
         )
@@ -82,7 +82,7 @@ class DeepSpeedTraining(Training):
     def _build_model(self) -> Any:
         config = self.config
         if self._drawn_whole():
-            # On every rank the same weights, drawn whole: a run starts alike at any world size.
+            # The whole model with the same seed on every rank: the weights are the same at any world size.
             return self._make_model(seed=config.seed)
         if self.stage < 3:
             if config.initialize == "sharded":
@@ -90,7 +90,7 @@ class DeepSpeedTraining(Training):
                     f"--initialize sharded needs ZeRO stage 3, {config.deepspeed} has stage {self.stage}: below it, "
                     "every rank holds all weights anyway"
                 )
-            # Where they will lie: quicker than on the CPU, whose memory all ranks of a machine share.
+            # Directly on the device, which is faster than on the CPU, whose memory all ranks of a machine share.
             return self._make_model(seed=config.seed, device=self.ranks.device)
         told = _Sharding(self.settings)
         transformers_deepspeed.set_hf_deepspeed_config(told)
@@ -100,19 +100,19 @@ class DeepSpeedTraining(Training):
             transformers_deepspeed.unset_hf_deepspeed_config()
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        # Divides by the number of micro-batches, too.
+        # The engine also divides by the number of micro-batches.
         self.engine.backward(loss)
         if not last:
-            # Counts it; what is done at the last one is `_update`.
+            # Before the last micro-batch this only counts; `_update` makes the actual step.
             self.engine.step()
 
     def _update(self) -> tuple[Tensor | float | None, float]:
         norm = None
         if self.engine.optimizer is self.engine.basic_optimizer:
-            # At stage 0 without masters DeepSpeed clips without telling what it found; gradients are whole there.
+            # At stage 0 without master weights DeepSpeed clips but reports no norm; the gradients are not sharded.
             norm = symdist.clip_grad_norm_(self.engine.module.parameters(), float("inf"))
         stepping = self._clock()
-        # With DeepSpeed's own part: norm and clipping, and gathering the weights that were stepped.
+        # The time includes DeepSpeed's own work: norm, clipping, and gathering the updated weights.
         self.engine.step()
         seconds = self._clock() - stepping
         return self.engine.get_global_grad_norm() if norm is None else norm, seconds
@@ -139,20 +139,20 @@ class DeepSpeedTraining(Training):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Training`; an optimizer of another type is told by its section of the DeepSpeed config."""
+        """See `Training`; an optimizer of another type is identified by its section of the DeepSpeed config."""
         if self.optimizer_type == TYPE:
             return super().identity
         return super().identity | {"recipe": None, "optimizer": self.settings["optimizer"]}
 
     def found(self) -> list[Path]:
-        """See `Training`; of universal ones only the newest is known."""
+        """See `Training`; if the run loads universal checkpoints, only the newest of them."""
         if not loads_universal(self.settings):
             return super().found()
         path = checkpoint.newest_universal(self.checkpoints)
         return [] if path is None else [path]
 
     def check_mixing(self, path: Path) -> None:
-        """See `Training`; `load` looks at it."""
+        """Do nothing, since `load` makes this check."""
 
     def load(self, path: Path) -> dict[str, Any]:
         """See `Training`."""
@@ -179,9 +179,9 @@ class DeepSpeedTraining(Training):
         return job
 
     def save(self, *, wait: bool) -> Path:
-        """See `Training`; it is always waited for."""
+        """See `Training`; the checkpoint is always written before this returns."""
         rank, world = self.ranks.rank, self.ranks.world
-        # Identities are compared as JSON has them.
+        # Identities are compared as JSON stores them, with lists in place of tuples.
         identity = json.loads(json.dumps(self.identity))
         job = self.job() | {"identity": identity, "stage": self.stage, "ranks": world}
 
@@ -204,12 +204,12 @@ class DeepSpeedTraining(Training):
         )
 
     def _write(self, writing: Path, job: dict[str, Any], failed: str, remedy: str) -> None:
-        """Have DeepSpeed write its files, and this rank's state of random numbers beside them."""
+        """Have DeepSpeed write its files, and write this rank's random number generators next to them."""
         engine = self.engine.checkpoint_engine
         write, failures = engine.save, []
 
         def write_or_note(*arguments: Any, **options: Any) -> Any:
-            # Raised here, it would leave the other ranks waiting at DeepSpeed's barriers.
+            # Raising here would leave the other ranks waiting at DeepSpeed's barriers.
             try:
                 return write(*arguments, **options)
             except Exception as error:
@@ -228,10 +228,10 @@ class DeepSpeedTraining(Training):
                 client_state={
                     JOB: job,
                     "iteration": self.step,
-                    # The converter to universal checkpoints asks for it.
+                    # The converter to universal checkpoints needs it.
                     UNIVERSAL_CHECKPOINT_INFO: {UNIVERSAL_CHECKPOINT_VERSION_KEY: UNIVERSAL_CHECKPOINT_VERSION_VALUE},
                 },
-                # DeepSpeed's first rank would name it before it knows that the others have written theirs.
+                # Rank 0 would write `latest` before it knows that the other ranks have written their files.
                 save_latest=False,
             )
         finally:
@@ -251,7 +251,7 @@ class DeepSpeedTraining(Training):
 
 
 class _Sharding:
-    """Tells transformers to build a model under `deepspeed.zero.Init`, and to draw its weights one module at a time."""
+    """Makes transformers build the model under `deepspeed.zero.Init`, and initialize one module at a time."""
 
     def __init__(self, settings: dict[str, Any]):
         self.config = settings

@@ -1,1 +1,1 @@
-"""Training under FSDP2."""
+"""Training with PyTorch's FSDP2."""

@@ -1,4 +1,8 @@
-"""A run under FSDP2: its options, and the mesh its ranks form."""
+"""Configuration of a run under FSDP2, and the mesh of its ranks.
+
+The ranks of one tp group read the same sequences; every tp group counts as one data-parallel rank and takes
+batch / (data-parallel ranks × accumulation) sequences at once.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -10,19 +14,26 @@ from symdist.tools.models import check_sizes
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """How the ranks divide model and data; the sizes multiply to the number of ranks."""
+    """How the ranks divide model and data; the product of the sizes is the number of ranks."""
 
     dp_replicate: int = 1
-    """Groups of ranks that each hold the whole model between them."""
+    """Number of replicas of the model, each held by one group of ranks."""
     dp_shard: int | None = None
-    """Ranks that shard every weight; left out, as many as there are for the other three."""
+    """Ranks that shard every weight; the default is all ranks divided by the other three sizes."""
     ep: int = 1
-    """Ranks that the experts of a layer are spread over; to every other weight they are more of dp_shard."""
+    """Ranks that the experts of a layer are spread over; they shard every other weight as dp_shard does."""
     tp: int = 1
-    """Ranks that share attention, dense feed-forward, embedding and head, and see the same sequences."""
+    """Tensor-parallel ranks: they split attention, dense feed-forward, embedding and head, and read the same data."""
 
     def sizes(self, ranks: int) -> dict[str, int]:
-        """Every size by name, outermost first; ValueError, naming the remedy, where they do not make up `ranks`."""
+        """Return every size by name, outermost dimension first.
+
+        Args:
+            ranks: Number of ranks of the run.
+
+        Raises:
+            ValueError: If the sizes do not multiply to `ranks`; the message names the remedy.
+        """
         given = {"dp_replicate": self.dp_replicate, "ep": self.ep, "tp": self.tp}
         for name, size in {**given, "dp_shard": 1 if self.dp_shard is None else self.dp_shard}.items():
             if size < 1:
@@ -46,19 +57,19 @@ class Mesh:
 
 @dataclass(frozen=True, kw_only=True)
 class FsdpRun(Config):
-    """A pretraining run under FSDP2. Every value can stand in the TOML file and on the command line, which wins.
-
-    Ranks of one tp group see the same sequences, all others their own. A data-parallel rank takes
-    batch / (data-parallel ranks × accumulation) sequences at once.
-    """
+    """A pretraining run under FSDP2; every value can be set in the TOML file or on the command line, which wins."""
 
     mesh: Mesh = field(default_factory=Mesh)
     """How the ranks divide model and data."""
     background_checkpoints: bool = True
-    """Write checkpoints while training goes on, from a copy in the memory of the host."""
+    """Write checkpoints while training continues, from a copy in host memory."""
 
     def data_ranks(self, ranks: int) -> int:
-        """See `Config`; ValueError where the mesh has another number of ranks."""
+        """See `Config`: ranks of one tp group read the same sequences.
+
+        Raises:
+            ValueError: If the mesh does not fit the number of ranks.
+        """
         return ranks // self.mesh.sizes(ranks)["tp"]
 
     def simulated(self, ranks: int) -> dict[str, Any] | None:
@@ -67,8 +78,8 @@ class FsdpRun(Config):
         return {"mesh": {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}}
 
     def check(self, *, ranks: int) -> None:
-        """As `Config.check`, and for the mesh: its size, and the model on it."""
+        """Check as `Config.check` does, and that the mesh fits the ranks and the model."""
         super().check(ranks=ranks)
         if self.mesh.ep > 1 or self.mesh.tp > 1:
-            # Imports transformers, which other meshes do without.
+            # Only then, since it imports transformers, which other meshes do not need.
             check_sizes(self.outline(), ep=self.mesh.ep, tp=self.mesh.tp)

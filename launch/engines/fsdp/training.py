@@ -1,4 +1,4 @@
-"""Training under FSDP2: the model's shards, symdist's own optimizer and clipping, DCP checkpoints."""
+"""Training under FSDP2, with symdist's own optimizer and clipping, and DCP checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from symdist.tools.models import shard
 
 
 class FsdpTraining(Training):
-    """A run whose model lies on a mesh: FSDP2, with replicas, tensor and expert parallelism as the mesh says."""
+    """A run under FSDP2, with the replicas, tensor and expert parallelism that the mesh asks for."""
 
     config: FsdpRun
     launcher = "fsdp2"
@@ -37,7 +37,7 @@ class FsdpTraining(Training):
     def _build_model(self, outline: nn.Module) -> Any:
         config = self.config
         sizes = self.mesh
-        # FSDP2's own dimension stays even where it is of one rank: mixed precision comes with it.
+        # dp_shard stays even if its size is 1, since FSDP2 also provides the mixed precision.
         names = tuple(name for name, size in sizes.items() if size > 1 or name == "dp_shard")
         shape = tuple(sizes[name] for name in names)
         mesh = init_device_mesh(self.ranks.device.type, shape, mesh_dim_names=names)
@@ -46,7 +46,7 @@ class FsdpTraining(Training):
             param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
         )
         if self._drawn_whole():
-            # On every rank the same weights, drawn whole: a run starts alike at any world size.
+            # The whole model with the same seed on every rank: the weights are the same at any world size.
             return shard(self._make_model(seed=config.seed), mesh, policy=policy)
         on_cpu = self.ranks.device.type == "cpu"
         if on_cpu and sizes["tp"] > 1:
@@ -56,7 +56,7 @@ class FsdpTraining(Training):
             )
         model: Any = outline
         shard(model, mesh, policy=policy).to_empty(device=self.ranks.device)
-        # On the CPU each rank draws its own shards, replicas the same; on GPUs DTensor sees to both by itself.
+        # On the CPU each shard needs its own seed, the same on all replicas; on GPUs DTensor takes care of both.
         shards = self.ranks.world // sizes["dp_replicate"]
         torch.manual_seed(config.seed + (self.ranks.rank % shards if on_cpu else 0))
         model.init_weights()
@@ -67,7 +67,7 @@ class FsdpTraining(Training):
         return self.ranks.rank // tp, self.ranks.world // tp
 
     def _backward(self, loss: Tensor, *, last: bool) -> None:
-        # Gradients meet once a step, however many micro-batches it has.
+        # Gradients are reduced only once per step, with the last micro-batch.
         self.model.set_requires_gradient_sync(last)
         super()._backward(loss, last=last)
 

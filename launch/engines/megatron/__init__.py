@@ -1,1 +1,1 @@
-"""Training under Megatron-core."""
+"""Training with megatron-core."""

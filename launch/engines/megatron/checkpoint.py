@@ -1,8 +1,8 @@
-"""Checkpoints of a Megatron run: megatron-core's own format, written whole or not at all, read at any layout.
+"""Checkpoints of a Megatron run: megatron-core's own format, written completely or not at all, read at any layout.
 
-A checkpoint is a directory ``step-00000100`` of ``megatron.core.dist_checkpointing``'s files and a ``job.json`` of what
-the loop must know, with the manifest of `launch.checkpoints.directory`, written last. A run draws no random numbers
-after its first weights, so the state of no generator is kept.
+A checkpoint is a directory ``step-00000100`` of ``megatron.core.dist_checkpointing``'s files, a ``job.json`` with the
+loop's state, and the manifest of `launch.checkpoints.directory`, which is written last. A run uses no random numbers
+after it has initialized its weights, so no generator's state is saved.
 """
 
 import json
@@ -30,7 +30,7 @@ from launch.checkpoints.directory import (
 from launch.checkpoints.publish import publish_together
 from launch.runtime.agreement import on_all_ranks, with_dcp
 
-# In this form the state of a distributed optimizer can be read at another number of data-parallel ranks.
+# In this format the state of a distributed optimizer can be read at another number of data-parallel ranks.
 _FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
 _JOB = "job.json"
 
@@ -46,10 +46,24 @@ def save(
     keep: int,
     keep_every: int,
 ) -> Path:
-    """Write ``directory/step-XXXXXXXX``, then remove the oldest earlier ones; called by all ranks.
+    """Write ``directory/step-XXXXXXXX``, then remove the oldest checkpoints; all ranks must call it.
 
-    `model` is the bare GPTModel, `job` JSON-able values that are the same on all ranks. Raises CheckpointError on all
-    ranks, where the directory belongs to another run or cannot be written; earlier checkpoints are then as they were.
+    Args:
+        directory: The folder of this run's checkpoints.
+        step: Optimizer steps done.
+        model: This rank's GPTModel without wrappers.
+        optimizer: Megatron's optimizer.
+        job: The loop's state, JSON-serializable and the same on all ranks.
+        identity: JSON-serializable values that tell this run from others.
+        keep: How many checkpoints to leave, this one included.
+        keep_every: Also leave every checkpoint whose step is a multiple of this; 0 is for none.
+
+    Returns:
+        The directory of the finished checkpoint.
+
+    Raises:
+        CheckpointError: On all ranks, if the directory belongs to another run or cannot be written; earlier
+            checkpoints are then unchanged.
     """
     rank = dist.get_rank()
 
@@ -73,10 +87,19 @@ def save(
 
 
 def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any]) -> dict[str, Any]:
-    """Restore a checkpoint, written at any layout, into the bare GPTModel and its optimizer; the `job` given to `save`.
+    """Restore a checkpoint, which may have been written at another layout; all ranks must call it.
 
-    Called by all ranks. Raises CheckpointError on all of them where the checkpoint is missing, damaged, another run's,
-    or of other tensors.
+    Args:
+        path: The checkpoint's directory.
+        model: This rank's GPTModel without wrappers.
+        optimizer: Megatron's optimizer.
+        identity: JSON-serializable values that tell this run from others.
+
+    Returns:
+        The `job` given to `save`.
+
+    Raises:
+        CheckpointError: On all ranks, if the checkpoint is missing, damaged, another run's, or has other tensors.
     """
     failed = f"cannot read {path}"
 
@@ -106,11 +129,11 @@ def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
 
 @contextmanager
 def _noting_failures() -> Iterator[list[Exception]]:
-    """Note what goes wrong with what the first rank alone writes: raised there, it would leave the others waiting."""
+    """Collect errors of the files that only rank 0 writes; raising them there would leave the other ranks waiting."""
     failures: list[Exception] = []
     make = getattr(serialization, "get_default_save_common_strategy", None)
     if make is None:
-        # Of releases after 0.16, which write it another way.
+        # Releases after 0.16 have no such function, and write these files in another way.
         yield failures
         return
     strategy = make()
@@ -132,10 +155,10 @@ def _noting_failures() -> Iterator[list[Exception]]:
 
 
 def _keep_helper() -> None:
-    """Make the process through which Megatron's writers answer, and have it live through signals.
+    """Start the process that collects the results of Megatron's writers, and have it ignore signals.
 
-    Launchers signal all processes of a rank, and Megatron's own helper, once made, would not be there for the
-    checkpoint that the signal asks for.
+    Launchers signal all processes of a rank. The process that Megatron itself starts would then end, and be missing for
+    the checkpoint that the signal asks for.
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
@@ -149,7 +172,7 @@ def _ignore_signals() -> None:
 
 
 def _with_megatron(function: Callable[[], object], failed: str, remedy: str) -> None:
-    """Run a collective of Megatron's, whose complaints about a checkpoint come up on all ranks alike."""
+    """Run a collective of Megatron's and raise its checkpoint errors, the same on all ranks, as CheckpointError."""
     try:
         with_dcp(function, failed, remedy)
     except CheckpointingException as error:

@@ -1,4 +1,9 @@
-"""A run under Megatron: its options, and how its ranks divide model and data. Imports no Megatron."""
+"""Configuration of a run under Megatron, and how its ranks divide model and data; imports no Megatron.
+
+The ranks of one tensor- and pipeline-parallel group hold one copy of the model and read the same sequences. Each such
+group counts as one data-parallel rank and takes batch / (data-parallel ranks × accumulation) sequences at once. Experts
+are spread over the data-parallel ranks.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,30 +16,25 @@ from symdist.tools.models import build
 
 @dataclass(frozen=True, kw_only=True)
 class MegatronRun(Config):
-    """A pretraining run under Megatron. Every value can stand in the TOML file and on the command line, which wins.
-
-    The ranks of one tensor- and pipeline-parallel group hold one copy of the model between them and see the same
-    sequences; all such groups together are the data-parallel ranks, among which experts are spread. A data-parallel
-    rank takes batch / (data-parallel ranks × accumulation) sequences at once.
-    """
+    """A pretraining run under Megatron; every value can be set in the TOML file or on the command line, which wins."""
 
     tensor_parallel: int = 1
-    """Ranks that share attention, dense feed-forward, embedding and head, and the tokens between these."""
+    """Ranks that split attention, dense feed-forward, embedding and head, and the tokens between these."""
     pipeline_parallel: int = 1
-    """Stages of layers, each on ranks of its own."""
+    """Number of pipeline stages, each with part of the layers on its own ranks."""
     expert_parallel: int = 1
     """Ranks that the experts of a layer are spread over."""
     expert_tensor_parallel: int | None = None
-    """Ranks that share each expert's weights; left out, as many as share the others."""
+    """Ranks that split each expert's weights; the default is tensor_parallel."""
     distributed_optimizer: bool = True
-    """Whether masters and state of the optimizer are sharded over the data-parallel ranks."""
+    """Shard master weights and optimizer state over the data-parallel ranks."""
     overlap: bool = False
-    """Whether gradients are reduced, and weights gathered, while forward and backward compute."""
+    """Reduce gradients and gather weights while forward and backward compute."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is filled up to a multiple of this, whatever the layout; tensor-parallel ranks must divide it."""
+    """Pad the vocabulary to a multiple of this, which must be a multiple of tensor_parallel."""
 
     def check(self, *, ranks: int) -> None:
-        """As `Config.check`, and for the layout and the model; the batch must split over the data-parallel ranks."""
+        """Check as `Config.check` does, and that the layout fits the ranks and the model."""
         for name in (
             "tensor_parallel",
             "pipeline_parallel",
@@ -53,24 +53,28 @@ class MegatronRun(Config):
             raise ValueError("--overlap gathers the weights that a distributed optimizer shards; leave one of them out")
 
     def simulated(self, ranks: int) -> dict[str, Any] | None:
-        """See `Config`: Megatron's buffers are laid out by Megatron alone."""
+        """Return None, since only Megatron itself knows how it lays out its buffers."""
         return None
 
     @property
     def expert_tensor(self) -> int:
-        """How many ranks share each expert's weights."""
+        """How many ranks split each expert's weights."""
         return self.tensor_parallel if self.expert_tensor_parallel is None else self.expert_tensor_parallel
 
     def shape(self) -> Shape:
-        """The model's sizes; ValueError for a model that has no counterpart in Megatron."""
+        """Return the model's sizes.
+
+        Raises:
+            ValueError: If the model has no counterpart in Megatron.
+        """
         return shape_of(build(self.model, device="meta", overrides=self.model_settings()).config)
 
     def data_ranks(self, ranks: int) -> int:
-        """See `Config`."""
+        """See `Config`: the ranks of one tensor- and pipeline-parallel group read the same sequences."""
         return ranks // (self.tensor_parallel * self.pipeline_parallel)
 
     def padded(self, vocabulary: int) -> int:
-        """The rows of embedding and head for a vocabulary."""
+        """Return the rows of embedding and head: `vocabulary` rounded up to `make_vocab_size_divisible_by`."""
         return math.ceil(vocabulary / self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
 
     def _check_ranks(self, ranks: int) -> None:
@@ -97,7 +101,7 @@ class MegatronRun(Config):
             (tensor, "attention heads", shape.heads),
             (tensor, "key/value heads", shape.groups),
             (tensor, "columns of a dense feed-forward", dense),
-            # Between attention and feed-forward each of the ranks has its share of the tokens.
+            # Between attention and feed-forward each tensor-parallel rank holds its share of the tokens.
             (tensor, "tokens of a sequence", self.sequence),
             (tensor, "rows that --make-vocab-size-divisible-by gives", self.make_vocab_size_divisible_by),
             (("--pipeline-parallel", self.pipeline_parallel), "layers", shape.layers),

@@ -1,4 +1,4 @@
-"""What `launch.pretrain_megatron` runs: Megatron is imported only once the command line is known to be right."""
+"""The entry of `launch.pretrain_megatron`; it imports Megatron only after the command line is checked."""
 
 import importlib
 import logging
@@ -20,12 +20,16 @@ from launch.runtime.watchdog import Watchdog
 
 
 def main() -> int:
-    """Run; the exit code: 0 at the end or after a clean stop, 2 for what the user can mend."""
+    """Run the job that the command line describes.
+
+    Returns:
+        The exit code: 0 after a finished run or a clean stop, 2 for an error that the user can fix.
+    """
 
     def configure() -> MegatronRun:
         config = parse_as(MegatronRun, sys.argv[1:])
         if not config.dry_run:
-            # Before Megatron is imported, which takes long.
+            # Checked before importing Megatron, which takes long.
             config.check(ranks=launched()[1])
             _import_megatron()
         return config
@@ -34,13 +38,13 @@ def main() -> int:
 
 
 def _end_helpers() -> None:
-    """End the process that Megatron's writer of checkpoints keeps: it would live on and hold the output open."""
+    """Kill the process that Megatron's checkpoint writer keeps; it would live on and keep the output open."""
     for helper in multiprocessing.active_children():
         helper.kill()
 
 
 def main_with_helpers() -> int:
-    """As `main`, in a process of its own, all of whose children are helpers."""
+    """Run `main`, then kill all child processes; for use where this job is the whole process."""
     try:
         return main()
     finally:
@@ -54,8 +58,8 @@ def _start(config: MegatronRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog
 
 
 def _import_megatron() -> None:
-    """Import megatron-core, set up for the device at hand; ValueError, naming the remedy, where that fails."""
-    # What it would do faster with packages that are not there.
+    """Import megatron-core, set up for this device; raise ValueError with the remedy if it is missing."""
+    # Hide its warnings about optional packages that would make it faster.
     warnings.filterwarnings("ignore", module="megatron")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     try:
@@ -73,7 +77,7 @@ def _import_megatron() -> None:
 
 
 def _install_stand_ins() -> None:
-    """Let Megatron run without CUDA, and say so; ValueError where some processes of this machine have a GPU."""
+    """Let Megatron run without CUDA, and print a note; raise ValueError if this machine has GPUs."""
     if torch.cuda.is_available():
         raise ValueError(
             "Megatron needs CUDA, and not every process of this machine has a GPU: start as many processes as there "

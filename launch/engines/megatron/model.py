@@ -1,4 +1,4 @@
-"""The Megatron counterpart of a preset's model: its configuration, its modules on this rank, and what wraps them."""
+"""The Megatron counterpart of a preset's model: its configuration, its modules on this rank, and their wrappers."""
 
 import importlib.util
 from collections.abc import Callable
@@ -21,13 +21,19 @@ from launch.engines.megatron.shape import Shape
 from launch.engines.megatron.weights import take_weights
 
 TRANSFORMER_ENGINE = importlib.util.find_spec("transformer_engine") is not None
-"""Whether layers are Transformer Engine's, which has kernels for experts' grouped matrix products; else torch's."""
+"""Whether layers are Transformer Engine's, which has kernels for the experts' grouped matmuls, or else torch's."""
 
 
 def transformer_config(shape: Shape, run: MegatronRun, dtype: torch.dtype) -> TransformerConfig:
-    """Megatron's configuration of a model of that shape.
+    """Return Megatron's configuration of a model.
 
-    Auxiliary losses are weighted as in the other jobs, where they are means over layers; Megatron sums over them.
+    Auxiliary losses have the same weight as in the other jobs: those average them over layers while Megatron sums, so
+    the weights are divided by the number of layers with experts.
+
+    Args:
+        shape: The model's sizes.
+        run: The run's configuration.
+        dtype: The parameters' dtype.
     """
     normal = init_method_normal(shape.deviation)
     return TransformerConfig(
@@ -63,17 +69,26 @@ def transformer_config(shape: Shape, run: MegatronRun, dtype: torch.dtype) -> Tr
 def build_chunk(
     shape: Shape, run: MegatronRun, dtype: torch.dtype, *, vocabulary: int, whole: Callable[[], Any] | None
 ) -> DistributedDataParallel:
-    """This rank's part of the model in DistributedDataParallel, on its device.
+    """Build this rank's part of the model, wrapped in DistributedDataParallel, on its device; all ranks must call it.
 
-    `whole` makes the model of transformers that first weights are taken from; without it every rank draws its own.
-    Raises ValueError for tensor parallelism on GPUs without Transformer Engine.
+    Args:
+        shape: The model's sizes.
+        run: The run's configuration.
+        dtype: The parameters' dtype.
+        vocabulary: Number of token ids, without padding.
+        whole: Makes the whole transformers model from which the initial weights are taken; if None, every rank
+            initializes its own part.
+
+    Raises:
+        ValueError: If tensor parallelism is used on GPUs without Transformer Engine.
     """
     if run.tensor_parallel > 1 and torch.cuda.is_available() and not TRANSFORMER_ENGINE:
         raise ValueError(
             "--tensor-parallel needs the norms of Transformer Engine, since those of torch cannot share a sequence: "
             "pip install 'transformer-engine[pytorch]', or leave it out"
         )
-    # Stages draw apart; the ranks of a stage draw alike what each has a copy of, and Megatron keeps the rest apart.
+    # Pipeline stages need different seeds; within a stage, replicated weights need the same seed on all ranks, and
+    # Megatron itself varies the seed of split weights.
     torch.manual_seed(run.seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     if torch.cuda.is_available():
         tensor_parallel.model_parallel_cuda_manual_seed(run.seed)
@@ -90,7 +105,7 @@ def build_chunk(
         rotary_base=shape.theta,
     )
     if whole is not None:
-        # In place of those it has drawn: only where it draws does Megatron mark how a weight is cut.
+        # Megatron initializes first all the same, because only then does it mark how each weight is split.
         take_weights(model, whole(), shape)
     _leave_out_padding(model, vocabulary)
     model.cuda()
@@ -109,16 +124,21 @@ def build_chunk(
 
 
 def bare(model: nn.Module) -> Any:
-    """The GPTModel within what wraps it."""
+    """Return the GPTModel inside its wrappers."""
     while not isinstance(model, GPTModel):
         model = model.module  # type: ignore[assignment]
     return model
 
 
 def count_parameters(model: nn.Module, *, padding: int) -> tuple[int, int]:
-    """Weights of this rank's part that no other rank counts: all of them, and those of experts.
+    """Count this rank's parameters so that the sum over all ranks counts every parameter of the model once.
 
-    The `padding` rows that fill up the vocabulary do not count.
+    Args:
+        model: This rank's part of the model.
+        padding: Number of rows that only pad the vocabulary, which are not counted.
+
+    Returns:
+        The number of all parameters, and of those in experts.
     """
     tensor, data = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_data_parallel_rank()
     total = of_experts = 0
@@ -156,7 +176,7 @@ def _experts(shape: Shape, run: MegatronRun) -> dict[str, Any]:
 
 
 def _leave_out_padding(model: Any, vocabulary: int) -> None:
-    """Keep the logits of rows that fill up the vocabulary out of the loss: Megatron's cross-entropy counts all."""
+    """Mask the logits of padding rows, since Megatron's cross-entropy would count them."""
     if not model.post_process:
         return
     here = model.output_layer.output_size_per_partition

@@ -20,7 +20,11 @@ _installed = False
 
 
 def install() -> None:
-    """Patch torch, import megatron-core and patch it; to be called before anything else imports megatron-core."""
+    """Patch torch, import megatron-core and patch it; call this before anything else imports megatron-core.
+
+    Raises:
+        RuntimeError: If the machine has CUDA, or megatron-core is already imported.
+    """
     global _installed
     if _installed:
         return
@@ -32,9 +36,9 @@ def install() -> None:
     _patch_tensors()
     _patch_collectives()
     if not importlib.util.find_spec("triton"):
-        # Kernels that nothing here runs, imported though Triton be missing; older versions have none.
+        # These kernels are never run here, but megatron-core imports them even without Triton.
         sys.modules["megatron.core.transformer.moe.ops.paged_stash"] = mock.MagicMock()
-    # Its small functions would each be compiled, for seconds, in every rank.
+    # Compiling its many small functions would take seconds each, on every rank.
     with mock.patch.object(torch, "compile", _uncompiled):
         importlib.import_module("megatron.core")
         importlib.import_module("megatron.core.models.gpt.gpt_model")
@@ -43,7 +47,7 @@ def install() -> None:
 
 
 class Idle:
-    """A stream or an event where all work is done once it is asked for."""
+    """Stands in for a CUDA stream or event; every method does nothing, since work on the CPU is done at once."""
 
     def __init__(self, *_: Any, **__: Any): ...
 
@@ -54,11 +58,11 @@ class Idle:
 
 
 def _patch_cuda() -> None:
-    # Each name gets an object of its own, which torch.compile's tables of functions ask for.
+    # Each name gets its own object, because torch.compile's tables of functions require it.
     stream = Idle()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: "cpu"
-    # Overlapped communication, and the side streams of MoE layers and of checkpoints.
+    # Used by overlapped communication, and by the side streams of MoE layers and checkpoints.
     cuda.Stream = type("Stream", (Idle,), {})
     cuda.Event = type("Event", (Idle,), {})
     cuda.stream = lambda _: nullcontext()
@@ -66,27 +70,27 @@ def _patch_cuda() -> None:
     cuda.default_stream = lambda *_: stream
     cuda.set_device = lambda _: None
     cuda.synchronize = lambda *_: None
-    # Recomputation and seeds keep the state of CUDA's generator.
+    # Activation recomputation and seeding save the state of CUDA's generator.
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
 
 
 def _patch_tensors() -> None:
-    # This set of functions is made at its first use, and `with torch.device(...)` needs it to hold those of torch.
+    # Fills the cached set of torch's own functions, which `with torch.device(...)` needs, before they are replaced.
     _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _off_cuda(getattr(torch, name)))
     tensor: Any = Tensor
     module: Any = nn.Module
     tensor.cuda = module.cuda = lambda self, *_, **__: self
-    # The optimizers sort parameters by the names of their types, and know none of double precision.
+    # Megatron's optimizers group parameters by type name, and know no double precision.
     tensor.type = _type(Tensor.type)
-    # The loss and the gradients of DistributedOptimizer would fall from double precision to single.
+    # Otherwise the loss and DistributedOptimizer's gradients would be cast from double precision to single.
     single = Tensor.float
     tensor.float = lambda self, **kw: self if self.dtype == torch.float64 else single(self, **kw)
 
 
 def _off_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which makes on the CPU what it would make on a GPU."""
+    """Wrap `function` so that it creates on the CPU what it would create on a GPU."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -113,7 +117,7 @@ def _patch_collectives() -> None:
     scatter: Any = dist.reduce_scatter
     all_reduce: Any = dist.all_reduce
 
-    # Gloo wants pieces of one size; experts under tensor parallelism and layer-wise optimizers have others.
+    # Gloo needs pieces of equal size; experts under tensor parallelism and layer-wise optimizers have unequal ones.
     @functools.wraps(gather)
     def all_gather(tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
         if len({piece.shape for piece in tensor_list}) == 1:
@@ -146,21 +150,21 @@ def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callabl
 def _patch_megatron() -> None:
     core: Any = functools.partial(importlib.import_module, package="megatron.core")
     random: Any = core(".tensor_parallel.random")
-    # All ranks draw from the CPU's one generator: weights have to be initialized there, and dropout be off.
+    # There is only the CPU's generator: weights must be initialized on the CPU, and dropout must be off.
     random.CudaRNGStatesTracker.fork = lambda *_: nullcontext()
     random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-    # The norm of torch stands in for those of Apex and TransformerEngine, but refuses sequence parallelism.
+    # torch's norm replaces those of Apex and Transformer Engine, but Megatron's wrapper refuses sequence parallelism.
     core(".transformer.torch_norm").WrappedTorchNorm.__new__ = _norm
-    # It is a mock where TransformerEngine is missing.
+    # Without Transformer Engine it is a mock.
     core(".transformer.moe.moe_utils").te_general_gemm = None
-    # Splits are lists and arrays only after they came from a GPU.
+    # Megatron converts splits to lists and arrays only if they come from a GPU.
     core(".transformer.moe.token_dispatcher").maybe_move_tensor_to_cpu = _to_cpu
     if importlib.util.find_spec("megatron.core.transformer.moe.grouped_gemm_util"):
         # The legacy GroupedMLP needs the package grouped_gemm, a CUDA extension.
         gg = core(".transformer.moe.grouped_gemm_util")
         gg.ops = gg.grouped_gemm = SimpleNamespace(gmm=_grouped_gemm)
-    # It goes by way of double precision, out of which `float` does not come here.
+    # Megatron computes it in double precision and casts with `float`, which here keeps double precision.
     core(".optimizer.grad_scaler").MegatronGradScaler.inv_scale = property(lambda self: self.scale.reciprocal())
 
 

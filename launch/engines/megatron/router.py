@@ -1,4 +1,4 @@
-"""How a Megatron model's experts are loaded, in the measures that the other jobs log."""
+"""Measures how a Megatron model's experts are loaded, with the same metrics as the other jobs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,15 @@ from symdist.diagnostics import RouterMonitor
 
 
 class MegatronRouterMonitor(RouterMonitor):
-    """Watches Megatron's routers; what `RouterMonitor` measures, with rows for all layers of the whole model.
+    """A `RouterMonitor` for Megatron's routers, with rows for the MoE layers of all pipeline stages.
 
-    A rank adds the tokens that its own routers see: its share of a sequence under tensor parallelism, and zeros for
-    the layers of other stages. So the sum over all ranks counts every token once.
+    Each rank adds the tokens that its own routers see (under tensor parallelism, its share of a sequence), and zeros
+    for layers of other stages, so the sum over all ranks counts every token once.
+
+    Args:
+        model: This rank's part of the model.
+        moe_layers: Whether each layer of the whole model has experts.
+        experts: Number of experts per layer.
     """
 
     def __init__(self, model: nn.Module, *, moe_layers: tuple[bool, ...], experts: int):
@@ -28,13 +33,13 @@ class MegatronRouterMonitor(RouterMonitor):
                 self._watch(module)
 
     def summary(self, reduce: Callable[[Tensor], object] | None = None) -> dict[str, Any]:
-        """See `RouterMonitor`; a rank whose stage has no router adds zeros."""
+        """See `RouterMonitor`; a rank whose stage has no router contributes zeros."""
         if self._totals is None and self.layers:
             self._totals = torch.zeros(self.layers, 2 * self._experts + 2, dtype=torch.float64, device=self._device)
         return super().summary(reduce)
 
     def accumulate(self) -> None:
-        """Nothing: a schedule runs many forwards, and each was added as it ran."""
+        """Do nothing: one call of the pipeline schedule runs many forward passes, and each is added as it runs."""
 
     def _watch(self, router: Any) -> None:
         row, routing = self._rows[router.layer_number - 1], router.routing
@@ -44,7 +49,7 @@ class MegatronRouterMonitor(RouterMonitor):
             self._add(row, logits.detach().reshape(-1, self._experts), chosen)
             return probabilities, chosen
 
-        # Around the method: logits do not leave the router.
+        # Wraps the method, since a hook on the router would not see its logits.
         router.routing = watched
 
     @torch.no_grad()

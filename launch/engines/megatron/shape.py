@@ -1,11 +1,11 @@
-"""What of a model's preset a Megatron GPT can be: its sizes, and the families that have a counterpart."""
+"""The sizes of a model as a Megatron GPT, and which model families have such a counterpart."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# By transformers' name of a family: what it is called in a preset, and settings that a Megatron GPT has no part for,
-# each with the value that leaves it out. gpt-oss has its own differences, told below.
+# By transformers' name of a family: its name in presets, and the settings that a Megatron GPT does not support, each
+# with the value that turns it off. For gpt-oss see also `Shape`.
 _PLAIN: dict[str, Any] = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", _PLAIN | {"clip_qkv": None}),
@@ -17,11 +17,11 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """The sizes of a decoder of grouped-query attention and SwiGLU, with experts in some or none of its layers.
+    """The sizes of a decoder with grouped-query attention and SwiGLU, with experts in all, some or none of its layers.
 
-    It is the preset's model except for these. OLMoE has one norm over all query heads together and one over all key
-    heads; Megatron's norm is of each head. Of gpt-oss only the sizes are here: it has no sinks, no windows, no biases,
-    no YaRN, and its experts are plain SwiGLU without clamping.
+    The Megatron model is the preset's model with two exceptions. OLMoE has one norm over all query heads together and
+    one over all key heads, while Megatron normalizes each head. Of gpt-oss only the sizes are kept: there are no sinks,
+    sliding windows, biases or YaRN, and the experts are plain SwiGLU without clamping.
     """
 
     layers: int
@@ -33,24 +33,27 @@ class Shape:
     theta: int
     epsilon: float
     deviation: float
-    """Standard deviation of the weights that are drawn."""
+    """Standard deviation of the initial weights."""
     tied: bool
     head_norms: bool
-    """Whether queries and keys are normalized, head by head."""
+    """Whether queries and keys are normalized, each head on its own."""
     experts: int = 0
     top_k: int = 0
     expert_ffn: int = 0
     normalized: bool = True
-    """Whether the probabilities of the experts that a token goes to sum to 1."""
+    """Whether the weights of a token's chosen experts sum to 1."""
     moe_layers: tuple[bool, ...] = ()
     """Whether each layer has experts."""
 
 
 def shape_of(config: Any) -> Shape:
-    """The shape of a model of transformers, from its configuration.
+    """Return the shape of a transformers model.
 
-    Raises ValueError for a family that has no counterpart here, naming those that have, and for a setting that has
-    none.
+    Args:
+        config: The model's transformers configuration.
+
+    Raises:
+        ValueError: If the model's family, or one of its settings, has no counterpart in Megatron.
     """
     if config.model_type not in _FAMILIES:
         known = ", ".join(name for name, _ in _FAMILIES.values())
@@ -93,7 +96,7 @@ def _experts(config: Any) -> dict[str, Any]:
         "experts": getattr(config, "num_local_experts", None) or config.num_experts,
         "top_k": config.num_experts_per_tok,
         "expert_ffn": getattr(config, "moe_intermediate_size", config.intermediate_size),
-        # gpt-oss takes the softmax over those that were chosen.
+        # gpt-oss has no such setting: it takes the softmax over the chosen experts.
         "normalized": getattr(config, "norm_topk_prob", True),
         "moe_layers": tuple(i not in dense and (i + 1) % every == 0 for i in range(config.num_hidden_layers)),
     }

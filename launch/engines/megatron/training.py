@@ -1,4 +1,4 @@
-"""Training under Megatron: its schedules run the micro-batches, its wrappers shard and step; symdist has the rules."""
+"""Training under Megatron, whose schedules run the micro-batches and whose optimizer wraps symdist's."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from symdist_megatron import get_symdist_optimizer
 
 
 class MegatronTraining(Training):
-    """A run whose model is a Megatron GPT; `config` must have been checked for this number of ranks."""
+    """A run whose model is a Megatron GPT; see `Training` for the arguments."""
 
     config: MegatronRun
     launcher = "megatron"
@@ -66,7 +66,7 @@ class MegatronTraining(Training):
         return model
 
     def _see_logits(self, module: Any, inputs: Any, output: Any) -> None:
-        """Measure the logits of this rank's part of the vocabulary, without rows that only fill it up."""
+        """Measure the logits of this rank's part of the vocabulary, without padding rows."""
         logits = output[0]
         first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
         self.measures.logits.see(logits[..., : max(0, self.corpus.vocabulary - first)])
@@ -75,7 +75,7 @@ class MegatronTraining(Training):
         if self.ranks.device.type == "cuda":
             return super()._drawn_whole()
         if self.config.initialize == "sharded":
-            # There all ranks have one generator, and would draw the same experts.
+            # On the CPU all ranks use the same generator state, and would initialize the same experts.
             raise ValueError("--initialize sharded needs GPUs under Megatron; leave it out on the CPU")
         return True
 
@@ -106,7 +106,7 @@ class MegatronTraining(Training):
             recipe=self.recipe,
             vocabulary=self.corpus.vocabulary,
             nonfinite=config.nonfinite,
-            # None of Megatron's own: a recipe says itself what decays.
+            # None of Megatron's own overrides: the recipe says which parameters have weight decay.
             config_overrides={},
         )
         self.scheduler = build_scheduler(self.optimizer, schedule, lr=lr, decay=decay, total=config.steps)
@@ -138,9 +138,9 @@ class MegatronTraining(Training):
         return self._forward(iter([tokens]), count=1, backward=False)[0]
 
     def _forward(self, batches: Iterator[Tensor], *, count: int, backward: bool) -> list[Tensor]:
-        """This rank's share of the losses of every next token, batch by batch.
+        """Return this rank's share of every next token's loss, batch by batch, so that ranks can average.
 
-        The last stage knows them: its share is theirs times the number of stages, that of all others is zero.
+        Only the last pipeline stage knows the losses; it returns them times the number of stages, the others zero.
         """
         config = self.config
         micro = config.batch // (self.data_ranks * config.accumulation)
@@ -160,7 +160,7 @@ class MegatronTraining(Training):
 
     def _update(self) -> tuple[Tensor | float | None, float]:
         stepping = self._clock()
-        # With Megatron's own part: norm and clipping, and gathering the weights that were stepped.
+        # The time includes Megatron's own work: norm, clipping, and gathering the updated weights.
         _, norm, _ = self.optimizer.step()
         seconds = self._clock() - stepping
         self.scheduler.step(1)
@@ -190,7 +190,7 @@ class MegatronTraining(Training):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """See `Training`; the layout is no part of it."""
+        """See `Training`; the layout is not part of it, so a checkpoint can be resumed at another layout."""
         return super().identity | {
             "launcher": "megatron",
             "rows": self.config.padded(self.corpus.vocabulary),
@@ -201,13 +201,13 @@ class MegatronTraining(Training):
     def load(self, path: Path) -> dict[str, Any]:
         """See `Training`."""
         job = checkpoint.load(path, model=bare(self.model), optimizer=self.optimizer, identity=self.identity)
-        # It counts from one.
+        # Megatron's scheduler counts from one.
         self.scheduler.num_steps = 1
         self.scheduler.step(job["step"])
         return job
 
     def save(self, *, wait: bool) -> Path:
-        """See `Training`; it is always waited for."""
+        """See `Training`; the checkpoint is always written before this returns."""
         with self._gathered():
             return checkpoint.save(
                 self.checkpoints,
@@ -235,7 +235,7 @@ class MegatronTraining(Training):
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
-        """With the weights as the last step left them, where Megatron gathers them only as a forward needs them."""
+        """Have all updated weights in place; with `overlap`, Megatron gathers them only in the next forward pass."""
         if not self.config.overlap:
             yield
             return
@@ -249,10 +249,17 @@ class MegatronTraining(Training):
 def build_scheduler(
     optimizer: Any, schedule: Schedule, *, lr: float, decay: float, total: int
 ) -> OptimizerParamScheduler:
-    """Megatron's scheduler that gives step by step the rates of `schedule`, over `total` steps.
+    """Build a Megatron scheduler that gives the same learning rates as `schedule`.
 
-    Megatron counts steps from one, and falls of both kinds are its "WSD" (warmup, stable, decay), which says apart when
-    the fall begins.
+    Megatron counts steps from one. Linear and cosine decay both use its "WSD" style (warmup, stable, decay), which sets
+    separately when the decay begins.
+
+    Args:
+        optimizer: Megatron's optimizer.
+        schedule: The schedule to reproduce.
+        lr: The base learning rate.
+        decay: The weight decay, which stays constant.
+        total: Number of steps of the run.
     """
     start = schedule.warmup if schedule.shape == "cosine" else max(float(schedule.warmup), schedule.constant * total)
     scheduler = OptimizerParamScheduler(
@@ -275,7 +282,7 @@ def build_scheduler(
 
 
 def _step(batches: Iterator[Tensor], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-    """One micro-batch: what the stage puts out, and what makes a loss of it on the last one."""
+    """Run one micro-batch; return the stage's output, and the function that turns the last stage's into a loss."""
     tokens = next(batches)
     positions = torch.arange(tokens.shape[1] - 1, device=tokens.device).expand(tokens.shape[0], -1)
     output = model(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())

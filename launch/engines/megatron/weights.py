@@ -1,4 +1,4 @@
-"""First weights that are the same at any layout: drawn whole as transformers draws them, each rank taking its part."""
+"""Initial weights that are the same at any layout: each rank takes its part of a whole transformers model."""
 
 import re
 from typing import Any
@@ -17,10 +17,17 @@ _COLUMNS = ("linear_proj", "linear_fc2")
 
 
 def take_weights(model: nn.Module, whole: Any, shape: Shape) -> None:
-    """Give this rank's part of a Megatron model the weights of a whole model of transformers, of the same preset.
+    """Copy this rank's part of a whole transformers model's weights into a Megatron model.
 
-    Norms stay at one, as both have them; rows that fill up the vocabulary are zero. Raises ValueError for a parameter
-    that has no counterpart.
+    Norms stay at one, which is also their initial value in transformers; rows that pad the vocabulary become zero.
+
+    Args:
+        model: This rank's part of the Megatron model.
+        whole: The transformers model of the same preset.
+        shape: The model's sizes.
+
+    Raises:
+        ValueError: If a parameter has no counterpart.
     """
     layers = {name: module for name, module in model.named_modules() if re.fullmatch(r"decoder\.layers\.\d+", name)}
     with torch.no_grad():
@@ -40,10 +47,10 @@ def take_weights(model: nn.Module, whole: Any, shape: Shape) -> None:
 
 
 def _of_layer(name: str, block: Any, shape: Shape) -> Tensor:
-    """A weight of a layer, whole and laid out as Megatron has it."""
+    """Return the whole weight of a layer in Megatron's layout."""
     attention, mlp = block.self_attn, block.mlp
     if name == "self_attention.linear_qkv.weight":
-        # Group by group: its queries, its key, its value.
+        # Megatron stores each group's queries, key and value next to each other.
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
         return torch.cat([part.weight.view(shape.groups, -1, shape.hidden) for part in parts], 1).flatten(0, 1)
     if name == "self_attention.linear_proj.weight":
@@ -69,12 +76,12 @@ def _of_layer(name: str, block: Any, shape: Shape) -> Tensor:
 
 
 def _transposed(experts: Any) -> bool:
-    """Whether experts are kept [in, out], with the columns of gate and up in turn, as gpt-oss has them."""
+    """Return whether experts are stored as [in, out] with interleaved gate and up columns, as in gpt-oss."""
     return type(experts).__name__ == "GptOssExperts"
 
 
 def _part(name: str, full: Tensor) -> Tensor:
-    """What tensor parallelism leaves of a weight on this rank."""
+    """Return this rank's tensor-parallel part of a weight."""
     if ".experts." in name:
         rank = parallel_state.get_expert_tensor_parallel_rank()
         ranks = parallel_state.get_expert_tensor_parallel_world_size()

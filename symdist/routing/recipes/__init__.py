@@ -1,4 +1,4 @@
-"""Recipes: stacks of rules, one TOML file each, and how they are read."""
+"""Recipes: which rule each parameter role gets, one TOML file per recipe, and the code that reads them."""
 
 from symdist.routing.recipes.load import Recipe, RecipeLike, load_recipe, recipe_names, schedule_key
 from symdist.routing.recipes.overrides import parse_overrides, parse_value

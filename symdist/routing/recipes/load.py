@@ -1,4 +1,4 @@
-"""A recipe: which rule, with which options, each role of parameter gets. One TOML file a stack."""
+"""Load recipes, which say for each parameter role which rule, with which options, updates it."""
 
 import difflib
 import importlib.util
@@ -17,7 +17,7 @@ RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
 _FOLDER = Path(__file__).parent
 _LOADED: set[Path] = set()
 
-# role -> where its options come from if the recipe has no section of its own. "default" ends every chain.
+# For each role, the section to use if the recipe has none for the role itself. Every chain ends at "default".
 FALLBACK: dict[str, str] = {
     "embedding": "default",
     "tied_embedding": "embedding",
@@ -53,10 +53,14 @@ FALLBACK: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """`sections` maps a role to its options, `patterns` are ordered overrides by parameter name.
+    """The rules and options of a model's parameters, by role.
 
-    A pattern is `{"match": "layers.*.weird.weight", "role": …}` and may carry options of its own; the first that
-    matches a name wins. `schedules` maps a role, a rule or "default" to a learning-rate schedule, for a training loop.
+    Attributes:
+        name: The recipe's name, used in error messages and reports.
+        sections: The options of each role: `rule`, `lr`, and further options of the rule and the param group.
+        patterns: Exceptions by parameter name, such as `{"match": "layers.*.weird.weight", "role": "matrix"}`. A
+            pattern may name a role, give options of its own, or both. The first pattern that matches a name applies.
+        schedules: Learning-rate schedules by role, rule or "default", for the training loop to use.
     """
 
     name: str
@@ -65,22 +69,57 @@ class Recipe:
     schedules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def options(self, role: str) -> dict[str, Any] | None:
-        """The options of the nearest section up the role's chain, or None where there is none."""
+        """Return the options of a role, or of the nearest role it falls back to.
+
+        Args:
+            role: The role, such as "attention_q".
+
+        Returns:
+            A copy of the options, or None if neither the role nor any role it falls back to has a section.
+        """
         return next((dict(self.sections[at]) for at in roles_up(role) if at in self.sections), None)
 
     def grouped_role(self, role: str) -> str:
-        """The role that parameters are grouped by: a kind of norm that the recipe says nothing of is a "norm"."""
+        """Return the role under which parameters of a role are grouped.
+
+        This is the role itself, but "norm" for a kind of norm ("input_norm", "output_norm", "qk_norm") that has neither
+        a section nor a schedule in the recipe.
+
+        Args:
+            role: The role found in the model.
+
+        Returns:
+            The role to group by.
+        """
         spoken_of = role in self.sections or role in self.schedules
         return "norm" if FALLBACK.get(role) == "norm" and not spoken_of else role
 
     def kind_of(self, role: str, rule: str) -> tuple[int, str | None]:
-        """What parameters must share to lie in one vector of an engine: how much state they have, and the schedule."""
+        """Return what parameters must have in common to be stored in one flat vector by an engine.
+
+        Args:
+            role: The role of the parameters.
+            rule: The name of their rule.
+
+        Returns:
+            The number of state tensors of the rule, and the key of the schedule (None if there is none).
+        """
         return len(get_rule(rule).state_names()), schedule_key(self.schedules, role, rule)
 
     def at_rate(self, lr: float | None) -> tuple["Recipe", float]:
-        """The recipe with all rates in the proportion that gives its matrices `lr`, and that rate.
+        """Scale all learning rates so that the recipe's matrices have the learning rate `lr`.
 
-        Without `lr` the rates are as they are. Raises ValueError where the matrices have none to tell others by.
+        The learning rate of the matrices is that of the role "matrix"; without one, the first learning rate in a
+        section, or else 1.
+
+        Args:
+            lr: The new learning rate of the matrices; None leaves all learning rates as they are.
+
+        Returns:
+            The scaled recipe, and the learning rate its matrices have now.
+
+        Raises:
+            ValueError: If the recipe's learning rate for matrices is not positive.
         """
         own = (self.options("matrix") or {}).get("lr")
         if own is None:
@@ -95,12 +134,32 @@ class Recipe:
     def adjusted(
         self, *, lr: float | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None
     ) -> "Recipe":
-        """The recipe at a rate of its matrices, where one is given, with options of some roles replaced."""
+        """Return the recipe with scaled learning rates and with options of some roles replaced.
+
+        Args:
+            lr: The learning rate of the matrices; all others are scaled by the same factor. None (default) leaves them.
+            overrides: Options by role that replace the recipe's, such as `{"router": {"rule": "left_spectral"}}`.
+                Learning rates in it are used as they are, not scaled. None by default.
+
+        Returns:
+            The changed recipe.
+
+        Raises:
+            ValueError: For an unknown role or rule, or if the recipe's own learning rate for matrices is not positive.
+        """
         recipe = self if lr is None else self.at_rate(lr)[0]
         return recipe.overridden(overrides or {})
 
     def multiplied(self, option: str, factor: float) -> "Recipe":
-        """The recipe with a number multiplied wherever it is given."""
+        """Return the recipe with a numeric option multiplied in every section and pattern that gives it.
+
+        Args:
+            option: The option, such as "lr".
+            factor: The number to multiply it by.
+
+        Returns:
+            The changed recipe.
+        """
 
         def changed(options: Mapping[str, Any]) -> dict[str, Any]:
             return {key: value * factor if key == option else value for key, value in options.items()}
@@ -112,11 +171,20 @@ class Recipe:
         )
 
     def overridden(self, overrides: Mapping[str, Mapping[str, Any]]) -> "Recipe":
-        """The recipe with options of some roles replaced.
+        """Return the recipe with options of some roles replaced.
 
-        A role without a section of its own first takes over the one it falls back to. Where an override names
-        another rule, options that this rule does not know are left behind; every other unknown option is an error
-        later. Raises ValueError for an unknown role.
+        A role without a section of its own starts from the section it falls back to. If an override names another rule,
+        options that this rule does not know are dropped. Other unknown options are reported when the optimizer is
+        built.
+
+        Args:
+            overrides: The new options by role.
+
+        Returns:
+            The changed recipe.
+
+        Raises:
+            ValueError: For an unknown role or rule, or options that are not a mapping.
         """
         sections = {role: dict(options) for role, options in self.sections.items()}
         for role, changes in overrides.items():
@@ -133,7 +201,14 @@ class Recipe:
 
 
 def roles_up(role: str) -> Iterator[str]:
-    """A role and those that it falls back to, the nearest first."""
+    """Yield a role and then the roles it falls back to, nearest first.
+
+    Args:
+        role: The role to start from.
+
+    Yields:
+        The roles, usually down to "default".
+    """
     at: str | None = role
     while at is not None:
         yield at
@@ -141,28 +216,52 @@ def roles_up(role: str) -> Iterator[str]:
 
 
 def schedule_key(schedules: Mapping[str, Any], role: str, rule: str) -> str | None:
-    """The key a schedule is found under: the nearest role up the chain, else the rule, else "default"."""
+    """Return the key of the schedule that applies to a role and rule.
+
+    Args:
+        schedules: The schedules by role, rule or "default".
+        role: The role of the parameters.
+        rule: The name of their rule.
+
+    Returns:
+        The nearest key among the role and the roles it falls back to, else the rule, else "default"; None if there is
+        no schedule under any of these.
+    """
     roles = (at for at in roles_up(role) if at != "default")
     return next((key for key in (*roles, rule, "default") if key in schedules), None)
 
 
 def recipe_names() -> list[str]:
-    """Return the names of the recipes that come with symdist, sorted."""
+    """Return the names of the recipes that come with symdist, sorted.
+
+    Returns:
+        Names that `load_recipe`, `route` and `build_optimizer` accept.
+
+    Example:
+        >>> "olmoe" in symdist.recipe_names()
+        True
+    """
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def load_recipe(recipe: RecipeLike) -> Recipe:
-    """Load a recipe: which rule, with which options, each role gets.
+    """Load a recipe: which rule, with which options, each parameter role gets.
 
     Args:
-        recipe: A name (see `recipe_names`), a TOML file, a mapping of the same form, or a `Recipe`. Its key `rules` may
-            list Python files, beside the recipe's own, that register rules: they are run.
+        recipe: A name (see `recipe_names`), the path of a TOML file, a mapping of the same form, or a `Recipe`, which
+            is returned as it is. Its key `rules` may list Python files that register rules; their paths are relative to
+            the recipe's file. These files are executed, each once per process.
+
+    Returns:
+        The recipe.
 
     Raises:
-        ValueError: For an unknown name or section, a file that is no TOML, and one that registers no rule.
+        ValueError: If the name, a role or a schedule is unknown, the file is missing or not valid TOML, a pattern has
+            no `match`, or a rules file fails or registers no rule.
 
     Example:
-        >>> load_recipe("olmoe").options("router")
+        >>> symdist.load_recipe("olmoe").options("router")["rule"]
+        'row_norm'
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -207,7 +306,7 @@ def _parse(content: dict[str, Any], *, name: str, beside: Path = Path()) -> Reci
 
 
 def _load_rules(files: Any, beside: Path, *, name: str) -> None:
-    """Run the Python files of a recipe that register rules, each once in a process."""
+    """Execute the Python files in which a recipe registers rules, each once per process."""
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ValueError(f"recipe {name!r}: rules = {files!r} should list Python files, as in ['my_rules.py']")
     for file in files:

@@ -1,4 +1,4 @@
-"""Options on a command line: `role.option=value`, the value as TOML would read it."""
+"""Parse options given on a command line as `role.option=value`, where the value is written as in TOML."""
 
 import tomllib
 from collections.abc import Sequence
@@ -6,7 +6,18 @@ from typing import Any
 
 
 def parse_value(text: str) -> Any:
-    """A number, boolean, list or table where TOML reads one; else the text itself."""
+    """Parse a value as TOML, or keep it as a string if it is not valid TOML.
+
+    Args:
+        text: The value, such as `0.01`, `true` or `left_spectral`.
+
+    Returns:
+        What TOML reads, such as a number, boolean, list or table; otherwise `text`.
+
+    Example:
+        >>> parse_value("0.01"), parse_value("left_spectral")
+        (0.01, 'left_spectral')
+    """
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -14,7 +25,18 @@ def parse_value(text: str) -> Any:
 
 
 def parse_overrides(words: Sequence[str], *, option: str = "--override") -> dict[str, dict[str, Any]]:
-    """`role.option=value` words by role and option; ValueError, naming the command's `option`, for another form."""
+    """Parse words of the form `role.option=value`.
+
+    Args:
+        words: The words, such as `router.rule=left_spectral`.
+        option: The name of the command-line option, for the error message.
+
+    Returns:
+        The values by role and option, as `Recipe.overridden` takes them.
+
+    Raises:
+        ValueError: If a word has another form.
+    """
     overrides: dict[str, dict[str, Any]] = {}
     for word in words:
         target, equals, text = word.partition("=")

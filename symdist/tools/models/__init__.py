@@ -1,6 +1,6 @@
-"""Language models by name: presets for transformers architectures with random weights.
+"""Language models by name: presets for `transformers` architectures with random weights.
 
-Importing this package costs nothing; transformers is imported when a model is built.
+Importing this package is cheap; `transformers` is imported when a model is built.
 """
 
 from symdist.tools.models.build import active_parameters, blocks, build, names

@@ -1,4 +1,4 @@
-"""From a preset, or a TOML file of the same form, to a transformers model with random weights."""
+"""Builds a `transformers` model with random weights from a preset, or from a TOML file of the same form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _FOLDER = Path(__file__).parent
 
-# family -> (config class, model class). Gemma3 is the text model: `Gemma3Config` has vision too.
+# family -> (config class, model class). For Gemma3 these are the text-only classes; `Gemma3Config` includes vision.
 _FAMILIES = {
     "deepseek-v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM"),
     "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
@@ -26,17 +26,21 @@ _FAMILIES = {
     "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
 }
 
-# Settings transformers reads from a config although no field of the config class names them.
+# Settings that transformers reads from a config although the config class has no such field.
 _UNDECLARED = {"attn_implementation", "experts_implementation"}
 _UNDECLARED_BY_FAMILY = {"qwen3-moe": {"head_dim"}}
 
-# What every model trained from random weights wants. The token ids that transformers puts in belong to the
-# published tokenizers; kept, the padding id would freeze one row of the embedding at zero.
+# Settings for training from random weights. The default token ids of transformers belong to the published tokenizers;
+# the padding id, if kept, would freeze one row of the embedding at zero.
 _DEFAULTS = {"use_cache": False, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
 def names() -> list[str]:
-    """Names of the presets, sorted."""
+    """Return the names of the presets, sorted.
+
+    Returns:
+        Names that `build` accepts.
+    """
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
@@ -49,26 +53,31 @@ def build(
     overrides: dict[str, Any] | None = None,
     seed: int | None = None,
 ) -> PreTrainedModel:
-    """Build a causal language model with random weights; nothing is downloaded.
+    """Build a causal language model with random weights. Nothing is downloaded.
 
     Args:
-        name_or_path: a preset (see `names`), or the path of a `.toml` file of the same form.
-        vocabulary: number of tokens; the preset's own where left out.
-        device: where the weights are made, torch's default device where left out. On `"meta"` they take no
-            memory; `model.to_empty(device=...)` and `model.init_weights()` fill them later. After
-            `fully_shard` on CPUs every rank draws its shards by itself: give each rank its own torch seed
-            before that, or all shards come out alike.
-        dtype: of the weights, all of them.
-        overrides: settings of the transformers config, stronger than the file's. `attn_implementation` and
-            `experts_implementation` may be among them; left out, transformers takes scaled dot product
-            attention (plain attention for gpt-oss, whose sinks that cannot express) and grouped matrix
-            products for experts.
-        seed: makes the weights a function of configuration, kind of device and seed, and leaves the caller's
-            random state as it was. Left out, the weights are drawn from the caller's random state.
+        name_or_path: A preset (see `names`), or the path of a `.toml` file of the same form.
+        vocabulary: The number of tokens; the preset's own by default.
+        device: Where the weights are created; torch's default device by default. On `"meta"` they take no memory;
+            `model.to_empty(device=...)` and `model.init_weights()` fill them later. After `fully_shard` on CPUs, every
+            rank draws its shards on its own, so give each rank a different torch seed first, or all shards are equal.
+        dtype: The dtype of all weights; float32 by default.
+        overrides: Settings of the transformers config that replace the file's. None by default. They may include
+            `attn_implementation` and `experts_implementation`; without them, transformers chooses scaled dot product
+            attention (eager attention for gpt-oss, whose sinks the former cannot express) and grouped matrix products
+            for experts.
+        seed: With a seed, the weights depend only on the configuration, the kind of device and the seed, and the
+            caller's random state does not change. By default, the weights are drawn from the caller's random state.
+
+    Returns:
+        The model.
 
     Raises:
-        ValueError: the preset, the file, the family or a setting is unknown, or a setting is of the wrong type.
-        ImportError: transformers is not installed.
+        ValueError: If the preset, the file, the family or a setting is unknown, or a setting has the wrong type.
+        ImportError: If transformers is not installed.
+
+    Example:
+        >>> model = build("olmoe-tiny", device="cpu", overrides={"num_hidden_layers": 2}, seed=0)
     """
     family, settings = _read(name_or_path)
     settings |= overrides or {}
@@ -76,13 +85,13 @@ def build(
         settings["vocab_size"] = vocabulary
 
     transformers = _transformers()
-    # What transformers checks its configurations with; installed with it.
+    # transformers checks its configurations with this package, which is installed with it.
     from huggingface_hub.errors import StrictDataclassError
 
     config_class, model_class = (getattr(transformers, attribute) for attribute in _FAMILIES[family])
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
     known |= _UNDECLARED | _UNDECLARED_BY_FAMILY.get(family, set())
-    # transformers stores a setting it does not know and never reads it: a misspelt size would go unnoticed.
+    # transformers accepts unknown settings silently, so a misspelt one would have no effect.
     if unknown := sorted(set(settings) - known):
         raise ValueError(f"{name_or_path}: {config_class.__name__} has no setting {', '.join(unknown)}")
 
@@ -96,20 +105,36 @@ def build(
         if seed is not None:
             torch.manual_seed(seed)
         model = model_class._from_config(config, dtype=dtype)
-    # Some families make a router in float32 whatever is asked for, and FSDP2 wants one dtype among the weights it
-    # gathers together.
+    # Some families always create the router in float32, but FSDP2 needs the same dtype for all weights that it gathers
+    # together.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers in order: the units FSDP wraps below the root."""
+    """Return the decoder layers of a model in order; `shard` wraps each of them by FSDP2.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The layers.
+    """
     return list(cast(nn.ModuleList, model.base_model.layers))
 
 
 def active_parameters(model: PreTrainedModel) -> int:
-    """Number of parameters one token uses: the chosen experts and all the rest, embedding included."""
+    """Return the number of parameters that one token uses.
+
+    These are the experts chosen for a token and all parameters outside of experts, the embedding included.
+
+    Args:
+        model: The model, not sharded.
+
+    Returns:
+        The number of parameters.
+    """
     total = sum(parameter.numel() for parameter in model.parameters())
     for module in model.modules():
         if type(module).__name__.endswith("Experts"):
@@ -120,7 +145,7 @@ def active_parameters(model: PreTrainedModel) -> int:
 
 
 def _read(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
-    """Family and config settings of a preset or of the user's own file."""
+    """Return the family and the config settings of a preset or a file."""
     path = Path(name_or_path)
     if path.suffix != ".toml":
         if str(name_or_path) not in names():

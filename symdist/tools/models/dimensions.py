@@ -1,4 +1,4 @@
-"""What the dimensions of a device mesh mean for a model's weights."""
+"""What the dimensions of a device mesh mean for the weights of a model."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ DIMENSIONS = ("dp_replicate", "dp_shard", "ep", "tp")
 
 @dataclass(frozen=True, kw_only=True)
 class Dimensions:
-    """A mesh by the use of its dimensions; None where it has none of that kind.
+    """A device mesh, split by what its dimensions are used for. A mesh is None if there is no such dimension.
 
-    `weights` is the mesh over which data parallelism holds every weight but the experts under `ep`, and `experts` the
-    one that holds those: two-dimensional with replicas first. `ep` and `tp` split weights before that.
+    `ep` and `tp` divide weights first; the data-parallel meshes divide what is left on each rank. Data-parallel meshes
+    with replicas have two dimensions, replicas first.
+
+    Attributes:
+        weights: The data-parallel mesh of all weights that `ep` does not divide; it includes the ranks of `ep`.
+        experts: The data-parallel mesh of the experts that `ep` divides.
+        ep: The mesh of expert parallelism.
+        tp: The mesh of tensor parallelism.
     """
 
     weights: DeviceMesh | None = None
@@ -24,11 +30,19 @@ class Dimensions:
 
 
 def dimensions(mesh: DeviceMesh) -> Dimensions:
-    """Read a mesh by the names of its dimensions, some of `DIMENSIONS` in that order.
+    """Interpret a mesh by the names of its dimensions.
 
-    A dimension of one rank counts as missing, except `dp_shard`, which also brings FSDP2's mixed precision. A
-    one-dimensional mesh with another name, or none, is one of data-parallel shards. Raises ValueError for other names
-    on a mesh of more dimensions, and for another order.
+    A dimension of one rank is treated as absent, except `dp_shard`, since FSDP2 also provides mixed precision.
+
+    Args:
+        mesh: The mesh. Its dimensions are named by some of `DIMENSIONS`, in that order. A one-dimensional mesh with
+            another name, or without a name, is taken as `dp_shard`.
+
+    Returns:
+        The meshes by use.
+
+    Raises:
+        ValueError: If a mesh with several dimensions has other names or none, or the order is different.
     """
     names = mesh.mesh_dim_names or ()
     if mesh.ndim == 1 and not set(names) & set(DIMENSIONS):
@@ -50,7 +64,7 @@ def dimensions(mesh: DeviceMesh) -> Dimensions:
 
 
 def _data_mesh(mesh: DeviceMesh, names: list[str]) -> DeviceMesh | None:
-    """The mesh of these data-parallel dimensions: replicas where there are any, and all the others as one."""
+    """Return the mesh of data-parallel dimensions: replicas, if any, and all other dimensions joined into one."""
     if not names:
         return None
     if "dp_shard" not in names or "ep" not in names:

@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank of `ep` holds some experts, and tokens travel to theirs and back."""
+"""Expert parallelism: each rank of `ep` holds some experts; tokens are sent to their experts and back."""
 
 from __future__ import annotations
 
@@ -18,12 +18,28 @@ if TYPE_CHECKING:
 
 
 def stacked_experts(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules that hold a layer's routed experts as stacked tensors."""
+    """Return the modules that hold the routed experts of a layer as stacked tensors.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The modules, one per layer with experts.
+    """
     return [module for module in model.modules() if type(module).__name__.endswith("Experts")]
 
 
 def check_experts(model: PreTrainedModel, ep: int, *, even: bool) -> None:
-    """Raise ValueError where there are no stacked experts or, to be `even`, where `ep` does not divide them."""
+    """Check that a model's experts can be split.
+
+    Args:
+        model: The model; it may be on the meta device.
+        ep: The number of ranks to split the experts over.
+        even: Whether every rank must get the same number of experts.
+
+    Raises:
+        ValueError: If the model has no stacked experts, or `even` is set and `ep` does not divide their number.
+    """
     family, layers = model.config.model_type, stacked_experts(model)
     if not layers:
         raise ValueError(f"{family} has no stacked experts to split over ep={ep}: use a mesh without ep")
@@ -34,10 +50,15 @@ def check_experts(model: PreTrainedModel, ep: int, *, even: bool) -> None:
 
 
 def split_experts(model: PreTrainedModel, ep: DeviceMesh, *, dtype: torch.dtype | None) -> None:
-    """Give each rank of `ep` its run of every layer's experts, in place, and let the forward send tokens to them.
+    """Split the experts of every layer over the ranks of `ep`, in place, and make the forward send tokens to them.
 
-    The gradient of an expert comes out as the mean over the ranks of `ep` of what each rank's loss gives. `dtype` is
-    what the experts compute in, where FSDP2 does not see to that.
+    All ranks of `ep` must call it, and run every forward and backward together. The gradient of an expert is the mean
+    over the ranks of `ep` of the gradients of each rank's loss.
+
+    Args:
+        model: The model, with equal weights on all ranks.
+        ep: The mesh of expert parallelism.
+        dtype: The dtype in which the experts compute, if FSDP2 does not take care of it; None to leave it.
     """
     for experts in stacked_experts(model):
         cut_parameters(experts, ep)
@@ -45,10 +66,11 @@ def split_experts(model: PreTrainedModel, ep: DeviceMesh, *, dtype: torch.dtype 
 
 
 class _Dispatch:
-    """The forward of a layer's experts: tokens go to the ranks of their experts, and what comes back is summed.
+    """The forward of a layer's experts: sends tokens to the ranks of their experts, and adds up the results.
 
-    The experts' own forward runs on what arrives as on any tokens, each with one expert of weight 1; the routers'
-    weights stay at home. So any implementation of transformers serves, and ranks may have unequal numbers of tokens.
+    The experts' own forward runs on the tokens that arrive, as if each had chosen one expert with weight 1; the routing
+    weights are applied at the sender. This works with any implementation of transformers and with different numbers of
+    tokens per rank.
     """
 
     def __init__(self, experts: nn.Module, ep: DeviceMesh, dtype: torch.dtype | None):
@@ -61,7 +83,7 @@ class _Dispatch:
         here = next(iter(held.values())).shape[0]
         group = self.ep.get_group()
         expert_of, order = chosen.flatten().sort(stable=True)
-        # How many of this rank's tokens every expert gets, and how many of each rank's tokens the experts here get.
+        # The number of this rank's tokens for every expert, and the number of every rank's tokens for the experts here.
         leaving = torch.zeros(here * self.ep.size(), dtype=torch.long, device=hidden.device)
         leaving.scatter_add_(0, expert_of, torch.ones_like(expert_of))
         coming = torch.empty_like(leaving)
@@ -75,17 +97,18 @@ class _Dispatch:
         return torch.empty_like(weighted).index_copy(0, order, weighted).view(tokens, k, -1).sum(1).to(hidden.dtype)
 
     def _held(self) -> dict[str, Tensor]:
-        """The experts' tensors here, in what they compute in."""
+        """Return the expert tensors of this rank, in the dtype in which they compute."""
         held = {key: cast(DTensor, value).to_local() for key, value in self.experts.named_parameters(recurse=False)}
         return {key: value if self.dtype is None else value.to(self.dtype) for key, value in held.items()}
 
     def _run(self, held: dict[str, Tensor], arrived: Tensor, ids: Tensor) -> Tensor:
         count = len(ids)
         if count == 0:
-            # FSDP reduces gradients together on all ranks, so experts without a token need theirs: zeros.
+            # FSDP reduces gradients on all ranks together, so experts without any token need zero gradients.
             arrived, ids = torch.cat([arrived, arrived.new_zeros(1, arrived.shape[1])]), ids.new_zeros(1)
-        # The tokens of all ranks of `ep` are here, and each rank's loss is a mean over its own: their gradients are to
-        # be averaged for the experts, and go home as they are.
+        # Tokens of all ranks of `ep` are here, and each rank has its own loss. The experts need the mean of the losses'
+        # gradients, the tokens the gradient of their own loss. So the backward divides the gradient where it enters the
+        # experts, and multiplies it again where it leaves them.
         arrived = _Scaled.apply(arrived, self.ep.size())
         stand_in = StandIn(self.experts, {**held, "num_experts": next(iter(held.values())).shape[0]})
         done = self.compute(stand_in, arrived, ids[:, None], arrived.new_ones(len(ids), 1))
@@ -93,7 +116,7 @@ class _Dispatch:
 
 
 class _Exchanged(torch.autograd.Function):
-    """Rows sent to the ranks of a group, so many to each, and those received; gradients go the other way."""
+    """Sends rows to the ranks of a group, a given number to each; the backward sends the gradients back."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, there: list[int], back: list[int], group: dist.ProcessGroup) -> Tensor:
@@ -109,7 +132,7 @@ class _Exchanged(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """The same values, with the gradient multiplied by a number."""
+    """The identity, with the gradient multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:

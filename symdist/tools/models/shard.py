@@ -1,4 +1,4 @@
-"""A model on a device mesh: FSDP2, with replicas, tensor parallelism and expert parallelism where the mesh has them."""
+"""Shards a model on a device mesh: FSDP2, replicas, tensor parallelism and expert parallelism."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from symdist.tools.models.tensor_parallel import check_tensors, split_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# transformers' model types whose forward is known to be right on cut weights; the tests hold each of them to that.
+# Model types of transformers whose forward is known to be correct on split weights; the tests check each of them.
 _KNOWN = {"deepseek_v3", "gemma3_text", "gpt_oss", "olmoe", "qwen3", "qwen3_moe"}
 
 
@@ -30,32 +30,43 @@ def shard(
     policy: MixedPrecisionPolicy | None = None,
     layouts_only: bool = False,
 ) -> PreTrainedModel:
-    """Shard a model in place over a mesh whose dimensions have some of these names, in this order.
+    """Shard a model in place over a device mesh. All ranks of the mesh must call it.
 
-    - `dp_replicate`: groups that each hold the whole model between them.
-    - `dp_shard`: FSDP2, by decoder layer and the rest.
-    - `ep`: routed experts, each rank some of them; to every other weight it is more of `dp_shard`.
-    - `tp`: attention and feed-forward by heads and columns, embedding and head by vocabulary. Stacked experts,
-      routers and norms stay whole there.
+    The names of the mesh dimensions say how they are used. They are some of these, in this order:
 
-    A mesh of one dimension with any other name, or none, is `dp_shard`. The ranks of `tp` take the same tokens, all
-    others their own, and the gradient is that of the mean of their losses.
+    - `dp_replicate`: replicas of the model.
+    - `dp_shard`: FSDP2, which wraps each decoder layer and the rest of the model.
+    - `ep`: expert parallelism; each rank holds some of the routed experts. All other weights are sharded over it as
+      over `dp_shard`.
+    - `tp`: tensor parallelism; attention and feed-forward are split by heads and columns, embedding and head by
+      vocabulary. Stacked experts, routers and most norms are not split.
 
-    Nothing is sent: each rank keeps its pieces of the weights it has, which must be alike on all ranks, so build with
-    `seed`, or on the meta device. Weights drawn later must come out alike where ranks hold the same piece. With one
-    seed on all ranks DTensor sees to that on GPUs; on CPUs, where it does not, no seed is right under `tp`.
+    A one-dimensional mesh with another name, or without a name, is taken as `dp_shard`. Ranks of the same `tp` group
+    must get the same tokens, all others different ones; the gradient is that of the mean of their losses.
+
+    No weights are sent: each rank keeps its pieces of the weights it has. They must be equal on all ranks, so build the
+    model with `seed` or on the meta device. Weights drawn after sharding must be equal wherever ranks hold the same
+    piece. On GPUs, DTensor ensures this if all ranks use the same seed. On CPUs it does not, and under `tp` no choice
+    of seeds is right.
 
     Args:
-        model: built by `build`, on the mesh's kind of device or on `"meta"`.
-        mesh: over all the ranks that train the model.
-        policy: FSDP2's mixed precision.
-        layouts_only: place the weights only to look at where they lie. The forward need not be right, so any family
-            may be split, and sizes may be uneven.
+        model: A model made by `build`, on the mesh's kind of device or on `"meta"`.
+        mesh: A mesh over all ranks that train the model.
+        policy: FSDP2's mixed precision; None (default) for no mixed precision.
+        layouts_only: Only place the weights, to inspect their layouts, without a forward that works. Any model family
+            and uneven sizes are then allowed. False by default.
+
+    Returns:
+        The same model.
 
     Raises:
-        ValueError: a mesh dimension has another name or place; `tp` does not divide heads or a cut weight, or `ep`
-            the experts; a dense model has `ep`; the model's family is not known to run under `tp` or `ep`; a policy is
-            given for a mesh without data parallelism.
+        ValueError: If a mesh dimension has another name or position, `tp` does not divide the heads or a weight, `ep`
+            does not divide the experts, a dense model is used with `ep`, the model's family is not known to run under
+            `tp` or `ep`, or a policy is given for a mesh without data parallelism.
+
+    Example:
+        >>> mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp_replicate", "dp_shard"))
+        >>> model = shard(build("olmoe-1b-7b", device="meta"), mesh)
     """
     parts = dimensions(mesh)
     policy = policy or MixedPrecisionPolicy()
@@ -72,12 +83,21 @@ def shard(
 
 
 def check_sizes(model: PreTrainedModel, *, ep: int = 1, tp: int = 1) -> None:
-    """ValueError, with the reason, where a model, which may be on the meta device, does not run under `ep` and `tp`."""
+    """Check that a model runs under expert and tensor parallelism of given sizes.
+
+    Args:
+        model: The model; it may be on the meta device.
+        ep: The number of ranks of expert parallelism; 1 (default) for none.
+        tp: The number of ranks of tensor parallelism; 1 (default) for none.
+
+    Raises:
+        ValueError: If it does not, with the reason.
+    """
     _check_sizes(model, ep=ep, tp=tp, layouts_only=False)
 
 
 def _check(model: PreTrainedModel, parts: Dimensions, policy: MixedPrecisionPolicy, *, layouts_only: bool) -> None:
-    """Refuse before anything is placed."""
+    """Check everything before any parameter is changed."""
     if parts.weights is None and policy != MixedPrecisionPolicy():
         raise ValueError("mixed precision comes with FSDP2, and the mesh has only tp: add a dp_shard of size 1 to it")
     ep, tp = (1 if part is None else part.size() for part in (parts.ep, parts.tp))
@@ -98,10 +118,10 @@ def _check_sizes(model: PreTrainedModel, *, ep: int, tp: int, layouts_only: bool
 
 
 def _share(model: PreTrainedModel, parts: Dimensions, policy: MixedPrecisionPolicy) -> None:
-    """FSDP2 for what `ep` and `tp` have left on each rank."""
+    """Apply FSDP2 to what `ep` and `tp` have left on each rank."""
     elsewhere: set[nn.Parameter] = set()
     if parts.ep is not None:
-        # The layer around them has cast what goes in, and the routers' weights are to stay as they are.
+        # The enclosing layer has cast the inputs already, and the routing weights must keep their dtype.
         inner = dataclasses.replace(policy, cast_forward_inputs=False, output_dtype=None)
         for experts in stacked_experts(model):
             if parts.experts is not None:
@@ -120,9 +140,12 @@ def _share_module(
     elsewhere: set[nn.Parameter] | None = None,
     split: int = 1,
 ) -> None:
-    """FSDP2 for a module's parameters, except those `elsewhere`; their first dimension is split in `split` already."""
+    """Apply FSDP2 to a module's parameters, except those in `elsewhere`.
+
+    `split` is the number of ranks that their first dimension has been divided among already.
+    """
     if mesh.mesh_dim_names == ("dp_replicate",):
-        # Not public, but what FSDP2 itself becomes where there is nothing to shard over.
+        # A private API: FSDP2 for meshes with nothing but replicas.
         from torch.distributed._composable.replicate_with_fsdp import replicate
 
         replicate(module, mesh=mesh, mp_policy=policy, ignored_params=elsewhere)
@@ -137,7 +160,7 @@ def _share_module(
 
 
 def _lay_out(model: PreTrainedModel, parts: Dimensions) -> None:
-    """What `_share` does to the parameters, without the modules that would gather them."""
+    """Shard the parameters as `_share` does, but without the hooks that would gather them."""
     experts = set(stacked_experts(model)) if parts.ep is not None else set()
 
     def choose(module: nn.Module, parameter: nn.Parameter) -> tuple[DeviceMesh, int] | None:
@@ -150,7 +173,10 @@ def _lay_out(model: PreTrainedModel, parts: Dimensions) -> None:
 
 
 def _cut_dim(parameter: nn.Parameter, mesh: DeviceMesh, split: int) -> int:
-    """The dimension to cut over data-parallel ranks, of a parameter whose first is split in `split` already."""
+    """Return the dimension along which to shard a parameter over data-parallel ranks.
+
+    `split` is the number of ranks that its first dimension has been divided among already.
+    """
     ranks = mesh.size(mesh.ndim - 1)
-    # More ranks than experts: within the experts, or most ranks would hold nothing.
+    # With more ranks than experts, shard within each expert, since otherwise most ranks would hold nothing.
     return int(split > 1 and parameter.shape[0] < split * ranks and parameter.shape[1] % ranks == 0)

@@ -1,4 +1,4 @@
-"""Run a module's own forward with some of its attributes replaced, and leave the module as it is."""
+"""Runs a module's own forward with some of its attributes replaced, without changing the module."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class StandIn:
-    """Takes the place of a module in its forward: it has the given attributes, and for all others the module's."""
+    """Replaces a module as the `self` of its forward: has the given attributes, and otherwise those of the module."""
 
     def __init__(self, module: nn.Module, attributes: dict[str, Any]):
         self.__dict__.update(attributes, _module=module)
@@ -19,9 +19,13 @@ class StandIn:
 
 
 def forward_with(module: nn.Module, attributes: Callable[[], dict[str, Any]]) -> None:
-    """Let `module` run its forward on a stand-in that has these attributes, asked for at every call.
+    """Make a module's forward see other values for some of its attributes.
 
-    What they replace stays registered, so names, state dictionaries and hooks are those of the module.
+    The originals stay registered, so names, state dicts and hooks do not change.
+
+    Args:
+        module: The module.
+        attributes: Returns the attributes to replace; called at every forward.
     """
     forward = type(module).forward
 

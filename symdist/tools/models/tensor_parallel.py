@@ -1,8 +1,8 @@
-"""Tensor parallelism for a decoder: which weights are cut which way, and what keeps their gradients right.
+"""Tensor parallelism for decoders: how each weight is split, and what keeps the gradients right.
 
-Between the cut layers every rank of `tp` has the same activations, as plain tensors. What stands there (layer norms,
-routers, stacked experts, latent projections) is computed alike on all of them, from whole weights that are no part of
-`tp`; DTensor sums the gradients that leave a cut layer, so theirs are whole too.
+Between the split layers, all ranks of `tp` have the same activations, as plain tensors. The layers there (layer norms,
+routers, stacked experts, latent projections) are computed alike on all ranks from whole weights that are not part of
+`tp`. DTensor sums the gradients that leave a split layer, so the gradients of these layers are complete, too.
 """
 
 from __future__ import annotations
@@ -32,9 +32,15 @@ _ROWS = ("self_attn.o_proj", *(f"{place}.down_proj" for place in _FEED_FORWARD))
 
 
 def check_tensors(model: PreTrainedModel, tp: int) -> None:
-    """Raise ValueError where the forward would not run on pieces.
+    """Check that the forward works on split weights.
 
-    That is where `tp` does not divide heads, or the rows or columns of a weight, and under OLMoE's `clip_qkv`.
+    Args:
+        model: The model; it may be on the meta device.
+        tp: The number of ranks of tensor parallelism.
+
+    Raises:
+        ValueError: If `tp` does not divide the number of heads or the rows or columns of a weight, or OLMoE's
+            `clip_qkv` is set.
     """
     if getattr(model.config, "clip_qkv", None) is not None:
         raise ValueError(
@@ -60,7 +66,12 @@ def check_tensors(model: PreTrainedModel, tp: int) -> None:
 
 
 def split_tensors(model: PreTrainedModel, tp: DeviceMesh) -> None:
-    """Cut a model's weights over `tp` in place; every rank keeps its piece of what it has."""
+    """Split the weights of a model over the ranks of `tp`, in place. Each rank keeps its piece of the weights it has.
+
+    Args:
+        model: The model, with equal weights on all ranks.
+        tp: The mesh of tensor parallelism.
+    """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight is head.weight
     parallelize_module(embedding, tp, RowwiseParallel(input_layouts=Replicate()), src_data_rank=None)
@@ -68,14 +79,14 @@ def split_tensors(model: PreTrainedModel, tp: DeviceMesh) -> None:
     head.register_forward_hook(lambda module, inputs, logits: _Gathered.apply(logits, tp))
     if tied:
         head.weight = embedding.weight
-    # DTensor leaves the gradient of a look-up whole on every rank, which FSDP2 mends, where there is one.
+    # DTensor leaves the gradient of an embedding whole on every rank. FSDP2 would shard it, but is not always used.
     cast(nn.Parameter, embedding.weight).register_post_accumulate_grad_hook(_cut_gradient)
     for block in blocks(model):
         parallelize_module(block, tp, _plan(block), src_data_rank=None)
 
 
 def _plan(block: nn.Module) -> dict[str, ParallelStyle]:
-    """The styles of a decoder layer's modules, by name."""
+    """Return the parallel styles of a decoder layer's modules, by name."""
     modules = dict(block.named_modules())
     plan: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in _COLUMNS if name in modules}
     plan |= {name: RowwiseParallel() for name in _ROWS if name in modules}
@@ -94,12 +105,12 @@ def _plan(block: nn.Module) -> dict[str, ParallelStyle]:
 
 
 def _cut_gradient(weight: Tensor) -> None:
-    """Lay the gradient of a cut weight as the weight lies."""
+    """Shard the gradient of a split weight like the weight."""
     weight.grad = cast(DTensor, weight.grad).redistribute(placements=cast(DTensor, weight).placements)
 
 
 class _HeadNorm(ParallelStyle):
-    """A norm of every head with one weight for all: whole on each rank, its gradient summed over their heads."""
+    """A norm that applies the same weight to every head: whole on each rank, its gradient summed over the ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         forward_with(module, lambda: {"weight": _summed(cast(Tensor, module.weight), device_mesh)})
@@ -107,7 +118,7 @@ class _HeadNorm(ParallelStyle):
 
 
 class _WideNorm(ParallelStyle):
-    """A norm over all heads together: its weight is cut with them, and its mean goes over all ranks."""
+    """A norm over all heads together: its weight is split with the heads, and its mean is taken over all ranks."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def enter(module: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
@@ -121,7 +132,7 @@ class _WideNorm(ParallelStyle):
 
 
 class _Sinks(ParallelStyle):
-    """Attention with a number for every head, cut with the heads."""
+    """Attention with one sink per head; the sinks are split with the heads."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         cut_parameters(module, device_mesh)
@@ -130,9 +141,10 @@ class _Sinks(ParallelStyle):
 
 
 class _Latent(ParallelStyle):
-    """The projection to the latent of keys and values and, after it, to a rotary key that all heads share.
+    """The projection to the latent of keys and values, and to a rotary key that all heads share.
 
-    The latent goes into a cut layer, which sums its gradient; each rank uses the rotary key for its own heads alone.
+    The latent is the input of a split layer, which sums its gradient. The rotary key is used on each rank for that
+    rank's heads only, so its gradient must be summed here.
     """
 
     def __init__(self, latent: int):
@@ -148,9 +160,9 @@ class _Latent(ParallelStyle):
 
 
 class _Gathered(torch.autograd.Function):
-    """Pieces of the last dimension put together on every rank, where all ranks go on alike.
+    """Concatenates the pieces of the last dimension on every rank; all ranks compute alike from there on.
 
-    DTensor would do, but what it returns is a view, and FSDP2 warns of views as outputs of a model.
+    Used instead of DTensor, which returns a view: FSDP2 warns of views as outputs of a model.
     """
 
     @staticmethod
@@ -166,5 +178,5 @@ class _Gathered(torch.autograd.Function):
 
 
 def _summed(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
-    """The same tensor; what each rank's use of it gives as gradient is summed over the ranks."""
+    """Return the same tensor, with its gradient summed over the ranks of the mesh."""
     return DTensor.from_local(tensor, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
