@@ -120,7 +120,10 @@ def defaults_for(groups: Iterable[Mapping[str, Any]], given: Mapping[str, Any]) 
     Raises:
         TypeError: If there is a keyword that the rule of no group has.
     """
-    rules = {group.get("rule", given.get("rule")) for group in groups} & set(rule_names())
+    rules = {group.get("rule", given.get("rule")) for group in groups}
+    if not rules <= set(rule_names()):
+        # A missing or misspelt rule knows no keyword. `read_group` names that fault, which is the one to mend.
+        return {**COMMON, **given}
     known = {*COMMON, *_READERS}.union(*(_own_options(get_rule(name)) for name in rules))
     for key in given:
         if key not in known:
@@ -180,7 +183,7 @@ def read_group(
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device; materialise it (to_empty) before building the optimizer")
         by_id[id(parameter)] = name
-        specs.append(describe_member(parameter, name=name, index=index, group=group, replicas=replicas, layout=layout))
+        specs.append(describe_param(parameter, name=name, index=index, group=group, replicas=replicas, layout=layout))
     return group, specs
 
 
@@ -247,7 +250,7 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: strategy={group['strategy']!r} is not 'auto', 'local', 'reduce' or 'owner'")
 
 
-def describe_member(
+def describe_param(
     parameter: Tensor,
     *,
     name: str,
@@ -582,5 +585,5 @@ def warn_of_narrow_weights(specs: Iterable[ParamSpec]) -> None:
         "rates four in five of their elements never move, for an update is below half the distance to the next number. "
         "Keep them in float32 and compute in bfloat16: FSDP2's MixedPrecisionPolicy(param_dtype=torch.bfloat16), "
         "torch.autocast, or an engine with masters, as DeepSpeed and Megatron have",
-        stacklevel=4,
+        stacklevel=3,
     )

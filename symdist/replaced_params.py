@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from symdist.exchange import ExchangeOptions, Transport
 from symdist.layouts import FlatLayout, Group, Layout, local
 from symdist.layouts.fsdp1 import fsdp1_layout, is_flattened, read_units, whole_shape
-from symdist.param_groups import ParamSpec, describe_member, plan_params
+from symdist.param_groups import ParamSpec, describe_param, plan_params
 from symdist.param_names import plain_name
 
 _RESUME = (
@@ -114,7 +114,7 @@ def taken_over(
             found.append(old)
             states.append(state[old.parameter])
             continue
-        new = describe_member(parameter, name=old.name, index=old.group, group=groups[old.group], replicas=replicas)
+        new = describe_param(parameter, name=old.name, index=old.group, group=groups[old.group], replicas=replicas)
         found.append(new)
         try:
             states.append(carried(old, new, state[old.parameter]) if new_state is None else new_state(new))

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from symdist import SymDist
 from symdist.exchange.planning.plan import possible_strategies
 from symdist.layouts import group_from, local
-from symdist.param_groups import describe_member, with_defaults
+from symdist.param_groups import describe_param, with_defaults
 from tests.cases import CASES, LR, STEPS, tensors
 from tests.grids import WAYS
 
@@ -28,11 +28,11 @@ def possible(weight: Tensor, group: dict[str, Any], replicas: DeviceMesh | None)
     """The strategies that a group on such a weight admits."""
     ranks = None if replicas is None else group_from(replicas)
     full = with_defaults({**group, "lr": LR, "param_names": ["w"], "strategy": "owner"})
-    stack = describe_member(weight, name="w", index=0, group=full, replicas=ranks).stack
+    stack = describe_param(weight, name="w", index=0, group=full, replicas=ranks).stack
     assert stack is not None
     found = {"auto", *possible_strategies(stack)}
     # What treats every number by itself is local wherever it lies.
-    plain = describe_member(weight, name="w", index=0, group=full | {"strategy": "local"}, replicas=ranks).stack is None
+    plain = describe_param(weight, name="w", index=0, group=full | {"strategy": "local"}, replicas=ranks).stack is None
     return found | {"local"} if plain else found
 
 

@@ -12,7 +12,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -94,7 +94,8 @@ class Ranks:
     def close(self) -> None:
         """End the processes."""
         for pipe in self._pipes:
-            pipe.send(None)
+            with suppress(BrokenPipeError):  # Of a rank that has ended since its last answer.
+                pipe.send(None)
         self._end(patience=10)
 
     def _end(self, patience: float) -> None:

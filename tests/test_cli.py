@@ -83,7 +83,7 @@ def test_a_single_rank_sends_nothing() -> None:
     assert {parameter.strategy for parameter in found.parameters} == {"local"}
 
 
-def test_placements_follow_the_ranks() -> None:
+def test_strategies_follow_the_ranks() -> None:
     # Four heads: whole on two ranks, cut through on eight.
     name = "model.layers.0.self_attn.q_proj.weight"
     assert by_name("olmoe-tiny", "small-moe", 2)[name].strategy == "local"

@@ -237,6 +237,15 @@ def test_an_unknown_keyword_is_a_type_error(options: dict, message: str) -> None
         SymDist([weight(3, 3)], rule="muon", lr=0.1, **options)
 
 
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [("muonn", "param group of param_0: there is no rule 'muonn'"), (None, "param group of param_0 has no 'rule'")],
+)
+def test_a_misspelt_rule_is_named_before_the_keywords_it_lacks(rule: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SymDist([weight(3, 3)], rule=rule, lr=0.1, momentum=0.9)
+
+
 def test_an_unknown_role_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match="'ruoter', which is no role; did you mean 'router'"):
         build_optimizer(nn.Sequential(nn.Linear(3, 3)), "muon", overrides={"ruoter": {"lr": 1.0}})

@@ -87,7 +87,7 @@ def test_plain_replicas_share_the_work(many: Ranks, case: str, world: int) -> No
         assert all(torch.equal(weight, replicas(many, world)[0][0][key]) for key, weight in weights.items())
 
 
-def test_all_three_placements_ran(many: Ranks) -> None:
+def test_all_three_strategies_ran(many: Ranks) -> None:
     strategies = {way: on_ranks(many, way, "float64")[1] for way in WAYS}
     for way, name, strategy in (
         ("shard0 on 3", "row/0/auto", "reduce"),

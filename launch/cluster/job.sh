@@ -10,8 +10,8 @@ set -euo pipefail
 
 batch_file=$1
 shift
-multinode=launch/cluster/multinode.sh
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+multinode=$root/launch/cluster/multinode.sh
 # shellcheck source=launch/cluster/node.sh
 . "$root/launch/cluster/node.sh"
 
@@ -38,7 +38,7 @@ fi
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     [ "$dry_run" ] || { echo "error: submit this with sbatch, or add --dry-run to see what it would run" >&2; exit 2; }
     export NNODES=${NNODES:-$(header nodes)} NPROC=${NPROC:-$(header gpus-per-node)}
-    exec bash "$root/$multinode" "$@" --dry-run
+    exec bash "$multinode" "$@" --dry-run
 fi
 
 export PYTHON=${PYTHON:-python}
@@ -46,12 +46,13 @@ mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export NNODES=${#hosts[@]} MASTER_ADDR=${hosts[0]} MASTER_PORT=${MASTER_PORT:-$((10000 + SLURM_JOB_ID % 20000))}
 export NPROC=${NPROC:-${SLURM_GPUS_ON_NODE:-}} RDZV_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 if [ "$dry_run" ]; then
-    exec bash "$root/$multinode" "$@" --dry-run
+    exec bash "$multinode" "$@" --dry-run
 fi
 if ! command -v "$PYTHON" >/dev/null; then
     echo "error: there is no $PYTHON; activate your environment before sbatch, or set PYTHON" >&2
     exit 2
 fi
+node_check_words "$@"
 node_read_config "${@:2}"
 
 finished() {  # whether the run has come to its last step
@@ -80,7 +81,7 @@ trap 'ending=1' TERM
 # shellcheck disable=SC2016  # expanded on the nodes
 srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --kill-on-bad-exit=1 \
     ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"} \
-    bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' "$root/$multinode" "$@" &
+    bash -c 'NODE_RANK=$SLURM_NODEID exec bash "$0" "$@"' "$multinode" "$@" &
 step=$!
 while kill -0 "$step" 2>/dev/null; do
     # srun passes the signal on to the tasks; again and again, for one that is still starting would miss it.

@@ -44,6 +44,18 @@ node_note() {
     echo "node ${NODE_RANK:-?}: $*" >&2
 }
 
+node_check_words() {  # ENTRY CONFIG
+    case ${1:-} in
+        -h | --help) node_usage; exit 0 ;;
+        pretrain | pretrain_deepspeed | pretrain_megatron) ;;
+        *) node_error "the first word is '${1:-}', not pretrain, pretrain_deepspeed or pretrain_megatron" ;;
+    esac
+    case ${2:-} in
+        -h | --help) node_usage; exit 0 ;;
+        '') node_error "give a CONFIG, as in launch/configs/olmoe-1b-7b.toml" ;;
+    esac
+}
+
 node_number() {  # NAME LEAST: the variable is a whole number, not below LEAST
     [[ ${!1:-} =~ ^[0-9]{1,9}$ ]] || node_error "$1 is '${!1:-}', not a whole number"
     [ "${!1}" -ge "$2" ] || node_error "$1 is ${!1}; it must be at least $2"
@@ -259,16 +271,9 @@ node_supervise() {  # runs `command`; returns its exit code
 
 run_node() {  # ENTRY CONFIG [options]
     local entry word dry_run=${DRY_RUN:-} name output steps resumes variables options=() command=()
-    case ${1:-} in
-        -h | --help) node_usage; exit 0 ;;
-        pretrain | pretrain_deepspeed | pretrain_megatron) entry=$1 ;;
-        *) node_error "the first word is '${1:-}', not pretrain, pretrain_deepspeed or pretrain_megatron" ;;
-    esac
+    node_check_words "$@"
+    entry=$1
     shift
-    case ${1:-} in
-        -h | --help) node_usage; exit 0 ;;
-        '') node_error "give a CONFIG, as in launch/configs/olmoe-1b-7b.toml" ;;
-    esac
     [ -f "launch/$entry.py" ] || node_error "there is no launch/$entry.py here; run this from the repository's folder"
     [ "$dry_run" != 0 ] || dry_run=
     for word in "$@"; do

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, FlatJob, Job, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS, ranks_that_agree
 from symdist.layouts import Group, Layout
-from symdist.param_groups import ParamSpec, describe_member, plan_params, with_defaults
+from symdist.param_groups import ParamSpec, describe_param, plan_params, with_defaults
 from symdist.routing.recipes import RecipeLike
 from symdist.routing.route import route
 from symdist.tools.models import build, shard
@@ -170,7 +170,7 @@ def simulate(
         sharded = shard(build(model, device="meta", **(built or {})), grid, layouts_only=True)
         groups = [with_defaults(group) for group in route(sharded, recipe)]
         members = [
-            describe_member(parameter, name=name, index=i, group=group)
+            describe_param(parameter, name=name, index=i, group=group)
             for i, group in enumerate(groups)
             for name, parameter in zip(group["param_names"], group["params"], strict=True)
         ]

@@ -16,7 +16,7 @@ from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, F
 from symdist.gradients.nonfinite import FLAGS
 from symdist.layouts import Group
 from symdist.layouts.flat import flat_bounds, flat_vector
-from symdist.param_groups import ParamSpec, describe_member, flat_parts, plan_params, with_defaults
+from symdist.param_groups import ParamSpec, describe_param, flat_parts, plan_params, with_defaults
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 from symdist.routing.route import route
 from symdist.tools.models import build
@@ -62,7 +62,7 @@ class SimulatedFlat(Simulated):
                 parts = flat_parts(name, tuple(parameter.shape), group, bounds=self.bounds[name], ranks=ranks)
                 for its_name, layout, _ in parts:
                     piece = torch.empty(layout.local_shape, device="meta", requires_grad=True)
-                    members.append(describe_member(piece, name=its_name, index=i, group=group, layout=layout))
+                    members.append(describe_param(piece, name=its_name, index=i, group=group, layout=layout))
         return members, plan_params(members, exchange=self.exchange)
 
     def step(

@@ -1,4 +1,4 @@
-"""Slurm's commands as far as launch/cluster/slurm uses them, for tests on a machine that has no Slurm."""
+"""Slurm's commands as far as launch/cluster/job.sh uses them, for tests on a machine that has no Slurm."""
 
 import os
 import shutil

@@ -83,6 +83,18 @@ def test_a_failure_ends_the_job_with_its_code(slurm: Slurm, tmp_path: Path) -> N
     assert job.returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [((OLMOE,), f"the first word is '{OLMOE}', not pretrain"), (("pretrain",), "give a CONFIG")],
+)
+def test_words_that_are_missing_are_named(slurm: Slurm, tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    job = slurm.sbatch(JOB, *words, nodes=1, variables={"PYTHON": python(tmp_path)})
+    said = output_of(job)
+    assert (job.returncode, slurm.requeues()) == (2, 0), said
+    assert message in said
+    assert "Traceback" not in said
+
+
 def test_a_finished_run_is_not_requeued(slurm: Slurm, tmp_path: Path) -> None:
     place: dict[str, str | Path] = {"PYTHON": python(tmp_path), "NPROC": "1"}
     words = (JOB, "pretrain", OLMOE, "--output", tmp_path, "--steps", "7")

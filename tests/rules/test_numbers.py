@@ -94,8 +94,11 @@ def test_what_would_overflow_counts_as_not_finite(value: float) -> None:
 def test_weights_of_few_digits_are_warned_of() -> None:
     narrow, wide = nn.Parameter(torch.ones(4, 4).bfloat16()), nn.Parameter(torch.ones(4, 4))
     groups = [{"params": [("wide", wide), ("narrow", narrow)], "rule": "muon", "lr": 0.1}]
-    with pytest.warns(UserWarning, match=r"1 weights, the first of them narrow, are bfloat16.*MixedPrecisionPolicy"):
+    with pytest.warns(
+        UserWarning, match=r"1 weights, the first of them narrow, are bfloat16.*MixedPrecisionPolicy"
+    ) as told:
         SymDist(groups)
+    assert told[0].filename == __file__
     narrow.requires_grad_(False)
 
     with warnings.catch_warnings():
