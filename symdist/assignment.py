@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from symdist.exchange import Strategy
-from symdist.param_groups import COMMON, ParamSpec
+from symdist.param_groups import COMMON
+from symdist.param_specs import ParamSpec
 from symdist.rules import get_rule
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 

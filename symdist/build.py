@@ -1,4 +1,4 @@
-"""From a model and a recipe to its optimizer."""
+"""Builds the optimizer of a model by a recipe."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,22 +26,27 @@ def build_optimizer(
     replicate_group: Ranks | None = None,
     transport: Transport | None = None,
 ) -> SymDist:
-    """The optimizer of a model by a recipe: `SymDist(route(model, recipe, …), …)`. All ranks call it.
+    """Build the optimizer of a model by a recipe: `SymDist(route(model, recipe, …), …)`. All ranks call it.
 
     Args:
-        model: The model, sharded already, or to be sharded before the first step: its shards are then taken over.
+        model: The model. It may be sharded already, or be sharded before the first step.
         recipe: A recipe's name (`symdist.recipe_names()`), a TOML file, or a mapping of the same form.
-        lr: The learning rate of the matrices; all others follow in proportion. None leaves the recipe's own.
-        overrides: Options of roles in place of the recipe's, rates as they stand: `{"router": {"lr": 1e-3}}`.
-        nonfinite: What all ranks do together about a gradient that is inf or NaN: "raise", "skip" or "zero".
+        lr: The learning rate of the matrices, to which all others stay in proportion. None (default) leaves the
+            recipe's own.
+        overrides: Options by role that replace the recipe's: `{"router": {"lr": 1e-3}}`. Learning rates in it are
+            final: `lr` does not scale them.
+        nonfinite: What all ranks do together if a gradient is inf or NaN: "raise" (default), "skip" or "zero".
         exchange: How matrices travel between ranks, `ExchangeOptions` or a mapping of its keys.
         process_group: The ranks that must agree on gradients; see `SymDist`.
-        replicate_group: The ranks on which plain tensors are the same; those of a `DistributedDataParallel` unless
-            given.
+        replicate_group: The ranks that hold identical plain tensors; by default those of a
+            `DistributedDataParallel`.
         transport: Replaces the collectives, to count them.
 
+    Returns:
+        The optimizer.
+
     Raises:
-        ValueError: As `route` and `SymDist` do, with the parameter's name and what to do.
+        ValueError: Naming the parameter and the remedy; see `route` and `SymDist`.
 
     Example:
         >>> opt = symdist.build_optimizer(model, "olmoe", lr=5e-3, overrides={"router": {"rule": "left_spectral"}})

@@ -1,22 +1,16 @@
-"""Parameter groups: checks of the user's input, default options, and descriptions of the parameters."""
+"""Param groups: what the user gives, completed by defaults and checked."""
 
 from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from symdist.exchange import ExchangeOptions, Plan, Stack, StageSlot, make_plan
-from symdist.layouts import FlatLayout, Group, Layout, layout_of, local
-from symdist.matrix_views import bind_view
-from symdist.routing.residual_stream import ResidualStage, residual_stage
+from symdist.layouts import FlatLayout, Group, Layout
+from symdist.param_specs import ParamSpec, describe_param
 from symdist.rules import Rule, get_rule, rule_names
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
@@ -75,44 +69,25 @@ class ParamGroup(TypedDict, total=False):
     layouts: Sequence[Layout | FlatLayout | None] | None
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ParamSpec:
-    """A parameter as the optimizer describes it.
+def as_groups(params: Any) -> list[dict[str, Any]]:
+    """Return an optimizer's `params` as param groups: its groups, or one of all its parameters.
 
-    Attributes:
-        parameter: The parameter: a plain tensor or a DTensor.
-        name: The parameter's name.
-        group: The index of its param group.
-        rule: Its rule.
-        layout: How it is sharded.
-        found_as: Its dtype, device and shape at the time of the description. These can change while the parameter
-            remains the same object.
-        dtype: The dtype of its state and of all arithmetic: float32, or the parameter's dtype if that is wider.
-        stack: The properties that parameters must share to run together. None if PyTorch's AdamW can step the local
-            piece.
-        stage: Its stage of the residual stream, if its rule couples the matrices of a stage; otherwise None (the
-            default).
-        holds: Whether it may store part of the tensor that its stage shares; False by default.
+    Args:
+        params: Parameters, `(name, parameter)` pairs, or groups; an iterator is used up.
     """
-
-    parameter: Tensor
-    name: str
-    group: int
-    rule: Rule
-    layout: Layout | FlatLayout
-    found_as: tuple[object, ...]
-    dtype: torch.dtype
-    stack: Stack | None
-    stage: ResidualStage | None = None
-    holds: bool = False
+    # A set is kept, because `named_params` refuses it with the reason.
+    items = params if isinstance(params, Tensor | set | frozenset) else list(params)
+    if isinstance(items, list) and items and all(isinstance(item, Mapping) for item in items):
+        return [dict(group) for group in items]
+    return [{"params": items}]
 
 
-def defaults_for(groups: Iterable[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+def defaults_for(groups: Iterable[Mapping[str, Any]], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Return the optimizer's `defaults`: the defaults common to all groups, overridden by the optimizer's keywords.
 
     Args:
         groups: The param groups as the user passed them.
-        given: The optimizer's keywords. Each applies to the groups whose rule has that option.
+        keywords: The optimizer's keywords. Each applies to the groups whose rule has that option.
 
     Returns:
         The defaults.
@@ -120,23 +95,23 @@ def defaults_for(groups: Iterable[Mapping[str, Any]], given: Mapping[str, Any]) 
     Raises:
         TypeError: If there is a keyword that the rule of no group has.
     """
-    rules = {group.get("rule", given.get("rule")) for group in groups}
+    rules = {group.get("rule", keywords.get("rule")) for group in groups}
     if not rules <= set(rule_names()):
         # A missing or misspelt rule knows no keyword. `read_group` names that fault, which is the one to mend.
-        return {**COMMON, **given}
-    known = {*COMMON, *_READERS}.union(*(_own_options(get_rule(name)) for name in rules))
-    for key in given:
+        return {**COMMON, **keywords}
+    known = {*COMMON, *_READERS}.union(*(_rule_options(get_rule(name)) for name in rules))
+    for key in keywords:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            matches = difflib.get_close_matches(key, known, n=1)
             raise TypeError(
                 f"SymDist() got an unexpected keyword argument {key!r}"
-                + (f"; did you mean {near[0]!r}?" if near else f"; it knows {', '.join(sorted(known))}")
+                + (f"; did you mean {matches[0]!r}?" if matches else f"; it knows {', '.join(sorted(known))}")
             )
-    return {**COMMON, **given}
+    return {**COMMON, **keywords}
 
 
 def read_group(
-    given: Mapping[str, Any],
+    param_group: Mapping[str, Any],
     *,
     index: int,
     defaults: Mapping[str, Any],
@@ -146,7 +121,7 @@ def read_group(
     """Complete a param group with defaults, check it, and describe its parameters.
 
     Args:
-        given: The group as the user passed it; not modified.
+        param_group: The group as the user passed it; not modified.
         index: The index of the group among the optimizer's groups.
         defaults: The optimizer's defaults. The group takes those that its rule has.
         known: The parameters of earlier groups.
@@ -159,7 +134,7 @@ def read_group(
         ValueError: Naming the group or parameter, with a remedy where there is one, if the group is not valid or a
             parameter cannot be optimized.
     """
-    group = dict(given)
+    group = dict(param_group)
     if "params" not in group:
         raise ValueError(f"a param group needs 'params'; this one has {', '.join(map(repr, group))}")
     names, params = named_params(group["params"], group)
@@ -172,22 +147,25 @@ def read_group(
     if len(layouts) != len(params):
         raise ValueError(f"a param group has {len(params)} params but {len(layouts)} layouts")
     rule = group.get("rule", defaults.get("rule"))
-    taken = {*COMMON, *_READERS, *(_own_options(get_rule(rule)) if rule in rule_names() else ())}
-    group = {key: value for key, value in defaults.items() if key in taken} | group
+    known_options = {*COMMON, *_READERS, *(_rule_options(get_rule(rule)) if rule in rule_names() else ())}
+    group = {key: value for key, value in defaults.items() if key in known_options} | group
     group = with_defaults(group | {"params": params, "param_names": names})
-    by_id = {id(spec.parameter): spec.name for spec in known}
+    name_by_id = {id(spec.parameter): spec.name for spec in known}
     specs = []
     for name, parameter, layout in zip(names, params, layouts, strict=True):
-        if id(parameter) in by_id:
-            raise ValueError(f"{name} is given twice: it is {by_id[id(parameter)]} of another place or group")
+        if id(parameter) in name_by_id:
+            raise ValueError(
+                f"{name} is the same tensor as {name_by_id[id(parameter)]}, which is in the optimizer already; give "
+                "each parameter once"
+            )
         if parameter.is_meta:
-            raise ValueError(f"{name} is on the meta device; materialise it (to_empty) before building the optimizer")
-        by_id[id(parameter)] = name
+            raise ValueError(f"{name} is on the meta device; materialize it (to_empty) before building the optimizer")
+        name_by_id[id(parameter)] = name
         specs.append(describe_param(parameter, name=name, index=index, group=group, replicas=replicas, layout=layout))
     return group, specs
 
 
-def _own_options(rule: Rule) -> dict[str, Any]:
+def _rule_options(rule: Rule) -> dict[str, Any]:
     """Return the defaults of a rule's own options and of its accumulator's options."""
     return {**ACCUMULATOR_OPTIONS[rule.accumulator], **rule.defaults}
 
@@ -215,17 +193,17 @@ def with_defaults(group: Mapping[str, Any]) -> dict[str, Any]:
         rule = get_rule(group["rule"])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    own = _own_options(rule)
-    unknown = sorted(
-        key for key in set(group) - set(own) - set(COMMON) - _READERS - _BOOKKEEPING if not key.startswith("_")
-    )
+    rule_options = _rule_options(rule)
+    known = {*rule_options, *COMMON, *_READERS, *_BOOKKEEPING}
+    unknown = sorted(key for key in set(group) - known if not key.startswith("_"))
     if unknown:
         raise ValueError(
             f"{where}: rule {rule.name!r} knows no option {', '.join(map(repr, unknown))}; "
-            f"it knows {', '.join(sorted({*own, *COMMON, 'lr'}))}. A trainer's own value may be kept under a name that "
-            "begins with '_'"
+            f"it knows {', '.join(sorted({*rule_options, *COMMON, 'lr'}))}. Values of your own may be stored under a "
+            "name that begins with '_'"
         )
-    completed = {**COMMON, **rule.options({k: group[k] for k in own if k in group}, where=where), **group}
+    chosen = {key: group[key] for key in rule_options if key in group}
+    completed = {**COMMON, **rule.options(chosen, where=where), **group}
     _check_common(completed, where)
     return completed
 
@@ -250,292 +228,6 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: strategy={group['strategy']!r} is not 'auto', 'local', 'reduce' or 'owner'")
 
 
-def describe_param(
-    parameter: Tensor,
-    *,
-    name: str,
-    index: int,
-    group: Mapping[str, Any],
-    replicas: Group | None = None,
-    layout: Layout | FlatLayout | None = None,
-) -> ParamSpec:
-    """Determine a parameter's layout, view, stack and residual stage.
-
-    Args:
-        parameter: The parameter.
-        name: The parameter's name.
-        index: The index of its param group.
-        group: The group, completed by `with_defaults`.
-        replicas: The ranks that hold identical plain tensors; None (default) if not known.
-        layout: How the parameter is sharded; None (default) to read that from the tensor.
-
-    Returns:
-        The description.
-
-    Raises:
-        ValueError: Naming the parameter, if it is not floating-point, if several of its elements share memory, or if
-            its rule, view or layout does not fit its shape.
-    """
-    rule = get_rule(group["rule"])
-    if not parameter.is_floating_point():
-        raise ValueError(f"{name} is {parameter.dtype}; only floating-point parameters can be optimized")
-    layout = layout if layout is not None else layout_of(parameter, name=name, replicas=replicas)
-    if not isinstance(parameter, DTensor) and tuple(parameter.shape) != layout.local_shape:
-        raise ValueError(
-            f"{name}: this rank's piece has shape {tuple(parameter.shape)}, its layout {layout.local_shape}"
-        )
-    _check_memory(name, parameter)
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    if rule.matrices and len(layout.shape) < 2:
-        raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")
-    if rule.matrices and 0 in layout.shape:
-        raise ValueError(f"{name} has shape {layout.shape} and so no matrix in it; leave it out of the optimizer")
-    padding, skip = group["padding_rows"], group["skip_zero_grad_rows"]
-    if padding and (
-        group["view"] not in ("as_stored", "transposed") or len(layout.shape) != 2 or padding >= layout.shape[0]
-    ):
-        raise ValueError(
-            f"{name}: padding_rows={padding} needs a matrix seen as stored or transposed, with more rows than that; "
-            f"its shape is {layout.shape}, its view {group['view']!r}"
-        )
-    plain = not rule.matrices and not group["centered"] and not padding and not skip
-    stacked = not plain or group["strategy"] in ("reduce", "owner")
-    stack = None
-    # A view is checked even if nothing uses it. The default view is not, because a tensor of any shape may have it.
-    if stacked or group["view"] != COMMON["view"]:
-        seen = group["view"]
-        if isinstance(layout, Layout) and layout.interleaved:
-            seen = _view_of_interleaved(seen, layout, name=name, padding=padding, ordered=rule.ordered)
-        view = bind_view(seen, layout.shape, name=name)
-        if rule.ordered and view.kind.startswith("gate_up"):
-            raise ValueError(
-                f"{name}: rule {rule.name!r} goes by the places of columns, which view {group['view']!r} mixes; "
-                "use 'as_stored', 'transposed' or, in a recipe, 'residual'"
-            )
-    if stacked:
-        stack = Stack(
-            rule=rule,
-            options=tuple(sorted(rule.update_options(group).items())),
-            view=view,
-            layout=layout,
-            dtype=dtype,
-            device=parameter.device,
-            asked=group["strategy"],
-            skip_zero_grad_rows=skip,
-            padding_rows=padding,
-        )
-    stage = residual_stage(name, str(group.get("role", ""))) if stack is not None and stack.coupled else None
-    return ParamSpec(
-        parameter=parameter,
-        name=name,
-        group=index,
-        rule=rule,
-        layout=layout,
-        found_as=(parameter.dtype, parameter.device, parameter.shape),
-        dtype=dtype,
-        stack=stack,
-        stage=stage,
-        # Experts store none of the shared columns. Under expert parallelism, ranks hold different experts, and what is
-        # stored where must not depend on how the experts are distributed.
-        holds=stage is not None and len(layout.shape) == 2 and not str(group["role"]).startswith("expert"),
-    )
-
-
-def _check_memory(name: str, parameter: Tensor) -> None:
-    """Raise ValueError if several elements share one number in memory, as in expanded tensors.
-
-    Such a tensor cannot be stepped.
-    """
-    here = local(parameter)
-    if any(stride == 0 and size > 1 for stride, size in zip(here.stride(), here.shape, strict=True)):
-        raise ValueError(
-            f"{name} is expanded: it has shape {tuple(here.shape)} and strides {here.stride()}, so several of its "
-            "elements are one number in memory; make the parameter of what was expanded, and expand it in forward"
-        )
-
-
-def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, ordered: bool) -> Any:
-    """Translate a view of a tensor in its own order to a view of the tensor as it is stored, interleaved over ranks.
-
-    Most views remain the same, because most rules do not depend on the order of rows or columns; `ordered` rules do.
-
-    Raises:
-        ValueError: Naming the parameter, if the view does not work on the interleaved order.
-    """
-    for each in layout.interleaved:
-        side = each.dim - (len(layout.shape) - 2)
-        fused = {"gate_up": 1, "dim": side} if side in (0, 1) else None
-        if each.parts == 2 and (view == fused or (view == "gate_up_stacked" and side == 0)):
-            view = {"gate_up": each.ranks, "dim": side}
-            continue
-        across = isinstance(view, Mapping) and view.get("dim") == 1 - side
-        if side < 0 or ((view in ("as_stored", "transposed") or across) and not padding and not ordered):
-            continue
-        raise ValueError(
-            f"{name}: dimension {each.dim} is dealt out to {each.ranks} ranks, {each.parts} parts one after the other "
-            f"on each, and view {view!r}{', with padding rows,' if padding else ''} needs its own order; use view "
-            "'as_stored' or 'transposed' and a rule that goes by no places, or shard it plainly"
-        )
-    return view
-
-
-def coordinate_wise(options: Mapping[str, Any]) -> bool:
-    """Return whether the rule of a group treats every element independently of all others.
-
-    Args:
-        options: The group, completed by `with_defaults`.
-
-    Returns:
-        False if the rule needs matrices or an option of the group applies to whole rows, otherwise True.
-    """
-    rows = options.get("centered") or options["skip_zero_grad_rows"] or options["padding_rows"] > 0
-    return not (get_rule(options["rule"]).matrices or rows)
-
-
-def flat_parts(
-    name: str, shape: tuple[int, ...], options: Mapping[str, Any], *, bounds: tuple[int, ...], ranks: Group
-) -> list[tuple[str, FlatLayout, int]]:
-    """Split a parameter that is cut into ranges of elements into the parts that the optimizer takes as parameters.
-
-    A stack of matrices becomes one part per matrix. If the rule treats every element independently, a parameter of any
-    shape becomes one vector.
-
-    Args:
-        name: The parameter's name.
-        shape: The shape of the whole parameter.
-        options: The options of its group, completed by `with_defaults`.
-        bounds: The offsets at which the ranges of the ranks meet, from 0 to the number of elements: one more than there
-            are ranks.
-        ranks: The ranks, in the order of their ranges.
-
-    Returns:
-        For each part: its name, its layout, and the offset within this rank's range at which this rank's piece of the
-        part starts.
-
-    Raises:
-        ValueError: If the parameter has no elements.
-    """
-    if 0 in shape:
-        raise ValueError(f"{name} has shape {shape} and so nothing in it; leave it out of the optimizer")
-    count = math.prod(shape[:-2]) if len(shape) > 2 else 1
-    shapes: list[tuple[int, ...]] = [shape]
-    names = [name]
-    if coordinate_wise(options):
-        shapes = [(bounds[-1],)]
-    elif len(shape) > 2:
-        shapes, names = [shape[-2:]] * count, [f"{name}[{i}]" for i in range(count)]
-    size = bounds[-1] // len(shapes)
-    first = bounds[ranks.index]
-    found = []
-    for i, (each, its_name) in enumerate(zip(shapes, names, strict=True)):
-        within = tuple(min(max(bound - i * size, 0), size) for bound in bounds)
-        found.append((its_name, FlatLayout(shape=each, group=ranks, bounds=within), max(i * size - first, 0)))
-    return found
-
-
-def plan_params(members: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> Plan:
-    """Plan a step: group the parameters into stacks and choose where each stack runs.
-
-    Parameters without a stack and frozen parameters are not part of the plan.
-
-    Args:
-        members: All parameters of the optimizer.
-        exchange: The settings of the communication.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: Naming a parameter, if its layout does not allow its strategy, or its residual stage cannot be
-            shared.
-    """
-    stacks: dict[Stack, list[int]] = {}
-    for i, member in enumerate(members):
-        if member.stack is not None and member.parameter.requires_grad:
-            stacks.setdefault(member.stack, []).append(i)
-    names = [member.name for member in members]
-    stages = _in_stages(members)
-    return make_plan(stacks, names=names, exchange=exchange, stages=stages)
-
-
-def _in_stages(members: Sequence[ParamSpec]) -> dict[int, StageSlot]:
-    """Assign the shared columns of every residual stage to its matrices.
-
-    Returns:
-        For every coupled parameter, by index, its stage and which of the stage's shared columns it stores.
-    """
-    by_stage: dict[ResidualStage, list[int]] = {}
-    for i, member in enumerate(members):
-        if member.stage is not None and member.parameter.requires_grad:
-            by_stage.setdefault(member.stage, []).append(i)
-    towers = {stage.tower for stage in by_stage if stage.tower is not None}
-    if by_stage and len(towers) != 1:
-        found = ", ".join(sorted(towers)) or "none"
-        raise ValueError(
-            f"rotations are shared over the stages of one stack of numbered layers; here are {found}: share = "
-            "'matrix' does without"
-        )
-    last = max((stage.number for stage in by_stage if stage.number is not None), default=0)
-    merged: dict[int, list[int]] = {}
-    for stage, indices in by_stage.items():
-        merged.setdefault(last if stage.number is None else stage.number, []).extend(indices)
-    return {i: found for number in sorted(merged) for i, found in _kept(members, sorted(merged[number]), number)}
-
-
-def _kept(members: Sequence[ParamSpec], indices: Sequence[int], number: int) -> list[tuple[int, StageSlot]]:
-    seen = {i: members[i].stack for i in indices}
-    # Error messages name only one parameter per width and per set of ranks, as there may be hundreds of experts.
-    rows: dict[int, str] = {}
-    homes: dict[tuple[int, ...], str] = {}
-    for i, stack in seen.items():
-        assert stack is not None
-        group = stack.layout.group
-        rows.setdefault(stack.rows, members[i].name)
-        homes.setdefault(() if group is None else group.ranks, members[i].name)
-    if len(rows) > 1:
-        told = ", ".join(f"{width} in {name}" for width, name in sorted(rows.items()))
-        raise ValueError(f"stage {number} of the residual stream has several widths, {told}")
-    if len(homes) > 1:
-        told = ", ".join(f"{name} on {ranks or 'this rank alone'}" for ranks, name in sorted(homes.items()))
-        raise ValueError(
-            f"the matrices of stage {number} of the residual stream lie on different ranks: {told}; share = 'matrix', "
-            "for some or for all, does without"
-        )
-    width, firsts = 0, {}
-    (wide,) = rows
-    for i in indices:
-        stack = seen[i]
-        assert stack is not None
-        firsts[i] = width if members[i].holds and width < wide else -1
-        width += min(stack.columns, wide - width) if firsts[i] >= 0 else 0
-    if width == 0:
-        raise ValueError(
-            f"stage {number} has no matrix but experts, to keep its rotation; one is {members[indices[0]].name}"
-        )
-    return [(i, StageSlot(label=f"{number:06d}", width=width, first=firsts[i])) for i in indices]
-
-
-def check_stages(plan: Plan, peers: Group | None) -> None:
-    """Check that no other rank can hold more matrices of the residual stages in a plan.
-
-    Args:
-        plan: The plan of a step.
-        peers: The ranks that train this model; None if this rank trains alone.
-
-    Raises:
-        ValueError: If other ranks may hold more matrices of these stages.
-    """
-    home = next((job.stack.layout.group for job in plan.jobs if job.stages), None)
-    coupled = any(job.stages for job in plan.jobs)
-    if coupled and peers is not None and peers.size > 1 and (home is None or set(home.ranks) != set(peers.ranks)):
-        raise ValueError(
-            f"share = 'residual_stage': ranks {peers.ranks} train this model, and the matrices here lie on "
-            f"{home.ranks if home is not None else 'this one alone'}: others may hold more of their stages, as under "
-            "pipelines; use share = 'matrix'. Of plain tensors that are the same on all ranks say so by "
-            "replicate_group="
-        )
-
-
 def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
     """Read the names and parameters of a group.
 
@@ -552,12 +244,12 @@ def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list
     if isinstance(params, set | frozenset):
         raise ValueError("'params' is a set, whose order differs between ranks and runs; give a list")
     params = [params] if isinstance(params, Tensor) else list(params)
-    pairs = [each for each in params if isinstance(each, tuple) and len(each) == 2 and isinstance(each[0], str)]
+    pairs = [item for item in params if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)]
     if pairs and len(pairs) < len(params):
-        stray = next(type(each).__name__ for each in params if not isinstance(each, tuple))
+        unnamed = next(type(item).__name__ for item in params if not isinstance(item, tuple))
         raise ValueError(
-            f"'params' mixes (name, parameter) pairs, the first of them {pairs[0][0]!r}, with a {stray} without a "
-            "name; give pairs, or parameters"
+            f"'params' mixes (name, parameter) pairs, the first of them {pairs[0][0]!r}, with a {unnamed} without a "
+            "name; give only pairs, or only parameters"
         )
     names = [name for name, _ in pairs] or list(group.get("param_names") or ())
     params = [parameter for _, parameter in pairs] or params
@@ -566,24 +258,27 @@ def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list
     return names, params
 
 
-def warn_of_narrow_weights(specs: Iterable[ParamSpec]) -> None:
-    """Warn if trainable weights are bfloat16 or float16, which are too coarse for updates at usual learning rates.
+def check_unchanged(groups: Sequence[Mapping[str, Any]], specs: Iterable[ParamSpec]) -> None:
+    """Check that no option that is fixed at construction has been changed in a group since.
 
     Args:
-        specs: The optimizer's parameters.
+        groups: The optimizer's param groups.
+        specs: The descriptions of its parameters.
+
+    Raises:
+        ValueError: Naming the group and the options, which the step would ignore.
     """
-    narrow = [
-        spec
-        for spec in specs
-        if spec.parameter.requires_grad and spec.parameter.dtype in (torch.bfloat16, torch.float16)
-    ]
-    if not narrow:
-        return
-    kind = str(narrow[0].parameter.dtype).removeprefix("torch.")
-    warnings.warn(
-        f"{len(narrow)} weights, the first of them {narrow[0].name}, are {kind} and have no master copy: at usual "
-        "rates four in five of their elements never move, for an update is below half the distance to the next number. "
-        "Keep them in float32 and compute in bfloat16: FSDP2's MixedPrecisionPolicy(param_dtype=torch.bfloat16), "
-        "torch.autocast, or an engine with masters, as DeepSpeed and Megatron have",
-        stacklevel=3,
-    )
+    stacks = {spec.group: spec.stack for spec in specs if spec.stack is not None}
+    for i, stack in stacks.items():
+        group = groups[i]
+        fixed = {
+            **dict(stack.options),
+            "padding_rows": stack.padding_rows,
+            "skip_zero_grad_rows": stack.skip_zero_grad_rows,
+        }
+        changed = [key for key, value in fixed.items() if group[key] != value]
+        if changed:
+            raise ValueError(
+                f"param group {group['role'] or group['param_names'][0]!r}: {', '.join(changed)} changed after "
+                "construction; build another optimizer and load_state_dict into it"
+            )

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from symdist.exchange import ExchangeOptions, Transport
-from symdist.layouts import FlatLayout, Group, Layout, local
+from symdist.layouts import FlatLayout, Layout, local
 from symdist.layouts.fsdp1 import fsdp1_layout, is_flattened, read_units, whole_shape
-from symdist.param_groups import ParamSpec, describe_param, plan_params
 from symdist.param_names import plain_name
+from symdist.param_specs import ParamSpec, describe_param, signature_of
+from symdist.step_plan import StepPlanner, plan_params
 
 _RESUME = (
     "save the state before with torch.distributed.checkpoint.state_dict.get_optimizer_state_dict, build the optimizer "
@@ -24,25 +24,36 @@ _RESUME = (
 )
 
 
-def changed(member: ParamSpec, parameter: Tensor) -> bool:
-    """Return whether a parameter is a new object, or has changed its dtype, device or shape since it was described.
+def replacements(
+    specs: list[ParamSpec], groups: Sequence[Mapping[str, Any]], model: nn.Module | None
+) -> list[Tensor] | None:
+    """Find out whether parameters were replaced since they were described.
 
     Args:
-        member: The description of the parameter.
-        parameter: The parameter that is in its param group now.
+        specs: The descriptions of the parameters.
+        groups: The optimizer's param groups as they are now.
+        model: A model to look for replacements in as well; None to go by the groups alone.
 
     Returns:
-        True if it has changed.
+        All parameters as they are now, in the order of the groups; None if none was replaced.
+
+    Raises:
+        ValueError: See `in_model`.
     """
-    return parameter is not member.parameter or member.found_as != found_as(parameter)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    if len(parameters) != len(specs):
+        return parameters
+    if model is not None:
+        parameters = in_model(model, specs, parameters)
+    return parameters if any(map(changed, specs, parameters)) else None
 
 
-def found_as(parameter: Tensor) -> tuple[object, ...]:
-    """Return what can change while a parameter stays the same object: its dtype, device and shape."""
-    return parameter.dtype, parameter.device, parameter.shape
+def changed(spec: ParamSpec, parameter: Tensor) -> bool:
+    """Return whether a parameter is a new object, or has changed its dtype, device or shape since it was described."""
+    return parameter is not spec.parameter or spec.signature != signature_of(parameter)
 
 
-def in_model(model: nn.Module, members: list[ParamSpec], given: list[Tensor]) -> list[Tensor]:
+def in_model(model: nn.Module, specs: list[ParamSpec], parameters: list[Tensor]) -> list[Tensor]:
     """Look up the parameters that a model has now, by the names of the described parameters.
 
     A DTensor is never replaced by a plain tensor: while FSDP2 has gathered its weights, the model shows the gathered
@@ -52,36 +63,33 @@ def in_model(model: nn.Module, members: list[ParamSpec], given: list[Tensor]) ->
 
     Args:
         model: The model.
-        members: The descriptions of the parameters.
-        given: The parameters in the param groups, in the same order.
+        specs: The descriptions of the parameters.
+        parameters: The parameters in the param groups, in the same order.
 
     Returns:
-        For each member, the model's parameter, or the given one where the model has no replacement.
+        For each of them, the model's parameter, or the group's where the model has no replacement.
 
     Raises:
         ValueError: If `read_units` rejects an FSDP1 unit.
     """
     read_units(model)
-    now = {plain_name(name): each for name, each in model.named_parameters(remove_duplicate=False)}
-    found = []
-    for member, parameter in zip(members, given, strict=True):
-        other = now.get(plain_name(member.name), parameter)
-        gathered = isinstance(parameter, DTensor) and not isinstance(other, DTensor)
-        found.append(parameter if gathered or other.is_meta else other)
-    return found
+    by_name = {plain_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
+    current = []
+    for spec, parameter in zip(specs, parameters, strict=True):
+        weight = by_name.get(plain_name(spec.name), parameter)
+        gathered = isinstance(parameter, DTensor) and not isinstance(weight, DTensor)
+        current.append(parameter if gathered or weight.is_meta else weight)
+    return current
 
 
 def taken_over(
     specs: list[ParamSpec],
-    given: list[Tensor],
+    parameters: list[Tensor],
     groups: Sequence[Mapping[str, Any]],
     state: Mapping[Tensor, Mapping[str, Tensor]],
     *,
     new_state: Callable[[ParamSpec], dict[str, Tensor]] | None,
-    replicas: Group | None,
-    exchange: ExchangeOptions,
-    peers_of: Callable[[list[ParamSpec]], Group | None],
-    transport: Transport,
+    planner: StepPlanner,
 ) -> tuple[list[ParamSpec], list[Mapping[str, Tensor]]]:
     """Describe the parameters that have replaced others, and carry over their state.
 
@@ -89,14 +97,11 @@ def taken_over(
 
     Args:
         specs: The descriptions of the old parameters.
-        given: The parameters that are in the groups or the model now, in the same order.
+        parameters: The parameters that are in the groups or the model now, in the same order.
         groups: The optimizer's param groups.
         state: The optimizer's state, by old parameter.
         new_state: A function that makes fresh state, if no step has been taken; None if one has.
-        replicas: The ranks that hold identical plain tensors; None if not known.
-        exchange: The settings of the communication.
-        peers_of: A function that returns the ranks that must step the given parameters together.
-        transport: The transport that informs the other ranks if this rank fails.
+        planner: The optimizer's planner, which knows the ranks that must step together.
 
     Returns:
         The new descriptions, and the state of each parameter.
@@ -105,67 +110,69 @@ def taken_over(
         ValueError: If the new parameters cannot be the old ones in another layout, or a rank cannot carry over state.
             In the latter case all ranks raise. Nothing has been changed then.
     """
-    check_shapes(specs, given)
-    found: list[ParamSpec] = []
+    check_shapes(specs, parameters)
+    new_specs: list[ParamSpec] = []
     states: list[Mapping[str, Tensor]] = []
     problem = None
-    for old, parameter in zip(specs, given, strict=True):
+    for old, parameter in zip(specs, parameters, strict=True):
         if not changed(old, parameter):
-            found.append(old)
+            new_specs.append(old)
             states.append(state[old.parameter])
             continue
-        new = describe_param(parameter, name=old.name, index=old.group, group=groups[old.group], replicas=replicas)
-        found.append(new)
+        new = describe_param(
+            parameter, name=old.name, index=old.group, group=groups[old.group], replicas=planner.replicate_group
+        )
+        new_specs.append(new)
         try:
             states.append(carried(old, new, state[old.parameter]) if new_state is None else new_state(new))
         except ValueError as error:
             states.append({})
             problem = problem or error
-    plan_params(found, exchange=exchange)
+    plan_params(new_specs, exchange=planner.exchange)
     # Each rank only knows whether it could carry over its own state, but all ranks must raise together.
-    failed = torch.tensor([float(problem is not None)], device=given[0].device)
-    peers = peers_of(found)
+    failed = torch.tensor([float(problem is not None)], device=parameters[0].device)
+    peers = planner.peers_of(new_specs)
     if peers is not None and peers.size > 1:
-        transport.prepare({peers})
-        transport.all_reduce(failed, group=peers).wait()
+        planner.transport.prepare({peers})
+        planner.transport.all_reduce(failed, group=peers).wait()
     if problem is not None:
         raise problem
     if bool(failed):
-        raise ValueError("another rank could not take over its parameters, and says why")
-    return found, states
+        raise ValueError("another rank could not carry over the state of its parameters; its own error says why")
+    return new_specs, states
 
 
-def check_shapes(members: list[ParamSpec], given: list[Tensor]) -> None:
+def check_shapes(specs: list[ParamSpec], parameters: list[Tensor]) -> None:
     """Check that new parameters can be the old ones in another layout.
 
     Args:
-        members: The descriptions of the old parameters.
-        given: The parameters now.
+        specs: The descriptions of the old parameters.
+        parameters: The parameters now.
 
     Raises:
         ValueError: If their number or a shape differs, a parameter is on the meta device, or a parameter belongs to an
             FSDP1 unit whose layouts are not known.
     """
-    for member, parameter in zip(members, given, strict=False):
+    pairs = list(zip(specs, parameters, strict=False))
+    for spec, parameter in pairs:
         if parameter.is_meta:
-            raise ValueError(f"{member.name} has moved to the meta device; materialise it (to_empty) before going on")
+            raise ValueError(f"{spec.name} has moved to the meta device; materialize it (to_empty) first")
         if is_flattened(parameter):
-            fsdp1_layout(parameter, name=member.name)
-    other = next((m for m, p in zip(members, given, strict=False) if whole_shape(p) != m.layout.shape), None)
-    if len(given) == len(members) and other is None:
+            fsdp1_layout(parameter, name=spec.name)
+    misfit = next(((spec, tensor) for spec, tensor in pairs if whole_shape(tensor) != spec.layout.shape), None)
+    if misfit is not None:
+        spec, tensor = misfit
+        difference = f"{spec.name}, of shape {spec.layout.shape}, has become one of shape {tuple(tensor.shape)}"
+    elif len(parameters) != len(specs):
+        difference = f"there were {len(specs)} of them, now there are {len(parameters)}"
+    else:
         return
-    what = (
-        f"{other.name}, of shape {other.layout.shape}, has become one of shape "
-        f"{next(tuple(p.shape) for m, p in zip(members, given, strict=False) if m is other)}"
-        if other is not None
-        else f"there were {len(members)} of them, now there are {len(given)}"
-    )
-    message = f"the parameters in param_groups are others than those the optimizer was built of: {what}. "
+    message = f"the parameters in param_groups are not those that the optimizer was built with: {difference}. "
     # That DeepSpeed is imported proves little, because transformers imports it. Therefore the shapes are checked too.
-    if "deepspeed" in sys.modules and all(parameter.dim() == 1 for parameter in given):
+    if "deepspeed" in sys.modules and all(parameter.dim() == 1 for parameter in parameters):
         message += (
-            "DeepSpeed has put its partitions in their place, which do not tell of matrices; it must make the "
-            "optimizer itself. After symdist_deepspeed.register() give it no optimizer object but, in its config, "
+            "DeepSpeed has replaced them by its partitions, which do not show the matrices; let DeepSpeed make the "
+            "optimizer itself: call symdist_deepspeed.register(), pass no optimizer object, and write in its config "
             '"optimizer": {"type": "SymDist", "params": {"recipe": "…"}}'
         )
     else:
@@ -190,29 +197,28 @@ def carried(old: ParamSpec, new: ParamSpec, state: Mapping[str, Tensor]) -> dict
     Raises:
         ValueError: Naming the parameter and the remedy, if the state cannot be carried over.
     """
-    same = new.parameter is old.parameter
     if not _cut_from(old.layout, new.layout):
         raise ValueError(
-            f"{old.name} was laid out anew after steps were taken, in pieces that this rank's state does not have; "
-            f"{_RESUME}"
+            f"{old.name} was sharded in another way after the first step, and this rank does not have the state of its "
+            f"new piece; {_RESUME}"
         )
-    before = old.parameter.detach()
-    if not same:
-        freed = local(before).untyped_storage().size() == 0 and local(before).numel() > 0
-        was = None if freed else _piece(local(before), old.layout, new.layout).to(new.parameter)
-        if was is None or not torch.equal(was, local(new.parameter.detach())):
+    if new.parameter is not old.parameter:
+        weights = local(old.parameter.detach())
+        freed = weights.untyped_storage().size() == 0 and weights.numel() > 0
+        piece = None if freed else _piece(weights, old.layout, new.layout).to(new.parameter)
+        if piece is None or not torch.equal(piece, local(new.parameter.detach())):
             raise ValueError(
-                f"{old.name} was replaced, after steps were taken, by a parameter of other values, and its state may "
-                f"not be that one's; {_RESUME}"
+                f"{old.name} was replaced after the first step by a parameter with other values, to which its state "
+                f"may not belong; {_RESUME}"
             )
-    found = {}
+    new_state = {}
     for key, value in state.items():
         if key == "step":
-            found[key] = value.to(new.parameter.device)
+            new_state[key] = value.to(new.parameter.device)
             continue
-        found[key] = torch.zeros_like(new.parameter, dtype=new.dtype, requires_grad=False)
-        local(found[key]).copy_(_piece(local(value), old.layout, new.layout))
-    return found
+        new_state[key] = torch.zeros_like(new.parameter, dtype=new.dtype, requires_grad=False)
+        local(new_state[key]).copy_(_piece(local(value), old.layout, new.layout))
+    return new_state
 
 
 def _cut_from(old: Layout | FlatLayout, new: Layout | FlatLayout) -> bool:

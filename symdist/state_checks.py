@@ -11,8 +11,8 @@ from torch import Tensor
 
 from symdist.layouts import local
 from symdist.layouts.fsdp1 import is_flattened
-from symdist.param_groups import ParamSpec
 from symdist.param_names import plain_name
+from symdist.param_specs import ParamSpec
 from symdist.rules import get_rule
 
 _UNNAMED = re.compile(r"param_\d+$")
@@ -67,28 +67,29 @@ def read_saved(
     saved, states = state_dict["param_groups"], state_dict["state"]
     keys = [key for group in saved for key in group["params"]]
     if any(isinstance(key, str) for key in keys):
-        theirs = [plain_name(str(key)) for key in keys]
+        saved_names = [plain_name(str(key)) for key in keys]
     else:
-        theirs = [plain_name(str(name)) for group in saved for name in _names_of(group)]
-    mine = [plain_name(name) for of_group in names for name in of_group]
-    alike = [len(group["params"]) for group in saved] == [len(of_group) for of_group in names]
-    unnamed = any(_UNNAMED.match(name) for name in (*mine, *theirs)) or len(set(theirs)) < len(keys)
-    if unnamed or (alike and (matched or theirs == mine)):
+        saved_names = [plain_name(str(name)) for group in saved for name in _names_of(group)]
+    own_names = [plain_name(name) for group_names in names for name in group_names]
+    same_sizes = [len(group["params"]) for group in saved] == [len(group_names) for group_names in names]
+    unnamed = any(_UNNAMED.match(name) for name in (*own_names, *saved_names)) or len(set(saved_names)) < len(keys)
+    if unnamed or (same_sizes and (matched or saved_names == own_names)):
         # Match by order.
         if matched and not strict:
-            saved = [each if "rule" in each else {**own, **each} for own, each in zip(groups, saved, strict=True)]
+            pairs = zip(groups, saved, strict=True)
+            saved = [theirs if "rule" in theirs else {**mine, **theirs} for mine, theirs in pairs]
         check_groups(groups, saved)
         return Saved(groups=list(saved), states=[states.get(key, {}) for key in keys])
-    _check_names(mine, theirs, strict=strict)
-    of_key = {key: group for group in saved for key in group["params"]}
-    by_name = {name: (of_key[key], states.get(key, {})) for name, key in zip(theirs, keys, strict=True)}
-    chosen: list[Mapping[str, Any]] = []
-    for of_group, group in zip(names, groups, strict=True):
-        found = [by_name[plain_name(name)][0] for name in of_group if plain_name(name) in by_name]
-        for name, its_group in zip(of_group, found, strict=False):
-            check_options(group, its_group, name)
-        chosen.append(found[0] if found else group)
-    return Saved(groups=chosen, states=[by_name[name][1] if name in by_name else {} for name in mine])
+    _check_names(own_names, saved_names, strict=strict)
+    group_by_key = {key: group for group in saved for key in group["params"]}
+    by_name = {name: (group_by_key[key], states.get(key, {})) for name, key in zip(saved_names, keys, strict=True)}
+    matching: list[Mapping[str, Any]] = []
+    for group_names, group in zip(names, groups, strict=True):
+        saved_groups = {name: by_name[plain_name(name)][0] for name in group_names if plain_name(name) in by_name}
+        for name, saved_group in saved_groups.items():
+            check_options(group, saved_group, name)
+        matching.append(next(iter(saved_groups.values()), group))
+    return Saved(groups=matching, states=[by_name[name][1] if name in by_name else {} for name in own_names])
 
 
 def load_state(
@@ -127,8 +128,8 @@ def load_state(
         # Flattened state has empty values where nothing was saved, and `set_state_dict` leaves out frozen parameters.
         theirs = {key: value for key, value in theirs.items() if as_tensor(value) is not None}
         # FSDP1 saves no state on this rank for a parameter if this rank holds no piece of it.
-        nothing = is_flattened(spec.parameter) and spec.parameter.numel() == 0
-        if theirs or (strict and spec.parameter.requires_grad and not nothing):
+        no_piece = is_flattened(spec.parameter) and spec.parameter.numel() == 0
+        if theirs or (strict and spec.parameter.requires_grad and not no_piece):
             check_state(spec.name, mine, theirs)
             pairs += [(tensor, value) for key, tensor in mine.items() if (value := as_tensor(theirs[key])) is not None]
     for group, theirs in zip(groups, saved.groups, strict=True):
@@ -197,21 +198,21 @@ def check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]
         ValueError: If a tensor is missing or has a different shape.
     """
     for key, tensor in mine.items():
-        found = as_tensor(theirs.get(key))
-        if found is None:
+        saved = as_tensor(theirs.get(key))
+        if saved is None:
             raise ValueError(
                 f"{name}: needs state {key!r} of shape {tuple(tensor.shape)}; the saved state has none. "
-                "load_state_dict(…, strict=False), or StateDictOptions(strict=False), leaves its state as it is"
+                "To leave its state unchanged, use load_state_dict(…, strict=False) or StateDictOptions(strict=False)"
             )
-        if tuple(found.shape) != tuple(tensor.shape):
+        if tuple(saved.shape) != tuple(tensor.shape):
             raise ValueError(
                 f"{name}: needs state {key!r} of shape {tuple(tensor.shape)}; the saved state has shape "
-                f"{tuple(found.shape)}"
+                f"{tuple(saved.shape)}"
             )
-        if local(found).shape != local(tensor).shape:
+        if local(saved).shape != local(tensor).shape:
             raise ValueError(
-                f"{name}: state {key!r} was saved in pieces of {tuple(local(found).shape)}, this rank holds "
-                f"{tuple(local(tensor).shape)}; load it through torch.distributed.checkpoint, which re-shards"
+                f"{name}: state {key!r} was saved in pieces of shape {tuple(local(saved).shape)}, but this rank holds "
+                f"{tuple(local(tensor).shape)}; load it through torch.distributed.checkpoint, which reshards it"
             )
 
 
@@ -244,12 +245,12 @@ def flattened_zeros(
     """
     pieces = [i for i, spec in enumerate(specs) if is_flattened(spec.parameter)]
     names = {key for i in pieces for key in state[specs[i].parameter]} - {"step"}
-    found = {}
+    zeros = {}
     for i in pieces:
         zero = torch.zeros(1, dtype=specs[i].dtype, device=specs[i].parameter.device)
         absent = names - set(state[specs[i].parameter])
-        found[i] = dict.fromkeys(sorted(absent), zero.expand(specs[i].parameter.shape))
-    return found
+        zeros[i] = dict.fromkeys(sorted(absent), zero.expand(specs[i].parameter.shape))
+    return zeros
 
 
 def asked_by_pytorch() -> bool | None:
@@ -281,11 +282,11 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     states: dict[str, dict[str, Any]] = {}
     groups: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
-        kind, _, rest = str(key).partition(".")
-        name, _, word = rest.rpartition(".")
+        kind, _, path = str(key).partition(".")
+        name, _, word = path.rpartition(".")
         if kind not in ("state", "param_groups") or not name:
             raise ValueError(
-                f"the saved state has a key {key!r}; symdist loads what Optimizer.state_dict gave, or "
+                f"the saved state has a key {key!r}; load a state dict of Optimizer.state_dict or of "
                 "torch.distributed.checkpoint.state_dict, flattened or not"
             )
         (states if kind == "state" else groups).setdefault(name, {})[word] = value
@@ -306,11 +307,11 @@ def _check_names(mine: Sequence[str], theirs: Sequence[str], *, strict: bool) ->
     more = [name for name in theirs if name not in set(mine)]
     if not strict or not (missing or more):
         return
-    said = [f"nothing of {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}"] if missing else []
-    said += [f"state of {', '.join(more[:5])}{' and others' if len(more) > 5 else ''}, not here"] if more else []
+    faults = [f"nothing for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}"] if missing else []
+    faults += [f"state for {', '.join(more[:5])}{' and others' if len(more) > 5 else ''}, not here"] if more else []
     raise ValueError(
-        f"the saved state has {' and '.join(said)}. load_state_dict(…, strict=False) loads what both have and leaves "
-        "other state as it is"
+        f"the saved state has {' and '.join(faults)}. load_state_dict(…, strict=False) loads the state of parameters "
+        "that both have, and leaves other state unchanged"
     )
 
 
