@@ -1,4 +1,4 @@
-"""Decoupled weight decay, of all weights or (cautious) only of those that their update does not move away from zero."""
+"""Decoupled weight decay: of all weights or, if cautious, only of those that the update does not move away from 0."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from torch import Tensor
 
 
 def decaying(weight: Tensor, update: Tensor) -> Tensor:
-    """Return 1 where subtracting the update does not move a weight away from zero, else 0.
+    """Return 1 where subtracting the update does not move a weight away from zero, and 0 elsewhere.
 
-    Source: cautious weight decay (arXiv 2510.12402), which decays only those.
+    Source: cautious weight decay (arXiv 2510.12402), which decays only these elements.
 
     Args:
-        weight: A tensor of any shape.
-        update: Of the same shape; the mask has its dtype.
+        weight: A weight of any shape.
+        update: Its update, of the same shape.
+
+    Returns:
+        The mask, in the shape of the weight and the dtype of the update.
     """
     return (weight * update >= 0).to(update.dtype)
 
@@ -29,17 +32,23 @@ def decay_and_subtract(
 ) -> None:
     """Decay the weights and subtract the updates: `W ← (1 − lr·weight_decay·c)·W − lr·U` in place.
 
-    The arithmetic has the updates' dtype, even if the weights are narrower.
+    The computation uses the updates' dtype, even if the weights' dtype is narrower.
 
     Args:
         weights: This rank's pieces of the weights, in any dtype and strides; at least one.
-        updates: Pieces of the same shapes, in the same or a wider dtype.
+        updates: U, in the shapes of the weights and in the same or a wider dtype.
         lr: The learning rate.
-        weight_decay: The decay; a step takes `lr · weight_decay` of a weight away.
-        cautious: Whether c is 1 only where the update does not move the weight away from zero (see `decaying`), and
-            else 0. If False, c is 1 everywhere.
-        moving: 1 where an element may move and 0 where it may not decay (its update is 0 already). None, the default,
-            if all may.
+        weight_decay: The weight decay: a step subtracts `lr · weight_decay` times the weight.
+        cautious: Whether c is 0 where the update moves the weight away from zero (see `decaying`) and 1 elsewhere. If
+            False, c is 1 everywhere.
+        moving: For each weight, a mask that is 0 where the weight must not decay because it is not to move (its update
+            is already 0), and 1 elsewhere. None (default) means that all elements may move.
+
+    Example:
+        >>> weight = torch.ones(2)
+        >>> decay_and_subtract([weight], [torch.tensor([1.0, -1.0])], lr=0.1, weight_decay=0.5, cautious=True)
+        >>> weight
+        tensor([0.8500, 1.1000])
     """
     if moving is None and not (cautious and weight_decay) and weights[0].dtype == updates[0].dtype:
         if weight_decay:
@@ -47,7 +56,7 @@ def decay_and_subtract(
         torch._foreach_add_(weights, updates, alpha=-lr)
         return
     for i, (weight, update) in enumerate(zip(weights, updates, strict=True)):
-        share: Tensor | float = 1.0 if moving is None else moving[i]
+        mask: Tensor | float = 1.0 if moving is None else moving[i]
         if cautious:
-            share = share * decaying(weight, update)
-        weight.copy_(weight.to(update.dtype) * (1 - lr * weight_decay * share) - lr * update)
+            mask = mask * decaying(weight, update)
+        weight.copy_(weight.to(update.dtype) * (1 - lr * weight_decay * mask) - lr * update)

@@ -126,15 +126,15 @@ class View:
             return "rows"
         if dim < -2:
             return "batch"
-        across: Literal["rows", "columns"] = "rows" if dim == -2 else "columns"
-        along: Literal["rows", "columns"] = "columns" if dim == -2 else "rows"
+        stored_axis: Literal["rows", "columns"] = "rows" if dim == -2 else "columns"
+        transposed_axis: Literal["rows", "columns"] = "columns" if dim == -2 else "rows"
         unit = self.unit if self.unit > 1 else 2
         whole_units = all(start % unit == stop % unit == 0 for start, stop in split.ranges if start < stop)
         match self.kind:
             case "as_stored":
-                return across
+                return stored_axis
             case "transposed":
-                return along
+                return transposed_axis
             case "gate_up_stacked":
                 return "columns" if dim == -1 else ("rows" if whole_units and not self.single else "unaligned")
             case "gate_up_stacked_1":
@@ -142,9 +142,9 @@ class View:
             case "gate_up_interleaved":
                 return "columns" if dim == -2 else ("rows" if whole_units else "unaligned")
             case "heads_0":
-                return across if dim == -1 else ("batch" if whole_units or self.unit == 1 else "unaligned")
+                return stored_axis if dim == -1 else ("batch" if whole_units or self.unit == 1 else "unaligned")
             case "heads_1":
-                return across if dim == -2 else ("batch" if whole_units or self.unit == 1 else "unaligned")
+                return stored_axis if dim == -2 else ("batch" if whole_units or self.unit == 1 else "unaligned")
 
 
 def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
@@ -168,6 +168,11 @@ def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
 
     Raises:
         ValueError: If there is no such view, or the shape does not fit it.
+
+    Example:
+        >>> view = bind_view({"heads": 4, "dim": 0}, (32, 64), name="q_proj.weight")
+        >>> view.matrices(torch.empty(32, 64)).shape
+        torch.Size([4, 8, 64])
     """
     if not 1 <= len(shape) <= 3:
         raise ValueError(
@@ -194,7 +199,7 @@ def bind_view(view: Any, shape: tuple[int, ...], *, name: str) -> View:
                 "or {'gate_up': blocks, 'dim': 0 or 1}"
             )
     if len(shape) == 1 and view != "as_stored":
-        raise ValueError(f"{name}: a vector has no view {view!r}")
+        raise ValueError(f"{name}: view {view!r} needs a matrix, but the shape is {shape}; use view 'as_stored'")
     if (view == "gate_up_stacked" and p % 2) or (view == "gate_up_interleaved" and q % 2):
         raise ValueError(f"{name}: {view} needs an even number of gate and up neurons, the shape is {shape}")
     unit = p if view == "gate_up_stacked" else 1

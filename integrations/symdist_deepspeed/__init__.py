@@ -1,4 +1,4 @@
-"""SymDist for DeepSpeed: after `register()`, a DeepSpeed config may say `"optimizer": {"type": "SymDist"}`."""
+"""SymDist for DeepSpeed: after `register()`, a DeepSpeed config may contain `"optimizer": {"type": "SymDist"}`."""
 
 from symdist_deepspeed.optimizer import DeepSpeedSymDist
 from symdist_deepspeed.register import register

@@ -74,7 +74,7 @@ class OptimizedTensor:
 
 
 def read_partitions(engine: Any) -> list[OptimizedTensor]:
-    """Find the tensors that DeepSpeed hands to the optimizer.
+    """Find the tensors that DeepSpeed hands to the optimizer, and the parameters in them.
 
     Args:
         engine: The DeepSpeed engine, after it has made its partitions.
@@ -83,7 +83,7 @@ def read_partitions(engine: Any) -> list[OptimizedTensor]:
         The tensors and what they hold.
 
     Raises:
-        ValueError: If the engine's optimizer wrapper is unknown to symdist. The message names it.
+        ValueError: If symdist cannot read the engine's optimizer wrapper. The message names it.
     """
     wrapper = engine.optimizer
     if wrapper is engine.basic_optimizer:
@@ -99,7 +99,10 @@ def read_partitions(engine: Any) -> list[OptimizedTensor]:
         return _stage_3(wrapper)
     if type(wrapper) is BF16_Optimizer:
         return _bf16(wrapper)
-    raise ValueError(f"symdist does not know the optimizer wrapper {type(wrapper).__name__} of this DeepSpeed config")
+    raise ValueError(
+        f"symdist cannot read {type(wrapper).__name__}, the optimizer wrapper that this DeepSpeed config selects. "
+        "Use ZeRO stage 0, 1, 2 or 3, without features that replace its optimizer"
+    )
 
 
 def ranks_of(group: Any) -> Group:
@@ -118,89 +121,89 @@ def ranks_of(group: Any) -> Group:
 
 
 def _whole(engine: Any, pairs: Iterable[Iterable[tuple[Tensor, Tensor]]]) -> list[OptimizedTensor]:
-    """Read stage 0: whole parameters or masters on all data-parallel ranks, experts on those of their own."""
+    """Read stage 0: whole parameters or masters, on all data-parallel ranks (experts: on expert-data-parallel ones)."""
     ranks: dict[Any, Group] = {}
 
-    def of(parameter: Any) -> Group:
+    def ranks_holding(parameter: Any) -> Group:
         name = None if getattr(parameter, "allreduce", True) else parameter.group_name
         if name not in ranks:
-            data = deepspeed_groups._get_expert_data_parallel_group(name) if name else engine.seq_data_parallel_group
-            ranks[name] = ranks_of(data)
+            group = deepspeed_groups._get_expert_data_parallel_group(name) if name else engine.seq_data_parallel_group
+            ranks[name] = ranks_of(group)
         return ranks[name]
 
     return [
-        OptimizedTensor(tensor=stepped, group=i, parts=[Part(parameter=parameter, ranks=of(parameter))])
-        for i, of_group in enumerate(pairs)
-        for parameter, stepped in of_group
+        OptimizedTensor(tensor=tensor, group=i, parts=[Part(parameter=parameter, ranks=ranks_holding(parameter))])
+        for i, group_pairs in enumerate(pairs)
+        for parameter, tensor in group_pairs
     ]
 
 
 def _stage_1_and_2(wrapper: Any) -> list[OptimizedTensor]:
-    found = []
+    tensors = []
     for i, tensor in enumerate(wrapper.single_partition_of_fp32_groups):
         ranks = ranks_of(wrapper.real_dp_process_group[i])
         parameters = wrapper.round_robin_bit16_groups[i]
         # Under every option, the parameters are views of the group's flat tensor, so addresses give their offsets.
         flat = wrapper.bit16_groups_flat[i]
         offsets = [(p.data_ptr() - flat.data_ptr()) // flat.element_size() for p in parameters]
-        parts = _parts(zip(parameters, offsets, strict=True), part=int(wrapper.partition_size[i]), ranks=ranks)
-        found.append(
+        parts = _parts(zip(parameters, offsets, strict=True), part_size=int(wrapper.partition_size[i]), ranks=ranks)
+        tensors.append(
             OptimizedTensor(tensor=tensor, group=i, parts=parts, publish=partial(_publish, wrapper, i, ranks.index))
         )
-    return found
+    return tensors
 
 
 def _bf16(wrapper: Any) -> list[OptimizedTensor]:
-    found = []
+    tensors = []
     for i, tensor in enumerate(wrapper.fp32_groups_flat_partition):
         parameters = wrapper.bf16_groups[i]
         offsets = [0]
         for parameter in parameters:
             offsets.append(offsets[-1] + parameter.numel())
         ranks = ranks_of(wrapper.real_dp_process_group[i])
-        parts = _parts(zip(parameters, offsets, strict=False), part=tensor.numel(), ranks=ranks)
-        found.append(OptimizedTensor(tensor=tensor, group=i, parts=parts))
-    return found
+        parts = _parts(zip(parameters, offsets, strict=False), part_size=tensor.numel(), ranks=ranks)
+        tensors.append(OptimizedTensor(tensor=tensor, group=i, parts=parts))
+    return tensors
 
 
-def _parts(placed: Iterable[tuple[Tensor, int]], *, part: int, ranks: Group) -> list[Part]:
-    """Return the parts of parameters at given offsets of a vector of which each rank holds `part` elements."""
+def _parts(offsets: Iterable[tuple[Tensor, int]], *, part_size: int, ranks: Group) -> list[Part]:
+    """Return the parts of parameters at given offsets of a vector of which each rank holds `part_size` elements."""
     parts = []
-    for parameter, offset in placed:
-        bounds = flat_bounds(offset, parameter.numel(), part=part, ranks=ranks.size)
-        start = offset + bounds[ranks.index] - part * ranks.index
+    for parameter, offset in offsets:
+        bounds = flat_bounds(offset, parameter.numel(), part=part_size, ranks=ranks.size)
+        start = offset + bounds[ranks.index] - part_size * ranks.index
         parts.append(Part(parameter=parameter, ranks=ranks, start=start, bounds=bounds))
     return parts
 
 
 def _stage_3(wrapper: Any) -> list[OptimizedTensor]:
-    """Read stage 3: each parameter is cut by itself, and a sub-group's parts lie one after another."""
-    found = []
+    """Read stage 3: every parameter is cut by itself, and the parts of a sub-group lie one after another."""
+    tensors = []
     for i, tensor in enumerate(wrapper.fp32_partitioned_groups_flat):
         parts = []
         start = 0
         for parameter in wrapper.fp16_groups[i]:
             ranks = ranks_of(parameter.ds_process_group)
-            part = parameter.partition_numel()
-            bounds = flat_bounds(0, parameter.ds_numel, part=part, ranks=ranks.size)
+            part_size = parameter.partition_numel()
+            bounds = flat_bounds(0, parameter.ds_numel, part=part_size, ranks=ranks.size)
             parts.append(Part(parameter=parameter, ranks=ranks, start=start, bounds=bounds))
-            start += part
+            start += part_size
         publish = partial(wrapper._reassign_or_swap_out_partitioned_parameters, i)
-        found.append(
+        tensors.append(
             OptimizedTensor(tensor=tensor, group=wrapper.sub_group_to_group_id[i], parts=parts, publish=publish)
         )
-    return found
+    return tensors
 
 
 @torch.no_grad()
 def _publish(wrapper: Any, group: int, rank: int) -> None:
-    # Looked up each time, because DeepSpeed creates new masters when it offloads and reloads them.
+    # Looked up at every call, because DeepSpeed creates new masters when it offloads and reloads them.
     masters = wrapper.single_partition_of_fp32_groups[group]
     wrapper.parallel_partitioned_bit16_groups[group][rank].data.copy_(masters.data)
 
 
 def keep_linked(wrapper: Any) -> Callable[[], None]:
-    """Make DeepSpeed's `safe_get_full_…` functions and checkpoints find parameters and state from now on.
+    """Keep DeepSpeed's links from parameters to their state right, for its `safe_get_full_…` functions and checkpoints.
 
     DeepSpeed links each parameter to its fragments when it makes its partitions and when it loads them. It links state
     only once, after the first step. With `round_robin_gradients`, and without the padding of `parameter_alignment`, it
@@ -214,7 +217,7 @@ def keep_linked(wrapper: Any) -> Callable[[], None]:
     """
     link = getattr(wrapper, "_link_all_hp_params", None)
     if link is None or isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        # Stage 3 looks state up each time; stage 0 has nothing to link.
+        # Stage 3 looks state up at every access; stage 0 has nothing to link.
         return lambda: None
 
     def linked() -> None:
@@ -265,7 +268,7 @@ def _link_in_order(wrapper: Any) -> None:
     """Link the parameters of stages 1 and 2 in the order in which they lie in their group's flat tensor."""
     for i, tensor in enumerate(wrapper.single_partition_of_fp32_groups):
         rank = dist.get_rank(group=wrapper.real_dp_process_group[i])
-        part = int(wrapper.partition_size[i])
+        part_size = int(wrapper.partition_size[i])
         link_hp_params(
             lp_param_list=wrapper.round_robin_bit16_groups[i],
             flat_hp_partition=tensor,
@@ -273,8 +276,8 @@ def _link_in_order(wrapper: Any) -> None:
             offload_gradient_dict=wrapper.offload_gradient_dict,
             use_offload=wrapper.cpu_offload,
             param_group_index=i,
-            partition_start=rank * part,
-            partition_size=part,
+            partition_start=rank * part_size,
+            partition_size=part_size,
             dp_group=wrapper.real_dp_process_group[i],
         )
     wrapper._param_slice_mappings = wrapper._create_param_mapping()

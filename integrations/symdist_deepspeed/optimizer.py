@@ -14,7 +14,7 @@ from symdist.engines.bound_tensors import BoundTensor
 from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.flat import replicated
-from symdist.param_groups import flat_parts
+from symdist.param_specs import flat_parts
 from symdist_deepspeed.options import Options
 from symdist_deepspeed.routing import EngineAssignment
 from symdist_deepspeed.transport import transport_for
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedSymDist(torch.optim.Optimizer):
-    """The torch optimizer that DeepSpeed steps; within it, `symdist.SymDist` steps the matrices.
+    """The torch optimizer that DeepSpeed steps; the `symdist.SymDist` inside it steps the matrices.
 
     DeepSpeed replaces the parameters in `param_groups` by flat fp32 partitions, and calls `step` for some of them at a
     time. The gradients are kept until the last of these calls, which steps all tensors at once.
 
-    Of a group, `lr` is the learning rate of the recipe's matrices, which DeepSpeed's schedulers set. Every parameter's
-    own learning rate keeps its proportion to it.
+    A group's `lr`, which DeepSpeed's schedulers set, is the learning rate of the recipe's matrices. Every parameter's
+    learning rate keeps its proportion to it.
 
     State has Adam's names, because DeepSpeed's checkpoint converter knows no others: `exp_avg` is the momentum or
     Adam's first moment, `exp_avg_sq` is Adam's second moment or the rule's second state, and `step` is the step count.
 
-    `register` lets DeepSpeed create it; users need not.
+    Users do not create it: after `register()`, DeepSpeed does.
 
     Args:
         groups: The param groups from `route_engine`.
-        routed: By `id` of a model parameter, its name, shape and options, from `route_engine`.
+        assignments: By `id` of a model parameter, its name, shape and options, from `route_engine`.
         options: The options from the DeepSpeed config.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, routed: dict[int, EngineAssignment], options: Options):
-        self._routed = routed
+    def __init__(self, groups: list[dict[str, Any]], *, assignments: dict[int, EngineAssignment], options: Options):
+        self._assignments = assignments
         self._options = options
         self._symdist: ExternalStateSymDist | None = None
         self._bound: list[_DeepSpeedTensor] = []
@@ -53,10 +53,10 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         # For each group of the inner SymDist: the index of its group here, and the factor to that group's `lr`.
         self._rates: list[tuple[int, float]] = []
         self._rules = [group["rules"] for group in groups]
-        # What a group keeps whatever is loaded, and its learning rate as a multiple of the first group's.
-        self._own = [{"rules": group["rules"], "schedule": group["schedule"]} for group in groups]
+        # Options that a loaded checkpoint must not change, and each learning rate as a multiple of the first group's.
+        self._fixed_options = [{"rules": group["rules"], "schedule": group["schedule"]} for group in groups]
         first = float(groups[0]["lr"])
-        self._beside_first = [float(group["lr"]) / first if first else 1.0 for group in groups]
+        self._lr_ratios = [float(group["lr"]) / first if first else 1.0 for group in groups]
         super().__init__(groups, {})
         self._all_groups = list(self.param_groups)
 
@@ -68,24 +68,26 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
             RuntimeError: Before DeepSpeed has made its partitions.
         """
         if self._symdist is None:
-            raise RuntimeError("SymDist is not attached to a DeepSpeed engine yet")
+            raise RuntimeError(
+                "this SymDist optimizer is not attached to a DeepSpeed engine yet: use it after deepspeed.initialize()"
+            )
         return self._symdist
 
     @property
     def names(self) -> dict[int, str]:
         """The names of the model's parameters, by `id` of the parameter."""
-        return {key: routed.name for key, routed in self._routed.items()}
+        return {key: assignment.name for key, assignment in self._assignments.items()}
 
     @property
     def skipped_steps(self) -> int:
         """The number of steps skipped because a gradient was not finite."""
         return self.symdist.skipped_steps
 
-    def attach(self, stepped: list[OptimizedTensor], *, relink: Callable[[], None]) -> None:
+    def attach(self, tensors: list[OptimizedTensor], *, relink: Callable[[], None]) -> None:
         """Create the state and the inner `SymDist` for the tensors that DeepSpeed has made; all ranks call it once.
 
         Args:
-            stepped: The tensors that DeepSpeed optimizes, and what they hold.
+            tensors: The tensors that DeepSpeed optimizes, and the parameters in them.
             relink: Called whenever state has been created or has moved.
 
         Raises:
@@ -97,30 +99,31 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         inner: dict[tuple[int, int], dict[str, Any]] = {}
         rates: dict[tuple[int, int], tuple[int, float]] = {}
         state_tensors: dict[int, dict[str, Tensor]] = {}
-        for each in stepped:
-            bound = _DeepSpeedTensor(each)
+        for optimized in tensors:
+            bound = _DeepSpeedTensor(optimized)
             self._bound.append(bound)
-            self._make_state(each.tensor, self._all_groups[each.group])
-            for part in each.parts:
-                routed = self._routed[id(part.parameter)]
-                key = each.group, id(routed.options)
-                rates[key] = each.group, routed.lr_ratio
-                group = inner.setdefault(key, {**routed.options, "lr": 0.0, "params": [], "layouts": []})
-                for shard in _shards(part, each.tensor, routed):
+            self._make_state(optimized.tensor, self._all_groups[optimized.group])
+            for part in optimized.parts:
+                assignment = self._assignments[id(part.parameter)]
+                key = optimized.group, id(assignment.options)
+                rates[key] = optimized.group, assignment.lr_ratio
+                group = inner.setdefault(key, {**assignment.options, "lr": 0.0, "params": [], "layouts": []})
+                for shard in _shards(part, optimized.tensor, assignment):
                     bound.shards.append(shard)
                     group["params"].append((shard.name, shard.parameter))
                     group["layouts"].append(shard.layout)
                     state_tensors[id(shard.parameter)] = {
-                        slot: shard.of(self.state[each.tensor][slot]) for slot in slots(group["rule"], group).values()
+                        slot: shard.of(self.state[optimized.tensor][slot])
+                        for slot in slots(group["rule"], group).values()
                     }
-            bound.remember(self.state[each.tensor])
+            bound.remember(self.state[optimized.tensor])
         self._symdist = ExternalStateSymDist(
             list(inner.values()),
             state_tensors=state_tensors,
             nonfinite=self._options.nonfinite,
             exchange=self._options.exchange,
             process_group=dist.group.WORLD,
-            transport=transport_for([each.tensor for each in stepped]),
+            transport=transport_for([optimized.tensor for optimized in tensors]),
         )
         self._rates = list(rates.values())
         self._set_rates()
@@ -135,7 +138,9 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take the gradients of the tensors in `param_groups`, and step once all are there; all ranks call it.
+        """Take the gradients of the tensors in `param_groups`, and step once those of all tensors are there.
+
+        All ranks call it.
 
         Args:
             closure: Ignored.
@@ -150,16 +155,16 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         if len(self.param_groups) == len(self._rules):
             self._all_groups = list(self.param_groups)
         if self._symdist is None:
-            # DeepSpeed makes a trial call while it makes its partitions.
+            # DeepSpeed calls `step` once as a trial while it makes its partitions.
             return None
-        given = {id(tensor) for group in self.param_groups for tensor in group["params"]}
-        if self._waiting & given:
+        stepped = {id(tensor) for group in self.param_groups for tensor in group["params"]}
+        if self._waiting & stepped:
             # The previous step was interrupted.
             self._forget()
         for bound in self._bound:
-            if id(bound.tensor) in given:
+            if id(bound.tensor) in stepped:
                 bound.take_gradient()
-        self._waiting |= given
+        self._waiting |= stepped
         if len(self._waiting) < len(self._bound):
             return None
         try:
@@ -174,28 +179,28 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         finally:
             self._forget()
         for bound in self._bound:
-            if id(bound.tensor) not in given:
+            if id(bound.tensor) not in stepped:
                 bound.publish()
         return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizers do, with `exp_avg_sq` for every tensor that has `exp_avg`.
 
-        DeepSpeed's converter to universal checkpoints requires it. For rules that only have momentum it is zeros, which
-        take up one element in memory and in the file.
+        DeepSpeed's converter to universal checkpoints requires `exp_avg_sq`. For rules that only have momentum it is a
+        tensor of zeros that takes up one element in memory and in the file.
 
         Returns:
             The state dict.
         """
-        found = super().state_dict()
-        if len(found["param_groups"]) == len(self._own):
-            for group, own in zip(found["param_groups"], self._own, strict=True):
-                group.update(own)
-        for index, state in found["state"].items():
+        result = super().state_dict()
+        if len(result["param_groups"]) == len(self._fixed_options):
+            for group, fixed in zip(result["param_groups"], self._fixed_options, strict=True):
+                group.update(fixed)
+        for index, state in result["state"].items():
             if "exp_avg" in state and "exp_avg_sq" not in state:
                 zeros = torch.zeros(1, device=state["exp_avg"].device).expand(state["exp_avg"].shape)
-                found["state"][index] = {**state, "exp_avg_sq": zeros}
-        return found
+                result["state"][index] = {**state, "exp_avg_sq": zeros}
+        return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy saved state into the existing tensors.
@@ -206,36 +211,36 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
         Raises:
             ValueError: Before anything changes, if the groups, rules or state do not match this run's.
         """
-        saved = state_dict["param_groups"]
-        if len(saved) != len(self.param_groups):
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self.param_groups):
             raise ValueError(
-                f"the saved state has {len(saved)} param groups, this optimizer {len(self.param_groups)}; "
+                f"the checkpoint has {len(saved_groups)} param groups, but this optimizer {len(self.param_groups)}: "
                 "use the recipe and the model_parameters of the saved run"
             )
-        self._check_rules(saved)
+        self._check_rules(saved_groups)
         pairs: list[tuple[Tensor, Mapping[str, Any]]] = []
-        for i, (group, theirs) in enumerate(zip(self.param_groups, saved, strict=True)):
-            if len(group["params"]) != len(theirs["params"]):
+        for i, (group, saved_group) in enumerate(zip(self.param_groups, saved_groups, strict=True)):
+            if len(group["params"]) != len(saved_group["params"]):
                 raise ValueError(
-                    f"param group {i} has {len(group['params'])} tensors, the saved one {len(theirs['params'])}; "
-                    "load at the ZeRO stage and sub_group_size of the saved run"
+                    f"param group {i} has {len(group['params'])} tensors here, but {len(saved_group['params'])} in the "
+                    "checkpoint: use the ZeRO stage and sub_group_size of the saved run"
                 )
-            for tensor, index in zip(group["params"], theirs["params"], strict=True):
-                found = state_dict["state"].get(index, {})
-                for key, mine in self.state[tensor].items():
-                    if key not in found or torch.as_tensor(found[key]).numel() != mine.numel():
-                        have = tuple(torch.as_tensor(found[key]).shape) if key in found else "none"
+            for tensor, index in zip(group["params"], saved_group["params"], strict=True):
+                saved_state = state_dict["state"].get(index, {})
+                for key, current in self.state[tensor].items():
+                    if key not in saved_state or torch.as_tensor(saved_state[key]).numel() != current.numel():
+                        saved_shape = tuple(torch.as_tensor(saved_state[key]).shape) if key in saved_state else "none"
                         raise ValueError(
-                            f"param group {i} needs state {key!r} of shape {tuple(mine.shape)}; the saved state has "
-                            f"{have}. Another world size needs a universal checkpoint"
+                            f"param group {i} needs state {key!r} of shape {tuple(current.shape)}, but the checkpoint "
+                            f"has {saved_shape}. If the number of ranks has changed, load a universal checkpoint"
                         )
-                pairs.append((tensor, found))
-        for group, theirs in zip(self.param_groups, saved, strict=True):
-            group.update({key: value for key, value in theirs.items() if key != "params"})
+                pairs.append((tensor, saved_state))
+        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
+            group.update({key: value for key, value in saved_group.items() if key != "params"})
         with torch.no_grad():
-            for tensor, found in pairs:
-                for key, mine in self.state[tensor].items():
-                    mine.copy_(torch.as_tensor(found[key]).view(mine.shape))
+            for tensor, saved_state in pairs:
+                for key, current in self.state[tensor].items():
+                    current.copy_(torch.as_tensor(saved_state[key]).view(current.shape))
 
     def _step(self) -> None:
         assert self._symdist is not None
@@ -251,28 +256,28 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
     def _check_loaded(self) -> None:
         """Check the rules of groups that a universal checkpoint has replaced.
 
-        At stage 3 it gives all groups the values of the first, so the others' own values are restored.
+        At stage 3 a universal checkpoint gives all groups the values of the first, so those of the others are restored.
         """
-        said = [group.get("rules") for group in self._all_groups]
-        if said == self._rules:
+        loaded = [group.get("rules") for group in self._all_groups]
+        if loaded == self._rules:
             return
-        if not self._empty_at_rest or any(rules != said[0] for rules in said):
+        if not self._empty_at_rest or any(rules != loaded[0] for rules in loaded):
             self._check_rules(self._all_groups)
         self._check_rules(self._all_groups[:1])
         first = float(self._all_groups[0]["lr"])
-        for group, own, ratio in zip(self._all_groups, self._own, self._beside_first, strict=True):
-            group.update(own, lr=first * ratio)
+        for group, fixed, ratio in zip(self._all_groups, self._fixed_options, self._lr_ratios, strict=True):
+            group.update(fixed, lr=first * ratio)
 
     def _check_rules(self, groups: list[dict[str, Any]]) -> None:
-        for i, (group, mine) in enumerate(zip(groups, self._rules, strict=False)):
-            if group.get("rules") != mine:
+        for i, (group, expected) in enumerate(zip(groups, self._rules, strict=False)):
+            if group.get("rules") != expected:
                 raise ValueError(
-                    f"param group {i} of the loaded checkpoint has rules {group.get('rules')}, this run {mine}; "
-                    "use the recipe of the saved run"
+                    f"param group {i} of the loaded checkpoint has rules {group.get('rules')}, but this run "
+                    f"has {expected}: use the recipe of the saved run"
                 )
 
     def _set_rates(self) -> None:
-        """Set the learning rates of the inner SymDist's groups from those of the groups here."""
+        """Set the learning rates of the inner SymDist's groups from those of this optimizer's groups."""
         for (group, ratio), inner in zip(self._rates, self.symdist.param_groups, strict=True):
             inner["lr"] = float(self._all_groups[group]["lr"]) * ratio
 
@@ -290,7 +295,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
 
 @dataclass(kw_only=True)
 class MatrixShard:
-    """A matrix's or vector's part of an optimized tensor.
+    """The part of an optimized tensor that belongs to one matrix or vector.
 
     Attributes:
         name: The name of the matrix or vector.
@@ -363,23 +368,26 @@ class _DeepSpeedTensor(BoundTensor[MatrixShard]):
         self.remember(state)
 
 
-def _shards(part: Part, tensor: Tensor, routed: EngineAssignment) -> list[MatrixShard]:
+def _shards(part: Part, tensor: Tensor, assignment: EngineAssignment) -> list[MatrixShard]:
     """Return a parameter's shards in an optimized tensor: one, or one for each matrix of a stack."""
-    name, shape, options = routed.name, routed.shape, routed.options
+    name, shape, options = assignment.name, assignment.shape, assignment.options
     if part.bounds is None:
         whole = part.block.layout if part.block is not None else replicated(shape, part.ranks)
         return [MatrixShard(name=name, parameter=tensor, layout=whole)]
     if part.block is not None:
         assert part.block.flat is not None
         if len(shape) > 2:
-            raise ValueError(f"{name} has shape {shape}: stacks of matrices under tensor parallelism are not supported")
-        placed = [(name, part.block.flat, 0)]
+            raise ValueError(
+                f"{name} has shape {shape}: symdist does not support stacks of matrices, such as fused experts, that "
+                "tensor parallelism cuts; leave this parameter out of tensor parallelism"
+            )
+        matrices = [(name, part.block.flat, 0)]
     else:
-        placed = flat_parts(name, shape, options, bounds=part.bounds, ranks=part.ranks)
-    found = []
-    for its_name, layout, offset in placed:
+        matrices = flat_parts(name, shape, options, bounds=part.bounds, ranks=part.ranks)
+    shards = []
+    for matrix_name, layout, offset in matrices:
         start = part.start + offset
         stop = start + layout.local_shape[0]
         parameter = nn.Parameter(tensor.detach()[start:stop])
-        found.append(MatrixShard(name=its_name, parameter=parameter, layout=layout, start=start, stop=stop))
-    return found
+        shards.append(MatrixShard(name=matrix_name, parameter=parameter, layout=layout, start=start, stop=stop))
+    return shards

@@ -46,22 +46,27 @@ class Options:
             ValueError: If there is no recipe, an option is unknown, or `lr`, `overrides` or `exchange` has an invalid
                 value.
         """
-        given = dict(params or {})
+        values = dict(params or {})
         known = [option.name for option in fields(cls)]
-        unknown = sorted(set(given) - set(known))
+        unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(
                 f"optimizer SymDist knows no option {', '.join(map(repr, unknown))}; it knows {', '.join(known)}. "
-                'Options of a rule go by role: "overrides": {"other": {"weight_decay": 0.1}}'
+                'Set an option of a rule by the role of its parameters: "overrides": {"other": {"weight_decay": 0.1}}'
             )
-        if "recipe" not in given:
-            raise ValueError('optimizer SymDist needs a recipe: "params": {"recipe": "olmoe"}')
-        options = cls(**given)
+        if "recipe" not in values:
+            raise ValueError(
+                'optimizer SymDist needs a recipe; name one in the DeepSpeed config: "params": {"recipe": "olmoe"}'
+            )
+        options = cls(**values)
         lr = options.lr
         if lr is not None and (isinstance(lr, bool | str) or not (math.isfinite(lr) and lr > 0)):
             raise ValueError(f"optimizer SymDist: lr={lr!r} must be a positive number")
         if not isinstance(options.overrides, Mapping):
-            raise ValueError(f'optimizer SymDist: overrides={options.overrides!r} must be {{"role": {{…}}}}')
+            raise ValueError(
+                f"optimizer SymDist: overrides={options.overrides!r} must map roles to options, such as "
+                '{"router": {"lr": 0.1}}'
+            )
         try:
             ExchangeOptions.of(options.exchange)
         except ValueError as error:
@@ -108,8 +113,8 @@ def check_features(engine: Any) -> None:
     def of_nvme(section: Any) -> bool:
         return section is not None and str(getattr(section, "device", "")).rpartition(".")[2] == "nvme"
 
-    refused = {
-        "offload_optimizer to NVMe (state must be at hand for the whole step; offload to the CPU)": of_nvme(
+    features = {
+        "offload_optimizer to NVMe (a step needs all state in memory; offload to the CPU)": of_nvme(
             zero.offload_optimizer
         ),
         "offload_param to NVMe (offload to the CPU)": of_nvme(zero.offload_param),
@@ -126,6 +131,8 @@ def check_features(engine: Any) -> None:
             bool(getattr(engine, "torch_autocast_enabled", bool)()) and engine.torch_autocast_dtype() == torch.float16
         ),
     }
-    found = [feature for feature, on in refused.items() if on]
-    if found:
-        raise ValueError(f"symdist does not support, at ZeRO stage {stage}: {'; '.join(found)}")
+    unsupported = [feature for feature, on in features.items() if on]
+    if unsupported:
+        raise ValueError(
+            f"this DeepSpeed config uses what symdist does not support at ZeRO stage {stage}: {'; '.join(unsupported)}"
+        )

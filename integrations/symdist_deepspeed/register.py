@@ -73,7 +73,7 @@ def register() -> None:
     # method has it, so that method is wrapped too.
     setattr(torch.optim, TYPE, DeepSpeedSymDist)
     utils.ZERO_SUPPORTED_OPTIMIZERS.append(DeepSpeedSymDist)
-    DeepSpeedEngine._configure_basic_optimizer = _knowing_the_model(DeepSpeedEngine._configure_basic_optimizer)
+    DeepSpeedEngine._configure_basic_optimizer = _with_routing(DeepSpeedEngine._configure_basic_optimizer)
     DeepSpeedEngine._configure_optimizer = _attaching(DeepSpeedEngine._configure_optimizer)
 
 
@@ -87,19 +87,19 @@ def _check_version() -> None:
     if missing:
         raise ImportError(
             f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, which symdist relies on; "
-            f"releases {SUPPORTED} have it"
+            f"install one of the releases {SUPPORTED}, which have it"
         )
 
 
-def _knowing_the_model(configure: Any) -> Any:
+def _with_routing(configure: Any) -> Any:
     @functools.wraps(configure)
     def configured(engine: Any, model_parameters: Any) -> Any:
         if engine.optimizer_name() != TYPE:
             return configure(engine, model_parameters)
         options = Options.from_params(engine.optimizer_params())
         check_features(engine)
-        groups, routed = route_engine(engine, model_parameters, options)
-        return DeepSpeedSymDist(groups, routed=routed, options=options)
+        groups, assignments = route_engine(engine, model_parameters, options)
+        return DeepSpeedSymDist(groups, assignments=assignments, options=options)
 
     return configured
 
@@ -109,15 +109,15 @@ def _attaching(configure: Any) -> Any:
     def configured(engine: Any, client_optimizer: Any, model_parameters: Any) -> None:
         if isinstance(client_optimizer, SymDist):
             raise ValueError(
-                "DeepSpeed was given a SymDist object, and would step its own partitions with it, which do not tell of "
-                'matrices. Give no optimizer but, in the config, "optimizer": {"type": "SymDist", "params": {"recipe": '
-                '"olmoe"}}'
+                "deepspeed.initialize() was passed a SymDist optimizer, which cannot find the matrices in DeepSpeed's "
+                "flat partitions. Pass no optimizer; name it in the DeepSpeed config instead: "
+                '"optimizer": {"type": "SymDist", "params": {"recipe": "olmoe"}}'
             )
         configure(engine, client_optimizer, model_parameters)
         optimizer = engine.basic_optimizer
         if isinstance(optimizer, DeepSpeedSymDist):
-            stepped = with_blocks(engine, read_partitions(engine), optimizer.names)
-            optimizer.attach(stepped, relink=keep_linked(engine.optimizer))
+            tensors = with_blocks(engine, read_partitions(engine), optimizer.names)
+            optimizer.attach(tensors, relink=keep_linked(engine.optimizer))
             follow_offloads(engine.optimizer, optimizer.follow)
 
     return configured

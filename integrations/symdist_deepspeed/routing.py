@@ -29,7 +29,7 @@ class EngineAssignment:
         name: The parameter's name.
         shape: Its full shape, on all ranks.
         options: The options of its rule. Parameters with equal options share one dict.
-        lr_ratio: Its learning rate as a multiple of its param group's.
+        lr_ratio: Its learning rate, as a multiple of that of its param group.
     """
 
     name: str
@@ -38,17 +38,19 @@ class EngineAssignment:
     lr_ratio: float
 
 
-def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[str, Any]], dict[int, EngineAssignment]]:
+def route_engine(
+    engine: Any, model_parameters: Any, options: Options
+) -> tuple[list[dict[str, Any]], dict[int, EngineAssignment]]:
     """Route the parameters of a DeepSpeed engine's model to rules and param groups.
 
     DeepSpeed flattens each group by itself, and works best with few large ones. So parameters from the same group of
-    `given` share a group if their rules have the same number of state tensors and the recipe gives them the same
-    `schedule`. A group's `lr` is the learning rate of the recipe's matrices, which DeepSpeed's schedulers set. Its
+    `model_parameters` share a group if their rules have the same number of state tensors and the recipe gives them the
+    same `schedule`. A group's `lr` is the learning rate of the recipe's matrices, which DeepSpeed's schedulers set. Its
     `rules` maps the roles in it to their rules.
 
     Args:
         engine: The DeepSpeed engine, before ZeRO has flattened its parameters.
-        given: The `model_parameters` passed to `deepspeed.initialize`: parameters, param groups, or None for all of the
+        model_parameters: What was passed to `deepspeed.initialize`: parameters, param groups, or None for all of the
             model's. `lr`, `weight_decay` and options of the rules in a group apply to the parameters of that group.
         options: The options from the DeepSpeed config.
 
@@ -63,56 +65,67 @@ def route_engine(engine: Any, given: Any, options: Options) -> tuple[list[dict[s
     recipe, base = options.scaled()
     handle = tensor_parallel_group(engine)
     with _full_shapes(model, 1 if handle is None else dist.get_world_size(handle)):
-        routed = symdist.route(model, _with_gates(recipe, model))
+        routed_groups = symdist.route(model, _with_gates(recipe, model))
         shapes = {id(parameter): tuple(parameter.shape) for parameter in model.parameters()}
-    place = {
+    routed_to = {
         id(parameter): (name, group)
-        for group in routed
+        for group in routed_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
     groups: list[dict[str, Any]] = []
-    found: dict[int, EngineAssignment] = {}
-    for own, parameters in _user_groups(given, model):
-        told = {key: value for key, value in own.items() if key not in _DEEPSPEEDS}
-        merged: dict[tuple[int, str | None], dict[str, Any]] = {}
-        made: dict[int, dict[str, Any]] = {}
+    assignments: dict[int, EngineAssignment] = {}
+    for user_options, parameters in _user_groups(model_parameters, model):
+        rule_options = {key: value for key, value in user_options.items() if key not in _DEEPSPEEDS}
+        new_groups: dict[tuple[int, str | None], dict[str, Any]] = {}
+        completed: dict[int, dict[str, Any]] = {}
         for parameter in parameters:
             if not parameter.requires_grad:
                 continue
-            if id(parameter) not in place:
+            if id(parameter) not in routed_to:
                 raise ValueError(
-                    f"model_parameters has a parameter of shape {tuple(parameter.shape)} that is none of the model's"
+                    f"model_parameters has a parameter of shape {tuple(parameter.shape)} that is not in the model: "
+                    "pass parameters of the model that deepspeed.initialize() gets"
                 )
-            name, group = place[id(parameter)]
-            if id(group) not in made:
-                made[id(group)] = _completed(group, told)
+            name, group = routed_to[id(parameter)]
+            if id(group) not in completed:
+                completed[id(group)] = _completed(group, rule_options)
             kind = recipe.kind_of(group["role"], group["rule"])
-            into = merged.setdefault(
-                kind, {**own, "params": [], "lr": float(own.get("lr", base)), "rules": {}, "schedule": kind[1]}
+            target = new_groups.setdefault(
+                kind,
+                {
+                    **user_options,
+                    "params": [],
+                    "lr": float(user_options.get("lr", base)),
+                    "rules": {},
+                    "schedule": kind[1],
+                },
             )
-            into["params"].append(parameter)
-            into["rules"][group["role"]] = group["rule"]
-            found[id(parameter)] = EngineAssignment(
+            target["params"].append(parameter)
+            target["rules"][group["role"]] = group["rule"]
+            assignments[id(parameter)] = EngineAssignment(
                 name=name,
                 shape=shapes[id(parameter)],
-                options=made[id(group)],
+                options=completed[id(group)],
                 lr_ratio=float(group["lr"]) / base,
             )
-        groups += merged.values()
+        groups += new_groups.values()
     if not groups:
-        raise ValueError("the model has no parameter that requires a gradient")
-    return groups, found
+        raise ValueError(
+            "there is nothing to optimize: no parameter of the model, or of model_parameters if passed, has "
+            "requires_grad=True"
+        )
+    return groups, assignments
 
 
-def _completed(group: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+def _completed(group: Mapping[str, Any], rule_options: Mapping[str, Any]) -> dict[str, Any]:
     """Return all options of a group, checked while the names of its parameters are known."""
-    full = with_defaults({**group, **told})
+    full = with_defaults({**group, **rule_options})
     return {key: value for key, value in full.items() if key not in ("params", "param_names", "lr")}
 
 
-def _user_groups(given: Any, model: nn.Module) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
+def _user_groups(model_parameters: Any, model: nn.Module) -> list[tuple[dict[str, Any], list[nn.Parameter]]]:
     """Return each of the user's param groups as its options and its parameters."""
-    items: list[Any] = list(model.parameters()) if given is None else list(given)
+    items: list[Any] = list(model.parameters()) if model_parameters is None else list(model_parameters)
     if items and isinstance(items[0], Mapping):
         return [
             ({key: value for key, value in group.items() if key != "params"}, _listed(group["params"]))
@@ -130,9 +143,11 @@ def _listed(parameters: Any) -> list[nn.Parameter]:
 def _with_gates(recipe: Recipe, model: nn.Module) -> Recipe:
     """Give the gates of DeepSpeed's MoE layers the role "router", unless the recipe's patterns match them."""
     names = [f"{name}.wg.weight" for name, module in model.named_modules() if isinstance(module, TopKGate)]
-    own = [pattern["match"] for pattern in recipe.patterns]
+    recipe_matches = [pattern["match"] for pattern in recipe.patterns]
     patterns = [
-        {"match": name, "role": "router"} for name in names if not any(fnmatchcase(name, match) for match in own)
+        {"match": name, "role": "router"}
+        for name in names
+        if not any(fnmatchcase(name, match) for match in recipe_matches)
     ]
     return replace(recipe, patterns=(*recipe.patterns, *patterns))
 
@@ -140,16 +155,16 @@ def _with_gates(recipe: Recipe, model: nn.Module) -> Recipe:
 @contextmanager
 def _full_shapes(model: nn.Module, tensor_parallel: int) -> Iterator[None]:
     """Show parameters that `zero.Init` or tensor parallelism has cut in full shape, without taking memory."""
-    held: list[tuple[Any, torch.Tensor]] = []
+    originals: list[tuple[Any, torch.Tensor]] = []
     try:
         for name, parameter in model.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)
             cut = cut_of(parameter, ranks=tensor_parallel, name=name) if tensor_parallel > 1 else None
             shape = shape if cut is None else cut.shape
             if tuple(parameter.shape) != tuple(shape):
-                held.append((parameter, parameter.data))
+                originals.append((parameter, parameter.data))
                 parameter.data = parameter.data.new_empty(()).expand(shape)
         yield
     finally:
-        for parameter, data in held:
+        for parameter, data in originals:
             parameter.data = data

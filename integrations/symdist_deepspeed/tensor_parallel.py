@@ -44,16 +44,18 @@ def tensor_parallel_group(engine: Any) -> Any:
         return None
     for holder in (engine.mpu, deepspeed_groups):
         for name in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
-            found = getattr(holder, name, lambda: None)()
-            if found is not None:
-                return found
+            group = getattr(holder, name, lambda: None)()
+            if group is not None:
+                return group
     raise ValueError(
-        f"symdist: tensor parallelism of {engine.mp_world_size}, but neither mpu nor DeepSpeed has a group"
+        f"the DeepSpeed engine has tensor parallelism over {engine.mp_world_size} ranks, but neither its mpu nor "
+        "deepspeed.utils.groups has the process group: pass deepspeed.initialize() an mpu with "
+        "get_tensor_model_parallel_group()"
     )
 
 
 def cut_of(parameter: Any, *, ranks: int, name: str) -> Cut | None:
-    """Read how a parameter is cut, from what AutoTP or Megatron (`tensor_model_parallel`, `partition_dim`) noted on it.
+    """Read how a parameter is cut, from the attributes that AutoTP or Megatron (`partition_dim`) has set on it.
 
     Args:
         parameter: The parameter.
@@ -72,8 +74,10 @@ def cut_of(parameter: Any, *, ranks: int, name: str) -> Cut | None:
         sizes = meta["partition_sizes"] or (meta["sub_param_shard_widths"] or [None])[0]
         full, dim = tuple(meta["original_shape"]), meta["partition_dim"]
         several = len(meta["sub_param_shard_widths"] or ()) > 1
-        strange = (meta.get("conversion") or {}).get("unsupported_reason") or len(meta["logical_shape"]) != len(full)
-        if strange or several or sizes is None:
+        unsupported = (meta.get("conversion") or {}).get("unsupported_reason") or len(meta["logical_shape"]) != len(
+            full
+        )
+        if unsupported or several or sizes is None:
             raise ValueError(
                 f"{name}: AutoTP cuts it into several blocks a rank, which symdist does not support; "
                 "leave it out of tensor_parallel's partition_config, or split the layer in the model"
@@ -83,66 +87,69 @@ def cut_of(parameter: Any, *, ranks: int, name: str) -> Cut | None:
         dim = getattr(parameter, "partition_dim", None)
         if dim is None or getattr(parameter, "partition_stride", 1) != 1:
             raise ValueError(
-                f"{name} is tensor_model_parallel, but does not say how it is cut: symdist needs its partition_dim, "
-                "and a partition_stride of 1"
+                f"{name} has tensor_model_parallel set, but symdist cannot tell how it is cut: set its partition_dim, "
+                "with a partition_stride of 1"
             )
         full = tuple(size * (ranks if i == dim else 1) for i, size in enumerate(shape))
         return Cut(shape=full, dim=dim, sizes=(shape[dim],) * ranks)
     return None
 
 
-def with_blocks(engine: Any, stepped: list[OptimizedTensor], names: Mapping[int, str]) -> list[OptimizedTensor]:
-    """Add to each part of a parameter that is cut the layout of its block; all ranks must call it.
+def with_blocks(engine: Any, tensors: list[OptimizedTensor], names: Mapping[int, str]) -> list[OptimizedTensor]:
+    """Add the block's layout to every part of a parameter that tensor parallelism cuts; all ranks must call it.
 
     Args:
         engine: The DeepSpeed engine.
-        stepped: What `read_partitions` returned.
+        tensors: What `read_partitions` returned.
         names: The names of the model's parameters, by `id`.
 
     Returns:
-        The tensors with blocks; `stepped` itself without tensor parallelism.
+        The tensors with blocks; `tensors` itself without tensor parallelism.
 
     Raises:
         ValueError: If the ranks are not a grid of data and tensor parallelism, or a cut is not supported.
     """
     handle = tensor_parallel_group(engine)
     if handle is None:
-        return stepped
-    across = ranks_of(handle)
-    data = ranks_of(engine.seq_data_parallel_group)
+        return tensors
+    tensor_parallel = ranks_of(handle)
+    data_parallel = ranks_of(engine.seq_data_parallel_group)
     world = ranks_of(None)
     # For each tensor-parallel rank, the data-parallel ranks that hold the same block.
-    columns: list[Any] = [None] * across.size
-    dist.all_gather_object(columns, list(data.ranks), group=handle)
-    if sorted(rank for column in columns for rank in column) != list(world.ranks):
-        raise ValueError(f"symdist: {world.size} ranks are not {data.size} data- × {across.size} tensor-parallel ones")
-    mine = [part.bounds for each in stepped for part in each.parts]
-    bounds: list[Any] = [None] * across.size
-    dist.all_gather_object(bounds, mine, group=handle)
+    replicas: list[Any] = [None] * tensor_parallel.size
+    dist.all_gather_object(replicas, list(data_parallel.ranks), group=handle)
+    if sorted(rank for column in replicas for rank in column) != list(world.ranks):
+        raise ValueError(
+            f"the {world.size} ranks are not a grid of {data_parallel.size} data-parallel × {tensor_parallel.size} "
+            "tensor-parallel ranks; symdist supports no other parallelism next to tensor parallelism"
+        )
+    local_bounds = [part.bounds for optimized in tensors for part in optimized.parts]
+    all_bounds: list[Any] = [None] * tensor_parallel.size
+    dist.all_gather_object(all_bounds, local_bounds, group=handle)
     grid = Grid(
-        sizes=(data.size, across.size),
-        ranks=tuple(columns[t][d] for d in range(data.size) for t in range(across.size)),
-        position=data.index * across.size + across.index,
-        handles=(data.handle, handle),
+        sizes=(data_parallel.size, tensor_parallel.size),
+        ranks=tuple(replicas[t][d] for d in range(data_parallel.size) for t in range(tensor_parallel.size)),
+        position=data_parallel.index * tensor_parallel.size + tensor_parallel.index,
+        handles=(data_parallel.handle, handle),
     )
-    order = tuple(rank for column in columns for rank in column)
-    found = []
-    place = 0
-    for each in stepped:
+    rank_order = tuple(rank for column in replicas for rank in column)
+    result = []
+    index = 0
+    for optimized in tensors:
         parts = []
-        for part in each.parts:
-            cut = cut_of(part.parameter, ranks=across.size, name=names[id(part.parameter)])
+        for part in optimized.parts:
+            cut = cut_of(part.parameter, ranks=tensor_parallel.size, name=names[id(part.parameter)])
             block = None
             if cut is not None:
-                there = [bounds[t][place] for t in range(across.size)]
-                block = _block(cut, grid, there if part.bounds is not None else None, order)
+                block_bounds = [all_bounds[t][index] for t in range(tensor_parallel.size)]
+                block = _block(cut, grid, block_bounds if part.bounds is not None else None, rank_order)
             parts.append(replace(part, block=block))
-            place += 1
-        found.append(replace(each, parts=parts))
-    return found
+            index += 1
+        result.append(replace(optimized, parts=parts))
+    return result
 
 
-def _block(cut: Cut, grid: Grid, bounds: list[tuple[int, ...]] | None, order: tuple[int, ...]) -> Block:
+def _block(cut: Cut, grid: Grid, bounds: list[tuple[int, ...]] | None, rank_order: tuple[int, ...]) -> Block:
     ends = [sum(cut.sizes[: i + 1]) for i in range(len(cut.sizes))]
     ranges = tuple((end - size, end) for end, size in zip(ends, cut.sizes, strict=True))
     layout = Layout(shape=cut.shape, grid=grid, splits=(DimSplit(dim=cut.dim, axes=(1,), ranges=ranges),))
@@ -157,7 +164,7 @@ def _block(cut: Cut, grid: Grid, bounds: list[tuple[int, ...]] | None, order: tu
             shape=cut.shape,
             group=world,
             bounds=tuple(joined),
-            rank_order=tuple(world.ranks.index(rank) for rank in order),
+            rank_order=tuple(world.ranks.index(rank) for rank in rank_order),
             column_blocks=cut.sizes if cut.dim == 1 and len(cut.shape) == 2 else (),
         )
     return Block(layout=layout, flat=flat)

@@ -68,8 +68,8 @@ class Staged:
     ) -> "_Staging":
         """See `Transport`."""
         copy = torch.empty_like(out, device=self._device)
-        there = buffer.to(self._device, copy=True)
-        handle = self._inner.all_to_all(copy, there, received=received, sent=sent, group=group)
+        staged = buffer.to(self._device, copy=True)
+        handle = self._inner.all_to_all(copy, staged, received=received, sent=sent, group=group)
         return _Staging(handle=handle, out=out, copy=copy)
 
 

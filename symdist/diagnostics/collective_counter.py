@@ -17,7 +17,7 @@ from symdist.exchange.collectives.transport import CollectiveRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Passed(CollectiveRecord):
-    """A collective that was started, see `CollectiveCounter` for how `sent` is counted.
+    """A collective that was started. `CollectiveCounter` explains how `sent` is counted.
 
     Attributes:
         ranks: The global ranks of its process group.
@@ -89,7 +89,10 @@ class CollectiveCounter(TorchDispatchMode):
         if name in _NOTHING_SENT:
             return func(*args, **kwargs)
         if name not in _KNOWN:
-            raise RuntimeError(f"symdist.diagnostics.collective_counter cannot count {name}: add it to the table there")
+            raise RuntimeError(
+                f"CollectiveCounter cannot count {name}, which it does not know: run this code outside the counter, or "
+                "add the operator to _TRAFFIC in symdist/diagnostics/collective_counter.py"
+            )
         arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         group = _group(arguments)
         # Count before the call: after it, an asynchronous collective may already be changing its buffers.
@@ -217,7 +220,7 @@ def _nbytes(tensors: Any) -> int:
 
 def _group(arguments: Mapping[str, Any]) -> dist.ProcessGroup:
     """Return the process group of a call, which is given as an object or by name."""
-    given = arguments["process_group"] if "process_group" in arguments else arguments["group_name"]
-    if isinstance(given, str):
-        return _resolve_process_group(cast(Any, given))
-    return dist.ProcessGroup.unbox(given) if isinstance(given, torch.ScriptObject) else given
+    group = arguments["process_group"] if "process_group" in arguments else arguments["group_name"]
+    if isinstance(group, str):
+        return _resolve_process_group(cast(Any, group))
+    return dist.ProcessGroup.unbox(group) if isinstance(group, torch.ScriptObject) else group

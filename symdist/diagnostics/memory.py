@@ -27,6 +27,9 @@ def peak_bytes(function: Callable[[], object], *, device: torch.device | str = "
 
     Returns:
         The largest number of bytes alive at the same time, without what was there before the call.
+
+    Example:
+        >>> peak_bytes(optimizer.step, device="cuda")
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -27,7 +27,7 @@ class RouterMonitor:
         model: The model.
 
     Attributes:
-        layers: The number of routers found. It is 0 for a dense model, for which all methods do nothing.
+        layers: The number of routers in the model. It is 0 for a dense model, for which all methods do nothing.
 
     Example:
         >>> monitor = symdist.RouterMonitor(model)
@@ -117,7 +117,7 @@ class RouterMonitor:
         if self.layers == 0:
             return {}
         if self._totals is None:
-            raise RuntimeError("nothing accumulated: call accumulate() after a forward")
+            raise RuntimeError("RouterMonitor has accumulated nothing yet: call accumulate() after a forward")
         totals = self._totals.clone()
         if reduce is not None:
             reduce(totals.view(-1))
@@ -159,7 +159,10 @@ class RouterMonitor:
     def _captured(self) -> list[tuple[Tensor, Tensor]]:
         captured = [pair for pair in self._last if pair is not None]
         if len(captured) < self.layers:
-            raise RuntimeError("no router logits: run the model's forward after placing the monitor")
+            raise RuntimeError(
+                "RouterMonitor has no outputs of some routers: run the model's forward after creating the monitor, and "
+                "do not use it after close()"
+            )
         return captured
 
 

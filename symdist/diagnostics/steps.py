@@ -49,15 +49,15 @@ class StepMonitor:
         self._optimizer._observer = self
 
     @contextmanager
-    def timing(self, what: str) -> Iterator[None]:
+    def timing(self, part: str) -> Iterator[None]:
         """Add the time spent inside this context to a part of the step. The optimizer calls this.
 
         Args:
-            what: The part: a strategy, "exchange" or "coordinate".
+            part: The part: a strategy, "exchange" or "coordinate".
         """
         started = self._clock()
         yield
-        self._seconds[what] = self._seconds.get(what, 0.0) + self._clock() - started
+        self._seconds[part] = self._seconds.get(part, 0.0) + self._clock() - started
 
     def moved(
         self,
@@ -98,9 +98,9 @@ class StepMonitor:
         """
         if not members:
             return
-        found = root.nuclear.flatten().view(len(members), -1)
+        nuclear_norms = root.nuclear.flatten().view(len(members), -1)
         self._measured = True
-        for member, values in zip(members, found, strict=True):
+        for member, values in zip(members, nuclear_norms, strict=True):
             self._nuclear.setdefault(roles[member], []).append((values, float(ranks)))
 
     def summary(self, gather: Callable[[Any], list[Any]] | None = None) -> dict[str, float]:
@@ -119,14 +119,14 @@ class StepMonitor:
             - `nu/ROLE`: mean nuclear norm of the matrices whose polar factors a spectral rule or Muon computes.
             - `optimizer_ms/PART`: milliseconds in a strategy, "exchange" or "coordinate", of the slowest rank in it.
         """
-        mine = self._sums(), self._seconds
-        found = [mine] if gather is None else gather(mine)
+        result = self._sums(), self._seconds
+        results = [result] if gather is None else gather(result)
         values: dict[str, float] = {}
-        for key in sorted({key for sums, _ in found for key in sums}):
-            total, count = (sum(column) for column in zip(*(s[key] for s, _ in found if key in s), strict=True))
+        for key in sorted({key for sums, _ in results for key in sums}):
+            total, count = (sum(column) for column in zip(*(s[key] for s, _ in results if key in s), strict=True))
             values[key] = (total / count) ** (1.0 if key.startswith("nu/") else 0.5) if count else 0.0
-        for what in sorted({what for _, seconds in found for what in seconds}):
-            values[f"optimizer_ms/{what}"] = 1e3 * max(seconds.get(what, 0.0) for _, seconds in found)
+        for part in sorted({part for _, seconds in results for part in seconds}):
+            values[f"optimizer_ms/{part}"] = 1e3 * max(seconds.get(part, 0.0) for _, seconds in results)
         return values
 
     def _add(self, key: str, values: Tensor, shares: int, real: float) -> None:
@@ -144,10 +144,10 @@ class StepMonitor:
             norms = torch.stack([norm.double() for norm, _ in pairs]).square().tolist()
             total = sum(square * shares for square, (_, shares) in zip(norms, pairs, strict=True))
             sums[key] = [total, self._counts[key]]
-        for role, told in self._nuclear.items():
-            totals = torch.stack([values.double().sum() for values, _ in told]).tolist()
-            total = sum(one * ranks for one, (_, ranks) in zip(totals, told, strict=True))
-            sums[f"nu/{role}"] = [total, sum(values.numel() * ranks for values, ranks in told)]
+        for role, pairs_of_role in self._nuclear.items():
+            totals = torch.stack([values.double().sum() for values, _ in pairs_of_role]).tolist()
+            total = sum(subtotal * ranks for subtotal, (_, ranks) in zip(totals, pairs_of_role, strict=True))
+            sums[f"nu/{role}"] = [total, sum(values.numel() * ranks for values, ranks in pairs_of_role)]
         return sums
 
     def _clock(self) -> float:

@@ -1,4 +1,4 @@
-"""Gathers values and failures of all ranks, so that all go on or all raise."""
+"""Gathers values and failures of all ranks, so that either all ranks continue or all raise."""
 
 from typing import Any, TypeVar
 
@@ -40,9 +40,13 @@ def gather_unless_failed(
 
     Raises:
         Exception: Of type `error`, on all ranks, if any rank has failed.
+
+    Example:
+        >>> failure = None if path.exists() else f"{path} does not exist"
+        >>> paths = gather_unless_failed(str(path), failure)
     """
-    found = gather((value, failure), group)
-    failures = dict.fromkeys(theirs for _, theirs in found if theirs is not None)
+    results = gather((value, failure), group)
+    failures = dict.fromkeys(reason for _, reason in results if reason is not None)
     if failures:
         raise error("\n".join(failures))
-    return [each for each, _ in found]
+    return [result for result, _ in results]

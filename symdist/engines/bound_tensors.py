@@ -1,4 +1,4 @@
-"""Keeps matrix shards bound to the engine tensors that they are parts of, which the engine may move."""
+"""Binds matrix shards to the engine tensors that they are parts of, and follows these when the engine moves them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymD
 
 
 class MatrixShardLike(Protocol):
-    """A matrix's part of an engine tensor, as a parameter of its own."""
+    """The part of an engine tensor that belongs to one matrix, as a parameter."""
 
     parameter: Any
 
@@ -42,7 +42,7 @@ class BoundTensor(Generic[S]):
         tensor: The tensor that the engine optimizes.
 
     Attributes:
-        tensor: The same.
+        tensor: The tensor that the engine optimizes.
         shards: The matrix shards, appended by the adapter.
         state: The engine's state of the tensor, by name, as of the last `remember` or `follow`.
     """
@@ -54,7 +54,7 @@ class BoundTensor(Generic[S]):
         self._address = 0
 
     def remember(self, state: Mapping[str, Any]) -> None:
-        """Note where the tensor and its state are now."""
+        """Record where the tensor and its state are now."""
         self.state, self._address = dict(state), self.tensor.data_ptr()
 
     def follow(self, state: Mapping[str, Any], symdist: ExternalStateSymDist) -> bool:
@@ -78,10 +78,10 @@ class BoundTensor(Generic[S]):
         return moved
 
     def fill_state(self, shard: S, symdist: ExternalStateSymDist) -> None:
-        """Make a shard's state in `symdist` its parts of the engine's state."""
-        held = symdist.state[shard.parameter]
+        """Set a shard's state in `symdist` to its parts of the engine's state."""
+        shard_state = symdist.state[shard.parameter]
         for key, name in symdist.slots(shard.parameter).items():
-            held[key] = shard.of(self.state[name])
+            shard_state[key] = shard.of(self.state[name])
 
     def take_gradient(self) -> None:
         """Set the shards' gradients to their parts of the tensor's gradient."""

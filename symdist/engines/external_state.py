@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from symdist.optimizer import SymDist
-from symdist.param_groups import ParamSpec
+from symdist.param_specs import ParamSpec
 from symdist.rules import get_rule
 
 ENGINE_STATE_NAMES = ("exp_avg", "exp_avg_sq")
@@ -19,19 +19,22 @@ def slots(rule: str, options: Mapping[str, Any] | None = None) -> dict[str, str]
 
     Args:
         rule: The rule's name.
-        options: The options it runs with; its defaults if None.
+        options: The options of the rule; its defaults if None (default).
 
     Returns:
         The engine's name for each of the rule's state names.
 
     Raises:
-        ValueError: Naming the rule, if it has more state than the engine has names.
+        ValueError: If the rule has more state than the engine has names. The message names the rule.
+
+    Example:
+        >>> slots("adamw")
     """
     names = get_rule(rule).state_names(options)
     if len(names) > len(ENGINE_STATE_NAMES):
         raise ValueError(
-            f"rule {rule!r} remembers {', '.join(names)}, and the checkpoints of DeepSpeed and Megatron hold "
-            f"{len(ENGINE_STATE_NAMES)} tensors of a parameter's shape; choose options with less to remember, "
+            f"rule {rule!r} remembers {', '.join(names)}, and the checkpoints of DeepSpeed and Megatron hold only "
+            f"{len(ENGINE_STATE_NAMES)} tensors per parameter: choose options or a rule with less state, "
             "or train under FSDP2"
         )
     return dict(zip(names, ENGINE_STATE_NAMES, strict=False))
@@ -40,7 +43,8 @@ def slots(rule: str, options: Mapping[str, Any] | None = None) -> dict[str, str]
 class ExternalStateSymDist(SymDist):
     """SymDist over pieces of engine tensors, with their state in the engine's tensors.
 
-    So the engine saves, loads and moves momentum and moments. Only Adam's step count is kept here, per piece.
+    The engine thus saves, loads and moves momentum and moments. Only Adam's step count is kept by this optimizer, per
+    piece.
 
     Args:
         groups: The param groups; their parameters are the pieces.
@@ -63,9 +67,9 @@ class ExternalStateSymDist(SymDist):
 
     def _new_state(self, member: ParamSpec) -> dict[str, Tensor]:
         state_tensors = self._state_tensors[id(member.parameter)]
-        found = slots(member.rule.name, self.param_groups[member.group])
-        self._slots[id(member.parameter)] = found
-        state = {name: state_tensors[slot] for name, slot in found.items()}
+        slot_names = slots(member.rule.name, self.param_groups[member.group])
+        self._slots[id(member.parameter)] = slot_names
+        state = {name: state_tensors[slot] for name, slot in slot_names.items()}
         if member.rule.accumulator == "adam":
             state["step"] = torch.zeros((), dtype=torch.float32, device=member.parameter.device)
         return state

@@ -27,7 +27,7 @@ class ExchangeOptions:
             step runs out of memory: collectives then become smaller and more numerous.
 
     Raises:
-        ValueError: For any other dtype, or a bound that is not a positive whole number.
+        ValueError: For any other dtype, or a `bucket_bytes` that is not a positive whole number.
 
     Example:
         >>> SymDist(groups, exchange=ExchangeOptions(communication_dtype=torch.bfloat16))
@@ -41,8 +41,8 @@ class ExchangeOptions:
         dtype = _DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
         if dtype not in (None, *_DTYPES.values()):
             raise ValueError(
-                f"communication_dtype={self.communication_dtype!r} is none of {', '.join(map(repr, _DTYPES))}, and not "
-                "None for the dtype of the state; float16 would lose small gradients"
+                f"communication_dtype={self.communication_dtype!r} must be one of {', '.join(map(repr, _DTYPES))}, or "
+                "None for the dtype of the state; float16 is left out because it would lose small gradients"
             )
         object.__setattr__(self, "communication_dtype", dtype)
         size = self.bucket_bytes
@@ -51,21 +51,26 @@ class ExchangeOptions:
         object.__setattr__(self, "bucket_bytes", int(size))
 
     @classmethod
-    def of(cls, given: ExchangeLike) -> ExchangeOptions:
-        """Make options from what a user or a config gives.
+    def of(cls, options: ExchangeLike) -> ExchangeOptions:
+        """Make options from a user's or a config's value.
 
         Args:
-            given: Options, which are returned as they are; a mapping with the same keys; or None for the defaults.
+            options: Options, which are returned as they are; a mapping with the same keys; or None for the defaults.
+
+        Returns:
+            The options.
 
         Raises:
             ValueError: For an unknown key or an invalid value.
         """
-        if isinstance(given, cls):
-            return given
-        if given is not None and not isinstance(given, Mapping):
-            raise ValueError(f"exchange={given!r} must be ExchangeOptions or a mapping of the same keys")
+        if isinstance(options, cls):
+            return options
+        if options is not None and not isinstance(options, Mapping):
+            raise ValueError(
+                f"exchange={options!r} must be an ExchangeOptions, or a mapping from its option names to values"
+            )
         known = [field.name for field in fields(cls)]
-        unknown = sorted(set(given or {}) - set(known))
+        unknown = sorted(set(options or {}) - set(known))
         if unknown:
             raise ValueError(f"exchange knows no option {', '.join(map(repr, unknown))}; it knows {', '.join(known)}")
-        return cls(**(given or {}))
+        return cls(**(options or {}))

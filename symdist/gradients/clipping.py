@@ -51,22 +51,22 @@ def clip_grad_norm_(
         >>> optimizer.step()
     """
     if not max_norm > 0:
-        raise ValueError(f"max_norm={max_norm} must be positive; use float('inf') to measure only")
+        raise ValueError(f"max_norm={max_norm} must be positive; use float('inf') to measure the norm without clipping")
     transport = transport or TorchTransport()
     named = [(f"parameter {i}", parameter) for i, parameter in enumerate(parameters)]
-    elsewhere = {id(parameter) for _, parameter in bring_home(named)}
-    held = _by_ranks(named)
+    misplaced = {id(parameter) for _, parameter in bring_home(named)}
+    groups = _by_ranks(named)
     device = named[0][1].device if named else torch.device("cpu")
-    for each in held:
-        each.measure(elsewhere, transport)
-    flags = torch.stack([each.found[1].to(device) for each in held]).tolist() if held else []
-    for each, flag in zip(held, flags, strict=True):
+    for group in groups:
+        group.measure(misplaced, transport)
+    flags = torch.stack([group.totals[1].to(device) for group in groups]).tolist() if groups else []
+    for group, flag in zip(groups, flags, strict=True):
         if flag:
-            sum_up(each.parameters, transport=transport)
-            each.measure(set(), transport)
+            sum_up(group.parameters, transport=transport)
+            group.measure(set(), transport)
     total = torch.zeros(1, dtype=torch.float64, device=device)
-    for each in held:
-        total += each.found[0].to(device)
+    for group in groups:
+        total += group.totals[0].to(device)
     pipeline = group_of("pipeline_group", pipeline_group)
     if pipeline is not None:
         transport.all_reduce(total, group=pipeline).wait()
@@ -80,55 +80,55 @@ def clip_grad_norm_(
 
 
 @dataclass
-class _Held:
+class _ParameterGroup:
     """Parameters that are held by the same ranks in the same number of copies.
 
     Attributes:
         group: The ranks; None for this rank alone.
         copies: The number of copies.
         parameters: `(name, parameter)` pairs.
-        found: `[2]`: the squared norm of the gradients, and whether any rank has a gradient that must first be
+        totals: `[2]`: the squared norm of the gradients, and whether any rank has a gradient that must first be
             redistributed.
     """
 
     group: Group | None
     copies: int
     parameters: list[tuple[str, Tensor]]
-    found: Tensor
+    totals: Tensor
 
-    def measure(self, elsewhere: set[int], transport: Transport) -> None:
-        """Compute `found`, summed over the ranks of the group.
+    def measure(self, misplaced: set[int], transport: Transport) -> None:
+        """Compute `totals`, summed over the ranks of the group.
 
         All ranks of the group must call it.
 
         Args:
-            elsewhere: The ids of the parameters whose gradients must first be redistributed. These do not add to the
+            misplaced: The ids of the parameters whose gradients must first be redistributed. These do not add to the
                 norm but set the flag.
             transport: The transport that runs the all-reduce.
         """
-        self.found.zero_()
+        self.totals.zero_()
         for _, parameter in self.parameters:
-            if id(parameter) in elsewhere:
-                self.found[1] = 1
+            if id(parameter) in misplaced:
+                self.totals[1] = 1
             elif parameter.grad is not None:
                 norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float64)
-                self.found[0] += (norm.square() / self.copies).to(self.found.device)
+                self.totals[0] += (norm.square() / self.copies).to(self.totals.device)
         if self.group is not None:
-            transport.all_reduce(self.found, group=self.group).wait()
+            transport.all_reduce(self.totals, group=self.group).wait()
 
 
-def _by_ranks(named: Iterable[tuple[str, Tensor]]) -> list[_Held]:
+def _by_ranks(named: Iterable[tuple[str, Tensor]]) -> list[_ParameterGroup]:
     """Group the parameters by ranks and copies, sorted so that all ranks run their collectives in the same order."""
     keys: dict[Hashable, tuple[Group | None, int]] = {}
-    held: dict[tuple[Group | None, int], _Held] = {}
+    groups: dict[tuple[Group | None, int], _ParameterGroup] = {}
     for name, parameter in named:
         key = same_group(parameter)
         if key not in keys:
             layout = layout_of(parameter, name=name)
             keys[key] = layout.group, 1 if isinstance(layout, FlatLayout) else layout.num_replicas
-        where = keys[key]
-        if where not in held:
-            found = torch.zeros(2, dtype=torch.float64, device=parameter.device)
-            held[where] = _Held(group=where[0], copies=where[1], parameters=[], found=found)
-        held[where].parameters.append((name, parameter))
-    return sorted(held.values(), key=lambda each: (() if each.group is None else each.group.ranks, each.copies))
+        ranks, copies = keys[key]
+        if (ranks, copies) not in groups:
+            totals = torch.zeros(2, dtype=torch.float64, device=parameter.device)
+            groups[ranks, copies] = _ParameterGroup(group=ranks, copies=copies, parameters=[], totals=totals)
+        groups[ranks, copies].parameters.append((name, parameter))
+    return sorted(groups.values(), key=lambda item: (() if item.group is None else item.group.ranks, item.copies))

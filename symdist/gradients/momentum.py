@@ -87,9 +87,9 @@ def adamw_step(
         weight_decay: The decoupled weight decay: a step subtracts `lr · weight_decay` times the weight.
     """
     device = weights[0].device.type
-    # The fused kernels go through memory in order. On a slice, they would also update the memory between its rows, and
-    # they would pair a weight with the wrong elements of a gradient with other strides. Such tensors are copied first.
-    given, weights = weights, [w if _dense(w) else torch.empty_like(w).copy_(w) for w in weights]
+    # The fused kernels go through memory in order. On a slice, they would also update the memory between its rows. If a
+    # gradient has other strides than its weight, they would pair the wrong elements. Such tensors are copied first.
+    originals, weights = weights, [w if _dense(w) else torch.empty_like(w).copy_(w) for w in weights]
     gradients = [
         gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
         for weight, gradient in zip(weights, gradients, strict=True)
@@ -111,9 +111,9 @@ def adamw_step(
         eps=eps,
         maximize=False,
     )
-    for weight, stepped in zip(given, weights, strict=True):
-        if weight is not stepped:
-            weight.copy_(stepped)
+    for original, weight in zip(originals, weights, strict=True):
+        if original is not weight:
+            original.copy_(weight)
 
 
 def _dense(tensor: Tensor) -> bool:
@@ -142,6 +142,11 @@ def advance(
 
     Returns:
         One direction per piece; see `ema`, `heavy_ball` and `adam`.
+
+    Example:
+        >>> state, gradient = {"momentum": torch.zeros(3)}, torch.ones(3)
+        >>> advance("heavy_ball", [state], [gradient], {"momentum": 0.9, "nesterov": False})
+        [tensor([1., 1., 1.])]
     """
     if accumulator == "ema":
         return ema(states, gradients, momentum=options["momentum"])

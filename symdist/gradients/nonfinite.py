@@ -67,12 +67,11 @@ def ranks_that_agree(
     if not groups:
         return None
     largest = max(groups, key=lambda group: (group.size, group.ranks))
-    strays = [group for group in groups if not set(group.ranks) <= set(largest.ranks)]
-    if strays:
+    outside = [group for group in groups if not set(group.ranks) <= set(largest.ranks)]
+    if outside:
         raise ValueError(
-            f"parameters lie on unrelated meshes, of ranks {largest.ranks} and {strays[0].ranks}; give "
-            "process_group=, the "
-            "ranks that train this model"
+            f"some parameters are on ranks {largest.ranks} and others on ranks {outside[0].ranks}; pass the process "
+            "group or device mesh of all ranks that train this model as process_group="
         )
     return largest
 
@@ -82,7 +81,7 @@ def agree(
     world: Group | None,
     *,
     elsewhere: bool,
-    some: bool,
+    has_gradient: bool,
     transport: Transport,
 ) -> Agreed:
     """Combine what each rank of `world` knows about its gradients.
@@ -93,18 +92,20 @@ def agree(
         gradients: This rank's local gradients, except those whose placements differ from their weights'.
         world: The ranks that must agree; None if this rank trains alone.
         elsewhere: Whether this rank has gradients whose placements differ from their weights'.
-        some: Whether this rank has any gradient.
+        has_gradient: Whether this rank has any gradient.
         transport: The transport that runs the all-reduce.
 
     Returns:
         The combined knowledge, the same on all ranks.
     """
     device = gradients[0].device if gradients else torch.device("cpu")
-    flags = torch.stack([~_all_finite(gradients, device), *torch.tensor([elsewhere, some], device=device)]).float()
+    flags = torch.stack(
+        [~_all_finite(gradients, device), *torch.tensor([elsewhere, has_gradient], device=device)]
+    ).float()
     if world is not None and world.size > 1:
         transport.all_reduce(flags, group=world).wait()
-    broken, away, given = flags.tolist()
-    return Agreed(finite=not broken, elsewhere=bool(away), any=bool(given))
+    broken, misplaced, present = flags.tolist()
+    return Agreed(finite=not broken, elsewhere=bool(misplaced), any=bool(present))
 
 
 def zeroed(gradient: Tensor) -> Tensor:
@@ -124,11 +125,12 @@ def not_finite_error(gradients: Sequence[Tensor], names: Sequence[str]) -> Float
     Returns:
         The error; it is not raised here.
     """
-    here = [name for name, each in zip(names, gradients, strict=True) if not bool((each.abs() <= _largest(each)).all())]
-    where = f"of {', '.join(here[:5])}{' and others' if len(here) > 5 else ''}" if here else "held by another rank"
+    bad = [name for name, grad in zip(names, gradients, strict=True) if not bool((grad.abs() <= _largest(grad)).all())]
+    place = f"of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}" if bad else "held by another rank"
     return FloatingPointError(
-        f"a gradient {where} is not finite; no weight was changed. Numbers beyond {_LARGEST:.0e} count as such. "
-        "nonfinite='skip' leaves such steps out, nonfinite='zero' drops the elements"
+        f"a gradient {place} is not finite; no weight was changed. Not finite means inf, NaN or larger than "
+        f"{_LARGEST:.0e} ({_LARGEST_FLOAT64:.0e} in float64). Pass nonfinite='skip' to skip such "
+        "steps, or nonfinite='zero' to set these elements to zero"
     )
 
 
@@ -146,12 +148,12 @@ def _all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     for gradient in gradients:
         if gradient.numel():
             by_limit.setdefault(_largest(gradient), []).append(gradient)
-    fine = torch.ones((), dtype=torch.bool, device=device)
-    for limit, held in by_limit.items():
+    finite = torch.ones((), dtype=torch.bool, device=device)
+    for limit, members in by_limit.items():
         # The 2-norm is the faster test, but the squares of finite numbers can overflow. Then the max-norm decides.
-        if not bool(_norms(held, 2, device) <= limit):
-            fine = fine & (_norms(held, float("inf"), device) <= limit)
-    return fine
+        if not bool(_norms(members, 2, device) <= limit):
+            finite = finite & (_norms(members, float("inf"), device) <= limit)
+    return finite
 
 
 def _norms(gradients: list[Tensor], order: float, device: torch.device) -> Tensor:

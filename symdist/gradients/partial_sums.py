@@ -30,19 +30,19 @@ def bring_home(parameters: Iterable[Named]) -> list[Named]:
         ValueError: Naming the parameter, if its gradient lies on another set of ranks or its placements are not
             supported.
     """
-    elsewhere: list[Named] = []
+    misplaced: list[Named] = []
     for name, parameter in parameters:
         gradient = parameter.grad
-        if not isinstance(parameter, DTensor) or not isinstance(gradient, DTensor) or _as_weight(parameter, gradient):
+        if not isinstance(parameter, DTensor) or not isinstance(gradient, DTensor) or _matches(parameter, gradient):
             continue
-        found = _layout_of_gradient(name, parameter, gradient)
-        here = gradient.to_local()
-        piece = None if _parts(gradient) else _within(dtensor_layout(parameter, name=name), found, here)
+        layout = _layout_of_gradient(name, parameter, gradient)
+        shard = gradient.to_local()
+        piece = None if _is_partial(gradient) else _within(dtensor_layout(parameter, name=name), layout, shard)
         if piece is None:
-            elsewhere.append((name, parameter))
+            misplaced.append((name, parameter))
         else:
             parameter.grad = _placed(piece, parameter)
-    return elsewhere
+    return misplaced
 
 
 def sum_up(parameters: Iterable[Named], *, transport: Transport) -> None:
@@ -73,95 +73,101 @@ def sum_up(parameters: Iterable[Named], *, transport: Transport) -> None:
 
 
 def _sum_up(parameters: Sequence[tuple[str, DTensor]], group: Group, transport: Transport) -> None:
-    flags = [float(_elsewhere(parameter)) for _, parameter in parameters]
-    anywhere = torch.tensor(flags, device=parameters[0][1].device)
-    transport.all_reduce(anywhere, group=group).wait()
+    flags = [float(_is_misplaced(parameter)) for _, parameter in parameters]
+    on_any_rank = torch.tensor(flags, device=parameters[0][1].device)
+    transport.all_reduce(on_any_rank, group=group).wait()
     by_dtype: dict[torch.dtype, list[tuple[str, DTensor]]] = {}
-    for (name, parameter), flag in zip(parameters, anywhere.tolist(), strict=True):
+    for (name, parameter), flag in zip(parameters, on_any_rank.tolist(), strict=True):
         if flag:
             by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
-    for dtype, alike in by_dtype.items():
-        buffer = torch.cat([_share(name, parameter).to(dtype).reshape(-1) for name, parameter in alike])
+    for dtype, members in by_dtype.items():
+        buffer = torch.cat([_contribution(name, parameter).to(dtype).reshape(-1) for name, parameter in members])
         transport.all_reduce(buffer, group=group).wait()
-        for (name, parameter), total in zip(alike, buffer.split([p.numel() for _, p in alike]), strict=True):
+        for (name, parameter), total in zip(members, buffer.split([p.numel() for _, p in members]), strict=True):
             # Copy the piece, so that it does not keep the full-size buffer alive.
             piece = dtensor_layout(parameter, name=name).piece(total.view(parameter.shape)).clone()
             parameter.grad = _placed(piece, parameter)
 
 
-def _as_weight(parameter: DTensor, gradient: DTensor) -> bool:
+def _matches(parameter: DTensor, gradient: DTensor) -> bool:
+    """Return whether a gradient is placed like its weight."""
     return gradient.placements == parameter.placements and gradient.device_mesh == parameter.device_mesh
 
 
-def _elsewhere(parameter: DTensor) -> bool:
+def _is_misplaced(parameter: DTensor) -> bool:
     gradient = parameter.grad
-    return isinstance(gradient, DTensor) and not _as_weight(parameter, gradient)
+    return isinstance(gradient, DTensor) and not _matches(parameter, gradient)
 
 
-def _parts(gradient: DTensor) -> bool:
+def _is_partial(gradient: DTensor) -> bool:
     sizes = gradient.device_mesh.mesh.shape
     return any(isinstance(p, Partial) and size > 1 for p, size in zip(gradient.placements, sizes, strict=True))
 
 
 def _layout_of_gradient(name: str, parameter: DTensor, gradient: DTensor) -> Layout:
     shape = tuple(parameter.shape)
-    found = placed_layout(gradient.device_mesh, gradient.placements, shape, name=f"the gradient of {name}", parts=True)
+    layout = placed_layout(gradient.device_mesh, gradient.placements, shape, name=f"the gradient of {name}", parts=True)
     weight = dtensor_layout(parameter, name=name)
-    mine, theirs = (None if group is None else set(group.ranks) for group in (weight.group, found.group))
-    if mine != theirs:
+    weight_ranks, gradient_ranks = (
+        None if group is None else set(group.ranks) for group in (weight.group, layout.group)
+    )
+    if weight_ranks != gradient_ranks:
         raise ValueError(
-            f"{name}: its gradient lies on ranks {sorted(theirs or ())}, the weight on {sorted(mine or ())}; "
-            "redistribute the gradient to the mesh of the weight before the step"
+            f"{name}: its gradient lies on ranks {sorted(gradient_ranks or ())}, the weight on ranks "
+            f"{sorted(weight_ranks or ())}; redistribute the gradient to the mesh of the weight before the step"
         )
-    return found
+    return layout
 
 
-def _within(weight: Layout, found: Layout, here: Tensor) -> Tensor | None:
+def _within(weight: Layout, gradient: Layout, shard: Tensor) -> Tensor | None:
     """Cut the weight's local piece out of the local gradient.
 
     Returns:
         The piece, or None if on any rank the local gradient does not contain the rank's whole piece of the weight.
     """
-    if not found.splits:
-        return weight.piece(here)
-    if found.interleaved != weight.interleaved or not all(map(_covers, found.boxes, weight.boxes)):
+    if not gradient.splits:
+        return weight.piece(shard)
+    if gradient.interleaved != weight.interleaved or not all(map(_covers, gradient.boxes, weight.boxes)):
         # This tests the pieces of all ranks, so that all ranks decide alike.
         return None
-    return here[tuple(slice(b.start - a.start, b.stop - a.start) for a, b in zip(found.box, weight.box, strict=True))]
+    return shard[
+        tuple(slice(b.start - a.start, b.stop - a.start) for a, b in zip(gradient.box, weight.box, strict=True))
+    ]
 
 
-def _covers(box: Box, wanted: Box) -> bool:
-    return all(a.start <= b.start and b.stop <= a.stop for a, b in zip(box, wanted, strict=True))
+def _covers(box: Box, inner: Box) -> bool:
+    return all(a.start <= b.start and b.stop <= a.stop for a, b in zip(box, inner, strict=True))
 
 
-def _share(name: str, parameter: DTensor) -> Tensor:
+def _contribution(name: str, parameter: DTensor) -> Tensor:
     """Compute this rank's contribution to the sum of a gradient.
 
     Returns:
         The local gradient, in the full shape, divided by the number of ranks that contribute the same elements.
     """
     gradient = parameter.grad
-    share = parameter.to_local().new_zeros(tuple(parameter.shape))
+    contribution = parameter.to_local().new_zeros(tuple(parameter.shape))
     if gradient is None:
-        return share
+        return contribution
     assert isinstance(gradient, DTensor)
-    found = _layout_of_gradient(name, parameter, gradient)
-    if found.interleaved:
+    layout = _layout_of_gradient(name, parameter, gradient)
+    if layout.interleaved:
         raise ValueError(
-            f"{name}: its gradient is placed {gradient.placements}, the weight {parameter.placements}; redistribute "
-            "the gradient to the placements of the weight before the step"
+            f"{name}: symdist cannot redistribute its gradient, with placements {gradient.placements}, to the weight's "
+            f"placements {parameter.placements}; redistribute the gradient before the step"
         )
     copies = 1
     for placement, size in zip(gradient.placements, gradient.device_mesh.mesh.shape, strict=True):
         if isinstance(placement, Partial) and placement.reduce_op not in ("sum", "avg"):
             raise ValueError(
-                f"{name}: its gradient is placed {gradient.placements}; only sums and means can be added up"
+                f"{name}: its gradient has placements {gradient.placements}; symdist supports only Partial placements "
+                "with reduce_op 'sum' or 'avg'"
             )
         # Along a replicated axis, all ranks add the same elements. Along the axis of a mean, the sum must be averaged.
         averaged = isinstance(placement, Partial) and placement.reduce_op == "avg"
         copies *= size if averaged or isinstance(placement, Replicate) else 1
-    share[tuple(slice(side.start, side.stop) for side in found.box)] = gradient.to_local() / copies
-    return share
+    contribution[tuple(slice(side.start, side.stop) for side in layout.box)] = gradient.to_local() / copies
+    return contribution
 
 
 def _placed(piece: Tensor, parameter: DTensor) -> DTensor:

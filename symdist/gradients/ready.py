@@ -9,7 +9,7 @@ from symdist.exchange import StepProgress, Transport
 from symdist.gradients.nonfinite import NonFinite, agree, not_finite_error, zeroed
 from symdist.gradients.partial_sums import bring_home, sum_up
 from symdist.layouts import Group, local
-from symdist.param_groups import ParamSpec
+from symdist.param_specs import ParamSpec
 
 
 def ready_gradients(
@@ -42,24 +42,24 @@ def ready_gradients(
         ValueError: If a gradient cannot be used (see `gradient_of`) or cannot be redistributed to its weight's
             placements, or if no rank has a gradient although `expected` is set.
     """
-    moving = [(spec.name, spec.parameter) for spec in specs if spec.parameter.requires_grad]
-    some = any(parameter.grad is not None for _, parameter in moving)
-    away = {id(parameter) for _, parameter in bring_home(moving)}
-    gradients = [gradient_of(spec) for spec in specs if id(spec.parameter) not in away]
+    trainable = [(spec.name, spec.parameter) for spec in specs if spec.parameter.requires_grad]
+    has_gradient = any(parameter.grad is not None for _, parameter in trainable)
+    misplaced = {id(parameter) for _, parameter in bring_home(trainable)}
+    gradients = [gradient_of(spec) for spec in specs if id(spec.parameter) not in misplaced]
     progress.before = "agreeing on whether gradients are finite"
-    agreed = agree(gradients, peers, elsewhere=bool(away), some=some, transport=transport)
-    if expected and not agreed.any and moving:
+    agreed = agree(gradients, peers, elsewhere=bool(misplaced), has_gradient=has_gradient, transport=transport)
+    if expected and not agreed.any and trainable:
         raise ValueError(
-            "no parameter of any rank has a gradient in the first step: was the optimizer built before the model "
-            "was sharded (fully_shard, prepare), or of another model? Build it afterwards, with "
-            "symdist.build_optimizer(model, recipe)"
+            "no parameter on any rank has a gradient in the first step. Either step() ran before backward(), or the "
+            "optimizer was built for another model or before the model was sharded (fully_shard, prepare); build it "
+            "after sharding, with symdist.build_optimizer(model, recipe)"
         )
     if agreed.elsewhere:
-        progress.before = "putting together gradients that lie otherwise than their weights"
-        sum_up(moving, transport=transport)
+        progress.before = "summing gradients whose placements differ from their weights'"
+        sum_up(trainable, transport=transport)
         gradients = [gradient_of(spec) for spec in specs]
         progress.before = "agreeing on whether gradients are finite"
-        agreed = agree(gradients, peers, elsewhere=False, some=some, transport=transport)
+        agreed = agree(gradients, peers, elsewhere=False, has_gradient=has_gradient, transport=transport)
     progress.before = ""
     if nonfinite == "zero":
         return [zeroed(gradient) for gradient in gradients]
@@ -85,12 +85,12 @@ def gradient_of(spec: ParamSpec) -> Tensor:
         return torch.zeros_like(local(spec.parameter))
     if gradient.is_sparse:
         raise ValueError(f"{spec.name} has a sparse gradient; build its embedding with sparse=False")
-    mine, theirs = getattr(spec.parameter, "placements", None), getattr(gradient, "placements", None)
-    here = local(gradient)
-    if mine != theirs or tuple(here.shape) != spec.layout.local_shape:
+    placements, gradient_placements = getattr(spec.parameter, "placements", None), getattr(gradient, "placements", None)
+    piece = local(gradient)
+    if placements != gradient_placements or tuple(piece.shape) != spec.layout.local_shape:
         raise ValueError(
-            f"{spec.name}: this rank's gradient has shape {tuple(here.shape)} and placements {theirs}, its weight "
-            f"{spec.layout.local_shape} and {mine}; gradients must be reduced and placed like their weights before "
-            "the step"
+            f"{spec.name}: this rank's gradient has shape {tuple(piece.shape)} and placements {gradient_placements}, "
+            f"its weight {spec.layout.local_shape} and {placements}; reduce the gradient and give it the placements of "
+            "the weight before the step"
         )
-    return here
+    return piece

@@ -45,11 +45,17 @@ def layout_of(tensor: Tensor, *, name: str, replicas: Group | None = None) -> La
 
     Raises:
         ValueError: If symdist does not support the tensor's type or its layout.
+
+    Example:
+        >>> layout_of(torch.empty(6, 4), name="weight").local_shape
+        (6, 4)
     """
     if isinstance(tensor, DTensor):
         return dtensor_layout(tensor, name=name)
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise ValueError(f"{name} is a {type(tensor).__name__}; symdist takes plain tensors and DTensors")
+        raise ValueError(
+            f"{name} is a {type(tensor).__name__}, which symdist does not support; make it a plain tensor or a DTensor"
+        )
     if is_flattened(tensor):
         return fsdp1_layout(tensor, name=name)
     return whole_layout(tensor, replicas=replicas)

@@ -30,8 +30,9 @@ def dtensor_layout(tensor: DTensor, *, name: str) -> Layout:
     local = tuple(tensor.to_local().shape)
     if local != layout.local_shape:
         raise ValueError(
-            f"{name}: this rank holds {local} of {layout.shape} where placements {tensor.placements} give "
-            f"{layout.local_shape}; re-shard it with torch.distributed.tensor.distribute_tensor"
+            f"{name}: this rank's piece of the tensor {layout.shape} has shape {local}, but by the placements "
+            f"{tensor.placements} it must be {layout.local_shape}; re-shard it with "
+            "torch.distributed.tensor.distribute_tensor"
         )
     return layout
 
@@ -64,12 +65,12 @@ def placed_layout(
         ValueError: If a placement is not supported, or the stretches of a strided shard do not divide evenly. All ranks
             of the mesh raise alike.
     """
-    known = (Replicate, Shard, _StridedShard, *((Partial,) if parts else ()))
-    strange = [placement for placement in placements if type(placement) not in known]
-    if strange:
+    supported = (Replicate, Shard, _StridedShard, *((Partial,) if parts else ()))
+    unsupported = [placement for placement in placements if type(placement) not in supported]
+    if unsupported:
         raise ValueError(
-            f"{name}: placements {tuple(placements)} are not supported, because of {strange[0]}; symdist takes "
-            "Replicate, Shard and strided shards"
+            f"{name}: placements {tuple(placements)} contain {unsupported[0]}, which symdist does not support; "
+            "redistribute the tensor to Replicate, Shard or strided shards"
         )
     sizes = tuple(mesh.mesh.shape)
     # An axis of size one has no effect. Without it, layouts that mean the same compare equal.
@@ -108,7 +109,7 @@ def peers(tensor: DTensor) -> Group:
 
 
 def mesh_group(mesh: DeviceMesh) -> Group:
-    """Return all ranks of a mesh."""
+    """Return the group of all ranks of a mesh."""
     return _grid(mesh, list(range(mesh.ndim))).group(range(mesh.ndim))
 
 
@@ -129,13 +130,13 @@ def _order_of_cuts(
 ) -> list[int]:
     """Return the mesh axes that cut a dimension, in the order in which they cut it."""
     order: list[int] = []
-    right = 1
+    right = 1  # The number of pieces that the axes to the right make.
     for axis in reversed(cutting):
         factor = _split_factor(placements[axis])
         if order and factor not in (1, right):
             raise ValueError(
-                f"{name}: placements {tuple(placements)} are not supported: {placements[axis]} is strided by "
-                f"{factor} where the axes to its right make {right} pieces"
+                f"{name}: placements {tuple(placements)} are not supported: {placements[axis]} has split_factor "
+                f"{factor}, but the mesh axes to its right cut the dimension into {right} pieces; the two must be equal"
             )
         if order and factor != 1:
             order.append(axis)
@@ -152,8 +153,8 @@ def _split_factor(placement: Placement) -> int:
 def _interleaving(dim: int, size: int, placement: Any, ranks: int, *, name: str) -> Interleaving:
     if size % (placement.split_factor * ranks):
         raise ValueError(
-            f"{name}: {size} of dimension {dim} do not divide into {placement.split_factor} parts for {ranks} ranks, "
-            f"as {placement} wants; choose a tensor parallel size that divides them"
+            f"{name}: dimension {dim}, of size {size}, does not divide evenly into {placement.split_factor} parts for "
+            f"{ranks} ranks, as {placement} requires; choose another tensor parallel size"
         )
     return Interleaving(dim=dim, parts=placement.split_factor, ranks=ranks)
 
@@ -173,13 +174,14 @@ def _ranges(size: int, counts: tuple[int, ...], order: tuple[int, ...]) -> tuple
     blocks: dict[tuple[int, ...], tuple[int, int]] = {(): (0, size)}
     for axis in order:
         blocks = {
-            (*at, i): chunk
-            for at, (start, stop) in blocks.items()
+            (*coordinate, i): chunk
+            for coordinate, (start, stop) in blocks.items()
             for i, chunk in enumerate(_chunks(start, stop, counts[axis]))
         }
-    # Here the coordinates follow the order of cutting. Bring them into the order of the axes.
+    # So far the coordinates are in the order of cutting. Bring them into the order of the axes.
     inverse = [order.index(axis) for axis in range(len(order))]
-    return tuple(block for _, block in sorted((tuple(at[i] for i in inverse), block) for at, block in blocks.items()))
+    by_axes = ((tuple(coordinate[i] for i in inverse), block) for coordinate, block in blocks.items())
+    return tuple(block for _, block in sorted(by_axes))
 
 
 def _chunks(start: int, stop: int, parts: int) -> list[tuple[int, int]]:

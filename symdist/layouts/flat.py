@@ -32,6 +32,16 @@ class FlatLayout:
         column_blocks: The widths of the column blocks of a matrix that was cut by columns first, as tensor parallelism
             does. Its elements are then ordered block after block, in row-major order within each block. Empty (default)
             means that the matrix was not cut by columns.
+
+    Raises:
+        ValueError: If the attributes contradict each other.
+
+    Example:
+        Rank 0 holds the first 5 elements of a `[2, 4]` matrix, rank 1 the other 3:
+
+            layout = FlatLayout(shape=(2, 4), group=Group(ranks=(0, 1), index=0), bounds=(0, 5, 8))
+            layout.local_shape  # (5,)
+            layout.by_rows().local_shape  # (2, 4): rank 0 holds the first element of both rows
     """
 
     shape: tuple[int, ...]
@@ -41,15 +51,24 @@ class FlatLayout:
     column_blocks: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        rising = all(low <= high for low, high in itertools.pairwise(self.bounds))
-        if len(self.bounds) != self.group.size + 1 or not rising:
-            raise ValueError(f"bounds {self.bounds} are not {self.group.size + 1} rising offsets")
+        ascending = all(low <= high for low, high in itertools.pairwise(self.bounds))
+        if len(self.bounds) != self.group.size + 1 or not ascending:
+            raise ValueError(
+                f"bounds {self.bounds} must be {self.group.size + 1} offsets in ascending order, for the "
+                f"{self.group.size} ranks of the group"
+            )
         if self.bounds[0] != 0 or self.bounds[-1] != math.prod(self.shape):
-            raise ValueError(f"bounds {self.bounds} do not cover the {math.prod(self.shape)} elements of {self.shape}")
+            raise ValueError(
+                f"bounds {self.bounds} must run from 0 to {math.prod(self.shape)}, the number of elements of shape "
+                f"{self.shape}"
+            )
         if self.rank_order and sorted(self.rank_order) != list(range(self.group.size)):
-            raise ValueError(f"rank_order {self.rank_order} is not one of {self.group.size} ranks")
+            raise ValueError(f"rank_order {self.rank_order} must contain each rank 0 to {self.group.size - 1} once")
         if self.column_blocks and (len(self.shape) != 2 or sum(self.column_blocks) != self.shape[1]):
-            raise ValueError(f"blocks of {self.column_blocks} columns do not make up a matrix of {self.shape}")
+            raise ValueError(
+                f"column_blocks {self.column_blocks} must add up to the number of columns of a matrix; the shape is "
+                f"{self.shape}"
+            )
 
     def size_at(self, rank: int) -> int:
         """Return how many elements a rank holds.
@@ -60,8 +79,8 @@ class FlatLayout:
         Returns:
             The number of elements.
         """
-        place = self.rank_order.index(rank) if self.rank_order else rank
-        return self.bounds[place + 1] - self.bounds[place]
+        index = self.rank_order.index(rank) if self.rank_order else rank
+        return self.bounds[index + 1] - self.bounds[index]
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -71,8 +90,8 @@ class FlatLayout:
     @property
     def mine(self) -> tuple[int, int]:
         """The offsets at which this rank's range starts and stops."""
-        place = self.rank_order.index(self.group.index) if self.rank_order else self.group.index
-        return self.bounds[place], self.bounds[place + 1]
+        index = self.rank_order.index(self.group.index) if self.rank_order else self.group.index
+        return self.bounds[index], self.bounds[index + 1]
 
     @property
     def width(self) -> int:
@@ -192,6 +211,10 @@ def flat_vector(sizes: list[int], *, ranks: int, align: int = 1) -> list[tuple[i
 
     Returns:
         The bounds of each tensor, see `FlatLayout`.
+
+    Example:
+        >>> flat_vector([6, 4], ranks=2)
+        [(0, 5, 6), (0, 0, 4)]
     """
     part = -(-sum(sizes) // (ranks * align)) * align
     return [flat_bounds(start, size, part=part, ranks=ranks) for start, size in zip(_starts(sizes), sizes, strict=True)]

@@ -39,8 +39,8 @@ def read_units(model: nn.Module) -> None:
             continue
         if not handle._use_orig_params:
             raise ValueError(
-                f"FullyShardedDataParallel {name or 'at the root'!r} has made one flat parameter of all its weights, "
-                "of which nothing tells the matrices; wrap the model with use_orig_params=True"
+                f"FullyShardedDataParallel module {name or '(root)'!r} replaced its weights by one flat parameter, in "
+                "which symdist cannot find the matrices; wrap the model with use_orig_params=True"
             )
         for parameter, layout in _of_unit(handle):
             _LAYOUTS[parameter] = layout
@@ -66,13 +66,13 @@ def fsdp1_layout(tensor: Tensor, *, name: str) -> Layout | FlatLayout:
     """
     if getattr(tensor, "_is_flat_param", False):
         raise ValueError(
-            f"{name} is the flat parameter of a FullyShardedDataParallel unit, of which nothing tells the matrices; "
-            f"wrap the model with use_orig_params=True, then {_REMEDY}"
+            f"{name} is the flat parameter of a FullyShardedDataParallel unit, in which symdist cannot find the "
+            f"matrices; wrap the model with use_orig_params=True, then {_REMEDY}"
         )
     layout = _LAYOUTS.get(tensor)
     if layout is None:
         raise ValueError(
-            f"{name} is a piece of a parameter of FullyShardedDataParallel, and does not tell of which; {_REMEDY}"
+            f"{name} is a piece of a parameter in a FullyShardedDataParallel unit that symdist has not read; {_REMEDY}"
         )
     return layout
 
@@ -95,8 +95,8 @@ def _of_unit(handle: Any) -> Iterator[tuple[nn.Parameter, Layout | FlatLayout]]:
     for name, contiguous in zip(flat._fqns, flat._contiguities, strict=True):
         if not contiguous:
             raise ValueError(
-                f"{name} lies transposed, or with gaps, in its FullyShardedDataParallel unit; make it contiguous "
-                "before wrapping the model"
+                f"{name} was not contiguous when FullyShardedDataParallel wrapped it; call .contiguous() on it before "
+                "wrapping the model"
             )
     part = int(flat._sharded_size.numel())
     # The list of lengths also includes the padding between parameters.

@@ -43,6 +43,13 @@ class Grid:
         position: The index of this rank in `ranks`.
         handles: For each axis, the process group along that axis that contains this rank; empty (default) where these
             are not known.
+
+    Example:
+        >>> grid = Grid(sizes=(2, 3), ranks=(0, 1, 2, 3, 4, 5), position=4)
+        >>> grid.coordinate(grid.position)
+        (1, 1)
+        >>> grid.group([1]).ranks
+        (3, 4, 5)
     """
 
     sizes: tuple[int, ...]
@@ -73,11 +80,11 @@ class Grid:
         Returns:
             The coordinate along every axis.
         """
-        found = []
+        coordinates = []
         for size in reversed(self.sizes):
-            position, along = divmod(position, size)
-            found.append(along)
-        return tuple(reversed(found))
+            position, coordinate = divmod(position, size)
+            coordinates.append(coordinate)
+        return tuple(reversed(coordinates))
 
     @functools.cached_property
     def _coordinates(self) -> list[tuple[int, ...]]:
@@ -97,13 +104,13 @@ class Grid:
         Returns:
             The group of these ranks, which includes this rank.
         """
-        here = self.coordinate(self.position)
+        local_coordinate = self.coordinate(self.position)
         fixed = [axis for axis in range(len(self.sizes)) if axis not in axes]
         ranks = tuple(
             sorted(
                 rank
-                for rank, there in zip(self.ranks, self._coordinates, strict=True)
-                if all(there[axis] == here[axis] for axis in fixed)
+                for rank, coordinate in zip(self.ranks, self._coordinates, strict=True)
+                if all(coordinate[axis] == local_coordinate[axis] for axis in fixed)
             )
         )
         handles = tuple(self.handles[axis] for axis in axes) if self.handles else ()

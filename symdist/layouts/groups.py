@@ -9,7 +9,7 @@ from symdist.layouts.dtensor import mesh_group
 from symdist.layouts.grid import Group
 
 Ranks: TypeAlias = dist.ProcessGroup | DeviceMesh
-"""What a user can pass where an option names ranks."""
+"""The value of an option that names ranks."""
 
 
 def group_of(option: str, ranks: Ranks | None) -> Group | None:
@@ -35,18 +35,22 @@ def group_from(ranks: Any) -> Group:
     """Return the group of the ranks of a process group or device mesh.
 
     Args:
-        ranks: A `ProcessGroup`, or a `DeviceMesh`, all of whose ranks are taken. This rank must be one of them.
+        ranks: A `ProcessGroup`, or a `DeviceMesh`, which stands for all its ranks. This rank must be one of them.
 
     Returns:
         The group.
 
     Raises:
         TypeError: If `ranks` is neither a `ProcessGroup` nor a `DeviceMesh`.
+
+    Example:
+        >>> group_from(init_device_mesh("cuda", (8,))).size
+        8
     """
     if isinstance(ranks, DeviceMesh):
         return mesh_group(ranks)
     if not isinstance(ranks, dist.ProcessGroup):
-        raise TypeError(f"{ranks!r} is neither a ProcessGroup nor a DeviceMesh")
+        raise TypeError(f"{ranks!r} is neither a torch.distributed ProcessGroup nor a DeviceMesh")
     members = tuple(sorted(dist.get_process_group_ranks(ranks)))
     return Group(ranks=members, index=members.index(dist.get_rank()), handle=ranks, through=(ranks,))
 
@@ -63,7 +67,10 @@ def ascending(group: Any) -> Group:
     Raises:
         ValueError: If the ranks of the process group are not in ascending order.
     """
-    found = group_from(group)
-    if dist.get_process_group_ranks(group) != list(found.ranks):
-        raise ValueError(f"process group of ranks {dist.get_process_group_ranks(group)}: they must ascend")
-    return found
+    ranks = group_from(group)
+    if dist.get_process_group_ranks(group) != list(ranks.ranks):
+        raise ValueError(
+            f"the process group has ranks {dist.get_process_group_ranks(group)}, which are not in ascending order; "
+            "create it with torch.distributed.new_group(sorted(ranks))"
+        )
+    return ranks

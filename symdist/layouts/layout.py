@@ -162,8 +162,8 @@ class Layout:
         Returns:
             The piece; it is a view of `whole` unless a dimension is interleaved.
         """
-        for each in self.interleaved:
-            whole = each.applied(whole)
+        for interleaving in self.interleaved:
+            whole = interleaving.applied(whole)
         return whole[tuple(slice(side.start, side.stop) for side in self.box)]
 
     def _box(self, position: int) -> Box:
@@ -171,10 +171,10 @@ class Layout:
         for split in self.splits:
             assert self.grid is not None
             coordinate, sizes = self.grid.coordinate(position), self.grid.sizes
-            place = 0
+            index = 0
             for axis in split.axes:
-                place = place * sizes[axis] + coordinate[axis]
-            box[split.dim] = range(*split.ranges[place])
+                index = index * sizes[axis] + coordinate[axis]
+            box[split.dim] = range(*split.ranges[index])
         return tuple(box)
 
 
@@ -193,6 +193,10 @@ def cut_along(
 
     Returns:
         The layout, on a grid of one axis.
+
+    Example:
+        >>> cut_along((5, 2), dim=0, sizes=(3, 2), ranks=(0, 1), index=1).local_shape
+        (2, 2)
     """
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
     assert ends[-1] == shape[dim], "the blocks must cover the dimension"

@@ -9,17 +9,21 @@ from symdist.rules.requests import Asking
 def adamw(matrix: Matrix, *, centered: bool = False) -> Asking:
     """AdamW's update: the bias-corrected Adam direction.
 
-    The accumulator (options `betas` (0.9, 0.95) and `eps` 1e-8) has already formed that direction; the rule only
-    centres it where asked. Not equivariant under rotations: Adam works coordinate by coordinate. Moves nothing;
-    centred, one row of sums where the rows are split. Source: Loshchilov & Hutter, arXiv 1711.05101.
+    The accumulator (options `betas` (0.9, 0.95) and `eps` 1e-8) computes that direction; the rule only centres it if
+    `centered` is set. Not equivariant under rotations, because Adam treats every coordinate separately. It communicates
+    nothing, or with `centered` one row of sums if the rows are split over ranks.
+    Source: Loshchilov & Hutter, arXiv 1711.05101.
 
     Args:
-        matrix: The stack of matrices, `[b, m, n]` where unsharded; vectors come as `[b, m, 1]`.
-        centered: Whether to subtract the mean row; False by default. Turn it on for a router's bias: adding one number
-            to every logit leaves the routing unchanged, so the update should not move along that direction.
+        matrix: The stack of matrices, `[b, m, n]` where unsharded; vectors are `[b, m, 1]`.
+        centered: Whether to subtract the mean row; False by default. Set it for a router's bias: adding one number to
+            every logit does not change the routing, so the update should have no component in that direction.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [norm.weight], "rule": "adamw", "lr": 3e-4, "betas": (0.9, 0.95)}])
     """
     if centered:
         return (yield from center_rows(matrix, matrix.values))

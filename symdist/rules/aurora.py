@@ -41,37 +41,41 @@ def aurora(
     """Aurora, for tall matrices: `U = s·polar(D·M)`, with D chosen so that all rows of U have nearly the same length.
 
     D starts as `D_i = 1/‖M_i‖`, then `D_i ← D_i·(n/m / ‖U_i‖²)^β` is applied `iterations` − 1 times. The rows of U
-    approach √(n/m), the one length they can all have, while U stays a polar factor. A square or wide matrix gets Muon's
-    update, whose rows already have length 1. M and s are Muon's.
+    approach √(n/m), the only length that all rows of a polar factor can have. A square or wide matrix gets Muon's
+    update, whose rows already have length 1. M and s are the same as for Muon.
 
-    Equivariant under row permutations and column rotations. Moves `iterations` Grams and computes the root of each.
+    Equivariant under row permutations and column rotations. It computes `iterations` Gram roots and, if the matrix is
+    split, communicates as many Grams.
     Source: Dewulf et al., Aurora, arXiv 2606.27715.
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
-        iterations: Number of polar factors computed in all; 2 by default, at least 1. More bring the row lengths closer
-            together and cost one Gram and root each; 1 is Muon on rows scaled to length one.
-        beta: The power β of each correction, in (0, 1]; 0.5 by default. Smaller values correct more gently.
+        iterations: The number of polar factors computed; 2 by default, at least 1. Each further one brings the row
+            lengths closer together and costs one Gram and its root. 1 is Muon on rows scaled to length one.
+        beta: The power β of each correction, in (0, 1]; 0.5 by default. Smaller values change D less per iteration.
         adjust_lr: The factor s: "spectral" (default) √max(1, m/n); "match_rms_adamw" 0.2·√max(m, n), which gives
-            updates of AdamW's size, so that its learning rates can be kept; or "none", 1.
+            updates about the root mean square of AdamW's, so that AdamW's learning rates can be reused; or "none", 1.
         method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
             "exact", an eigendecomposition in float64, for tests and small matrices.
-        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". More steps bring smaller singular values to one.
-        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default. Raise it for
-            matrices of low rank whose noise should not be amplified.
+        ns_steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15
+            for "newton_schulz". More steps bring smaller singular values closer to one.
+        damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default.
+            Increase it for matrices of low rank, so that their noise is not amplified.
         precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
-            matrix itself, as Muon is usually run on accelerators; a matrix that is split then always goes to an owner,
-            and neither "exact" nor damping is available.
+            matrix itself, which is how Muon usually runs on accelerators. Split matrices are then always sent to
+            owners, and `method` "exact" and `damping` are not available.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [mlp.up.weight], "rule": "aurora", "lr": 0.02}])
     """
     polar = partial(
         muon_polar, matrix, side="auto", method=method, ns_steps=ns_steps, damping=damping, precision=precision
     )
-    # Squared row lengths of a polar factor below this are rounding, which must not be scaled up.
-    least = (torch.finfo(matrix.values.dtype).eps ** 2) * matrix.columns / matrix.rows
+    # Squared row lengths of a polar factor below this are rounding errors and must not be scaled up.
+    smallest = (torch.finfo(matrix.values.dtype).eps ** 2) * matrix.columns / matrix.rows
     if matrix.rows <= matrix.columns:
         u = yield from polar(matrix.values)
         return u * lr_adjustment(matrix, adjust_lr)
@@ -79,7 +83,7 @@ def aurora(
     u = yield from polar(x, unit_scale=True)
     for _ in range(iterations - 1):
         squares = yield Sum(values=u.square().sum(-1, keepdim=True), across="columns")
-        wanted = matrix.columns / matrix.rows / torch.where(squares > least, squares, matrix.columns / matrix.rows)
-        x = x * wanted**beta
+        ratio = matrix.columns / matrix.rows / torch.where(squares > smallest, squares, matrix.columns / matrix.rows)
+        x = x * ratio**beta
         u = yield from polar(x, unit_scale=True)
     return u * lr_adjustment(matrix, adjust_lr)

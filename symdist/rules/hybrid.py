@@ -19,7 +19,7 @@ def _check(options: Mapping[str, Any]) -> None:
     check_scale(options)
     if options["order"] == "polar_then_row" and options["alpha"] is not None:
         raise ValueError(
-            "alpha has no effect with order='polar_then_row' (the row norms divide it out); "
+            "alpha has no effect with order='polar_then_row' (the row normalisation cancels it); "
             "remove alpha or use order='row_then_polar'"
         )
 
@@ -40,31 +40,35 @@ def hybrid(
 ) -> Asking:
     """Row normalisation and the polar map in turn: `U = ν^α·polar(X)`, `X = D(M)·M`, `ν = ‖X‖_*`; or `U = D(Q)·Q`.
 
-    The second form is "polar_then_row", with `Q = polar(M)`. Centred, M is replaced by ΠM, X by ΠX, and the result is
-    projected again. Equivariant under row permutations and column rotations. Moves what its row norms and its Gram
-    move. Source: Lau & Su, arXiv 2605.18106.
+    The second form is `order` "polar_then_row", with `Q = polar(M)`. With `centered`, M is replaced by ΠM, X by ΠX, and
+    the result is projected again. Equivariant under row permutations and column rotations. It communicates as much as
+    `row_norm` and `polar` together. Source: Lau & Su, arXiv 2605.18106.
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
         order: Which map comes first: "row_then_polar" (default) or "polar_then_row".
-        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
-            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
-        centered: Whether to subtract the mean row before the rule and again from its result; False by default. Turn it
-            on for heads and routers, whose function does not change when all rows shift by one vector.
-        alpha: The power of ν; None (default) means 0. Not allowed with "polar_then_row", where the row norms divide ν
-            out.
-        scale: What ν is: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or "none",
-            which requires `alpha` 0.
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Where the rows are
+            split over ranks, only "right" can run on the pieces; where the columns are split, only "left". Otherwise
+            whole matrices are sent to owners.
+        centered: Whether to subtract the mean row from M and again from the result; False by default. Set it for heads
+            and routers, whose function does not change if one vector is added to all rows.
+        alpha: The power of ν; None (default) means 0. Not allowed with "polar_then_row", where the row normalisation
+            would cancel ν.
+        scale: The meaning of ν: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or
+            "none", which requires `alpha` 0.
         eps: "none" (default), or "reference" to add 1e-8 to the row lengths; see `row_norm`.
         method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
             "exact", an eigendecomposition in float64, for tests and small matrices.
-        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". More steps bring smaller singular values to one.
-        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
-            for matrices of low rank whose noise should not be amplified.
+        ns_steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15
+            for "newton_schulz". More steps bring smaller singular values closer to one.
+        damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
+            Increase it for matrices of low rank, so that their noise is not amplified.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [linear.weight], "rule": "hybrid", "lr": 0.01, "order": "polar_then_row"}])
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     x = (yield from center_rows(matrix, matrix.values)) if centered else matrix.values
@@ -76,6 +80,6 @@ def hybrid(
         u = scaled(u, root, alpha=alpha or 0.0, scale=scale)
     else:
         q, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics)
-        # The singular values of a polar factor are about one, so a row without momentum holds only rounding there.
+        # The singular values of a polar factor are about one, so shorter rows than this contain only rounding errors.
         u = yield from unit_rows(q, eps=eps, noise=_NOISE * torch.finfo(q.dtype).eps)
     return (yield from center_rows(matrix, u)) if centered else u

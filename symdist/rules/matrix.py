@@ -61,6 +61,11 @@ def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:
 
     Returns:
         The centred rows, in the shape of `x`; padding rows are zero.
+
+    Example:
+        Inside a rule:
+
+            m = yield from center_rows(matrix, matrix.values)
     """
     total = yield Sum(values=x.sum(-2, keepdim=True), across="rows")
     centered = x - total / matrix.rows
@@ -80,9 +85,9 @@ def row_lengths(x: Tensor) -> Generator[Any, Any, Tensor]:
     Returns:
         `[b, rows here, 1]`, in the dtype of `x`.
     """
-    peak = _largest(x, (-1,))
-    here = peak * torch.linalg.vector_norm(x / torch.where(peak > 0, peak, 1), dim=-1, keepdim=True)
-    squares = yield Sum(values=here.double().square(), across="columns")
+    peak = _largest_magnitude(x, (-1,))
+    local_lengths = peak * torch.linalg.vector_norm(x / torch.where(peak > 0, peak, 1), dim=-1, keepdim=True)
+    squares = yield Sum(values=local_lengths.double().square(), across="columns")
     return squares.sqrt().to(x.dtype)
 
 
@@ -102,13 +107,13 @@ def at_unit_scale(x: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
     """
     # Rules can request only sums across ranks. The sum of the pieces' maxima exceeds the maximum at most by a factor of
     # the number of pieces.
-    size = yield Sum(values=_largest(x, (-2, -1)), across="all")
+    size = yield Sum(values=_largest_magnitude(x, (-2, -1)), across="all")
     tiny = torch.finfo(x.dtype).tiny
     unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent.clamp_min(-125))
     return x * torch.where(size >= tiny, 1 / unit, 0), unit
 
 
-def _largest(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+def _largest_magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return the largest magnitude along `dims`, which are kept with size 1.
 
     The result is 0 where one of the dimensions is empty.

@@ -16,7 +16,10 @@ Precision: TypeAlias = Literal["float32", "bfloat16"]
 
 
 def muon_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
-    """Name the splits Muon can run under: none in bfloat16, whose few digits do not allow squaring in a Gram."""
+    """Return the splits under which Muon runs on the pieces.
+
+    In bfloat16 there are none, because a Gram squares the condition number and bfloat16 has too few digits for that.
+    """
     return () if options["precision"] == "bfloat16" else spectral_splits(options, rows, columns)
 
 
@@ -27,7 +30,10 @@ def check_precision(options: Mapping[str, Any]) -> None:
         ValueError: If `precision` is "bfloat16" together with `method` "exact" or with damping.
     """
     if options["precision"] == "bfloat16" and (options["method"] == "exact" or options["damping"]):
-        raise ValueError("precision='bfloat16' iterates on the matrix itself: it has no exact method and no damping")
+        raise ValueError(
+            f"precision='bfloat16' supports neither method='exact' nor damping (method={options['method']!r}, "
+            f"damping={options['damping']}); change these options or use precision='float32'"
+        )
 
 
 def muon_polar(
@@ -46,15 +52,15 @@ def muon_polar(
     Args:
         matrix: The stack that `x` comes from.
         x: `[b, rows here, columns here]`, in the layout of `matrix`.
-        side: See `muon`, as for the next four.
-        method: How the polar factor is computed.
-        ns_steps: Number of polynomial steps.
-        damping: Relative damping of the Gram.
-        precision: "float32" or "bfloat16".
-        unit_scale: See `polar_factor`.
+        side: Which Gram to use, see `muon`.
+        method: How the polar factor is computed, see `muon`.
+        ns_steps: The number of polynomial steps; 0 means the method's own number.
+        damping: The damping of the Gram, relative to its Frobenius norm.
+        precision: "float32" or "bfloat16", see `muon`.
+        unit_scale: Whether the magnitudes in `x` do not exceed about one, see `polar_factor`; False by default.
 
     Returns:
-        The polar factor, shaped like `x`.
+        The polar factor, in the shape of `x`.
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping, normalise="matrix")
     if precision == "bfloat16":
@@ -64,7 +70,7 @@ def muon_polar(
 
 
 def lr_adjustment(matrix: Matrix, adjust_lr: AdjustLr) -> float:
-    """Return the factor s of a polar update, from the size of the whole matrix; see `muon`."""
+    """Return the factor s by which Muon scales a polar factor, from the size of the whole matrix; see `muon`."""
     if adjust_lr == "spectral":
         return max(1.0, matrix.rows / matrix.columns) ** 0.5
     return 0.2 * max(matrix.rows, matrix.columns) ** 0.5 if adjust_lr == "match_rms_adamw" else 1.0
@@ -83,32 +89,36 @@ def muon(
 ) -> Asking:
     """Muon: `U = s·polar(M)`, with the scale s set by `adjust_lr`.
 
-    M is the heavy-ball momentum (options `momentum` 0.95 and `nesterov` True). m and n are the sizes of the matrix that
-    the view shows, so each head counts by itself where the view splits by heads. Muon's five quintic steps on M are a
-    polynomial in its Gram. Evaluating it on the Gram gives the same matrix with two products as large as M instead of
-    ten, and lets a split matrix run by sums of its Gram.
+    M is the heavy-ball momentum (options `momentum` 0.95 and `nesterov` True). m and n are the numbers of rows and
+    columns of one matrix of the view; if the view splits by heads, each head is a matrix. Muon's five quintic steps on
+    M equal a polynomial in the Gram of M, applied to M. Evaluating the polynomial on the Gram needs two products of the
+    size of M instead of ten, and it needs only a sum of Grams if the matrix is split over ranks.
 
-    Equivariant under O(m) × O(n). Moves the Gram of its side.
+    Equivariant under O(m) × O(n). If the matrix is split, it communicates the Gram that `side` selects.
     Source: Jordan et al. 2024 (Muon); Liu et al., arXiv 2502.16982 (match_rms_adamw).
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
-        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
-            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Where the rows are
+            split over ranks, only "right" can run on the pieces; where the columns are split, only "left". Otherwise
+            whole matrices are sent to owners.
         adjust_lr: The factor s: "spectral" (default) √max(1, m/n); "match_rms_adamw" 0.2·√max(m, n), which gives
-            updates of AdamW's size, so that its learning rates can be kept; or "none", 1.
+            updates about the root mean square of AdamW's, so that AdamW's learning rates can be reused; or "none", 1.
         method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
             "exact", an eigendecomposition in float64, for tests and small matrices.
-        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". More steps bring smaller singular values to one.
-        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default. Raise it for
-            matrices of low rank whose noise should not be amplified.
+        ns_steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15
+            for "newton_schulz". More steps bring smaller singular values closer to one.
+        damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default.
+            Increase it for matrices of low rank, so that their noise is not amplified.
         precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
-            matrix itself, as Muon is usually run on accelerators; a matrix that is split then always goes to an owner,
-            and neither "exact" nor damping is available.
+            matrix itself, which is how Muon usually runs on accelerators. Split matrices are then always sent to
+            owners, and `method` "exact" and `damping` are not available.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [linear.weight], "rule": "muon", "lr": 0.02, "adjust_lr": "match_rms_adamw"}])
     """
     u = yield from muon_polar(
         matrix, matrix.values, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision

@@ -1,4 +1,4 @@
-"""NorMuon: Muon, with every row (a neuron) divided by the running size of its updates."""
+"""NorMuon: Muon, with every row (a neuron) divided by the running root mean square of its updates."""
 
 import torch
 
@@ -25,41 +25,48 @@ def normuon(
 ) -> Asking:
     """NorMuon: `Q = polar(M)`, `v_i ← β₂·v_i + (1−β₂)·‖Q_i‖²/n`, `X_i = Q_i/(√v_i + eps)`, `U = s·X·‖Q‖_F/‖X‖_F`.
 
-    Rows i are neurons. Both norms are of the whole matrix, so the update does not depend on how it is sharded. M, s and
-    the options of the polar factor are Muon's. The state v takes one number per weight, although one per row would do:
-    all state is laid out like its weight, so that every engine can reshard checkpoints.
+    Rows i are neurons. Both norms are of the whole matrix, so the update does not depend on the sharding. M, s and the
+    options of the polar factor are the same as for Muon. The state v takes one number per weight, although one per row
+    would be enough: all state has the layout of its weight, so that every engine can reshard checkpoints.
 
-    Equivariant under row permutations and column rotations. Moves what Muon moves, and in addition two numbers per
-    matrix under row blocks or m numbers under column blocks. Source: Li et al., NorMuon, arXiv 2510.05491.
+    Equivariant under row permutations and column rotations. It communicates as much as Muon, and in addition two
+    numbers per matrix if the rows are split over ranks, or m numbers if the columns are split.
+    Source: Li et al., NorMuon, arXiv 2510.05491.
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
-        beta2: Decay of v, the average of each row's mean square; 0.95 by default. Raise it to average over more steps.
-        eps: Added to √v; 1e-10 by default. Raise it to limit how much rows with small updates are scaled up.
-        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
-            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
+        beta2: The decay of v, the running average of each row's mean square; 0.95 by default. Increase it to average
+            over more steps.
+        eps: The number added to √v; 1e-10 by default. Increase it to limit how much rows with small updates are scaled
+            up.
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Where the rows are
+            split over ranks, only "right" can run on the pieces; where the columns are split, only "left". Otherwise
+            whole matrices are sent to owners.
         adjust_lr: The factor s: "spectral" (default) √max(1, m/n); "match_rms_adamw" 0.2·√max(m, n), which gives
-            updates of AdamW's size, so that its learning rates can be kept; or "none", 1.
+            updates about the root mean square of AdamW's, so that AdamW's learning rates can be reused; or "none", 1.
         method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
             "exact", an eigendecomposition in float64, for tests and small matrices.
-        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". More steps bring smaller singular values to one.
-        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default. Raise it for
-            matrices of low rank whose noise should not be amplified.
+        ns_steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15
+            for "newton_schulz". More steps bring smaller singular values closer to one.
+        damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default.
+            Increase it for matrices of low rank, so that their noise is not amplified.
         precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
-            matrix itself, as Muon is usually run on accelerators; a matrix that is split then always goes to an owner,
-            and neither "exact" nor damping is available.
+            matrix itself, which is how Muon usually runs on accelerators. Split matrices are then always sent to
+            owners, and `method` "exact" and `damping` are not available.
 
     Returns:
-        The update U, shaped like `matrix.values`, and the new state "row_sq" (v).
+        The update U, in the shape of `matrix.values`, and the new state "row_sq" (v).
+
+    Example:
+        >>> SymDist([{"params": [linear.weight], "rule": "normuon", "lr": 0.02, "beta2": 0.95}])
     """
     q = yield from muon_polar(
         matrix, matrix.values, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision
     )
     squares = yield Sum(values=q.square().sum(-1, keepdim=True), across="columns")
-    held = matrix.state["row_sq"]
-    average = held.lerp((squares / matrix.columns).expand_as(held), 1 - beta2)
-    # All columns of v are equal, so one is enough; a rank that holds no column has nothing to scale.
+    previous = matrix.state["row_sq"]
+    average = previous.lerp((squares / matrix.columns).expand_as(previous), 1 - beta2)
+    # All columns of v are equal, so the first is enough. On a rank that holds no column, the factor is empty.
     factor = 1 / (average[..., :1].sqrt() + eps)
     norms = torch.cat([squares.expand_as(factor), squares * factor.square()], dim=-1)
     norms = yield Sum(values=norms.sum(-2, keepdim=True), across="rows")

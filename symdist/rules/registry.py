@@ -60,21 +60,25 @@ class Rule:
     ordered: bool
     matrices: bool
 
-    def options(self, given: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    def options(self, chosen: Mapping[str, Any], *, where: str) -> dict[str, Any]:
         """Fill in default options and check all of them.
 
         Args:
-            given: Options that override the defaults of the rule and of its accumulator.
-            where: Where the options come from; error messages start with it.
+            chosen: Options that override the defaults of the rule and of its accumulator.
+            where: Where the options come from, for example "group 'mine'"; error messages start with it.
 
         Returns:
-            Every option of the rule and of its accumulator, and any other keys of `given`.
+            Every option of the rule and of its accumulator, and any other keys of `chosen`.
 
         Raises:
             ValueError: If a value is not among the allowed choices, has the wrong type, is out of range, or is rejected
                 by `check`.
+
+        Example:
+            >>> get_rule("muon").options({"momentum": 0.9}, where="group 'mine'")["momentum"]
+            0.9
         """
-        options = {**ACCUMULATOR_OPTIONS[self.accumulator], **self.defaults, **given}
+        options = {**ACCUMULATOR_OPTIONS[self.accumulator], **self.defaults, **chosen}
         for key, choices in self.choices.items():
             if options[key] not in choices:
                 raise ValueError(f"{where}: {key}={options[key]!r} is not one of {', '.join(map(repr, choices))}")
@@ -121,22 +125,22 @@ def _check_value(key: str, value: Any, default: Any) -> None:
     if value is default:
         return
     if isinstance(default, bool):
-        fits, kind = isinstance(value, bool), "true or false"
+        valid, requirement = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
-        fits, kind = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+        valid, requirement = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     elif isinstance(default, float) or default is None:
-        fits, kind = _is_number(value), "a finite number"
+        valid, requirement = _is_number(value), "a finite number"
     elif key == "betas":
-        fits = isinstance(value, Sequence) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
-        kind = "two numbers in [0, 1)"
+        valid = isinstance(value, Sequence) and len(value) == 2 and all(_is_number(b) and 0 <= b < 1 for b in value)
+        requirement = "two numbers in [0, 1)"
     else:
         return
-    if fits and key in _NOT_NEGATIVE:
-        fits, kind = value >= 0, "0 or more"
-    if fits and key in _BELOW_ONE:
-        fits, kind = value < 1, "in [0, 1)"
-    if not fits:
-        raise ValueError(f"{key}={value!r} must be {kind}")
+    if valid and key in _NOT_NEGATIVE:
+        valid, requirement = value >= 0, "0 or more"
+    if valid and key in _BELOW_ONE:
+        valid, requirement = value < 1, "in [0, 1)"
+    if not valid:
+        raise ValueError(f"{key}={value!r} must be {requirement}")
 
 
 def _is_number(value: Any) -> bool:
@@ -193,7 +197,7 @@ def rule(
 
     def register(update: Callable[..., Asking]) -> Callable[..., Asking]:
         if name in _RULES:
-            raise ValueError(f"rule {name!r} is already registered")
+            raise ValueError(f"rule {name!r} is already registered; choose another name")
         parameters = [p for p in inspect.signature(update).parameters.values() if p.kind is p.KEYWORD_ONLY]
         hints = typing.get_type_hints(update)
         _RULES[name] = Rule(
@@ -229,6 +233,10 @@ def get_rule(name: str) -> Rule:
 
     Raises:
         ValueError: If no rule has this name. The message lists all registered names.
+
+    Example:
+        >>> get_rule("aro").state_names()
+        ('momentum', 'rotation')
     """
     if not isinstance(name, str) or name not in _RULES:
         raise ValueError(f"there is no rule {name!r}; the rules are {', '.join(rule_names())}")

@@ -113,14 +113,14 @@ def relayed(asking: Generator[Any, Any, T], relay: Callable[[Any], Generator[Any
             find the answer; these are passed on to the caller.
 
     Returns:
-        What the rule returns.
+        The return value of the rule.
     """
     answer: Any = None
     while True:
         try:
             request = asking.send(answer)
-        except StopIteration as last:
-            return last.value
+        except StopIteration as stop:
+            return stop.value
         answer = yield from relay(request)
 
 
@@ -131,11 +131,16 @@ def run_locally(asking: Generator[Any, Any, T]) -> T:
         asking: The running rule.
 
     Returns:
-        What the rule returns.
+        The return value of the rule.
+
+    Example:
+        >>> momentum = torch.randn(1, 6, 4)
+        >>> matrix = Matrix(values=momentum, rows=6, columns=4)
+        >>> update = run_locally(get_rule("row_norm").update(matrix))
     """
     answer: Any = None
     while True:
         try:
             answer = asking.send(answer).answer_locally()
-        except StopIteration as finished:
-            return finished.value
+        except StopIteration as stop:
+            return stop.value

@@ -18,15 +18,16 @@ _REFERENCE_EPS = 1e-8
 def unit_rows(x: Tensor, *, eps: Eps = "none", noise: float = 0.0) -> Generator[Any, Any, Tensor]:
     """Scale rows to length one: `D(x)·x` with `D = diag(1/‖x_i‖₂)`.
 
-    A zero row stays zero. A denormal row has no digits left, so its length counts as the smallest normal number.
+    A zero row stays zero. The length of a row of denormal numbers is replaced by the smallest normal number, because
+    such numbers have too few significant digits to be scaled up.
 
     Args:
         x: `[b, rows here, columns here]`.
-        eps: "none", or "reference" to add 1e-8 to every length, as the published code does.
-        noise: Rows of at most this length become zero; 0 by default, which keeps all.
+        eps: "none" (default), or "reference" to add 1e-8 to every length, as the published code does.
+        noise: Rows of at most this length become zero; 0 (default) keeps all rows.
 
     Returns:
-        The scaled rows, shaped like `x`.
+        The scaled rows, in the shape of `x`.
     """
     lengths = yield from row_lengths(x)
     if noise:
@@ -38,21 +39,25 @@ def unit_rows(x: Tensor, *, eps: Eps = "none", noise: float = 0.0) -> Generator[
 
 @rule("row_norm", splits=("rows", "columns"))
 def row_norm(matrix: Matrix, *, centered: bool = False, eps: Eps = "none") -> Asking:
-    """Row normalisation: `U = D(M)·M`, every row scaled to length one; centred, `U = Π·D(ΠM)·ΠM`.
+    """Row normalisation: `U = D(M)·M`, every row scaled to length one; with `centered`, `U = Π·D(ΠM)·ΠM`.
 
-    Equivariant under row permutations and column rotations; centred, also invariant to adding `1aᵀ` to M. Moves nothing
-    under row blocks and m numbers under column blocks; centring moves n numbers twice under row blocks.
+    Equivariant under row permutations and column rotations; with `centered`, also invariant to adding `1aᵀ` to M. It
+    communicates m numbers if the columns are split over ranks, and nothing if the rows are split, except that centring
+    then communicates n numbers twice.
     Source: Lau & Su, arXiv 2605.18106.
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
-        centered: Whether to subtract the mean row before and after; False by default. Turn it on for heads and routers,
-            whose function does not change when all rows shift by one vector; never for embeddings.
+        centered: Whether to subtract the mean row before and after; False by default. Set it for heads and routers,
+            whose function does not change if one vector is added to all rows; never for embeddings.
         eps: "none" (default) divides by the lengths alone. "reference" adds 1e-8 to them, as the published code does.
-            That decides how rare tokens move: the row of a token seen once in millions is about that long.
+            This matters for rare tokens: the momentum row of a token that occurs once in millions is about 1e-8 long.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [head.weight], "rule": "row_norm", "lr": 0.01, "centered": True}])
     """
     m = (yield from center_rows(matrix, matrix.values)) if centered else matrix.values
     u = yield from unit_rows(m, eps=eps)

@@ -1,4 +1,4 @@
-"""Scion: steepest descent under a norm chosen by what a layer does."""
+"""Scion: steepest descent under a norm that depends on the kind of layer."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
@@ -35,37 +35,41 @@ def scion(
     ns_steps: int = 0,
     damping: float = 1e-8,
 ) -> Asking:
-    """Scion: `U = ρ·lmo(M)`, the matrix of norm ρ that goes furthest along M.
+    """Scion: `U = ρ·lmo(M)`, the matrix of norm ρ with the largest inner product with M.
 
-    The norm follows from the layer, for M seen as `[out, in]` = `[m, n]`:
+    The norm is chosen by the kind of layer. M is read as `[out, in]` = `[m, n]`:
 
     - "spectral", for hidden layers: √(m/n)·polar(M);
     - "sign", for a head: sign(M)/n;
     - "row_rms", for an embedding: rows of root mean square 1, √n·D(M)·M;
     - "row", also for a head: rows of length 1/√n.
 
-    With `weight_decay = 1` a step is `W ← (1−lr)·W − lr·U`, which stays in the ball of radius ρ; without decay it is
-    the unconstrained form. What the paper calls α is 1 − `momentum`.
+    With `weight_decay = 1`, a step is `W ← (1−lr)·W − lr·U`, which keeps W in the ball of radius ρ. Without decay, it
+    is the paper's unconstrained form. The paper's α is 1 − `momentum`.
 
     Equivariant under O(m) × O(n); "sign" under signed permutations of both sides; "row_rms" and "row" under row
-    permutations and column rotations. "spectral" moves what `polar` moves, "sign" nothing, the others what `row_norm`
-    moves. Source: Pethick et al., arXiv 2502.07529.
+    permutations and column rotations. "spectral" communicates as much as `polar`, "row_rms" and "row" as much as
+    `row_norm`, "sign" nothing. Source: Pethick et al., arXiv 2502.07529.
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
         norm: One of the norms above; "spectral" by default.
         radius: The radius ρ of the ball, greater than 0; 1 by default. It scales the update.
-        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
-            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Where the rows are
+            split over ranks, only "right" can run on the pieces; where the columns are split, only "left". Otherwise
+            whole matrices are sent to owners.
         method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
             "exact", an eigendecomposition in float64, for tests and small matrices.
-        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". More steps bring smaller singular values to one.
-        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
-            for matrices of low rank whose noise should not be amplified.
+        ns_steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15
+            for "newton_schulz". More steps bring smaller singular values closer to one.
+        damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
+            Increase it for matrices of low rank, so that their noise is not amplified.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [head.weight], "rule": "scion", "lr": 0.01, "norm": "sign", "radius": 3000.0}])
     """
     m, n = matrix.rows, matrix.columns
     match norm:
@@ -75,8 +79,8 @@ def scion(
             return u * (radius * (m / n) ** 0.5)
         case "sign":
             # The sign of a denormal number is noise.
-            kept = matrix.values.abs() >= torch.finfo(matrix.values.dtype).tiny
-            return matrix.values.sign() * kept * (radius / n)
+            is_normal = matrix.values.abs() >= torch.finfo(matrix.values.dtype).tiny
+            return matrix.values.sign() * is_normal * (radius / n)
         case "row_rms":
             return (yield from unit_rows(matrix.values)) * (radius * n**0.5)
         case "row":

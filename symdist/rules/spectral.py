@@ -16,14 +16,17 @@ Scale: TypeAlias = Literal["nuclear", "nuclear_over_frobenius", "none"]
 
 
 def gram_side(side: Side, rows: int, columns: int) -> Literal["right", "left"]:
-    """Choose the Gram to use; "auto" takes the smaller one, which is also the one that is not singular."""
+    """Choose the Gram to use.
+
+    "auto" chooses the smaller Gram. If the matrix is not square, the larger Gram is singular.
+    """
     if side != "auto":
         return side
     return "right" if rows >= columns else "left"
 
 
 def spectral_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
-    """Name the split a rule can run under: a right Gram is a sum over rows, a left Gram a sum over columns."""
+    """Return the split under which the Gram is a sum over ranks: "rows" for a right Gram, "columns" for a left one."""
     return ("rows",) if gram_side(options["side"], rows, columns) == "right" else ("columns",)
 
 
@@ -34,7 +37,10 @@ def check_scale(options: Mapping[str, Any]) -> None:
         ValueError: If `alpha` is not 0 and `scale` is "none".
     """
     if options.get("alpha") and options["scale"] == "none":
-        raise ValueError(f"alpha={options['alpha']} raises ν to a power, but scale='none' leaves ν out; drop one")
+        raise ValueError(
+            f"alpha={options['alpha']} scales the update by a power of its norm, but scale='none' turns that scaling "
+            "off; remove one of the two options"
+        )
 
 
 def polar_factor(
@@ -43,15 +49,15 @@ def polar_factor(
     """Compute the polar factor, `x·(xᵀx)^{-1/2}` (right) or `(xxᵀ)^{-1/2}·x` (left).
 
     Args:
-        matrix: The stack that `x` comes from, for the size of the whole matrix.
+        matrix: The stack that `x` comes from; it gives the size of the whole matrix.
         x: `[b, rows here, columns here]`.
         side: Which Gram to use.
         numerics: How the inverse root is computed.
-        unit_scale: True promises that the numbers of `x` are at most about one, which saves the sum that finds their
-            scale. False by default: `x` is first divided by a power of two near its largest number.
+        unit_scale: Whether the caller guarantees that the magnitudes in `x` do not exceed about one. This saves one
+            sum over ranks. If False (default), `x` is first divided by a power of two near its largest magnitude.
 
     Returns:
-        The polar factor, shaped like `x`, and the inverse root (of the scaled `x`) with the norms of `x` itself.
+        The polar factor, in the shape of `x`, and the inverse root of the scaled `x` with the norms of `x` itself.
     """
     unit = None
     if not unit_scale:
@@ -64,7 +70,7 @@ def polar_factor(
 
 
 def scaled(u: Tensor, root: InverseRoot, *, alpha: float, scale: Scale) -> Tensor:
-    """Scale each matrix to `ν^alpha·u`, where ν is the nuclear norm or its ratio to the Frobenius norm."""
+    """Return `ν^alpha·u`, where ν is the nuclear norm or its ratio to the Frobenius norm, depending on `scale`."""
     if alpha == 0:
         return u
     nu = root.nuclear
@@ -94,26 +100,29 @@ def right_spectral(
 ) -> Asking:
     """Right spectral update, for embeddings and heads: `U = ν^α·M·(MᵀM)^{-1/2}`.
 
-    Centred, M is replaced by ΠM and the result is projected again. Equivariant under left and right rotations; centred,
-    under row permutations and column rotations. Under row blocks it moves the n² numbers of the Gram.
-    Source: Lau & Su, arXiv 2605.18106.
+    With `centered`, M is replaced by ΠM and the result is projected again. Equivariant under left and right rotations;
+    with `centered`, under row permutations and column rotations. If the rows are split over ranks, it communicates the
+    n² elements of the Gram. Source: Lau & Su, arXiv 2605.18106.
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
-        centered: Whether to subtract the mean row before the rule and again from its result; False by default. Turn it
-            on for heads and routers, whose function does not change when all rows shift by one vector.
-        alpha: The power of ν. 0 (default) is the plain spectral step, 1 scales it by ν.
-        scale: What ν is: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or "none",
-            which requires `alpha` 0.
+        centered: Whether to subtract the mean row from M and again from the result; False by default. Set it for heads
+            and routers, whose function does not change if one vector is added to all rows.
+        alpha: The power of ν. 0 (default) gives the plain spectral step, 1 multiplies it by ν.
+        scale: The meaning of ν: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or
+            "none", which requires `alpha` 0.
         method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
             "exact", an eigendecomposition in float64, for tests and small matrices.
-        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". More steps bring smaller singular values to one.
-        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
-            for matrices of low rank whose noise should not be amplified.
+        ns_steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15
+            for "newton_schulz". More steps bring smaller singular values closer to one.
+        damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
+            Increase it for matrices of low rank, so that their noise is not amplified.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [embedding.weight], "rule": "right_spectral", "lr": 0.01}])
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side="right", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
@@ -132,26 +141,29 @@ def left_spectral(
 ) -> Asking:
     """Left spectral update, for routers: `U = ν^α·(MMᵀ)^{-1/2}·M`.
 
-    A router's Gram is small, `[experts, experts]`. Centred, M is replaced by ΠM and the result is projected again.
-    Equivariant under left and right rotations; centred, under row permutations and column rotations. Under column
-    blocks it moves the m² numbers of the Gram. Source: Lau & Su, arXiv 2605.18106.
+    A router's Gram is small, `[experts, experts]`. With `centered`, M is replaced by ΠM and the result is projected
+    again. Equivariant under left and right rotations; with `centered`, under row permutations and column rotations. If
+    the columns are split over ranks, it communicates the m² elements of the Gram. Source: Lau & Su, arXiv 2605.18106.
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
-        centered: Whether to subtract the mean row before the rule and again from its result; False by default. Turn it
-            on for heads and routers, whose function does not change when all rows shift by one vector.
-        alpha: The power of ν. 0 (default) is the plain spectral step, 1 scales it by ν.
-        scale: What ν is: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or "none",
-            which requires `alpha` 0.
+        centered: Whether to subtract the mean row from M and again from the result; False by default. Set it for heads
+            and routers, whose function does not change if one vector is added to all rows.
+        alpha: The power of ν. 0 (default) gives the plain spectral step, 1 multiplies it by ν.
+        scale: The meaning of ν: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or
+            "none", which requires `alpha` 0.
         method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
             "exact", an eigendecomposition in float64, for tests and small matrices.
-        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". More steps bring smaller singular values to one.
-        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
-            for matrices of low rank whose noise should not be amplified.
+        ns_steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15
+            for "newton_schulz". More steps bring smaller singular values closer to one.
+        damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
+            Increase it for matrices of low rank, so that their noise is not amplified.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [router.weight], "rule": "left_spectral", "lr": 0.01, "centered": True}])
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side="left", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
@@ -172,28 +184,33 @@ def polar(
     """Polar update: `U = ν^α·polar(M)`, computed from either Gram.
 
     `alpha = 1` is PolarGrad and, without momentum (`momentum = 0`), stochastic spectral descent, `‖G‖_*·polar(G)`.
-    Equivariant under O(m) × O(n); centred, under row permutations and column rotations. Moves the Gram of its side.
+    Equivariant under O(m) × O(n); with `centered`, under row permutations and column rotations. If the matrix is split,
+    it communicates the Gram that `side` selects.
     Source: Lau, Long & Su, PolarGrad, arXiv 2505.21799; Carlson, Cevher & Carin, *Stochastic spectral descent for
     restricted Boltzmann machines*, AISTATS 2015.
 
     Args:
         matrix: The stack of matrices, `[b, m, n]` where unsharded.
-        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Naming one fixes
-            which split of the matrix can be handled by sums: row blocks for "right", column blocks for "left".
-        centered: Whether to subtract the mean row before the rule and again from its result; False by default. Turn it
-            on for heads and routers, whose function does not change when all rows shift by one vector.
-        alpha: The power of ν. 0 (default) is the plain spectral step, 1 scales it by ν.
-        scale: What ν is: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or "none",
-            which requires `alpha` 0.
+        side: Which Gram to use: "right" `MᵀM`, "left" `MMᵀ`, or "auto" (default), the smaller one. Where the rows are
+            split over ranks, only "right" can run on the pieces; where the columns are split, only "left". Otherwise
+            whole matrices are sent to owners.
+        centered: Whether to subtract the mean row from M and again from the result; False by default. Set it for heads
+            and routers, whose function does not change if one vector is added to all rows.
+        alpha: The power of ν. 0 (default) gives the plain spectral step, 1 multiplies it by ν.
+        scale: The meaning of ν: the "nuclear" norm (default), "nuclear_over_frobenius", the ratio of the two norms, or
+            "none", which requires `alpha` 0.
         method: How the inverse root is computed: "polar_express" (default), "newton_schulz" (cubic, more steps), or
             "exact", an eigendecomposition in float64, for tests and small matrices.
-        ns_steps: Number of polynomial steps; 0 (default) means the method's own, 5 for "polar_express" and 15 for
-            "newton_schulz". More steps bring smaller singular values to one.
-        damping: Added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default. Raise it
-            for matrices of low rank whose noise should not be amplified.
+        ns_steps: The number of polynomial steps. 0 (default) means the method's own number: 5 for "polar_express", 15
+            for "newton_schulz". More steps bring smaller singular values closer to one.
+        damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
+            Increase it for matrices of low rank, so that their noise is not amplified.
 
     Returns:
-        The update U, shaped like `matrix.values`.
+        The update U, in the shape of `matrix.values`.
+
+    Example:
+        >>> SymDist([{"params": [linear.weight], "rule": "polar", "lr": 0.01, "alpha": 1.0}])
     """
     numerics = Numerics(method=method, steps=ns_steps, damping=damping)
     return (yield from _spectral(matrix, side=side, centered=centered, alpha=alpha, scale=scale, numerics=numerics))

@@ -11,7 +11,7 @@ from symdist.exchange.collectives.transport import Transport
 from symdist.layouts import Group
 
 
-def answer_ships(
+def answer_gathers(
     requests: Sequence[Gather], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[Tensor]]]:
     """Send pieces to their owners and put the matrices together there: the answer to Gather requests.
@@ -42,19 +42,19 @@ def answer_ships(
     received = yield from moving
     return [
         [
-            route.wholes(parts, like=like, kept=here)
-            for parts, here in zip(_fields(received.pop(0), fields), kept.pop(0), strict=True)
+            route.wholes(parts, like=like, kept=kept_parts)
+            for parts, kept_parts in zip(_fields(received.pop(0), fields), kept.pop(0), strict=True)
         ]
         for (route, fields), like in zip(routes, likes, strict=True)
     ]
 
 
-def answer_returns(
+def answer_scatters(
     requests: Sequence[Scatter], *, group: Group, transport: Transport
 ) -> Generator[Any, None, list[list[list[Tensor]]]]:
     """Send every rank its pieces of the updates that the owners computed: the answer to Scatter requests.
 
-    This is a generator like `answer_ships`. All ranks of `group` must call it, with the requests of the same jobs in
+    This is a generator like `answer_gathers`. All ranks of `group` must call it, with the requests of the same jobs in
     the same order.
 
     Args:
@@ -79,8 +79,8 @@ def answer_returns(
     received = yield from moving
     return [
         [
-            route.home(parts, shape=shape, like=like, kept=here)
-            for parts, here in zip(_fields(received.pop(0), fields), kept.pop(0), strict=True)
+            route.home(parts, shape=shape, like=like, kept=kept_parts)
+            for parts, kept_parts in zip(_fields(received.pop(0), fields), kept.pop(0), strict=True)
         ]
         for (route, fields, shape), like in zip(routes, likes, strict=True)
     ]
@@ -111,27 +111,34 @@ def _all_to_all(
 ) -> Generator[Any, None, list[dict[int, Tensor]]]:
     """Run one all-to-all for several requests.
 
-    For request `r`, it sends the tensors `sent[r][i]` to rank `i` and receives `expected[r][i]` numbers from it. What
-    is received stays flat: one vector per request and rank.
+    Args:
+        sent: For request `r`, `sent[r][i]` are the tensors to send to rank `i`.
+        expected: For request `r`, `expected[r][i]` is how many numbers come from rank `i`.
+        like: A tensor with the dtype and device of the buffers.
+        group: The ranks that exchange data.
+        transport: Runs the all-to-all.
+
+    Returns:
+        For each request, the data from each rank, as one vector per rank.
     """
     outgoing = [[tensor for of_request in sent for tensor in of_request.get(rank, ())] for rank in range(group.size)]
     counts = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
     buffer = like.new_empty(sum(counts))
     flat = [tensor for tensors in outgoing for tensor in tensors]
-    places = buffer.split([tensor.numel() for tensor in flat])
+    slots = buffer.split([tensor.numel() for tensor in flat])
     # A copy, unlike a concatenation, also converts the dtype and does not need contiguous tensors.
     if flat:
-        torch._foreach_copy_([place.view(t.shape) for place, t in zip(places, flat, strict=True)], flat)
-    del outgoing, flat, places, sent
+        torch._foreach_copy_([slot.view(t.shape) for slot, t in zip(slots, flat, strict=True)], flat)
+    del outgoing, flat, slots, sent
     incoming = [[of_request.get(rank, 0) for of_request in expected] for rank in range(group.size)]
     out = like.new_empty(sum(map(sum, incoming)))
     yield transport.all_to_all(out, buffer, received=list(map(sum, incoming)), sent=counts, group=group)
     del buffer
     parts = iter(out.split([size for of_rank in incoming for size in of_rank]))
-    found: list[dict[int, Tensor]] = [{} for _ in expected]
+    received: list[dict[int, Tensor]] = [{} for _ in expected]
     for rank, of_rank in enumerate(incoming):
-        for request, size in zip(found, of_rank, strict=True):
+        for by_rank, size in zip(received, of_rank, strict=True):
             part = next(parts)
             if size:
-                request[rank] = part
-    return found
+                by_rank[rank] = part
+    return received

@@ -18,6 +18,10 @@ def balance(costs: Sequence[float], *, parts: int, loads: list[float] | None = N
 
     Returns:
         The part of each item.
+
+    Example:
+        >>> balance([3.0, 2.0, 2.0], parts=2)
+        [0, 1, 1]
     """
     loads = [0.0] * parts if loads is None else loads
     assert len(loads) == parts

@@ -18,7 +18,7 @@ class FlatRedistribution:
     both holds and needs are not sent. The constructor does not communicate.
 
     Args:
-        group: The ranks.
+        group: The ranks that exchange runs.
         have: For each matrix, the run that each rank holds.
         want: For each matrix, the run that each rank needs.
 
@@ -30,6 +30,13 @@ class FlatRedistribution:
         outgoing: The elements that go to each rank, as (matrix, slice of this rank's piece).
         incoming: The elements that come from each rank, as slices of the buffer.
         size: The number of elements in the buffer.
+
+    Example:
+        Rank 0 holds elements 0 to 5 of one matrix, rank 1 elements 5 to 8; rank 0 gathers them:
+
+            have, want = [((0, 0, 5), (1, 5, 8))], [owned_by(0, (2, 4))]
+            redistribution = FlatRedistribution(Group(ranks=(0, 1), index=0), have=have, want=want)
+            redistribution.received_pieces()  # {1: 3}
     """
 
     def __init__(self, group: Group, *, have: Sequence[tuple[Range, ...]], want: Sequence[tuple[Range, ...]]):
@@ -40,19 +47,19 @@ class FlatRedistribution:
         self.outgoing: dict[int, list[tuple[int, slice]]] = {}
         self.incoming: dict[int, list[slice]] = {}
         self.size = 0
-        for matrix, (mine, here) in enumerate(zip(self.held, self.wanted, strict=True)):
-            for rank, start, stop in _within(want[matrix], mine):
-                there = slice(start - mine[0], stop - mine[0])
+        for matrix, (held, needed) in enumerate(zip(self.held, self.wanted, strict=True)):
+            for rank, start, stop in _within(want[matrix], held):
+                in_piece = slice(start - held[0], stop - held[0])
                 if rank == me:
-                    into = slice(self.size + start - here[0], self.size + stop - here[0])
-                    self.staying.append((matrix, there, into))
+                    in_buffer = slice(self.size + start - needed[0], self.size + stop - needed[0])
+                    self.staying.append((matrix, in_piece, in_buffer))
                 else:
-                    self.outgoing.setdefault(rank, []).append((matrix, there))
-            for rank, start, stop in _within(have[matrix], here):
+                    self.outgoing.setdefault(rank, []).append((matrix, in_piece))
+            for rank, start, stop in _within(have[matrix], needed):
                 if rank != me:
-                    into = slice(self.size + start - here[0], self.size + stop - here[0])
-                    self.incoming.setdefault(rank, []).append(into)
-            self.size += here[1] - here[0]
+                    in_buffer = slice(self.size + start - needed[0], self.size + stop - needed[0])
+                    self.incoming.setdefault(rank, []).append(in_buffer)
+            self.size += needed[1] - needed[0]
 
     def kept(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Return the parts of this rank's pieces that stay on this rank.
@@ -74,7 +81,7 @@ class FlatRedistribution:
         Returns:
             The vectors to send to each rank, by group index.
         """
-        return {rank: [pieces[matrix][part] for matrix, part in wanted] for rank, wanted in self.outgoing.items()}
+        return {rank: [pieces[matrix][part] for matrix, part in parts] for rank, parts in self.outgoing.items()}
 
     def received_pieces(self) -> dict[int, int]:
         """Return how many numbers this rank receives from each rank, by group index."""
@@ -84,46 +91,46 @@ class FlatRedistribution:
         """Put together all the runs that this rank needs.
 
         Args:
-            received: What came from each rank, as one vector per rank.
+            received: The data from each rank, as one vector per rank.
             like: An empty tensor with the dtype and device of the result.
-            kept: What `kept` returned.
+            kept: The result of `kept`.
 
         Returns:
             One vector of `size` elements: the runs, matrix after matrix.
         """
         buffer = like.new_empty(self.size)
-        for (_, _, into), part in zip(self.staying, kept, strict=True):
-            buffer[into] = part
+        for (_, _, in_buffer), part in zip(self.staying, kept, strict=True):
+            buffer[in_buffer] = part
         for rank, parts in self.incoming.items():
-            for into, part in zip(parts, received[rank].split(list(map(_length, parts))), strict=True):
-                buffer[into] = part
+            for in_buffer, part in zip(parts, received[rank].split(list(map(_length, parts))), strict=True):
+                buffer[in_buffer] = part
         return buffer
 
-    def kept_home(self, made: Tensor) -> list[Tensor]:
+    def kept_home(self, updates: Tensor) -> list[Tensor]:
         """Return the parts of the updates that this rank computed and that stay on it.
 
         Args:
-            made: The updates, a vector in the order of the result of `wholes`.
+            updates: The updates, a vector in the order of the result of `wholes`.
 
         Returns:
             One vector per entry of `staying`.
         """
-        return [made[into] for _, _, into in self.staying]
+        return [updates[in_buffer] for _, _, in_buffer in self.staying]
 
-    def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
+    def sent_home(self, updates: Tensor) -> dict[int, list[Tensor]]:
         """Return the parts of the updates that this rank sends back to other ranks.
 
         Args:
-            made: The updates, a vector in the order of the result of `wholes`.
+            updates: The updates, a vector in the order of the result of `wholes`.
 
         Returns:
             The vectors to send to each rank, by group index.
         """
-        return {rank: [made[into] for into in parts] for rank, parts in self.incoming.items()}
+        return {rank: [updates[in_buffer] for in_buffer in parts] for rank, parts in self.incoming.items()}
 
     def received_home(self) -> dict[int, int]:
         """Return how many numbers of updates this rank receives from each rank, by group index."""
-        return {rank: sum(_length(part) for _, part in wanted) for rank, wanted in self.outgoing.items()}
+        return {rank: sum(_length(part) for _, part in parts) for rank, parts in self.outgoing.items()}
 
     def home(
         self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: Sequence[Tensor]
@@ -131,23 +138,23 @@ class FlatRedistribution:
         """Put together this rank's piece of every matrix's update.
 
         Args:
-            received: What came from each rank, as one vector per rank.
+            received: The data from each rank, as one vector per rank.
             shape: Not used, as every piece has its own length.
             like: An empty tensor with the dtype and device of the result.
-            kept: What `kept_home` returned.
+            kept: The result of `kept_home`.
 
         Returns:
             One vector per matrix, as long as the run that this rank holds of it.
         """
-        found: list[list[tuple[int, Tensor]]] = [[] for _ in self.held]
+        by_matrix: list[list[tuple[int, Tensor]]] = [[] for _ in self.held]
         for (matrix, part, _), tensor in zip(self.staying, kept, strict=True):
-            found[matrix].append((part.start, tensor))
-        for rank, wanted in self.outgoing.items():
+            by_matrix[matrix].append((part.start, tensor))
+        for rank, parts in self.outgoing.items():
             for (matrix, part), tensor in zip(
-                wanted, received[rank].split([_length(part) for _, part in wanted]), strict=True
+                parts, received[rank].split([_length(part) for _, part in parts]), strict=True
             ):
-                found[matrix].append((part.start, tensor.to(like.dtype)))
-        return [_joined(parts, like) for parts in found]
+                by_matrix[matrix].append((part.start, tensor.to(like.dtype)))
+        return [_joined(parts, like) for parts in by_matrix]
 
 
 def _joined(parts: list[tuple[int, Tensor]], like: Tensor) -> Tensor:
@@ -171,14 +178,14 @@ def _within(runs: tuple[Range, ...], span: tuple[int, int]) -> list[Range]:
     start, stop = span
     if start == stop:
         return []
-    found = []
-    place = max(bisect.bisect_right(runs, start, key=lambda run: run[1]) - 1, 0)
-    while place < len(runs) and runs[place][1] < stop:
-        rank, a, b = runs[place]
+    parts = []
+    index = max(bisect.bisect_right(runs, start, key=lambda run: run[1]) - 1, 0)
+    while index < len(runs) and runs[index][1] < stop:
+        rank, a, b = runs[index]
         if max(a, start) < min(b, stop):
-            found.append((rank, max(a, start), min(b, stop)))
-        place += 1
-    return found
+            parts.append((rank, max(a, start), min(b, stop)))
+        index += 1
+    return parts
 
 
 def owned_by(rank: int, shape: Sequence[int]) -> tuple[Range, ...]:

@@ -67,6 +67,13 @@ class GridRedistribution:
         homing: For each rank, the units whose updates come back from there, numbered in the same way.
         blocks: The blocks of units, each with the number of its units that this rank owns.
         owned_units: The units that this rank owns, by block, then by parameter and expert.
+
+    Example:
+        Two parameters whose rows are cut over two ranks; rank 0 owns the first, rank 1 the second:
+
+            layout = cut_along((5, 2), dim=0, sizes=(3, 2), ranks=(0, 1), index=0)
+            redistribution = GridRedistribution(layout, count=2, owners=[0, 1])
+            redistribution.received_pieces()  # {0: 6, 1: 4}
     """
 
     def __init__(self, layout: Layout, *, count: int, owners: Sequence[int]):
@@ -77,38 +84,38 @@ class GridRedistribution:
         self.count = count
         experts = canonical_shape(layout.shape)[0]
         me = self.group.index
-        self.here = self.boxes[me]
+        self.local_box = self.boxes[me]
         self._copy = layout.replica_ids
         self.whole_here = not layout.splits
 
         self.outgoing: dict[int, list[int]] = {}
         self.homing: dict[int, list[int]] = {}
-        mine = itertools.product(range(count), self.here[0])
-        for unit, (member, expert) in enumerate(mine):
+        local_units = itertools.product(range(count), self.local_box[0])
+        for unit, (member, expert) in enumerate(local_units):
             owner = owners[member * experts + expert]
             self.homing.setdefault(owner, []).append(unit)
             if self._copy[owner] == self._copy[me]:
                 self.outgoing.setdefault(owner, []).append(unit)
-        if not math.prod(map(len, self.here[1:])):
+        if not math.prod(map(len, self.local_box[1:])):
             self.outgoing, self.homing = {}, {}
 
         self.blocks: list[tuple[_Block, int]] = []
         by_experts: dict[tuple[int, int], list[int]] = {}
-        for rank, (held, rows, columns) in enumerate(self.boxes):
-            if len(held) and len(rows) and len(columns):
-                by_experts.setdefault((held.start, held.stop), []).append(rank)
+        for rank, (held_experts, rows, columns) in enumerate(self.boxes):
+            if len(held_experts) and len(rows) and len(columns):
+                by_experts.setdefault((held_experts.start, held_experts.stop), []).append(rank)
         self._block_of: dict[tuple[int, int], slice] = {}
-        mine_to_own = [unit for unit, owner in enumerate(owners) if owner == me]
+        owned = [unit for unit, owner in enumerate(owners) if owner == me]
         self.owned_units: list[int] = []
         for start, stop in sorted(by_experts):
-            here = [unit for unit in mine_to_own if start <= unit % experts < stop]
+            in_block = [unit for unit in owned if start <= unit % experts < stop]
             sources = tuple(rank for rank in by_experts[start, stop] if self._copy[rank] == self._copy[me])
-            self.blocks.append((_Block(experts=range(start, stop), sources=sources), len(here)))
-            self._block_of[start, stop] = slice(self.owned, self.owned + len(here))
-            self.owned_units += here
+            self.blocks.append((_Block(experts=range(start, stop), sources=sources), len(in_block)))
+            self._block_of[start, stop] = slice(self.owned, self.owned + len(in_block))
+            self.owned_units += in_block
         # Updates arrive sorted by owner, then by unit. Note the position of each unit in that order.
         order = [unit for owner in sorted(self.homing) for unit in self.homing[owner]]
-        self._place = {unit: place for place, unit in enumerate(order)}
+        self._position = {unit: position for position, unit in enumerate(order)}
 
     @property
     def owned(self) -> int:
@@ -118,7 +125,7 @@ class GridRedistribution:
     def kept(self, pieces: Sequence[Tensor]) -> None:
         """Return None: even units that this rank owns itself go through the send buffer."""
 
-    def kept_home(self, made: Tensor) -> None:
+    def kept_home(self, updates: Tensor) -> None:
         """Return None, for the same reason as `kept`."""
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
@@ -133,14 +140,14 @@ class GridRedistribution:
         if not self.outgoing:
             return {}
         units = self._units(pieces)
-        return {owner: [units[unit] for unit in wanted] for owner, wanted in sorted(self.outgoing.items())}
+        return {owner: [units[unit] for unit in outgoing] for owner, outgoing in sorted(self.outgoing.items())}
 
     def received_pieces(self) -> dict[int, int]:
         """Return how many numbers this rank receives from each rank, by group index."""
         return {
-            rank: found * len(self.boxes[rank][1]) * len(self.boxes[rank][2])
-            for block, found in self.blocks
-            if found
+            rank: num_units * len(self.boxes[rank][1]) * len(self.boxes[rank][2])
+            for block, num_units in self.blocks
+            if num_units
             for rank in block.sources
         }
 
@@ -148,7 +155,7 @@ class GridRedistribution:
         """Put together the units that this rank owns.
 
         Args:
-            received: What came from each rank, as one vector per rank.
+            received: The data from each rank, as one vector per rank.
             like: An empty tensor with the dtype and device of the result.
             kept: Not used.
 
@@ -156,13 +163,13 @@ class GridRedistribution:
             The units, `[owned, p, q]`, in the order of `owned_units`.
         """
         whole = []
-        for block, found in self.blocks:
-            if not found:
+        for block, num_units in self.blocks:
+            if not num_units:
                 continue
             bands: dict[int, list[tuple[int, Tensor]]] = {}
             for rank in block.sources:
                 _, rows, columns = self.boxes[rank]
-                piece = received[rank].view(found, len(rows), len(columns))
+                piece = received[rank].view(num_units, len(rows), len(columns))
                 bands.setdefault(rows.start, []).append((columns.start, piece))
             whole.append(torch.cat([_joined(bands[start], dim=2) for start in sorted(bands)], dim=1))
         if not whole:
@@ -179,14 +186,14 @@ class GridRedistribution:
             The units, `[owned, p, q]`.
         """
         assert self.whole_here
-        units, wanted = self._units(pieces), self.outgoing.get(self.group.index, [])
-        return torch.stack([units[unit] for unit in wanted]) if wanted else pieces[0].new_empty((0, *self.unit_shape))
+        units, owned = self._units(pieces), self.outgoing.get(self.group.index, [])
+        return torch.stack([units[unit] for unit in owned]) if owned else pieces[0].new_empty((0, *self.unit_shape))
 
-    def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
+    def sent_home(self, updates: Tensor) -> dict[int, list[Tensor]]:
         """Return what this rank sends back to each rank.
 
         Args:
-            made: The updates of the units that this rank owns, `[owned, p, q]`.
+            updates: The updates of the units that this rank owns, `[owned, p, q]`.
 
         Returns:
             For each rank, by group index, a list with its piece of these updates.
@@ -195,12 +202,12 @@ class GridRedistribution:
         for rank, (experts, rows, columns) in enumerate(self.boxes):
             owned = self._block_of.get((experts.start, experts.stop))
             if owned is not None and owned.start < owned.stop and len(rows) and len(columns):
-                sent[rank] = [made[owned, rows.start : rows.stop, columns.start : columns.stop]]
+                sent[rank] = [updates[owned, rows.start : rows.stop, columns.start : columns.stop]]
         return sent
 
     def received_home(self) -> dict[int, int]:
         """Return how many numbers of updates come from each owner, by group index."""
-        piece = len(self.here[1]) * len(self.here[2])
+        piece = len(self.local_box[1]) * len(self.local_box[2])
         return {owner: len(units) * piece for owner, units in sorted(self.homing.items())}
 
     def home(
@@ -209,7 +216,7 @@ class GridRedistribution:
         """Put together this rank's piece of every parameter's update.
 
         Args:
-            received: What came from each owner, as one vector per owner.
+            received: The data from each owner, as one vector per owner.
             shape: The local shape of a parameter.
             like: An empty tensor with the dtype and device of the result.
             kept: Not used.
@@ -217,22 +224,22 @@ class GridRedistribution:
         Returns:
             One tensor of shape `shape` per parameter.
         """
-        experts, rows, columns = self.here
+        experts, rows, columns = self.local_box
         k = self.count
         if not self.homing:
             return [like.new_empty(shape) for _ in range(k)]
         parts = [received[owner].view(-1, len(rows), len(columns)) for owner in sorted(self.homing)]
         flat = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(like.dtype)
         if len(experts) == 1:
-            return [flat[self._place[unit]].view(tuple(shape)) for unit in range(k)]
-        order = [self._place[unit] for unit in range(k * len(experts))]
+            return [flat[self._position[unit]].view(tuple(shape)) for unit in range(k)]
+        order = [self._position[unit] for unit in range(k * len(experts))]
         if order != list(range(len(order))):
             flat = flat.index_select(0, torch.tensor(order, device=flat.device))
         return list(flat.view(k, *shape).unbind(0))
 
     def _units(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Split this rank's pieces into pieces of single units."""
-        rows, columns = len(self.here[1]), len(self.here[2])
+        rows, columns = len(self.local_box[1]), len(self.local_box[2])
         return [unit for piece in pieces for unit in piece.reshape(-1, rows, columns).unbind(0)]
 
 

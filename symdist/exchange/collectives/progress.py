@@ -19,7 +19,7 @@ class PendingCollective:
 
     Attributes:
         text: A description of the collective, for messages.
-        done: A function that tells, without waiting, whether the collective is over.
+        done: A function that returns, without waiting, whether the collective is over.
     """
 
     text: str
@@ -41,7 +41,7 @@ class StepProgress:
         self.waves = 0
         self.wave = 0
         self.before = ""
-        self._marks: list[PendingCollective] = []
+        self._pending: list[PendingCollective] = []
 
     def begin(self, waves: int) -> None:
         """Start the record of a new step, and forget the previous step.
@@ -49,7 +49,7 @@ class StepProgress:
         Args:
             waves: The number of waves of the step.
         """
-        self.waves, self.wave, self.before, self._marks = waves, 0, "", []
+        self.waves, self.wave, self.before, self._pending = waves, 0, "", []
 
     def end(self) -> None:
         """Record that the step has issued all its work."""
@@ -69,9 +69,9 @@ class StepProgress:
             The record of the collective, to pass to `waited`.
         """
         text = f"wave {wave} of {self.waves}, {kind} over {_ranks(group)} for {_named(names)}"
-        mark = PendingCollective(text=text, done=getattr(handle, "is_completed", lambda: True))
-        self._marks.append(mark)
-        return mark
+        pending = PendingCollective(text=text, done=getattr(handle, "is_completed", lambda: True))
+        self._pending.append(pending)
+        return pending
 
     def waited(self, mark: PendingCollective, device: torch.device) -> None:
         """Record that the wait for a collective has returned.
@@ -80,7 +80,7 @@ class StepProgress:
         when it is over.
 
         Args:
-            mark: What `started` returned.
+            mark: The result of `started`.
             device: The device of the collective's tensors.
         """
         if device.type == "cuda":
@@ -88,7 +88,7 @@ class StepProgress:
             event.record()
             mark.done = event.query
         else:
-            self._marks.remove(mark)
+            self._pending.remove(mark)
 
     def text(self) -> str:
         """Describe the first collective that is not over.
@@ -97,9 +97,9 @@ class StepProgress:
             The description. If no collective is under way, the wave being computed or what the step is doing before its
             waves; empty between steps.
         """
-        for mark in list(self._marks):
-            if not mark.done():
-                return mark.text
+        for pending in list(self._pending):
+            if not pending.done():
+                return pending.text
         return f"wave {self.wave} of {self.waves}" if self.wave else self.before
 
 

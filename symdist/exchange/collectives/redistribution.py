@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Redistribution(Protocol):
-    """A plan of which parts of the pieces go to which rank, so that matrices can be put together, and of the way back.
+    """A plan of which parts of its pieces each rank sends to which rank to assemble matrices, and how updates go back.
 
     All ranks compute it alike, so sender and receiver agree on the order of the data. The methods do not communicate.
     Parts that stay on a rank need not be sent: `kept` returns these and `wholes` takes them; for updates, `kept_home`
@@ -47,29 +47,29 @@ class Redistribution(Protocol):
         """Put together what this rank updates.
 
         Args:
-            received: What came from each rank, as one vector per rank.
+            received: The data from each rank, as one vector per rank.
             like: An empty tensor with the dtype and device of the result.
-            kept: What `kept` returned.
+            kept: The result of `kept`.
 
         Returns:
             The rows or matrices that this rank updates, in one tensor.
         """
 
-    def kept_home(self, made: Tensor) -> Any:
+    def kept_home(self, updates: Tensor) -> Any:
         """Return the parts of the updates computed on this rank that stay here without being sent.
 
         Args:
-            made: The updates, shaped like the result of `wholes`.
+            updates: The updates, shaped like the result of `wholes`.
 
         Returns:
             A value to pass to `home`.
         """
 
-    def sent_home(self, made: Tensor) -> dict[int, list[Tensor]]:
+    def sent_home(self, updates: Tensor) -> dict[int, list[Tensor]]:
         """Return the parts of the updates computed on this rank that are sent back.
 
         Args:
-            made: The updates, shaped like the result of `wholes`.
+            updates: The updates, shaped like the result of `wholes`.
 
         Returns:
             The tensors to send to each rank, by group index.
@@ -82,10 +82,10 @@ class Redistribution(Protocol):
         """Put together this rank's piece of every matrix's update.
 
         Args:
-            received: What came from each rank, as one vector per rank.
+            received: The data from each rank, as one vector per rank.
             shape: The shape of a piece.
             like: An empty tensor with the dtype and device of the result.
-            kept: What `kept_home` returned.
+            kept: The result of `kept_home`.
 
         Returns:
             One piece per matrix.
@@ -99,8 +99,8 @@ class Gather:
     The answer is a list with one tensor per field: what this rank puts together of it.
 
     Attributes:
-        fields: What is sent. A field is a list with one tensor per parameter: the directions, the mask, or a state of
-            the rule. All fields are sent together.
+        fields: The tensors to send. A field is a list with one tensor per parameter: the directions, the mask, or a
+            state of the rule. All fields are sent together.
         route: Which parts go to which rank.
         dtype: The dtype in which they are sent.
         like: An empty tensor with the dtype and device of the answer.

@@ -52,25 +52,25 @@ class _Work(Protocol):
     In the buffers, each matrix is a flat vector.
 
     Attributes:
-        sent: How many numbers the sum of one matrix takes.
-        found: How many numbers the answer for one matrix takes.
+        sum_size: How many numbers the sum of one matrix takes.
+        answer_size: How many numbers the answer for one matrix takes.
         operations: The FLOPs to process one matrix.
         parts: This rank's summands, `[b, …]`.
     """
 
-    sent: int
-    found: int
+    sum_size: int
+    answer_size: int
     operations: float
     parts: Tensor
 
     def packed(self) -> Tensor:
-        """Pack this rank's summands as `[b, sent]`."""
+        """Pack this rank's summands as `[b, sum_size]`."""
 
     def solved(self, sums: Tensor) -> Tensor:
-        """Compute the answers `[u, found]` for u matrices from their sums `[u, sent]`."""
+        """Compute the answers `[u, answer_size]` for u matrices from their sums `[u, sum_size]`."""
 
-    def answer(self, found: Tensor) -> Any:
-        """Build the answer to the request from `[b, found]`."""
+    def answer(self, packed: Tensor) -> Any:
+        """Build the answer to the request from `[b, answer_size]`."""
 
 
 class _RootWork:
@@ -79,8 +79,8 @@ class _RootWork:
     def __init__(self, request: Root):
         self.parts = request.gram
         self.edge = request.gram.shape[-1]
-        self.sent = packed_size(self.edge)
-        self.found = self.sent + 2
+        self.sum_size = packed_size(self.edge)
+        self.answer_size = self.sum_size + 2
         self.numerics = request.numerics
         self.unit = request.unit
         self.operations = request.numerics.operations(self.edge)
@@ -92,9 +92,9 @@ class _RootWork:
         root = inverse_root(unpack(sums, self.edge), self.numerics)
         return torch.cat([pack(root.matrix), root.nuclear.flatten(1), root.frobenius.flatten(1)], dim=1)
 
-    def answer(self, found: Tensor) -> InverseRoot:
-        norms = found[:, -2, None, None], found[:, -1, None, None]
-        return InverseRoot(unpack(found[:, :-2], self.edge), norms=norms).of_larger(self.unit)
+    def answer(self, packed: Tensor) -> InverseRoot:
+        norms = packed[:, -2, None, None], packed[:, -1, None, None]
+        return InverseRoot(unpack(packed[:, :-2], self.edge), norms=norms).of_larger(self.unit)
 
 
 class _OrthonormalWork:
@@ -103,7 +103,7 @@ class _OrthonormalWork:
     def __init__(self, request: Orthonormal):
         self.parts = request.values
         self.shape = request.values.shape[1:]
-        self.sent = self.found = self.shape.numel()
+        self.sum_size = self.answer_size = self.shape.numel()
         self.operations = request.operations()
 
     def packed(self) -> Tensor:
@@ -112,8 +112,8 @@ class _OrthonormalWork:
     def solved(self, sums: Tensor) -> Tensor:
         return orthonormal(sums.unflatten(1, self.shape)).flatten(1)
 
-    def answer(self, found: Tensor) -> Tensor:
-        return found.unflatten(1, self.shape)
+    def answer(self, packed: Tensor) -> Tensor:
+        return packed.unflatten(1, self.shape)
 
 
 def answer_shared(
@@ -143,7 +143,7 @@ def answer_shared(
     of_unit = [work for work in works for _ in range(work.parts.shape[0])]
     owners = balance([work.operations for work in of_unit], parts=group.size, loads=loads)
 
-    sizes = [work.sent for work in of_unit]
+    sizes = [work.sum_size for work in of_unit]
     aligned = _spread_evenly(sizes, owners, group.size)
     sums = _slots(sizes, owners, group.size, aligned=aligned)
     buffer = like.new_zeros(sums.chunk * group.size)
@@ -157,26 +157,26 @@ def answer_shared(
     del buffer
     owned = yield from _to_owners(chunk, sums, group=group, transport=transport)
 
-    slots = _slots([work.found for work in of_unit], owners, group.size, aligned=aligned)
+    slots = _slots([work.answer_size for work in of_unit], owners, group.size, aligned=aligned)
     answers: dict[int, Tensor] = {}
     for work in works:
-        mine = [u for u in owned if of_unit[u] is work]
-        if mine:
-            found = work.solved(torch.stack([owned[u] for u in mine]))
-            answers.update(zip(mine, found.to(like.dtype), strict=True))
+        units = [u for u in owned if of_unit[u] is work]
+        if units:
+            solved = work.solved(torch.stack([owned[u] for u in units]))
+            answers.update(zip(units, solved.to(like.dtype), strict=True))
     chunk = yield from _from_owners(answers, slots, like=like, group=group, transport=transport)
     buffer = like.new_empty(slots.chunk * group.size)
     yield transport.all_gather(buffer, chunk, group=group)
 
-    answered = []
+    results = []
     unit = 0
     for work in works:
         b = work.parts.shape[0]
         rows = [buffer[slots.starts[u] : slots.starts[u] + slots.sizes[u]] for u in range(unit, unit + b)]
-        # A group may have no matrix at all, for example if its ranks hold no experts.
-        answered.append(work.answer(torch.stack(rows) if rows else like.new_empty((0, work.found))))
+        # A request may have no matrix at all, for example if its ranks hold no experts.
+        results.append(work.answer(torch.stack(rows) if rows else like.new_empty((0, work.answer_size))))
         unit += b
-    return answered
+    return results
 
 
 @dataclass(frozen=True, kw_only=True)

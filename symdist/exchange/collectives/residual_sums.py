@@ -58,16 +58,16 @@ class StagePlan:
         Returns:
             The plan.
         """
-        needed: dict[str, float] = {}
+        stage_sizes: dict[str, float] = {}
         for i, stage in of_parameter.items():
-            needed[stage.label] = needed.get(stage.label, 0.0) + sizes[i]
+            stage_sizes[stage.label] = stage_sizes.get(stage.label, 0.0) + sizes[i]
         wave_of: dict[str, int] = {}
-        wave, held = 0, 0.0
-        for label, size in needed.items():
-            if held and held + size > budget:
-                wave, held = wave + 1, 0.0
+        wave, wave_size = 0, 0.0
+        for label, size in stage_sizes.items():
+            if wave_size and wave_size + size > budget:
+                wave, wave_size = wave + 1, 0.0
             wave_of[label] = wave
-            held += size
+            wave_size += size
         return StagePlan(of_parameter=of_parameter, wave_of=wave_of)
 
     def of(self, parameters: Iterable[int]) -> tuple[StageSlot, ...]:
@@ -126,11 +126,11 @@ class StageContribution:
     places: Places
 
     @staticmethod
-    def of(here: Sequence[StageSlot], every: Sequence[StageSlot], *, copies: int) -> "StageContribution":
+    def of(local_stages: Sequence[StageSlot], every: Sequence[StageSlot], *, copies: int) -> "StageContribution":
         """Build the contribution of a job.
 
         Args:
-            here: The stage of each of the job's matrices on this rank.
+            local_stages: The stage of each of the job's matrices on this rank.
             every: The stages of all the job's parameters; at least one, and all of the same width.
             copies: How many ranks contribute the same matrices.
 
@@ -138,18 +138,23 @@ class StageContribution:
             The contribution.
         """
         return StageContribution(
-            labels=tuple(stage.label for stage in here),
+            labels=tuple(stage.label for stage in local_stages),
             every=tuple(dict.fromkeys(stage.label for stage in every)),
             copies=copies,
-            places=Places(width=every[0].width, firsts=tuple(stage.first for stage in here)),
+            places=Places(width=every[0].width, firsts=tuple(stage.first for stage in local_stages)),
         )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StageRequest:
-    """A rule's `StageSum` request, together with the contribution of the job in which the rule runs."""
+    """A rule's `StageSum` request, together with the contribution of the job in which the rule runs.
 
-    asked: StageSum
+    Attributes:
+        stage_sum: The rule's request.
+        share: The contribution of the job.
+    """
+
+    stage_sum: StageSum
     share: StageContribution
 
 
@@ -165,7 +170,7 @@ def shared(asking: Generator[Any, Any, Any], share: StageContribution) -> Genera
     """
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
-        return (yield StageRequest(asked=request, share=share) if isinstance(request, StageSum) else request)
+        return (yield StageRequest(stage_sum=request, share=share) if isinstance(request, StageSum) else request)
 
     return relayed(asking, relay)
 
@@ -194,21 +199,23 @@ def answer_stages(
         For each request, the sum of the stage of each of its matrices, `[b, m, k]`.
     """
     stages = sorted({label for request in requests for label in request.share.every})
-    place = {label: i for i, label in enumerate(stages)}
-    like = requests[0].asked.values
+    index_of = {label: i for i, label in enumerate(stages)}
+    like = requests[0].stage_sum.values
     total = like.new_zeros((len(stages), *like.shape[1:]))
     indices = []
     for request in requests:
-        index = torch.tensor([place[label] for label in request.share.labels], dtype=torch.long, device=like.device)
-        total.index_add_(0, index, request.asked.values, alpha=1 / request.share.copies)
+        index = torch.tensor([index_of[label] for label in request.share.labels], dtype=torch.long, device=like.device)
+        total.index_add_(0, index, request.stage_sum.values, alpha=1 / request.share.copies)
         indices.append(index)
-    answer = (
-        Orthonormal(values=total, across="all") if requests[0].asked.orthonormal else Sum(values=total, across="all")
+    joint_request = (
+        Orthonormal(values=total, across="all")
+        if requests[0].stage_sum.orthonormal
+        else Sum(values=total, across="all")
     )
     if group is None or group.size == 1:
-        found = answer.answer_locally()
-    elif isinstance(answer, Orthonormal):
-        (found,) = yield from answer_shared([answer], group=group, transport=transport, loads=loads)
+        sums = joint_request.answer_locally()
+    elif isinstance(joint_request, Orthonormal):
+        (sums,) = yield from answer_shared([joint_request], group=group, transport=transport, loads=loads)
     else:
-        (found,) = yield from answer_sums([answer], group=group, transport=transport)
-    return [found.index_select(0, index) for index in indices]
+        (sums,) = yield from answer_sums([joint_request], group=group, transport=transport)
+    return [sums.index_select(0, index) for index in indices]

@@ -97,15 +97,15 @@ class TorchTransport:
     """Runs the collectives with torch.distributed, on any backend.
 
     For each group it uses an existing process group with exactly the same ranks, which may be the default group. If
-    there is none, for example because the ranks lie along several mesh axes, it makes one when the group is first
-    needed: all ranks of such groups must then come to them in the same order.
+    there is none, for example because the ranks lie along several mesh axes, it creates one when the group is first
+    used: all ranks must then use such groups for the first time in the same order.
     """
 
     def __init__(self) -> None:
         self._handles: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def prepare(self, groups: Iterable[Group]) -> None:
-        """Find or make the process group of every group, in ascending order of their ranks.
+        """Find or create the process group of every group, in ascending order of their ranks.
 
         All ranks of these groups must call it.
 
@@ -113,7 +113,7 @@ class TorchTransport:
             groups: The groups that communicate in a step; those of a single rank are skipped.
 
         Raises:
-            RuntimeError: If a group has no process group and none can be made.
+            RuntimeError: If a group has no process group and none can be created.
         """
         for group in sorted(groups, key=lambda group: group.ranks):
             if group.size > 1:
@@ -137,33 +137,33 @@ class TorchTransport:
 
     def _handle(self, group: Group) -> dist.ProcessGroup:
         if group.ranks not in self._handles:
-            self._handles[group.ranks] = _existing(group) or _made(group)
+            self._handles[group.ranks] = _existing_group(group) or _new_group(group)
         return self._handles[group.ranks]
 
 
-def _existing(group: Group) -> dist.ProcessGroup | None:
+def _existing_group(group: Group) -> dist.ProcessGroup | None:
     """Find a process group with the same ranks in the same order.
 
-    If there are several, it is the one made first, so that all ranks choose the same.
+    If there are several, the one created first is returned, so that all ranks choose the same.
     """
     known = [group.handle] if group.handle is not None else [dist.group.WORLD, *distributed_c10d._world.pg_group_ranks]
-    return next((each for each in known if tuple(dist.get_process_group_ranks(each)) == group.ranks), None)
+    return next((handle for handle in known if tuple(dist.get_process_group_ranks(handle)) == group.ranks), None)
 
 
-def _made(group: Group) -> dist.ProcessGroup:
-    """Make a process group; only the ranks of `group` call this.
+def _new_group(group: Group) -> dist.ProcessGroup:
+    """Create a process group; only the ranks of `group` call this.
 
     Raises:
         RuntimeError: If no other process groups connect the ranks.
     """
     if not group.through:
         raise RuntimeError(
-            f"ranks {group.ranks} have no process group of their own, nor others that connect them. Call "
+            f"there is no process group of ranks {group.ranks}, and symdist cannot create one. Call "
             f"torch.distributed.new_group({list(group.ranks)}) on all ranks before building the optimizer"
         )
     world = dist.group.WORLD
     assert world is not None
-    bound, named = world.bound_device_id, distributed_c10d._process_group_name
+    bound_device, name_group = world.bound_device_id, distributed_c10d._process_group_name
     # If the default group is bound to a device, PyTorch makes a new group by splitting the default group, which needs
     # all of its ranks.
     world.bound_device_id = None
@@ -171,18 +171,18 @@ def _made(group: Group) -> dist.ProcessGroup:
     # each rank counts for itself. Ranks that have made different numbers of groups would therefore wait for each other
     # forever: here, or, if this group were counted, at the next group that all of them make. Hence this group gets a
     # name of its own and is not counted.
-    name = f"symdist:{'-'.join(map(str, group.ranks))}:{_times_made[group.ranks]}"
-    _times_made[group.ranks] += 1
+    name = f"symdist:{'-'.join(map(str, group.ranks))}:{_times_created[group.ranks]}"
+    _times_created[group.ranks] += 1
     distributed_c10d._process_group_name = lambda *_, **__: name  # type: ignore[assignment]
     try:
         return dist.new_group(list(group.ranks), use_local_synchronization=True)
     finally:
-        distributed_c10d._process_group_name = named
-        world.bound_device_id = bound
+        distributed_c10d._process_group_name = name_group
+        world.bound_device_id = bound_device
 
 
-_times_made: Counter[tuple[int, ...]] = Counter()
-"""How many groups were made for each set of ranks; more than one only after process groups were destroyed."""
+_times_created: Counter[tuple[int, ...]] = Counter()
+"""How many groups were created for each set of ranks; more than one only after process groups were destroyed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,12 @@ class CountingTransport:
 
     Attributes:
         inner: The transport that runs the collectives; None (default) to run none.
-        log: The records of the collectives so far.
+        log: The records of the collectives so far; empty by default.
+
+    Example:
+        >>> transport = CountingTransport(inner=TorchTransport())
+        >>> norm = symdist.clip_grad_norm_(model.parameters(), 1.0, transport=transport)
+        >>> print(transport.collectives, transport.sent)
     """
 
     inner: Transport | None = None
@@ -229,34 +234,34 @@ class CountingTransport:
     @property
     def sent(self) -> float:
         """The number of bytes that this rank sent, or would have sent."""
-        return sum(moved.sent for moved in self.log)
+        return sum(record.sent for record in self.log)
 
     def prepare(self, groups: Iterable[Group]) -> None:
         """See `Transport`."""
         if self.inner is not None:
             self.inner.prepare(groups)
 
-    def _note(self, kind: str, group: Group, sent: float) -> None:
+    def _record(self, kind: str, group: Group, sent: float) -> None:
         self.log.append(CollectiveRecord(kind=kind, size=group.size, sent=sent))
 
     def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
-        self._note("all_reduce", group, 2 * buffer.nbytes * (group.size - 1) / group.size)
+        self._record("all_reduce", group, 2 * buffer.nbytes * (group.size - 1) / group.size)
         return self.inner.all_reduce(buffer, group=group) if self.inner else _Done()
 
     def reduce_scatter(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
-        self._note("reduce_scatter", group, buffer.nbytes - out.nbytes)
+        self._record("reduce_scatter", group, buffer.nbytes - out.nbytes)
         return self.inner.reduce_scatter(out, buffer, group=group) if self.inner else _Done()
 
     def all_gather(self, out: Tensor, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
-        self._note("all_gather", group, out.nbytes - buffer.nbytes)
+        self._record("all_gather", group, out.nbytes - buffer.nbytes)
         return self.inner.all_gather(out, buffer, group=group) if self.inner else _Done()
 
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: list[int], sent: list[int], group: Group) -> Handle:
         """See `Transport`."""
-        self._note("all_to_all", group, buffer.nbytes - sent[group.index] * buffer.element_size())
+        self._record("all_to_all", group, buffer.nbytes - sent[group.index] * buffer.element_size())
         if self.inner is None:
             return _Done()
         return self.inner.all_to_all(out, buffer, received=received, sent=sent, group=group)

@@ -23,6 +23,11 @@ def pack(x: Tensor) -> Tensor:
 
     Returns:
         A new tensor, `[b, d·(d+1)/2]`.
+
+    Example:
+        >>> gram = torch.eye(3).expand(2, 3, 3)
+        >>> torch.equal(unpack(pack(gram), 3), gram)
+        True
     """
     d = x.shape[-1]
     k = d // 2

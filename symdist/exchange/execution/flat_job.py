@@ -1,4 +1,4 @@
-"""A job over flat layouts: ranks hold runs of elements, from which rows or whole matrices are put together."""
+"""A job over flat layouts: ranks hold ranges of elements, from which rows or whole matrices are put together."""
 
 import functools
 import itertools
@@ -45,7 +45,7 @@ class FlatJob:
         stack: What the parameters have in common.
         members: The parameters that this rank takes part in, as indices in the optimizer's list. For the others it has
             nothing to send or to sum.
-        everyone: All the job's parameters on any rank, as indices in the optimizer's list.
+        everyone: The job's parameters on all ranks, as indices in the optimizer's list.
         layouts: The layouts of `members`.
         strategy: Where the rule runs: "local", "reduce" or "owner".
         owners: For strategy "owner", the group index of the owner of each of `members`.
@@ -88,13 +88,13 @@ class FlatJob:
 
     @functools.cached_property
     def route(self) -> FlatRedistribution:
-        """How runs of elements become whole rows (reduce) or matrices (owner), and how updates return."""
-        have = [layout.runs for layout in self.layouts]
+        """How ranges of elements become whole rows (reduce) or matrices (owner), and how updates return."""
+        held = [layout.runs for layout in self.layouts]
         if self.strategy == "owner":
-            want = [owned_by(owner, layout.shape) for owner, layout in zip(self.owners, self.layouts, strict=True)]
+            wanted = [owned_by(owner, layout.shape) for owner, layout in zip(self.owners, self.layouts, strict=True)]
         else:
-            want = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
-        return FlatRedistribution(self.group, have=have, want=want)
+            wanted = [runs_of_rows(layout.by_rows(multiple=self.multiple)) for layout in self.layouts]
+        return FlatRedistribution(self.group, have=held, want=wanted)
 
     def task(
         self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_root: RootObserver | None = None
@@ -114,23 +114,23 @@ class FlatJob:
             The task, not started yet.
         """
         if self.strategy == "local":
-            asking = observed(self._here(read_inputs), observe_root, range(len(self.members)), self.group.size)
-            return Task(written(self.stack, asking, write_outputs))
+            running = observed(self._update_local(read_inputs), observe_root, range(len(self.members)), self.group.size)
+            return Task(written(self.stack, running, write_outputs))
         along: dict[str, Group] = dict(self.summed.items())
-        together = written(self.stack, self._together(read_inputs, observe_root), write_outputs)
-        return Task(together, along=along, home=self.group, strategy=self.strategy)
+        running_together = written(self.stack, self._update_sent(read_inputs, observe_root), write_outputs)
+        return Task(running_together, along=along, home=self.group, strategy=self.strategy)
 
-    def _here(self, read_inputs: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
+    def _update_local(self, read_inputs: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
         """Update parameters that are whole on this rank."""
         shape = self.stack.layout.shape
         fields = [
             (torch.stack(field) if len(field) > 1 else field[0]).view(-1, *shape)
             for field in read_inputs().fields(self.stack.dtype)
         ]
-        made = yield from run_rule(self.stack, fields, [range(size) for size in shape])
-        return [list(field.flatten(1)) for field in made]
+        outputs = yield from run_rule(self.stack, fields, [range(size) for size in shape])
+        return [list(field.flatten(1)) for field in outputs]
 
-    def _together(
+    def _update_sent(
         self, read_inputs: ReadInputs, observe_root: RootObserver | None
     ) -> Generator[Any, Any, list[Tensors]]:
         """Put rows or matrices together, update them, and send the updates back."""
@@ -144,24 +144,26 @@ class FlatJob:
             wanted = [route.wholes({}, like=stack.like, kept=route.kept(field)) for field in fields]
         del fields
         if self.summed:
-            made = yield from observed(self._updated_in_place(wanted), observe_root, range(len(self.members)), 1)
+            outputs = yield from observed(self._update_in_place(wanted), observe_root, range(len(self.members)), 1)
         elif self.stages:
-            made = yield from self._updated_in_stages(wanted, observe_root)
+            outputs = yield from self._update_in_stages(wanted, observe_root)
         else:
-            made = self._updated_alone(wanted, observe_root)
+            outputs = self._update_alone(wanted, observe_root)
         del wanted
         if self.travels:
-            return (yield Scatter(fields=made, route=route, dtype=self.communication_dtype, like=stack.like, shape=()))
-        return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(field)) for field in made]
+            return (
+                yield Scatter(fields=outputs, route=route, dtype=self.communication_dtype, like=stack.like, shape=())
+            )
+        return [route.home({}, shape=(), like=stack.like, kept=route.kept_home(field)) for field in outputs]
 
-    def _updated_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
+    def _update_in_place(self, wanted: list[Tensor]) -> Generator[Any, Any, list[Tensor]]:
         """Update all members as one stack, with sums over the other ranks; all members are cut alike."""
         layout = self.stack.layout
         stacks = [field.view(len(self.members), *layout.local_shape) for field in wanted]
-        made = yield from run_rule(self.stack, stacks, layout.box)
-        return [tensor.reshape(-1) for tensor in made]
+        outputs = yield from run_rule(self.stack, stacks, layout.box)
+        return [tensor.reshape(-1) for tensor in outputs]
 
-    def _updated_in_stages(
+    def _update_in_stages(
         self, wanted: list[Tensor], observe_root: RootObserver | None
     ) -> Generator[Any, Any, list[Tensor]]:
         """Update the matrices that this rank owns, with residual-stage sums.
@@ -171,49 +173,49 @@ class FlatJob:
         stack = self.stack
         stage_of = dict(zip(self.everyone, self.stages, strict=True))
         owned = [i for i, (start, stop) in enumerate(self.route.wanted) if stop > start]
-        here = [stage_of[self.members[i]] for i in owned for _ in range(stack.view.count)]
-        share = StageContribution.of(here, self.stages, copies=1)
+        owned_stages = [stage_of[self.members[i]] for i in owned for _ in range(stack.view.count)]
+        contribution = StageContribution.of(owned_stages, self.stages, copies=1)
         shape = stack.layout.shape
         flat = [field.view(len(owned), math.prod(shape)) for field in wanted]
         stacks = [matrices_of(field, shape, column_blocks=self.column_blocks) for field in flat]
-        asking = run_rule(stack, stacks, [range(size) for size in shape], share)
-        made = yield from answered_locally(observed(asking, observe_root, owned, self.group.size))
-        return [elements_of(field, column_blocks=self.column_blocks).reshape(-1) for field in made]
+        running = run_rule(stack, stacks, [range(size) for size in shape], contribution)
+        outputs = yield from answered_locally(observed(running, observe_root, owned, self.group.size))
+        return [elements_of(field, column_blocks=self.column_blocks).reshape(-1) for field in outputs]
 
-    def _updated_alone(self, wanted: list[Tensor], observe_root: RootObserver | None) -> list[Tensor]:
+    def _update_alone(self, wanted: list[Tensor], observe_root: RootObserver | None) -> list[Tensor]:
         """Update whole matrices or rows that need no other rank, in batches of those with the same number of rows."""
         stack = self.stack
-        made = [torch.empty_like(wanted[0]) for _ in range(1 + stack.masked + len(stack.state_names))]
-        row = self.layouts[0].width if self.layouts else 1
-        alike: dict[tuple[int, int], dict[int, slice]] = {}
-        place = 0
+        outputs = [torch.empty_like(wanted[0]) for _ in range(1 + stack.masked + len(stack.state_names))]
+        width = self.layouts[0].width if self.layouts else 1
+        batches: dict[tuple[int, int], dict[int, slice]] = {}
+        offset = 0
         for member, (start, stop) in enumerate(self.route.wanted):
             if stop > start:
                 # The first row matters only for padding; without padding, pieces with the same number of rows are
                 # alike.
                 key = (start if stack.padding_rows else 0, stop - start)
-                alike.setdefault(key, {})[member] = slice(place, place + stop - start)
-            place += stop - start
-        for (start, size), of_members in alike.items():
-            places = list(of_members.values())
-            rows = range(start // row, (start + size) // row)
-            shape = (len(places), len(rows), *stack.layout.shape[1:])
-            flat = [_stacked(field, places).view(len(places), -1) for field in wanted]
-            # Only whole matrices can have column blocks, which are put side by side here.
+                batches.setdefault(key, {})[member] = slice(offset, offset + stop - start)
+            offset += stop - start
+        for (start, size), slice_of in batches.items():
+            slices = list(slice_of.values())
+            rows = range(start // width, (start + size) // width)
+            shape = (len(slices), len(rows), *stack.layout.shape[1:])
+            flat = [_stacked(field, slices).view(len(slices), -1) for field in wanted]
+            # Only whole matrices can have column blocks; `matrix` puts these side by side.
             stacks = [
                 self.layouts[0].matrix(field) if self.strategy == "owner" else field.view(shape) for field in flat
             ]
-            asking = run_rule(stack, stacks, [rows, *(range(size) for size in stack.layout.shape[1:])])
-            found = run_locally(observed(asking, observe_root, list(of_members), self.group.size))
-            for field, tensor in zip(made, found, strict=True):
-                back = self.layouts[0].elements(tensor) if self.strategy == "owner" else tensor.flatten(1)
-                for at, one in zip(places, back, strict=True):
-                    field[at] = one
-        return made
+            running = run_rule(stack, stacks, [rows, *(range(size) for size in stack.layout.shape[1:])])
+            results = run_locally(observed(running, observe_root, list(slice_of), self.group.size))
+            for field, tensor in zip(outputs, results, strict=True):
+                parts = self.layouts[0].elements(tensor) if self.strategy == "owner" else tensor.flatten(1)
+                for destination, part in zip(slices, parts, strict=True):
+                    field[destination] = part
+        return outputs
 
 
-def _stacked(field: Tensor, places: list[slice]) -> Tensor:
+def _stacked(field: Tensor, slices: list[slice]) -> Tensor:
     """Return the given parts of a vector, one after another; a view if they are adjacent."""
-    if all(a.stop == b.start for a, b in itertools.pairwise(places)):
-        return field[places[0].start : places[-1].stop]
-    return torch.stack([field[place] for place in places])
+    if all(a.stop == b.start for a, b in itertools.pairwise(slices)):
+        return field[slices[0].start : slices[-1].stop]
+    return torch.stack([field[part] for part in slices])

@@ -1,4 +1,4 @@
-"""A job: parameters of one shape, rule, options and layout that run together, where their strategy says."""
+"""A job: parameters of one shape, rule, options and layout that run together with one strategy."""
 
 import functools
 from collections.abc import Callable, Generator, Sequence
@@ -85,10 +85,10 @@ class Stack:
         rule: The rule.
         options: The rule's own options, as sorted (name, value) pairs.
         view: How a stored tensor is seen as matrices.
-        layout: A `Layout`, or, before planning, a `FlatLayout` for parameters cut in runs of elements.
+        layout: A `Layout`, or, before planning, a `FlatLayout` for parameters cut into ranges of elements.
         dtype: The dtype of the state and of all arithmetic.
         device: The device of this rank's pieces.
-        asked: The strategy that the user asked for, or "auto".
+        requested_strategy: The strategy that the user asked for, or "auto".
         skip_zero_grad_rows: Whether rows whose gradient is exactly zero stay unchanged; False by default.
         padding_rows: The number of rows at the end of the stored tensor that take no part and never change; 0 by
             default. The view may show them as columns.
@@ -100,7 +100,7 @@ class Stack:
     layout: Any
     dtype: torch.dtype
     device: torch.device
-    asked: str
+    requested_strategy: str
     skip_zero_grad_rows: bool = False
     padding_rows: int = 0
 
@@ -202,7 +202,7 @@ class Job:
 
     @property
     def everyone(self) -> tuple[int, ...]:
-        """The job's parameters on any rank: the same as `members`, since all ranks of a job have the same ones."""
+        """The job's parameters on all ranks: the same as `members`, since all ranks of a job have the same ones."""
         return self.members
 
     @functools.cached_property
@@ -234,19 +234,19 @@ class Job:
                 home=home,
                 strategy="owner",
             )
-        # All ranks with a part of a matrix report its root; the ranks that report it are one in `ranks` of the group.
-        # With this weight, a matrix counts for the whole group, as it does if only its owner reports it.
+        # All ranks with a part of a matrix report its root: one in `ranks` of the group's ranks. With this weight, a
+        # matrix counts for the whole group, as it does if only its owner reports it.
         batch = self.stack.splits.get("batch")
         ranks = batch.size if batch is not None else 1
-        asking = written(
+        running = written(
             self.stack,
             observed(self._in_place(read_inputs), observe_root, range(len(self.members)), ranks),
             write_outputs,
         )
         if self.strategy == "local" and not self.stages:
-            return Task(asking)
+            return Task(running)
         along: dict[str, Group] = {axis: group for axis, group in self.stack.splits.items() if axis != "batch"}
-        return Task(asking, along=along, home=home, strategy=self.strategy)
+        return Task(running, along=along, home=home, strategy=self.strategy)
 
     def _in_place(self, read_inputs: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
         """Update the pieces where they are, for strategies "local" and "reduce"."""
@@ -254,13 +254,13 @@ class Job:
             torch.stack(field) if len(field) > 1 else field[0].unsqueeze(0)
             for field in read_inputs().fields(self.stack.dtype)
         ]
-        share = None
+        contribution = None
         if self.stages:
             matrices = self.stack.view.matrices(fields[0]).shape[0] // len(self.members)
-            here = [stage for stage in self.stages for _ in range(matrices)]
-            share = StageContribution.of(here, self.stages, copies=self.stack.layout.num_replicas)
-        made = yield from run_rule(self.stack, fields, self.stack.layout.box, share)
-        return [list(field.unbind(0)) for field in made]
+            stages = [stage for stage in self.stages for _ in range(matrices)]
+            contribution = StageContribution.of(stages, self.stages, copies=self.stack.layout.num_replicas)
+        outputs = yield from run_rule(self.stack, fields, self.stack.layout.box, contribution)
+        return [list(field.unbind(0)) for field in outputs]
 
     def _at_owners(
         self, read_inputs: ReadInputs, observe_root: RootObserver | None
@@ -275,25 +275,25 @@ class Job:
         else:
             wholes = yield Gather(fields=fields, route=route, dtype=self.communication_dtype, like=stack.like)
         del fields
-        made = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
+        outputs = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
         # A rank that owns no unit still takes part in the residual-stage sums.
         if route.owned or self.stages:
             if len(stack.layout.shape) == 1:
                 wholes = [whole.squeeze(-1) for whole in wholes]
             experts = len(self.owners) // len(self.members)
             units = [unit // experts for unit in route.owned_units]
-            share = None
+            contribution = None
             if self.stages:
-                here = [self.stages[unit] for unit in units for _ in range(stack.view.count // experts)]
-                share = StageContribution.of(here, self.stages, copies=1)
-            asking = run_rule(stack, wholes, [range(size) for size in stack.layout.shape], share)
-            made = yield from answered_locally(observed(asking, observe_root, units, route.group.size))
+                owned_stages = [self.stages[unit] for unit in units for _ in range(stack.view.count // experts)]
+                contribution = StageContribution.of(owned_stages, self.stages, copies=1)
+            running = run_rule(stack, wholes, [range(size) for size in stack.layout.shape], contribution)
+            outputs = yield from answered_locally(observed(running, observe_root, units, route.group.size))
             if len(stack.layout.shape) == 1:
-                made = [tensor.unsqueeze(-1) for tensor in made]
+                outputs = [tensor.unsqueeze(-1) for tensor in outputs]
         del wholes
         return (
             yield Scatter(
-                fields=made,
+                fields=outputs,
                 route=route,
                 dtype=self.communication_dtype,
                 like=stack.like,
@@ -310,7 +310,7 @@ def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.d
 
     Args:
         stack: The stack.
-        communication_dtype: The dtype asked for; None for the stack's own.
+        communication_dtype: The dtype that the user chose; None for the stack's own.
 
     Returns:
         The dtype.
@@ -319,27 +319,27 @@ def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.d
 
 
 def written(
-    stack: Stack, asking: Generator[Any, Any, list[Tensors]], write_outputs: WriteOutputs
+    stack: Stack, running: Generator[Any, Any, list[Tensors]], write_outputs: WriteOutputs
 ) -> Generator[Any, Any, None]:
     """Wrap a running rule so that its results are handed to `write_outputs`.
 
     Args:
         stack: The stack whose rule is running.
-        asking: The running rule; it returns fields as `run_rule` does, each split by parameter.
+        running: The running rule; it returns fields as `run_rule` does, each split by parameter.
         write_outputs: Called with the results as soon as the rule ends.
 
     Returns:
         The wrapped rule, which returns nothing.
     """
     # Write at once, so that the updates are freed while other tasks are still under way.
-    write_outputs(stack.made((yield from asking)))
+    write_outputs(stack.made((yield from running)))
 
 
-def answered_locally(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+def answered_locally(running: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
     """Wrap a rule that runs on whole matrices: all its requests except residual-stage sums are answered on this rank.
 
     Args:
-        asking: The running rule.
+        running: The running rule.
 
     Returns:
         The wrapped rule, which yields nothing but residual-stage sums.
@@ -348,16 +348,16 @@ def answered_locally(asking: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
     def relay(request: Any) -> Generator[Any, Any, Any]:
         return (yield request) if isinstance(request, StageRequest) else request.answer_locally()
 
-    return relayed(asking, relay)
+    return relayed(running, relay)
 
 
 def observed(
-    asking: Generator[Any, Any, T], observe_root: RootObserver | None, members: Sequence[int], ranks: float
+    running: Generator[Any, Any, T], observe_root: RootObserver | None, members: Sequence[int], ranks: float
 ) -> Generator[Any, Any, T]:
     """Wrap a running rule so that every inverse root is also handed to a callback.
 
     Args:
-        asking: The running rule.
+        running: The running rule.
         observe_root: The callback; None to return the rule as it is.
         members: Passed to the callback: the positions in the job's `members` of the parameters that run.
         ranks: Passed to the callback: how many ranks each call stands for.
@@ -366,7 +366,7 @@ def observed(
         The wrapped rule, with the same result.
     """
     if observe_root is None:
-        return asking
+        return running
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
         answer = yield request
@@ -374,11 +374,11 @@ def observed(
             observe_root(answer, members, ranks)
         return answer
 
-    return relayed(asking, relay)
+    return relayed(running, relay)
 
 
 def run_rule(
-    stack: Stack, fields: Sequence[Tensor], box: Sequence[range], share: StageContribution | None = None
+    stack: Stack, fields: Sequence[Tensor], box: Sequence[range], contribution: StageContribution | None = None
 ) -> Generator[Any, Any, list[Tensor]]:
     """Run the rule of a stack on pieces or on whole matrices.
 
@@ -388,8 +388,8 @@ def run_rule(
         stack: The stack whose rule to run.
         fields: The fields of `StepInputs.fields`, each stacked over n parameters: `[n, *stored shape]`.
         box: The range that the pieces cover along each stored dimension.
-        share: This job's contribution to residual-stage sums, if the rule couples the matrices of a stage; None by
-            default.
+        contribution: This job's contribution to residual-stage sums, if the rule couples the matrices of a stage; None
+            by default.
 
     Returns:
         The fields for `Stack.made`, in the shape of the input fields: the update, the mask if the stack has one, and
@@ -408,28 +408,25 @@ def run_rule(
         real=real if stack.view.kind == "as_stored" else None,
         first_column=stack.first_column(box),
         state=dict(zip(stack.state_names, others, strict=True)),
-        places=None if share is None else share.places,
+        places=None if contribution is None else contribution.places,
     )
-    asking = stack.rule.update(matrix, **dict(stack.options))
-    update = yield from asking if share is None else shared(asking, share)
+    running = stack.rule.update(matrix, **dict(stack.options))
+    update = yield from running if contribution is None else shared(running, contribution)
     update, state = update if isinstance(update, tuple) else (update, {})
-    made = [update]
+    outputs = [update]
     if stack.masked:
         moved = real
         if touched is not None:
             count = yield Sum(values=touched.sum(-1, keepdim=True).to(update.dtype), across="columns")
             moved = count.ne(0).to(update.dtype) * (1 if real is None else real)
         assert moved is not None
-        made = [update * moved, moved.expand_as(update)]
-    made += [state[name] for name in stack.state_names]
-    return [stack.view.to_stored(field, shape) for field in made]
+        outputs = [update * moved, moved.expand_as(update)]
+    outputs += [state[name] for name in stack.state_names]
+    return [stack.view.to_stored(field, shape) for field in outputs]
 
 
 def _real(stack: Stack, box: Sequence[range], values: Tensor) -> Tensor | None:
-    """Return 1 for real rows (or columns) of the matrix and 0 for padding, in a shape to broadcast.
-
-    Without padding, it returns None.
-    """
+    """Return 1 for real rows (or columns) of the matrix and 0 for padding, to broadcast; None without padding."""
     if not stack.padding_rows:
         return None
     index = torch.arange(box[0].start, box[0].stop, device=values.device)

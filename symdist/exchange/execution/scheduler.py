@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from symdist.exchange.collectives.all_to_all import answer_returns, answer_ships
+from symdist.exchange.collectives.all_to_all import answer_gathers, answer_scatters
 from symdist.exchange.collectives.progress import ExchangeError, PendingCollective, StepProgress
 from symdist.exchange.collectives.redistribution import Gather, Scatter
 from symdist.exchange.collectives.reduce import answer_shared, answer_sums
@@ -20,12 +20,12 @@ from symdist.layouts import Group
 from symdist.rules import Orthonormal, Root, Sum
 
 _ANSWERS: dict[type, Any] = {
-    Gather: answer_ships,
+    Gather: answer_gathers,
     Sum: answer_sums,
     Root: answer_shared,
     Orthonormal: answer_shared,
     StageRequest: answer_stages,
-    Scatter: answer_returns,
+    Scatter: answer_scatters,
 }
 
 Timing: TypeAlias = Callable[[str], AbstractContextManager[Any]]
@@ -75,20 +75,20 @@ class Task:
             answer: The answer to the pending request; None to start.
         """
         if self._then:
-            # A sum across both axes: it was done over one group, and is now done over the other.
+            # A sum across both axes: it was taken over one group, and is now taken over the other.
             self.pending, self.group = Sum(values=answer, across="all"), self._then.pop()
             return
         self.pending = None
         try:
             request = self.asking.send(answer)
-            while not (groups := self._asked(request)):
+            while not (groups := self._answering_groups(request)):
                 request = self.asking.send(request.answer_locally())
         except StopIteration:
             return
-        assert len(groups) == 1 or isinstance(request, Sum), "what one rank works on is a sum over one axis"
+        assert len(groups) == 1 or isinstance(request, Sum), "only a Sum may be answered by more than one group"
         self.pending, self.group, self._then = request, groups[0], groups[1:]
 
-    def _asked(self, request: Any) -> list[Group | None]:
+    def _answering_groups(self, request: Any) -> list[Group | None]:
         """Return the groups that must answer a request, one after another; empty if this rank can answer it alone."""
         if isinstance(request, StageRequest):
             # Even without other ranks, since other tasks of this rank contribute to the sum.
@@ -132,30 +132,34 @@ def run(
 
     Raises:
         ExchangeError: If a collective fails.
+
+    Example:
+        >>> tasks = [job.task(read_inputs, write_outputs) for job in wave]
+        >>> run([tasks], transport=TorchTransport())
     """
     loads = {group: list(of_ranks) for group, of_ranks in (work or {}).items()}
     progress = progress or StepProgress()
     progress.begin(len(waves))
-    flights = [
+    wave_runs = [
         _WaveRun(wave, _WaveContext(transport=transport, loads=loads, progress=progress, timing=timing, wave=i + 1))
         for i, wave in enumerate(waves)
     ]
-    if flights:
-        flights[0].start()
+    if wave_runs:
+        wave_runs[0].start()
     meanwhile()
-    for i, flight in enumerate(flights):
+    for i, wave_run in enumerate(wave_runs):
         progress.wave = i + 1
-        following = flights[i + 1] if i + 1 < len(flights) else None
+        following = wave_runs[i + 1] if i + 1 < len(wave_runs) else None
         early = following is not None and _may_overlap(waves[i], waves[i + 1])
         if following is not None and early:
             following.start()
-        flight.advance()
+        wave_run.advance()
         if following is not None and not early:
             following.start()
         if i:
-            flights[i - 1].finish()
-    if flights:
-        flights[-1].finish()
+            wave_runs[i - 1].finish()
+    if wave_runs:
+        wave_runs[-1].finish()
     progress.end()
     return loads
 
@@ -190,50 +194,50 @@ class _WaveContext:
 class _WaveRun:
     """A wave under way: its tasks, the buckets being answered, and the buckets of updates being sent back."""
 
-    def __init__(self, tasks: Sequence[Task], way: _WaveContext):
+    def __init__(self, tasks: Sequence[Task], context: _WaveContext):
         self._tasks = list(tasks)
-        self._way = way
-        self._up: list[_Bucket] = []
-        self._landing: list[_Bucket] = []
+        self._context = context
+        self._in_progress: list[_Bucket] = []
+        self._returning: list[_Bucket] = []
 
     def start(self) -> None:
         """Run all tasks to their first requests, and start the collectives that answer these."""
         for task in self._tasks:
-            self._way.advance(task)
+            self._context.advance(task)
         self._start()
 
     def advance(self) -> None:
         """Answer requests until nothing but updates being sent back is under way."""
-        while self._up:
-            while any(bucket.handle is not None for bucket in self._up):
-                for bucket in self._up:
+        while self._in_progress:
+            while any(bucket.handle is not None for bucket in self._in_progress):
+                for bucket in self._in_progress:
                     bucket.step()
-            for bucket in self._up:
+            for bucket in self._in_progress:
                 bucket.hand_out()
             self._start()
 
     def finish(self) -> None:
         """Wait for the updates that are being sent back, and hand them to the tasks."""
-        for bucket in self._landing:
+        for bucket in self._returning:
             while bucket.handle is not None:
                 bucket.step()
             bucket.hand_out()
-        self._landing = []
+        self._returning = []
 
     def _start(self) -> None:
         """Group the pending requests into buckets, and start their first collectives."""
         waiting = [task for task in self._tasks if task.pending is not None]
         # Scatter is a task's last request, so no task needs its answer yet and the wave does not wait for it here.
-        last = [task for task in waiting if isinstance(task.pending, Scatter)]
-        asking = [task for task in waiting if not isinstance(task.pending, Scatter)]
+        scatters = [task for task in waiting if isinstance(task.pending, Scatter)]
+        others = [task for task in waiting if not isinstance(task.pending, Scatter)]
         # Roots and QRs are delayed while other tasks still have requests of other kinds, so that all roots and QRs
         # share one reduce-scatter.
-        sooner = [task for task in asking if not isinstance(task.pending, Root | Orthonormal | StageRequest)]
+        sooner = [task for task in others if not isinstance(task.pending, Root | Orthonormal | StageRequest)]
         # A residual-stage sum is delayed until all tasks that contribute to it have reached it.
-        sooner = sooner or [task for task in asking if not isinstance(task.pending, StageRequest)]
-        self._landing += [_Bucket(tasks, self._way) for tasks in _buckets(last)]
-        self._up = [_Bucket(tasks, self._way) for tasks in _buckets(sooner or asking)]
-        under_way = {id(task) for task in last}
+        sooner = sooner or [task for task in others if not isinstance(task.pending, StageRequest)]
+        self._returning += [_Bucket(tasks, self._context) for tasks in _buckets(scatters)]
+        self._in_progress = [_Bucket(tasks, self._context) for tasks in _buckets(sooner or others)]
+        under_way = {id(task) for task in scatters}
         self._tasks = [task for task in waiting if id(task) not in under_way]
 
 
@@ -243,7 +247,7 @@ def _buckets(tasks: list[Task]) -> list[list[Task]]:
     for task in tasks:
         key: tuple[Any, ...] = (list(_ANSWERS).index(type(task.pending)), task.group, *_kind(task.pending))
         if isinstance(task.pending, StageRequest):
-            key = (*key, task.pending.asked.values.shape[1:], task.pending.asked.orthonormal)
+            key = (*key, task.pending.stage_sum.values.shape[1:], task.pending.stage_sum.orthonormal)
         buckets.setdefault(key, []).append(task)
     return list(buckets.values())
 
@@ -256,59 +260,63 @@ def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
         case Root():
             return request.gram.dtype, request.gram.device
         case StageRequest():
-            return request.asked.values.dtype, request.asked.values.device
+            return request.stage_sum.values.dtype, request.stage_sum.values.device
     return request.values.dtype, request.values.device
 
 
 class _Bucket:
     """Requests of one kind, group and dtype that are answered together; `handle` is the collective under way."""
 
-    def __init__(self, tasks: list[Task], way: _WaveContext):
+    def __init__(self, tasks: list[Task], context: _WaveContext):
         self._tasks = tasks
-        self._way = way
+        self._context = context
         self._answers: list[Any] = []
         self._names = [name for task in tasks for name in task.names]
-        self._mark: PendingCollective | None = None
+        self._collective: PendingCollective | None = None
         requests = [task.pending for task in tasks]
         self._kind, self._device = type(requests[0]).__name__.lower(), _kind(requests[0])[1]
         for task in tasks:
-            # Drop the request here, so that its tensors are freed once they are copied to the send buffer.
+            # Drop the request now, so that its tensors are freed once they are copied to the send buffer.
             task.pending = None
         group = tasks[0].group
         self._group = group
-        more = {}
+        keywords = {}
         if group is not None and isinstance(requests[0], Root | Orthonormal | StageRequest):
-            more["loads"] = way.loads.setdefault(group, [0.0] * group.size)
-        self._answering = _ANSWERS[type(requests[0])](requests, group=group, transport=way.transport, **more)
+            keywords["loads"] = context.loads.setdefault(group, [0.0] * group.size)
+        self._answering = _ANSWERS[type(requests[0])](requests, group=group, transport=context.transport, **keywords)
         self.handle: Handle | None = None
-        with way.timing("exchange"):
+        with context.timing("exchange"):
             self._next()
 
     def step(self) -> None:
         """Wait for the collective under way, and start the next one if there is one."""
         if self.handle is not None:
-            with self._way.timing("exchange"):
+            with self._context.timing("exchange"):
                 try:
                     self.handle.wait()
                 except RuntimeError as error:
-                    raise ExchangeError(f"{self._mark.text if self._mark else ''} failed: {error}") from error
-                if self._mark is not None:
-                    self._way.progress.waited(self._mark, self._device)
+                    raise ExchangeError(
+                        f"{self._collective.text if self._collective else ''} failed: {error}"
+                    ) from error
+                if self._collective is not None:
+                    self._context.progress.waited(self._collective, self._device)
                 self._next()
 
     def hand_out(self) -> None:
         """Advance every task with its answer."""
         answers, self._answers = self._answers, []
         for task in self._tasks:
-            self._way.advance(task, answers.pop(0))
+            self._context.advance(task, answers.pop(0))
 
     def _next(self) -> None:
         """Start the next collective, or store the answers if there is none left."""
         try:
             self.handle = next(self._answering)
         except StopIteration as finished:
-            self.handle = self._mark = None
+            self.handle = self._collective = None
             self._answers = finished.value
         else:
             assert self._group is not None
-            self._mark = self._way.progress.started(self._way.wave, self._kind, self._group, self._names, self.handle)
+            self._collective = self._context.progress.started(
+                self._context.wave, self._kind, self._group, self._names, self.handle
+            )

@@ -52,7 +52,7 @@ def shard_cost(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()
     """
     # The layout is not passed on, since the cache must not keep process groups alive.
     counts = stack.rows, stack.columns
-    return _ask(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes))
+    return _measure(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes))
 
 
 def unit_cost(stack: Stack) -> RuleCost:
@@ -77,9 +77,9 @@ def unit_flops(stack: Stack) -> float:
     Returns:
         The FLOPs, with one added per element.
     """
-    asked = unit_cost(stack)
-    # One FLOP is added per element, because even a rule without matrix products costs a pass over the elements.
-    return asked.flops + asked.root_flops + math.prod(stack.layout.shape) / units_of(stack)
+    cost = unit_cost(stack)
+    # One FLOP per element is added, because even a rule without matrix products costs a pass over the elements.
+    return cost.flops + cost.root_flops + math.prod(stack.layout.shape) / units_of(stack)
 
 
 def units_of(stack: Stack) -> int:
@@ -88,7 +88,7 @@ def units_of(stack: Stack) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _ask(
+def _measure(
     rule: Rule,
     options: tuple[tuple[str, Any], ...],
     view: View,
@@ -101,14 +101,14 @@ def _ask(
     values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
     state = dict.fromkeys(rule.remembers(dict(options)), values)
     matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
-    asking = rule.update(matrix, **dict(options))
+    running = rule.update(matrix, **dict(options))
     summed: dict[Axis, float] = dict.fromkeys(axes, 0.0)
     root_flops = 0.0
     answer: Any = None
     with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
         while True:
             try:
-                request = asking.send(answer)
+                request = running.send(answer)
             except StopIteration:
                 break
             if isinstance(request, Root):

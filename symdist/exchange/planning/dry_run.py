@@ -33,6 +33,10 @@ def dry_run(
 
     Returns:
         By group, the FLOPs of each rank in a step; see `run`.
+
+    Example:
+        >>> counting = CountingTransport()
+        >>> dry_run(plan, counting)
     """
 
     def task(job: AnyJob) -> Task | None:
@@ -40,14 +44,14 @@ def dry_run(
         if changed is None:
             return None
         meta = dataclasses.replace(changed, stack=dataclasses.replace(changed.stack, device=torch.device("meta")))
-        return meta.task(partial(_pieces, meta), lambda made: None)
+        return meta.task(partial(_pieces, meta), lambda outputs: None)
 
-    waves = [[found for job in wave if (found := task(job))] for wave in plan.waves]
+    waves = [[changed_task for job in wave if (changed_task := task(job))] for wave in plan.waves]
 
     def meanwhile() -> None:
         for job in plan.local:
-            if found := task(job):
-                found.advance()
+            if changed_task := task(job):
+                changed_task.advance()
 
     return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=plan.work)
 

@@ -1,7 +1,7 @@
 """Chooses where the rules of flat parameters run.
 
-A rule runs where a matrix is whole (local), on completed rows (reduce) or at an owner. Costs are those of the busiest
-rank, as for other layouts. Parameters of one kind share jobs even if they are cut differently, since in a ZeRO
+A rule runs where a matrix is whole (local), on completed rows (reduce) or at its owner (owner). Costs are those of the
+busiest rank, as for other layouts. Parameters of one kind share jobs even if they are cut differently, since in a ZeRO
 partition hardly any two are cut alike.
 """
 
@@ -90,7 +90,7 @@ def plan_flat(
         This rank's jobs. Jobs of matrices that are whole on this rank are known to this rank alone.
 
     Raises:
-        ValueError: If a parameter's layout does not admit the strategy asked for; the message names the parameter.
+        ValueError: If a parameter's layout does not admit its group's `strategy`; the message names the parameter.
     """
     kinds: dict[tuple[Stack, tuple[int, ...]], _Kind] = {}
     for stack, members in stacks.items():
@@ -114,24 +114,24 @@ def plan_flat(
         kind.owners |= {i: layout.sole_owner for i, layout in kind.whole if layout.sole_owner is not None}
         kind.sent, kind.whole = kind.whole, []
     _lighten([kind for kind in kinds.values() if not kind.stack.coupled], work)
-    placed = [(kind, _choose(kind, communication_dtype)) for kind in kinds.values()]
-    for kind, strategy in placed:
+    chosen = [(kind, _choose(kind, communication_dtype)) for kind in kinds.values()]
+    for kind, strategy in chosen:
         _add_work(kind, strategy, work.setdefault(kind.group, [0.0] * kind.group.size))
-    owners = _owners([kind for kind, strategy in placed if strategy == "owner"], work)
+    owners = _owners([kind for kind, strategy in chosen if strategy == "owner"], work)
     jobs: list[FlatJob] = []
-    for kind, strategy in placed:
+    for kind, strategy in chosen:
         dtype = travels_as(kind.stack, communication_dtype)
         jobs += _whole_jobs(kind, budget)
         owned = [*kind.sent, *(kind.cut if strategy == "owner" else [])]
         for part in stages.parts(owned, lambda item: item[0]) if kind.stack.coupled else [owned]:
-            of_part = _owner_jobs(
+            part_jobs = _owner_jobs(
                 kind.stack, part, owners | kind.owners, math.inf if kind.stack.coupled else budget, dtype
             )
             jobs += [
                 dataclasses.replace(job, stages=stages.of(job.everyone), column_blocks=kind.column_blocks)
                 if kind.stack.coupled
                 else job
-                for job in of_part
+                for job in part_jobs
             ]
         if strategy == "reduce":
             jobs += _row_jobs(kind, budget, dtype)
@@ -150,29 +150,35 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
     """
     by_group: dict[Group, list[tuple[float, int, _Kind, FlatLayout]]] = {}
     for kind in kinds:
-        sent = 2 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize * FLOPS_PER_BYTE
+        sent = (
+            2
+            * _num_fields(kind.stack)
+            * math.prod(kind.stack.layout.shape)
+            * kind.stack.dtype.itemsize
+            * FLOPS_PER_BYTE
+        )
         cost = _work(kind.stack)
-        movable = kind.stack.asked == "auto" and cost > 4 * sent
+        movable = kind.stack.requested_strategy == "auto" and cost > 4 * sent
         by_group.setdefault(kind.group, []).extend((cost * movable, i, kind, layout) for i, layout in kind.whole)
     for group, units in by_group.items():
         loads = list(work.get(group, [0.0] * group.size))
-        here: dict[int, list[tuple[float, int, _Kind, FlatLayout]]] = {}
+        by_rank: dict[int, list[tuple[float, int, _Kind, FlatLayout]]] = {}
         for unit in units:
             _, _, kind, layout = unit
             assert layout.sole_owner is not None
             loads[layout.sole_owner] += _work(kind.stack)
-            here.setdefault(layout.sole_owner, []).append(unit)
+            by_rank.setdefault(layout.sole_owner, []).append(unit)
         mean = sum(loads) / len(loads)
         # At most one move per matrix.
         for _ in units:
             busiest, idlest = loads.index(max(loads)), loads.index(min(loads))
             room = loads[busiest] - loads[idlest]
-            fitting = [unit for unit in here.get(busiest, []) if 0 < unit[0] < room]
+            fitting = [unit for unit in by_rank.get(busiest, []) if 0 < unit[0] < room]
             if loads[busiest] <= _EVEN * mean or not fitting:
                 break
             # Take the matrix whose move brings the two loads closest to each other.
             moved = min(fitting, key=lambda unit: (abs(room - 2 * unit[0]), unit[1]))
-            here[busiest].remove(moved)
+            by_rank[busiest].remove(moved)
             cost, i, kind, layout = moved
             loads[busiest] -= cost
             loads[idlest] += cost
@@ -183,19 +189,19 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
 
 def _choose(kind: _Kind, communication_dtype: torch.dtype | None) -> Strategy:
     """Choose the strategy for the parameters that are cut; "local" if there are none."""
-    asked = kind.stack.asked
+    requested = kind.stack.requested_strategy
     if not kind.cut:
         return "local"
     # For flat layouts, residual-stage sums run with owners only.
     admitted = not kind.stack.coupled and _admits_rows(kind)
     possible: list[Strategy] = ["owner", "reduce"] if admitted else ["owner"]
-    if asked != "auto":
-        if asked not in possible:
+    if requested != "auto":
+        if requested not in possible:
             raise ValueError(
-                f"{kind.name}: rule {kind.stack.rule.name!r} cannot run with strategy {asked!r} on this layout; "
-                f"it can with {', '.join(map(repr, possible))} or 'auto'"
+                f"{kind.name}: rule {kind.stack.rule.name!r} cannot run with strategy {requested!r} on this layout; "
+                f"set strategy to {', '.join(map(repr, possible))} or 'auto'"
             )
-        return "owner" if asked == "owner" else "reduce"
+        return "owner" if requested == "owner" else "reduce"
     if not admitted:
         return "owner"
     if all(_alone(_rows_stack(kind, layout)) for _, layout in kind.cut):
@@ -214,8 +220,8 @@ def _admits_rows(kind: _Kind) -> bool:
     if kind.column_blocks:
         return False
     # Checking the first parameter is enough: whether rows suit the view does not depend on where they are cut.
-    seen = set(_rows_stack(kind, kind.cut[0][1]).splits)
-    return "unaligned" not in seen and seen <= {"batch", *kind.stack.admitted}
+    split_kinds = set(_rows_stack(kind, kind.cut[0][1]).splits)
+    return "unaligned" not in split_kinds and split_kinds <= {"batch", *kind.stack.admitted}
 
 
 def _alone(rows: Stack) -> bool:
@@ -231,40 +237,42 @@ def _alone(rows: Stack) -> bool:
 
 def _reduce_cost(kind: _Kind) -> float:
     """Return the cost of any rank in bytes: every sum runs over all ranks, whether or not they hold the matrix."""
-    cost = 0.0
+    total = 0.0
     ranks = kind.group.size
     for layout, count in Counter(layout for _, layout in kind.cut).items():
         rows = _rows_stack(kind, layout)
         axes = [axis for axis in rows.splits if axis in ("rows", "columns")]
-        asked = shard_cost(rows, rows.layout.largest_shape, axes)
-        sent = 2 * count * sum(asked.summed.values()) * (ranks - 1) / ranks * kind.stack.dtype.itemsize
-        roots = asked.root_flops * -(-count // ranks)
-        cost += sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
-    return cost
+        rule_cost = shard_cost(rows, rows.layout.largest_shape, axes)
+        sent = 2 * count * sum(rule_cost.summed.values()) * (ranks - 1) / ranks * kind.stack.dtype.itemsize
+        roots = rule_cost.root_flops * -(-count // ranks)
+        total += sent + (count * rule_cost.flops + roots) / FLOPS_PER_BYTE
+    return total
 
 
 def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
     """Return the cost of the busiest rank in bytes.
 
-    It adds up its runs that are sent to owners, the updates it sends back for what it owns, and its FLOPs converted to
-    bytes.
+    It adds up its ranges that are sent to owners, the updates it sends back for what it owns, and its FLOPs converted
+    to bytes.
     """
-    size = _layers(kind.stack) * math.prod(kind.stack.layout.shape)
-    asked = unit_cost(kind.stack)
-    work = units_of(kind.stack) * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
+    size = _num_fields(kind.stack) * math.prod(kind.stack.layout.shape)
+    rule_cost = unit_cost(kind.stack)
+    work = units_of(kind.stack) * (rule_cost.flops + rule_cost.root_flops) / FLOPS_PER_BYTE
     costs = [0.0] * kind.group.size
     for layout, count in Counter(layout for _, layout in kind.cut).items():
-        chosen = _candidates(layout)
-        share = -(-count // len(chosen))
+        candidates = _candidates(layout)
+        per_owner = -(-count // len(candidates))
         for rank, start, stop in layout.runs:
-            costs[rank] += count * _layers(kind.stack) * (stop - start) * dtype.itemsize
+            costs[rank] += count * _num_fields(kind.stack) * (stop - start) * dtype.itemsize
         # If there are fewer matrices than candidates, only the first few candidates own one.
-        for rank in chosen[:count]:
-            costs[rank] += share * ((size - 2 * _layers(kind.stack) * layout.size_at(rank)) * dtype.itemsize + work)
+        for rank in candidates[:count]:
+            costs[rank] += per_owner * (
+                (size - 2 * _num_fields(kind.stack) * layout.size_at(rank)) * dtype.itemsize + work
+            )
     return max(costs)
 
 
-def _layers(stack: Stack) -> int:
+def _num_fields(stack: Stack) -> int:
     """Return how many tensors per matrix are sent to its owner and back: the direction, and what the rule remembers."""
     return 1 + len(stack.state_names)
 
@@ -302,38 +310,38 @@ def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int
         by_group.setdefault(kind.group, []).extend((_work(kind.stack), i, layout) for i, layout in kind.cut)
     for group, units in by_group.items():
         loads = work[group]
-        anywhere = []
+        unrestricted = []
         for cost, i, layout in sorted(units, key=lambda unit: (-unit[0], unit[1])):
-            chosen = _candidates(layout)
-            if 2 * len(chosen) > group.size:
-                anywhere.append((cost, i))
+            candidates = _candidates(layout)
+            if 2 * len(candidates) > group.size:
+                unrestricted.append((cost, i))
                 continue
-            owners[i] = min(chosen, key=lambda rank: (loads[rank], rank))
+            owners[i] = min(candidates, key=lambda rank: (loads[rank], rank))
             loads[owners[i]] += cost
-        parts = balance([cost for cost, _ in anywhere], parts=group.size, loads=loads)
-        owners.update((i, part) for (_, i), part in zip(anywhere, parts, strict=True))
+        parts = balance([cost for cost, _ in unrestricted], parts=group.size, loads=loads)
+        owners.update((i, part) for (_, i), part in zip(unrestricted, parts, strict=True))
     return owners
 
 
 def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
     """Return the jobs of the matrices that are whole on this rank; other ranks need not know of them."""
-    here = [(i, layout) for i, layout in kind.whole if layout.sole_owner == kind.group.index]
-    each = 4.0 * _layers(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
-    step = max(1, int(budget // max(1.0, each)))
-    return [_job(kind.stack, here[i : i + step], "local") for i in range(0, len(here), step)]
+    local = [(i, layout) for i, layout in kind.whole if layout.sole_owner == kind.group.index]
+    size = 4.0 * _num_fields(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
+    step = max(1, int(budget // max(1.0, size)))
+    return [_job(kind.stack, local[i : i + step], "local") for i in range(0, len(local), step)]
 
 
 def _owner_jobs(
-    stack: Stack, given: Cut, owners: Mapping[int, int], budget: float, dtype: torch.dtype
+    stack: Stack, parameters: Cut, owners: Mapping[int, int], budget: float, dtype: torch.dtype
 ) -> list[FlatJob]:
     """Return the jobs of parameters that run at owners, within the budget."""
-    size = _layers(stack) * math.prod(stack.layout.shape)
-    me = stack.layout.group.index
+    size = _num_fields(stack) * math.prod(stack.layout.shape)
+    this_rank = stack.layout.group.index
     jobs = []
-    for cut, flight in _cut_in_waves(stack, given, budget, {i: {owners[i]: 7.0 * size} for i, _ in given}):
-        mine = [(i, layout) for i, layout in cut if _held_here(layout) or owners[i] == me]
-        job = _job(stack, mine, "owner", everyone=cut, flight=flight, dtype=dtype)
-        jobs.append(dataclasses.replace(job, owners=tuple(owners[i] for i, _ in mine)))
+    for cut, flight in _cut_in_waves(stack, parameters, budget, {i: {owners[i]: 7.0 * size} for i, _ in parameters}):
+        members = [(i, layout) for i, layout in cut if _held_here(layout) or owners[i] == this_rank]
+        job = _job(stack, members, "owner", everyone=cut, flight=flight, dtype=dtype)
+        jobs.append(dataclasses.replace(job, owners=tuple(owners[i] for i, _ in members)))
     return jobs
 
 
@@ -341,18 +349,18 @@ def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
     """Return the jobs of parameters that run on completed rows, within the budget."""
     multiple = kind.multiple
     alone: Cut = []
-    alike: dict[FlatLayout, Cut] = {}
+    by_layout: dict[FlatLayout, Cut] = {}
     for i, layout in kind.cut:
         if _alone(_rows_stack(kind, layout)):
             alone.append((i, layout))
         else:
-            alike.setdefault(layout, []).append((i, layout))
+            by_layout.setdefault(layout, []).append((i, layout))
     jobs = []
     for cut, flight in _cut_in_waves(kind.stack, alone, budget, {}):
-        mine = [(i, layout) for i, layout in cut if _held_here(layout) or _rows_here(layout, multiple)]
-        job = _job(kind.stack, mine, "reduce", everyone=cut, flight=flight, dtype=dtype, multiple=multiple)
+        members = [(i, layout) for i, layout in cut if _held_here(layout) or _rows_here(layout, multiple)]
+        job = _job(kind.stack, members, "reduce", everyone=cut, flight=flight, dtype=dtype, multiple=multiple)
         jobs.append(dataclasses.replace(job, alone=True))
-    for layout, cut in alike.items():
+    for layout, cut in by_layout.items():
         stack = _rows_stack(kind, layout)
         summed = {i: dict.fromkeys(range(kind.group.size), 6.0 * _summed(stack)) for i, _ in cut}
         for part, flight in _cut_in_waves(stack, cut, budget, summed):
@@ -367,19 +375,19 @@ def _summed(rows: Stack) -> float:
 
 
 def _cut_in_waves(
-    stack: Stack, given: Cut, budget: float, more: Mapping[int, Mapping[int, float]]
+    stack: Stack, parameters: Cut, budget: float, extra: Mapping[int, Mapping[int, float]]
 ) -> list[tuple[Cut, float]]:
     """Split parameters, in order, into parts that fit the busiest rank's budget.
 
     Each part comes with the bytes that the busiest rank holds for it. A piece takes 6 times its size, as it is held,
-    copied, updated and copied again. `more` says, by parameter and rank, how many further numbers a rank holds.
+    copied, updated and copied again. `extra` is, by parameter and rank, how many further numbers a rank holds.
     """
     waves: list[Cut] = []
     flights: list[float] = []
     loads: dict[int, float] = {}
-    for i, layout in given:
-        needed = {rank: 6.0 * _layers(stack) * (stop - start) for rank, start, stop in layout.runs}
-        for rank, numbers in more.get(i, {}).items():
+    for i, layout in parameters:
+        needed = {rank: 6.0 * _num_fields(stack) * (stop - start) for rank, start, stop in layout.runs}
+        for rank, numbers in extra.get(i, {}).items():
             needed[rank] = needed.get(rank, 0.0) + numbers
         needed = {rank: numbers * stack.dtype.itemsize for rank, numbers in needed.items()}
         if not waves or any(loads.get(rank, 0.0) + size > budget for rank, size in needed.items()):

@@ -48,16 +48,16 @@ class Plan:
 
     def groups(self) -> set[Group]:
         """Return all groups that communicate in a step."""
-        found: set[Group] = set()
+        groups: set[Group] = set()
         for job in self.jobs:
             if job.strategy == "owner" or (isinstance(job, FlatJob) and job.strategy == "reduce"):
                 assert job.stack.layout.group is not None
-                found.add(job.stack.layout.group)
+                groups.add(job.stack.layout.group)
             elif job.strategy == "reduce":
-                found |= set(_cut(job.stack).values())
+                groups |= set(_cut(job.stack).values())
             if job.stages and job.stack.layout.group is not None:
-                found.add(job.stack.layout.group)
-        return found
+                groups.add(job.stack.layout.group)
+        return groups
 
     def strategies(self) -> dict[int, Strategy]:
         """Return the strategy of every parameter, by its index in the optimizer's list."""
@@ -88,14 +88,18 @@ def make_plan(
         The plan of this rank.
 
     Raises:
-        ValueError: If a parameter's layout does not admit the strategy asked for; the message names the parameter.
+        ValueError: If a parameter's layout does not admit its group's `strategy`; the message names the parameter.
+
+    Example:
+        >>> plan = make_plan({stack: [0, 1]}, names=["w0", "w1"], exchange=ExchangeOptions())
+        >>> plan.strategies()
     """
     jobs: list[Job] = []
-    # Half of it for each wave, since waves overlap: besides the wave being computed, the next one is being sent out
-    # while the previous one is being sent back.
+    # Half of the bound for each wave, since waves overlap: besides the wave being computed, the next one is being sent
+    # out while the previous one is being sent back.
     budget = exchange.bucket_bytes // 2
     sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
-    in_stages = StagePlan.cut(stages or {}, sizes, budget=budget)
+    stage_plan = StagePlan.cut(stages or {}, sizes, budget=budget)
     flat = {stack: members for stack, members in stacks.items() if isinstance(stack.layout, FlatLayout)}
     for stack, members in stacks.items():
         if stack in flat:
@@ -103,7 +107,7 @@ def make_plan(
         dtype = travels_as(stack, exchange.communication_dtype)
         strategy = _choose(stack, len(members), dtype, name=names[members[0]])
         if stack.coupled:
-            parts = in_stages.parts(members, lambda member: member)
+            parts = stage_plan.parts(members, lambda member: member)
         else:
             step = max(1, int(budget // max(1.0, _flight_bytes(stack, strategy))))
             parts = [list(members[start : start + step]) for start in range(0, len(members), step)]
@@ -113,12 +117,12 @@ def make_plan(
                 members=tuple(part),
                 strategy=strategy,
                 communication_dtype=dtype,
-                stages=in_stages.of(part) if stack.coupled else (),
+                stages=stage_plan.of(part) if stack.coupled else (),
             )
             for part in parts
         ]
     work = _work_in_place(jobs)
-    every: list[Job | FlatJob] = [
+    all_jobs: list[Job | FlatJob] = [
         *_with_owners(jobs, work),
         *plan_flat(
             flat,
@@ -126,12 +130,12 @@ def make_plan(
             budget=budget,
             communication_dtype=exchange.communication_dtype,
             work=work,
-            stages=in_stages,
+            stages=stage_plan,
         ),
     ]
-    local = [job for job in every if job.strategy == "local" and not job.stages]
-    others = [job for job in every if job.strategy != "local" or job.stages]
-    return Plan(local=local, waves=_waves(others, budget, in_stages), work=work)
+    local = [job for job in all_jobs if job.strategy == "local" and not job.stages]
+    others = [job for job in all_jobs if job.strategy != "local" or job.stages]
+    return Plan(local=local, waves=_waves(others, budget, stage_plan), work=work)
 
 
 def _cut(stack: Stack) -> dict[Axis, Group]:
@@ -148,25 +152,25 @@ def possible_strategies(stack: Stack) -> list[Strategy]:
     Returns:
         The strategies; at least one.
     """
-    found: list[Strategy] = []
+    strategies: list[Strategy] = []
     cut = _cut(stack)
     if not cut and "unaligned" not in stack.splits:
-        found.append("local")
+        strategies.append("local")
     elif "unaligned" not in stack.splits and set(cut) <= set(stack.admitted):
-        found.append("reduce")
-    return [*found, "owner"] if stack.layout.group is not None else found
+        strategies.append("reduce")
+    return [*strategies, "owner"] if stack.layout.group is not None else strategies
 
 
 def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Strategy:
-    """Return the strategy asked for, or the cheapest possible one if it is "auto"."""
+    """Return the strategy that the user chose, or the cheapest possible one if that is "auto"."""
     possible = possible_strategies(stack)
-    if stack.asked != "auto":
-        if stack.asked not in possible:
+    if stack.requested_strategy != "auto":
+        if stack.requested_strategy not in possible:
             raise ValueError(
-                f"{name}: rule {stack.rule.name!r} cannot run with strategy {stack.asked!r} on this layout; "
-                f"it can with {', '.join(map(repr, possible))} or 'auto'"
+                f"{name}: rule {stack.rule.name!r} cannot run with strategy {stack.requested_strategy!r} on this "
+                f"layout; set strategy to {', '.join(map(repr, possible))} or 'auto'"
             )
-        return stack.asked
+        return stack.requested_strategy
     costs: dict[Strategy, Callable[[], float]] = {
         "local": lambda: count * _operations(stack) / FLOPS_PER_BYTE,
         "reduce": lambda: _reduce_cost(stack, count, _cut(stack)),
@@ -179,8 +183,8 @@ def _operations(stack: Stack) -> float:
     """Return the FLOPs on the largest piece, which consists of whole matrices."""
     if 0 in stack.layout.largest_shape:
         return 0.0
-    asked = shard_cost(stack, stack.layout.largest_shape)
-    return asked.flops + asked.root_flops
+    cost = shard_cost(stack, stack.layout.largest_shape)
+    return cost.flops + cost.root_flops
 
 
 def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> float:
@@ -193,27 +197,29 @@ def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> f
     assert layout.group is not None
     ranks, copies = layout.group.size, layout.num_replicas
     units = count * units_of(stack)
-    share = -(-units // ranks)
+    owned_units = -(-units // ranks)
     unit = math.prod(layout.shape) / units_of(stack)
     shards = ranks // copies
     fields = 1 + len(stack.state_names)
-    there = fields * count * math.prod(layout.largest_shape) * (shards - 1) / shards / copies
-    back = fields * share * unit * (copies - 1 / shards)
-    asked = unit_cost(stack)
-    return (there + back) * communication_dtype.itemsize + share * (asked.flops + asked.root_flops) / FLOPS_PER_BYTE
+    numbers_out = fields * count * math.prod(layout.largest_shape) * (shards - 1) / shards / copies
+    numbers_back = fields * owned_units * unit * (copies - 1 / shards)
+    cost = unit_cost(stack)
+    return (numbers_out + numbers_back) * communication_dtype.itemsize + owned_units * (
+        cost.flops + cost.root_flops
+    ) / FLOPS_PER_BYTE
 
 
 def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
     """Return the cost of the busiest rank in bytes: the sums over the ranks, and the FLOPs converted to bytes."""
-    asked = shard_cost(stack, stack.layout.largest_shape, tuple(cut))
+    cost = shard_cost(stack, stack.layout.largest_shape, tuple(cut))
     sent = sum(
-        2 * count * asked.summed[axis] * (group.size - 1) / group.size * stack.dtype.itemsize
+        2 * count * cost.summed[axis] * (group.size - 1) / group.size * stack.dtype.itemsize
         for axis, group in cut.items()
     )
     ranks = max(group.size for group in cut.values())
     matrices = count * stack.view.count
-    roots = asked.root_flops * count * -(-matrices // ranks) / matrices
-    return sent + (count * asked.flops + roots) / FLOPS_PER_BYTE
+    roots = cost.root_flops * count * -(-matrices // ranks) / matrices
+    return sent + (count * cost.flops + roots) / FLOPS_PER_BYTE
 
 
 def _waves(jobs: list[Job | FlatJob], budget: int, stages: StagePlan) -> list[list[Job | FlatJob]]:
@@ -289,9 +295,9 @@ def _work_in_place(jobs: list[Job]) -> dict[Group, list[float]]:
             for rank, box in enumerate(job.stack.layout.boxes):
                 shape = tuple(map(len, box))
                 if 0 not in shape:
-                    asked = shard_cost(job.stack, shape)
-                    roots = asked.root_flops if job.strategy == "local" else 0.0
-                    loads[rank] += len(job.members) * (asked.flops + roots)
+                    cost = shard_cost(job.stack, shape)
+                    roots = cost.root_flops if job.strategy == "local" else 0.0
+                    loads[rank] += len(job.members) * (cost.flops + roots)
     return work
 
 

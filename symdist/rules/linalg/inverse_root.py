@@ -146,15 +146,19 @@ def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
 
     Returns:
         The roots, in the dtype of `gram`, or in float32 if that dtype is narrower. The root of a zero matrix is finite.
+
+    Example:
+        >>> m = torch.randn(1, 6, 4)
+        >>> polar = m @ inverse_root(m.mT @ m, Numerics(method="exact")).matrix
     """
     c = gram.to(torch.promote_types(gram.dtype, torch.float32))
     # Scale by the trace. It stays in float32's range as long as the Gram itself does, unlike the squares in a norm. A
-    # denormal trace has no significant digits left, so such a matrix is treated as zero.
+    # denormal trace has too few significant digits, so such a matrix is treated as zero.
     trace = _trace(c)
-    number = torch.finfo(c.dtype)
-    held = trace > number.tiny / number.eps
-    trace = torch.where(held, trace, 1)
-    unit = torch.where(held, c / trace, 0)
+    limits = torch.finfo(c.dtype)
+    nonzero = trace > limits.tiny / limits.eps
+    trace = torch.where(nonzero, trace, 1)
+    unit = torch.where(nonzero, c / trace, 0)
     solve = _exact if numerics.method == "exact" else _polynomial
     return InverseRoot(solve(unit, numerics) * trace.rsqrt(), gram=c)
 

@@ -29,6 +29,11 @@ def orthonormal(a: Tensor) -> Tensor:
 
     Returns:
         Q, in the shape and dtype of `a`. For a zero matrix, Q is zero.
+
+    Example:
+        >>> q = orthonormal(torch.randn(1, 6, 4))
+        >>> torch.allclose(q.mT @ q, torch.eye(4), atol=1e-5)
+        True
     """
     m, k = a.shape[-2:]
     x = a.double()
@@ -45,12 +50,12 @@ def orthonormal(a: Tensor) -> Tensor:
         lower, _ = torch.linalg.cholesky_ex(gram)
         q = torch.linalg.solve_triangular(lower, q.mT, upper=False).mT
     error = (q.mT @ q - eye).abs().amax((-2, -1), keepdim=True)
-    least = 100 * m**0.5 * torch.finfo(a.dtype).eps
+    threshold = 100 * m**0.5 * torch.finfo(a.dtype).eps
     # Both comparisons are false for NaN, so a matrix with NaN counts as failed.
-    fine = (error <= _TOLERANCE) & ((q * x).sum(-2, keepdim=True) > least).all(-1, keepdim=True)
-    failed = (~fine & ~zero).flatten()
+    accurate = (error <= _TOLERANCE) & ((q * x).sum(-2, keepdim=True) > threshold).all(-1, keepdim=True)
+    failed = (~accurate & ~zero).flatten()
     if not a.is_meta and bool(failed.any()):
-        q[failed] = _householder(x[failed], least)
+        q[failed] = _householder(x[failed], threshold)
     return torch.where(zero, 0, q).to(a.dtype)
 
 
@@ -82,11 +87,12 @@ def orthonormal_operations(m: int, k: int) -> float:
     return _PASSES * (3.0 * m * k**2 + k**3 / 3) + 2.0 * m * k**2
 
 
-def _householder(x: Tensor, least: float) -> Tensor:
+def _householder(x: Tensor, threshold: float) -> Tensor:
+    """Compute Q by Householder reflections; columns with a diagonal of R up to `threshold` count as dependent."""
     q, r = torch.linalg.qr(x)
-    hanging = r.diagonal(dim1=-2, dim2=-1).abs()[..., None, :] <= least
-    if bool(hanging.any()):
+    dependent = r.diagonal(dim1=-2, dim2=-1).abs()[..., None, :] <= threshold
+    if bool(dependent.any()):
         # Leave dependent columns out of the QR, since their directions would be determined by their last digits alone.
-        q, r = torch.linalg.qr(torch.where(hanging, torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device), x))
+        q, r = torch.linalg.qr(torch.where(dependent, torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device), x))
     signs = r.diagonal(dim1=-2, dim2=-1).sign()
     return q * torch.where(signs == 0, 1, signs)[..., None, :]
