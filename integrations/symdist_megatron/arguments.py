@@ -1,4 +1,4 @@
-"""The command-line arguments of symdist in Megatron's training scripts."""
+"""Command-line arguments of symdist in Megatron's training scripts."""
 
 import argparse
 from collections.abc import Mapping
@@ -31,37 +31,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if any("--symdist-recipe" in action.option_strings for action in parser._actions):
         return parser
     group = parser.add_argument_group(NAME, "options of --optimizer symdist")
-    group.add_argument("--symdist-recipe", default=None, help="a recipe's name, or a TOML file of the same form")
+    group.add_argument("--symdist-recipe", default=None, help="name of a recipe, or path of a TOML file")
     group.add_argument(
         "--symdist-override",
         action="append",
         default=[],
         metavar="ROLE.OPTION=VALUE",
-        help="an option of a role in place of the recipe's, as in router.rule=left_spectral; may be given again",
+        help="option of a role that replaces the recipe's, like router.rule=left_spectral; may be repeated",
     )
     group.add_argument(
         "--symdist-vocabulary",
         type=int,
         default=None,
-        help="the number of real tokens, without those that only fill the vocabulary up; the tokenizer's by default",
+        help="number of real tokens, without padding of the vocabulary; by default the tokenizer's",
     )
     group.add_argument(
         "--symdist-nonfinite",
         choices=("raise", "skip", "zero"),
         default="raise",
-        help="what all ranks do together where a gradient is inf or NaN on any",
+        help="what all ranks do if a gradient on any rank is inf or NaN",
     )
     group.add_argument(
         "--symdist-communication-dtype",
         choices=("bfloat16", "float32", "float64"),
         default=None,
-        help="what matrices travel as to the ranks that own them; by default as they are computed",
+        help="dtype in which matrices are sent to their owner ranks; by default the dtype they are computed in",
     )
     group.add_argument(
         "--symdist-bucket-bytes",
         type=int,
         default=BUCKET_BYTES,
-        help="bound on the buffers of a step in flight on a rank; 1 GiB by default",
+        help="limit on the communication buffers of a rank during a step, in bytes; 1 GiB by default",
     )
     return parser
 
@@ -80,7 +80,7 @@ def options_of(args: Any, *, vocabulary: int | None) -> Mapping[str, Any]:
         ValueError: If there is no recipe, or an override is not of the form ROLE.OPTION=VALUE.
     """
     if args.symdist_recipe is None:
-        raise ValueError("--optimizer symdist needs a recipe: --symdist-recipe olmoe")
+        raise ValueError("--optimizer symdist needs a recipe: add --symdist-recipe, like --symdist-recipe olmoe")
     return {
         "recipe": args.symdist_recipe,
         "overrides": parse_overrides(args.symdist_override, option="--symdist-override"),

@@ -1,4 +1,4 @@
-"""Converts the state of a chain of optimizers to and from a form that does not depend on how ranks shared it."""
+"""Convert the state of a chain of optimizers to and from a form that does not depend on the parallel layout."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,9 +10,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from symdist_megatron.peaks import KEPT, KIND, RATES, counterparts
 
 COMMON = "symdist"
-"""The checkpoint's key for what all optimizers of the chain have in common."""
+"""Key in the checkpoint of the state that all optimizers of the chain have in common."""
 
-_OWN = ("params", "is_expert_parallel")
+# Keys of a group that depend on the layout.
+_LAYOUT_KEYS = ("params", "is_expert_parallel")
 
 
 def reshardable(metadata: Mapping[str, Any] | None, optimizers: Iterable[Any]) -> bool:
@@ -25,7 +26,7 @@ def reshardable(metadata: Mapping[str, Any] | None, optimizers: Iterable[Any]) -
     Returns:
         True without the distributed optimizer, or if `metadata` names one of its fully reshardable formats.
     """
-    distributed = any(isinstance(each, DistributedOptimizer) for each in optimizers)
+    distributed = any(isinstance(optimizer, DistributedOptimizer) for optimizer in optimizers)
     kind = (metadata or {}).get("distrib_optim_sharding_type", "fully_sharded_model_space")
     return not distributed or kind in DistributedOptimizer.checkpoint_fully_reshardable_formats
 
@@ -43,7 +44,7 @@ def common_state(optimizers: Iterable[Any]) -> dict[str, Any]:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             groups.setdefault(
-                _kind(group, *KIND, *RATES), {key: value for key, value in group.items() if key not in _OWN}
+                _kind(group, *KIND, *RATES), {key: value for key, value in group.items() if key not in _LAYOUT_KEYS}
             )
     return {"groups": groups}
 
@@ -74,7 +75,7 @@ def without_groups(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def own_copies(parts: Mapping[Any, Any]) -> None:
-    """Make this rank save all that it holds, whatever its data-parallel rank, since no other rank holds it.
+    """Declare all state of this rank the only copy, so that it is saved whatever the rank's data-parallel index is.
 
     Args:
         parts: The sharded state of all optimizers, which is changed.
@@ -92,7 +93,7 @@ def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, An
 
     Args:
         part: The optimizer's loaded state, which is changed.
-        common: What `common_state` returned when it was saved.
+        common: The result of `common_state` when the checkpoint was saved.
 
     Returns:
         The same dict.
@@ -109,13 +110,14 @@ def with_groups(part: dict[str, Any], common: Mapping[str, Any]) -> dict[str, An
         ]
     saved = common["groups"]
     for group in holder["param_groups"]:
-        alike = counterparts(group, saved.values())
-        if len(alike) != 1:
+        matches = counterparts(group, saved.values())
+        if len(matches) != 1:
             raise ValueError(
-                f"the checkpoint has {'several param groups' if alike else 'no param group'} with "
-                f"{_kind(group, *KIND)}, of {'; '.join(saved)}; use the lr and the config_overrides of the saved run"
+                f"the checkpoint has {'several param groups' if matches else 'no param group'} with "
+                f"{_kind(group, *KIND)}; its groups are {'; '.join(saved)}. Use the lr and the config_overrides of the "
+                "saved run"
             )
-        group.update({key: value for key, value in alike[0].items() if key not in (*KIND, *KEPT)})
+        group.update({key: value for key, value in matches[0].items() if key not in (*KIND, *KEPT)})
     return part
 
 

@@ -1,4 +1,4 @@
-"""Builds the optimizer for a Megatron model, using the groups and wrappers of Megatron's own factory."""
+"""Build the optimizer for a Megatron model, using the groups and wrappers of Megatron's own factory."""
 
 import copy
 import inspect
@@ -26,7 +26,7 @@ from symdist_megatron.routing import Routing, route_model
 from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, SymDistLayerWise, stepped_by
 
 WRAPS = "_get_megatron_optimizer_based_on_param_groups"
-"""The name of Megatron's function that wraps a torch optimizer for some param groups."""
+"""Name of Megatron's function that wraps a torch optimizer for some param groups."""
 
 
 def get_symdist_optimizer(
@@ -95,30 +95,29 @@ def get_symdist_optimizer(
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, chunks, use_gloo_process_groups)
     rank_grids = _rank_grids(groups, pg_collection)
     routing = route_model(chunks, options, config, rank_grids=rank_grids)
-    # Megatron's factory must take it for Adam. The copy becomes the config of all wrappers.
-    own = copy.copy(config)
-    own.optimizer, own.lr = "adam", routing.scaled.lr
+    # Megatron's factory knows no other name than Adam's. This copy becomes the config of all wrappers.
+    config_copy = copy.copy(config)
+    config_copy.optimizer, config_copy.lr = "adam", routing.scaled.lr
     with _wrapping(routing, by_layers=by_layers):
-        made = megatron_optimizer.get_megatron_optimizer(
-            own,
+        megatron_chain = megatron_optimizer.get_megatron_optimizer(
+            config_copy,
             chunks,
             config_overrides=config_overrides,
             use_gloo_process_groups=use_gloo_process_groups,
             pg_collection=pg_collection,
             dump_param_to_param_group_map=dump_param_to_param_group_map,
         )
-    own.optimizer = config.optimizer
-    chain = (
-        _layer_wise(made.chained_optimizers, own, pg_collection) if by_layers else SymDistChain(made.chained_optimizers)
-    )
-    given = [
+    config_copy.optimizer = config.optimizer
+    wrappers = megatron_chain.chained_optimizers
+    chain = _layer_wise(wrappers, config_copy, pg_collection) if by_layers else SymDistChain(wrappers)
+    stepped = [
         (wrapper.optimizer, stepped_by(wrapper, owned=chain.owned))
         for wrapper in chain.chained_optimizers
         if wrapper.optimizer is not None
     ]
     shared = _group(pg_collection, "embd", partial(parallel_state.get_embedding_group, check_initialized=False))
     follow_schedulers()
-    chain.attach(JointStep(given, routing=routing, rank_grids=rank_grids, options=options, shared=shared))
+    chain.attach(JointStep(stepped, routing=routing, rank_grids=rank_grids, options=options, shared=shared))
     return chain
 
 
@@ -135,12 +134,12 @@ def _wrapping(routing: Routing, *, by_layers: bool) -> Iterator[None]:
 
 def _layer_wise(wrappers: list[Any], config: Any, pg_collection: Any) -> SymDistLayerWise:
     """Build Megatron's layer-wise optimizer from plain wrappers; it assigns their parameters to ranks."""
-    given = list(wrappers)
+    chained = list(wrappers)
     if config.bf16 and "model_chunks" in inspect.signature(LayerWiseDistributedOptimizer.__init__).parameters:
         # Since 0.18 it wraps the torch optimizers itself.
-        given = [wrapper.optimizer for wrapper in wrappers]
+        chained = [wrapper.optimizer for wrapper in wrappers]
     groups = pg_collection if pg_collection is not None else ProcessGroupCollection.use_mpu_process_groups()
-    chain = SymDistLayerWise(given, config, groups, init_state_fn_list=[_nothing] * len(given))
+    chain = SymDistLayerWise(chained, config, groups, init_state_fn_list=[_nothing] * len(chained))
     for wrapper, plain in zip(chain.chained_optimizers, wrappers, strict=True):
         for name in ("grad_stats_parallel_group", "tp_group", "expert_tp_group"):
             setattr(wrapper, name, getattr(plain, name))
@@ -163,7 +162,7 @@ def _wrapper(
     distributed_optimizer_instance_id: int = 0,
     pg_collection: Any = None,
 ) -> MegatronOptimizer:
-    """Wrap the given param groups in the Megatron optimizer that the config asks for."""
+    """Wrap param groups in the Megatron optimizer that the config asks for."""
     base = MegatronSymDist(param_groups, routing=routing) if param_groups else None
     scaler = ConstantGradScaler(config.loss_scale) if config.loss_scale else None
     wrapper: Any
@@ -187,7 +186,7 @@ def _wrapper(
         else:
             wrapper = FP32Optimizer(base, config, _nothing)
         wrapper.grad_stats_parallel_group = model_parallel_group
-    # Norms and clipping use these groups to count gradients once that several ranks hold.
+    # Megatron uses these groups to count a gradient that several ranks hold only once in norms and clipping.
     wrapper.tp_group = _group(pg_collection, "tp", parallel_state.get_tensor_model_parallel_group)
     wrapper.expert_tp_group = _group(pg_collection, "expt_tp", parallel_state.get_expert_tensor_parallel_group)
     return wrapper
@@ -199,19 +198,19 @@ def _nothing(optimizer: Any, config: Any = None) -> None:
 
 def _group(pg_collection: Any, name: str, default: Callable[[], Any]) -> Any:
     """Return a process group of the collection, or else Megatron's global one."""
-    found = None if pg_collection is None else vars(pg_collection).get(name)
-    return found if found is not None else default()
+    group = None if pg_collection is None else vars(pg_collection).get(name)
+    return group if group is not None else default()
 
 
 def _rank_grids(groups: Mapping[str, Any], pg_collection: Any) -> RankGrids:
     dense, expert = groups["intra_dp_cp_group"], groups["intra_expt_dp_group"]
     tensor = _group(pg_collection, "tp", parallel_state.get_tensor_model_parallel_group)
     expert_tensor = _group(pg_collection, "expt_tp", parallel_state.get_expert_tensor_parallel_group)
-    of_dense = find_rank_grid(dense, tensor)
+    dense_grid = find_rank_grid(dense, tensor)
     # A collection may lack the experts' groups if the model has no experts.
-    of_experts = find_rank_grid(expert, expert_tensor) if expert is not None else of_dense
+    expert_grid = find_rank_grid(expert, expert_tensor) if expert is not None else dense_grid
     return RankGrids(
-        dense=of_dense,
-        expert=of_experts,
+        dense=dense_grid,
+        expert=expert_grid,
         expert_rank=_group(pg_collection, "ep", parallel_state.get_expert_model_parallel_group).rank(),
     )

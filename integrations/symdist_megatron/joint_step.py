@@ -1,4 +1,4 @@
-"""Steps all Megatron optimizers of a rank at once, with one SymDist over the matrix shards of their tensors."""
+"""Step all Megatron optimizers of a rank at once, with one SymDist over the matrix shards of their tensors."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class _MegatronTensor(BoundTensor[MatrixShard]):
 
 @dataclass(frozen=True, kw_only=True)
 class _Rate:
-    """Computes the learning rate and weight decay of a group of the inner SymDist from its group in Megatron."""
+    """The learning rate and weight decay of a group of the inner SymDist, computed from its group in Megatron."""
 
     base: MegatronSymDist
     group: int
@@ -63,9 +63,9 @@ class _Rate:
 
 
 class JointStep:
-    """Steps the tensors of all optimizers of a rank, of dense parameters and of experts, with one SymDist.
+    """One step for the tensors of all optimizers of a rank, of dense parameters and of experts, by one SymDist.
 
-    All ranks must create one, with the same options.
+    All ranks must create it, with the same options.
 
     Args:
         stepped: Each optimizer with its tensors, in an order that is the same on all ranks that hold the same
@@ -95,18 +95,18 @@ class JointStep:
         self._rates: list[_Rate] = []
         self._counted = 0
         failure: str | None = None
-        trains = any(given for _, given in stepped)
+        trains = any(tensors for _, tensors in stepped)
         try:
             if trains:
-                self.symdist = self._made(stepped, routing, rank_grids, options)
+                self.symdist = self._create(stepped, routing, rank_grids, options)
         except ValueError as error:
-            # Ranks that hold the same parameters all fail, but other pipeline stages must be told.
+            # Ranks that hold the same parameters all fail, but other pipeline stages do not know of it yet.
             failure = str(error)
         _agree_to_begin(failure, trains)
-        self._let_go()
-        self._twins = _TiedEmbeddingSync(self._bound, self.symdist.strategies(), shared)
+        self._release()
+        self._tied_sync = _TiedEmbeddingSync(self._bound, self.symdist.strategies(), shared)
 
-    def _made(
+    def _create(
         self,
         stepped: Sequence[tuple[MegatronSymDist, Sequence[OptimizedTensor]]],
         routing: Routing,
@@ -116,16 +116,17 @@ class JointStep:
         """Create the SymDist that steps the shards of all tensors."""
         groups: dict[tuple[int, int, int], dict[str, Any]] = {}
         states: dict[int, dict[str, Tensor]] = {}
-        for place, (base, given) in enumerate(stepped):
-            base.complete_state([(each.parameter, each.tensor) for each in given if each.tensor is not None])
-            for each in given:
-                rank_grid = rank_grids.of(each.parameter, expert=routing.described[id(each.parameter)].expert)
-                bound = self._bind(base, each, rank_grid, routing.routed[id(each.parameter)])
-                for shard, routed in zip(bound.shards, routing.routed[id(each.parameter)], strict=True):
-                    key = place, each.group, id(routed.options)
+        for index, (base, tensors) in enumerate(stepped):
+            base.complete_state([(item.parameter, item.tensor) for item in tensors if item.tensor is not None])
+            for item in tensors:
+                assignments = routing.routed[id(item.parameter)]
+                rank_grid = rank_grids.of(item.parameter, expert=routing.described[id(item.parameter)].expert)
+                bound = self._bind(base, item, rank_grid, assignments)
+                for shard, routed in zip(bound.shards, assignments, strict=True):
+                    key = index, item.group, id(routed.options)
                     if key not in groups:
                         groups[key] = {**routed.options, "lr": 0.0, "params": [], "layouts": []}
-                        self._rates.append(_Rate(base=base, group=each.group, routed=routed))
+                        self._rates.append(_Rate(base=base, group=item.group, routed=routed))
                     groups[key]["params"].append((shard.name, shard.parameter))
                     groups[key]["layouts"].append(shard.layout)
                     states[id(shard.parameter)] = {
@@ -156,39 +157,40 @@ class JointStep:
             group["lr"], group["weight_decay"] = rate.lr(), rate.decay()
         skipped = self.symdist.skipped_steps
         try:
-            self._take()
+            self._take_gradients()
             self.symdist.step()
         finally:
-            self._let_go(written=True)
+            self._release(write_back=True)
         if self.symdist.skipped_steps > skipped:
             return False
         self._counted += 1
         for base in self._bases:
             base.count(self._counted)
-        self._twins.agree()
+        self._tied_sync.agree()
         return True
 
     def _bind(
-        self, base: MegatronSymDist, given: OptimizedTensor, rank_grid: RankGrid, routed: Sequence[UnitAssignment]
+        self, base: MegatronSymDist, item: OptimizedTensor, rank_grid: RankGrid, routed: Sequence[UnitAssignment]
     ) -> _MegatronTensor:
-        tensor, state = given.tensor, {}
+        """Create the shards of an optimized tensor; they are empty if other ranks hold all of the parameter."""
+        tensor, state = item.tensor, {}
         if tensor is None:
-            dtype = torch.promote_types(given.parameter.dtype, torch.float32)
-            tensor = torch.empty(0, dtype=dtype, device=given.parameter.device)
+            dtype = torch.promote_types(item.parameter.dtype, torch.float32)
+            tensor = torch.empty(0, dtype=dtype, device=item.parameter.device)
             state = dict.fromkeys(ENGINE_STATE_NAMES, tensor)
         else:
             state = dict(base.state[tensor])
-        bound = _MegatronTensor(given.parameter, base, tensor)
+        bound = _MegatronTensor(item.parameter, base, tensor)
         bound.remember(state)
-        for each in routed:
-            shard = shard_of(each.unit, rank_grid, given.held, each.options)
+        for assignment in routed:
+            shard = shard_of(assignment.unit, rank_grid, item.held, assignment.options)
             shard.bind(tensor)
             bound.shards.append(shard)
         self._bound.append(bound)
         return bound
 
     def _follow(self) -> None:
-        """Follow tensors and state that Megatron has moved, as in offloading, and take over a loaded step count."""
+        """Follow tensors and state that Megatron has moved, as in offloading, and use a step count it has loaded."""
         for bound in self._bound:
             bound.follow(bound.base.state.get(bound.tensor, bound.state), self.symdist)
         steps = self._bases[0].steps
@@ -198,7 +200,7 @@ class JointStep:
                 if "step" in state:
                     state["step"].fill_(steps)
 
-    def _take(self) -> None:
+    def _take_gradients(self) -> None:
         """Give the shards their gradients, and fill those that are copies."""
         for bound in self._bound:
             for shard in bound.shards:
@@ -207,27 +209,27 @@ class JointStep:
                     bound.fill_state(shard, self.symdist)
             bound.take_gradient()
 
-    def _let_go(self, *, written: bool = False) -> None:
-        """Release gradients and copies; with `written`, write the copies back first."""
+    def _release(self, *, write_back: bool = False) -> None:
+        """Release gradients and copies; with `write_back`, write the copies back first."""
         for bound in self._bound:
             bound.drop_gradient()
             for shard in bound.shards:
                 if shard.copied:
                     state = self.symdist.state[shard.parameter]
-                    held = self.symdist.slots(shard.parameter)
-                    if written:
+                    slot_names = self.symdist.slots(shard.parameter)
+                    if write_back:
                         shard.put(bound.tensor, shard.parameter.data)
-                        for key, slot in held.items():
+                        for key, slot in slot_names.items():
                             shard.put(bound.state[slot], state[key])
                     shard.parameter.data = shard.parameter.data.new_empty(0)
-                    state.update({key: state[key].new_empty(0) for key in held})
+                    state.update({key: state[key].new_empty(0) for key in slot_names})
 
 
 class _TiedEmbeddingSync:
-    """Keeps embeddings equal that both the first and the last pipeline stage hold.
+    """A broadcast that keeps the copies of an embedding on the first and the last pipeline stage equal.
 
-    The stages step them by equal gradients. But if the rule sums over ranks, the order of the sums may differ between
-    stages, and with it the last digit. The first stage's weights are then sent to the others.
+    The stages step their copies by equal gradients. But if the rule sums over ranks, the order of the sums may differ
+    between stages, and with it the last digit. The first stage's weights are then sent to the others.
     """
 
     def __init__(self, bound: Sequence[_MegatronTensor], strategies: Mapping[str, str], group: Any):
@@ -235,18 +237,19 @@ class _TiedEmbeddingSync:
         self._tensors: list[Tensor] = []
         if group is None or dist.get_world_size(group) == 1:
             return
-        mine = [each for each in bound if getattr(each.parameter, "shared_embedding", False)]
-        summed = any(strategies[shard.name] != "local" for each in mine for shard in each.shards)
-        sizes = [each.tensor.numel() for each in mine]
-        found = gather((summed, sizes), group)
-        if not any(theirs for theirs, _ in found):
+        shared = [tensor for tensor in bound if getattr(tensor.parameter, "shared_embedding", False)]
+        summed = any(strategies[shard.name] != "local" for tensor in shared for shard in tensor.shards)
+        sizes = [tensor.tensor.numel() for tensor in shared]
+        by_stage = gather((summed, sizes), group)
+        if not any(stage_sums for stage_sums, _ in by_stage):
             return
-        if any(theirs != sizes for _, theirs in found):
+        if any(stage_sizes != sizes for _, stage_sizes in by_stage):
             raise ValueError(
-                "symdist: the stages that share an embedding hold unequal parts of it, and its rule sums over ranks; "
-                "under layer_wise, which shares whole parameters out stage by stage, use the distributed optimizer"
+                "symdist: the pipeline stages that share an embedding hold different parts of it, so its copies cannot "
+                "be kept equal; this happens with layer_wise, which assigns parameters to ranks stage by stage, so use "
+                "the distributed optimizer instead"
             )
-        self._tensors = [each.tensor for each in mine if each.tensor.numel()]
+        self._tensors = [tensor.tensor for tensor in shared if tensor.tensor.numel()]
 
     def agree(self) -> None:
         """Send the first stage's weights to the others."""
@@ -256,8 +259,8 @@ class _TiedEmbeddingSync:
 
 def _agree_to_begin(failure: str | None, trains: bool) -> None:
     """Raise ValueError on all ranks if any has failed, or has nothing to step and would miss the collectives."""
-    if idle := [rank for rank, theirs in enumerate(gather_unless_failed(trains, failure)) if not theirs]:
+    if idle := [rank for rank, rank_trains in enumerate(gather_unless_failed(trains, failure)) if not rank_trains]:
         raise ValueError(
-            f"symdist: ranks {idle} train no parameter. Where all of a stage are frozen, cut the model in fewer; "
-            "where layer_wise leaves some data-parallel ranks without any, use the distributed optimizer"
+            f"symdist: ranks {idle} train no parameter. If all parameters of a pipeline stage are frozen, use fewer "
+            "stages; if layer_wise leaves some data-parallel ranks without parameters, use the distributed optimizer"
         )

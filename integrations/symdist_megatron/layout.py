@@ -1,4 +1,4 @@
-"""Lays out a parameter's matrices: which elements of an optimized tensor are theirs, and how they lie on all ranks."""
+"""Find which elements of an optimized tensor belong to each matrix, and how the matrix lies on all ranks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from symdist.layouts import DimSplit, FlatLayout, Layout
-from symdist.param_groups import coordinate_wise
-from symdist_megatron.parameters import MatrixSpec
+from symdist.param_specs import coordinate_wise
+from symdist_megatron.matrix_specs import MatrixSpec
 from symdist_megatron.rank_grid import RankGrid
 from symdist_megatron.strided_slice import joined, put_back
 
@@ -18,10 +18,10 @@ class HeldRange:
     """The elements of a parameter that a rank steps.
 
     Attributes:
-        low: The first element, as an offset in the rank's tensor-parallel part of the parameter.
-        high: The end of the elements, as such an offset.
-        bounds: The offsets at which the data-parallel ranks' ranges of that part meet. None if all of them hold all of
-            it.
+        low: The offset of the first element in the rank's tensor-parallel part of the parameter.
+        high: The offset after the last element.
+        bounds: The offsets in that part between the ranges of the data-parallel ranks, from 0 to its end. None if each
+            of these ranks holds all of it.
         copies: Whether other data-parallel ranks may hold the same elements, so that one can do the work for all. True
             by default.
     """
@@ -41,9 +41,9 @@ class MatrixShard:
         unit: Its description.
         layout: How it lies on all ranks.
         held: The elements of the model's parameter that this rank steps.
-        at: The position, in the sense of `StridedSlice`, of the first element of this rank's part of `unit`.
-        parameter: The part: a view of the optimized tensor where it is contiguous there, otherwise a copy that is only
-            filled during the step.
+        at: The position of the first element of this rank's part of `unit`, in the sense of `StridedSlice`.
+        parameter: The part itself: a view of the optimized tensor if it is contiguous there, otherwise a copy that is
+            only filled during the step.
         copied: Whether `parameter` is a copy; set by `bind`.
         itself: Always False: `parameter` is never the optimized tensor itself.
     """
@@ -94,8 +94,8 @@ class MatrixShard:
         unit, held = self.unit, self.held
         low = min(max(unit.base, held.low), held.high)
         high = min(max(unit.base + unit.size, held.low), held.high)
-        here = tensor.detach().view(-1)[low - held.low : high - held.low]
-        return self.unit.strided_slice.parts(here, at=self.at + low - unit.base)
+        stretch = tensor.detach().view(-1)[low - held.low : high - held.low]
+        return self.unit.strided_slice.parts(stretch, at=self.at + low - unit.base)
 
 
 def shard_of(unit: MatrixSpec, rank_grid: RankGrid, held: HeldRange, options: Mapping[str, Any]) -> MatrixShard:
@@ -116,10 +116,10 @@ def shard_of(unit: MatrixSpec, rank_grid: RankGrid, held: HeldRange, options: Ma
     at = rank * unit.size
     low = min(max(held.low - unit.base, 0), unit.size)
     high = min(max(held.high - unit.base, 0), unit.size)
-    mine = unit.strided_slice.between(at + low, at + high)
+    numel = unit.strided_slice.between(at + low, at + high)
     layout: Layout | FlatLayout
     if coordinate_wise(options):
-        layout = Layout(shape=(mine,))
+        layout = Layout(shape=(numel,))
     elif held.bounds is None:
         layout = _whole(unit, rank_grid, copies=held.copies)
     else:
@@ -140,17 +140,17 @@ def _whole(unit: MatrixSpec, rank_grid: RankGrid, *, copies: bool) -> Layout:
 def _flat(unit: MatrixSpec, rank_grid: RankGrid, bounds: tuple[int, ...]) -> FlatLayout:
     """Lay out ranges of the memory of all tensor-parallel ranks, one rank after another."""
 
-    def within(rank: int) -> list[int]:
-        at = rank * unit.size
-        places = (min(max(bound - unit.base, 0), unit.size) for bound in bounds)
-        return [unit.strided_slice.between(at, at + place) for place in places]
+    def bounds_in_part(rank: int) -> list[int]:
+        start = rank * unit.size
+        offsets = (min(max(bound - unit.base, 0), unit.size) for bound in bounds)
+        return [unit.strided_slice.between(start, start + offset) for offset in offsets]
 
     if unit.cut is None:
-        return FlatLayout(shape=unit.shape, group=rank_grid.data, bounds=tuple(within(0)))
+        return FlatLayout(shape=unit.shape, group=rank_grid.data, bounds=tuple(bounds_in_part(0)))
     joined_bounds = [0]
     for rank in range(rank_grid.across.size):
         first = joined_bounds[-1]
-        joined_bounds += [first + bound for bound in within(rank)[1:]]
+        joined_bounds += [first + bound for bound in bounds_in_part(rank)[1:]]
     return FlatLayout(
         shape=unit.shape,
         group=rank_grid.everyone,

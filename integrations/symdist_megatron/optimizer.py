@@ -1,4 +1,4 @@
-"""The optimizer inside each of Megatron's wrappers: it holds param groups and state, and `JointStep` steps it."""
+"""The optimizer in each of Megatron's wrappers, which holds param groups and state for `JointStep`."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,8 +14,8 @@ from symdist_megatron.routing import Routing
 class MegatronSymDist(torch.optim.AdamW):
     """The param groups and state of one of Megatron's optimizers, for dense parameters or for experts.
 
-    Of a group, `lr` and `weight_decay` are those of the recipe's matrices, which Megatron's schedulers set. Every
-    matrix's own values keep their proportion to them.
+    The `lr` and `weight_decay` of a group are those of the recipe's role "matrix". Megatron's schedulers set them, and
+    the values of all other roles keep their proportion to them.
 
     State has the shapes of the tensors that Megatron optimizes, and Adam's names, because Megatron's checkpoints know
     no others: `exp_avg` is the momentum or Adam's first moment, `exp_avg_sq` is Adam's second moment or the rule's
@@ -25,7 +25,7 @@ class MegatronSymDist(torch.optim.AdamW):
 
     Args:
         groups: The param groups from Megatron's factory.
-        routing: What each parameter of the model was assigned.
+        routing: The assignments of the model's parameters.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, routing: Routing):
@@ -33,7 +33,7 @@ class MegatronSymDist(torch.optim.AdamW):
         self.model_parameters = [list(group["params"]) for group in groups]
         super().__init__(groups, lr=routing.scaled.lr, weight_decay=routing.scaled.weight_decay)
         for group in self.param_groups:
-            # These are AdamW's options; a rule's options are in the routing.
+            # AdamW adds options of its own; the options of the rules are in the routing.
             for key in set(self.defaults) - {"lr", "weight_decay"}:
                 group.pop(key, None)
             group["rules"] = dict(routing.rules)
@@ -84,32 +84,36 @@ class MegatronSymDist(torch.optim.AdamW):
             ValueError: Before anything changes, if the groups, rules or state do not match this run's.
         """
         if not self._complete:
-            # Megatron calls this when it has replaced the parameters by its own tensors; there is no state yet.
+            # Megatron also calls this right after it has replaced the parameters by its tensors, before there is state.
             return
         saved = state_dict["param_groups"]
         if len(saved) != len(self.param_groups):
-            raise ValueError(f"the saved state has {len(saved)} param groups, this optimizer {len(self.param_groups)}")
+            raise ValueError(
+                f"the saved state has {len(saved)} param groups, but this optimizer has {len(self.param_groups)}; use "
+                "the model and the config_overrides of the saved run"
+            )
         steps = self.steps
-        for theirs in saved:
-            self.check_rules(theirs)
-            steps = int(theirs.get("step", steps))
+        for saved_group in saved:
+            self.check_rules(saved_group)
+            steps = int(saved_group.get("step", steps))
         pairs: list[tuple[Tensor, Tensor]] = []
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         if len(state_dict["state"]) > len(tensors):
             raise ValueError(
-                f"the saved state is of {len(state_dict['state'])} tensors, this optimizer of {len(tensors)}"
+                f"the saved state is of {len(state_dict['state'])} tensors, but this optimizer has {len(tensors)}; use "
+                "the model of the saved run"
             )
         # Tensors are numbered over all groups. The saved groups' own lists of tensors are not used, because Megatron
         # 0.16 mixes up groups that differ only in what `RATES` lists.
         for index, tensor in enumerate(tensors):
             pairs += self._matched(tensor, state_dict["state"].get(index, {}))
             steps = int(state_dict["state"].get(index, {}).get("step", steps))
-        for group, theirs in zip(self.param_groups, saved, strict=True):
-            group.update({key: value for key, value in theirs.items() if key not in ("params", "rules", *KEPT)})
+        for group, saved_group in zip(self.param_groups, saved, strict=True):
+            group.update({key: value for key, value in saved_group.items() if key not in ("params", "rules", *KEPT)})
         with torch.no_grad():
-            for mine, value in pairs:
-                if mine is not value:
-                    mine.copy_(value)
+            for current, value in pairs:
+                if current is not value:
+                    current.copy_(value)
         self.count(steps)
 
     def check_rules(self, saved: Mapping[str, Any]) -> None:
@@ -122,20 +126,24 @@ class MegatronSymDist(torch.optim.AdamW):
             ValueError: If it has other rules, or none.
         """
         rules = saved.get("rules")
-        mine = self._routing.rules
-        if rules is None or any(rules.get(role, rule) != rule for role, rule in mine.items()):
+        current = self._routing.rules
+        if rules is None or any(rules.get(role, rule) != rule for role, rule in current.items()):
             raise ValueError(
-                f"the checkpoint was saved with rules {rules}, this run has {dict(mine)}; "
+                f"the checkpoint was saved with rules {rules}, but this run has {dict(current)}; "
                 "use the recipe and the overrides of the saved run"
             )
 
-    def _matched(self, tensor: Tensor, found: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    def _matched(self, tensor: Tensor, saved: Mapping[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """Pair the state of a tensor with its saved state; raise ValueError if that is missing or of another shape."""
         pairs = []
-        for key, mine in self.state[tensor].items():
+        for key, current in self.state[tensor].items():
             if key == "step":
                 continue
-            if key not in found or found[key].shape != mine.shape:
-                have = tuple(found[key].shape) if key in found else "none"
-                raise ValueError(f"a parameter needs state {key!r} of shape {tuple(mine.shape)}; the saved has {have}")
-            pairs.append((mine, found[key]))
+            if key not in saved or saved[key].shape != current.shape:
+                saved_shape = tuple(saved[key].shape) if key in saved else "none"
+                raise ValueError(
+                    f"the state {key!r} of a parameter should have shape {tuple(current.shape)}, but in the checkpoint "
+                    f"it has {saved_shape}; use the model and the parallel layout of the saved run"
+                )
+            pairs.append((current, saved[key]))
         return pairs

@@ -1,4 +1,4 @@
-"""The options of the optimizer in Megatron, and the check for Megatron features that symdist does not support."""
+"""Options of the optimizer in Megatron, and the check for Megatron features that symdist does not support."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of `get_symdist_optimizer`, which explains them.
+    """The options of `get_symdist_optimizer`, whose docstring explains them in full.
 
     Attributes:
         recipe: The recipe: a name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
@@ -59,18 +59,21 @@ def scaled(options: Options, config: Any) -> Scaled:
             matrices. Also as `load_recipe` and `Recipe.overridden` do.
     """
     if config.lr is not None and not (math.isfinite(config.lr) and config.lr > 0):
-        raise ValueError(f"symdist: lr={config.lr!r} of the optimizer config must be a positive number")
-    recipe, lr = load_recipe(options.recipe).at_rate(config.lr)
-    own = float((recipe.options("matrix") or {}).get("weight_decay", 0.0))
-    wanted = float(config.weight_decay)
-    if own:
-        recipe = recipe.multiplied("weight_decay", wanted / own)
-    elif wanted and "weight_decay" not in options.overrides.get("matrix", {}):
         raise ValueError(
-            f"recipe {recipe.name!r} decays no weights, and Megatron's weight_decay is {wanted}: set that to 0 "
-            "(--weight-decay 0), or say which role decays by how much (--symdist-override matrix.weight_decay=0.1)"
+            f"symdist: lr={config.lr!r} of the optimizer config must be a positive number, or None for the recipe's"
         )
-    return Scaled(recipe=recipe.overridden(options.overrides), lr=lr, weight_decay=wanted)
+    recipe, lr = load_recipe(options.recipe).at_rate(config.lr)
+    recipe_decay = float((recipe.options("matrix") or {}).get("weight_decay", 0.0))
+    config_decay = float(config.weight_decay)
+    if recipe_decay:
+        recipe = recipe.multiplied("weight_decay", config_decay / recipe_decay)
+    elif config_decay and "weight_decay" not in options.overrides.get("matrix", {}):
+        raise ValueError(
+            f"recipe {recipe.name!r} has no weight decay for its matrices, but Megatron's weight_decay is "
+            f"{config_decay}; set that to 0 (--weight-decay 0), or give the matrices one as an override "
+            "(--symdist-override matrix.weight_decay=0.1)"
+        )
+    return Scaled(recipe=recipe.overridden(options.overrides), lr=lr, weight_decay=config_decay)
 
 
 def check_features(config: Any, chunks: Sequence[Any], *, layer_wise: bool) -> None:
@@ -86,34 +89,34 @@ def check_features(config: Any, chunks: Sequence[Any], *, layer_wise: bool) -> N
     """
     ddp = getattr(chunks[0], "ddp_config", None)
     kind = type(chunks[0]).__name__
-    refused = {
-        f"a model that is no DistributedDataParallel of megatron-core but a {kind} (torch FSDP2: use "
+    unsupported = {
+        f"a model that is no DistributedDataParallel of megatron-core but a {kind} (for torch FSDP2, use "
         "symdist.build_optimizer on the model itself)": ddp is None or "FullyShardedDataParallel" in kind,
         "Megatron-FSDP (use_megatron_fsdp; use the distributed optimizer)": getattr(ddp, "use_megatron_fsdp", False),
-        "fp16, whose loss scale may skip the steps of some ranks only (use bf16)": config.fp16,
-        "weights kept in fp8 or fp4 (fp8_param_gather, fp4_param_gather; computing in fp8 is fine)": (
+        "fp16, whose loss scale may skip a step on some ranks only (use bf16)": config.fp16,
+        "weights stored in fp8 or fp4 (turn off fp8_param_gather, fp4_param_gather; computing in fp8 is fine)": (
             getattr(ddp, "fp8_param_gather", False) or getattr(ddp, "fp4_param_gather", False)
         ),
-        "use_precision_aware_optimizer (its state is Transformer Engine's)": config.use_precision_aware_optimizer,
-        "optimizer_cpu_offload (its state is kept elsewhere)": config.optimizer_cpu_offload,
-        "decoupled_lr (say embedding.lr=… and head.lr=… as overrides)": config.decoupled_lr is not None,
-        "optimizer_cuda_graph (a step talks to other ranks)": getattr(config, "optimizer_cuda_graph", False),
-        "the layer-wise and the distributed optimizer at once (choose one)": (
+        "use_precision_aware_optimizer (turn it off)": config.use_precision_aware_optimizer,
+        "optimizer_cpu_offload (turn it off)": config.optimizer_cpu_offload,
+        "decoupled_lr (use the overrides embedding.lr=… and head.lr=… instead)": config.decoupled_lr is not None,
+        "optimizer_cuda_graph (turn it off)": getattr(config, "optimizer_cuda_graph", False),
+        "the layer-wise and the distributed optimizer together (choose one)": (
             layer_wise and bool(config.use_distributed_optimizer)
         ),
-        "the layer-wise optimizer with overlap_param_gather": (
+        "the layer-wise optimizer with overlap_param_gather (turn that off)": (
             layer_wise and bool(config.overlap_param_gather or getattr(ddp, "overlap_param_gather", False))
         ),
-        "weight sharding by GTP or EGTP": _shards_weights_further(chunks[0]),
+        "weight sharding by GTP or EGTP (leave out *gtp_weight_remat_size)": _shards_weights_further(chunks[0]),
     }
-    found = [feature for feature, on in refused.items() if on]
-    if found:
-        raise ValueError(f"symdist does not support {'; '.join(found)}")
-    distributed = [bool(chunk.ddp_config.use_distributed_optimizer) for chunk in chunks]
-    if any(each != bool(config.use_distributed_optimizer) for each in distributed):
+    used = [feature for feature, is_on in unsupported.items() if is_on]
+    if used:
+        raise ValueError(f"symdist does not support {'; '.join(used)}")
+    by_chunk = [bool(chunk.ddp_config.use_distributed_optimizer) for chunk in chunks]
+    if any(distributed != bool(config.use_distributed_optimizer) for distributed in by_chunk):
         raise ValueError(
             f"symdist: use_distributed_optimizer is {bool(config.use_distributed_optimizer)} in the optimizer's config "
-            f"and {distributed[0]} in DistributedDataParallel's; they must agree"
+            f"and {by_chunk[0]} in DistributedDataParallel's; set both to the same value"
         )
 
 

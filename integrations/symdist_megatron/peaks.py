@@ -1,4 +1,4 @@
-"""Decides whether a resumed run uses its own learning rates or the checkpoint's, as Megatron's scheduler is told to."""
+"""Learning rates of a resumed run: its own or the checkpoint's, depending on the options of Megatron's scheduler."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 KIND = ("wd_mult", "lr_mult", "is_decoupled_lr")
 # Keys that a scheduler reads from a group in place of its own settings. A resumed run may change them.
 RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
-# Keys that a group keeps whatever is loaded, because Megatron may load one group of a kind in place of another.
+# Keys whose values loading does not change, because Megatron may load one group of a kind in place of another.
 KEPT = ("default_config", *RATES)
 
 
@@ -26,12 +26,12 @@ def counterparts(group: Mapping[str, Any], saved: Iterable[Mapping[str, Any]]) -
         saved: The saved groups.
 
     Returns:
-        The groups found.
+        The matching groups.
     """
-    found = [theirs for theirs in saved if _alike(theirs, group, KIND)]
+    matches = [candidate for candidate in saved if _alike(candidate, group, KIND)]
     for keys in (("default_config",), RATES):
-        found = [theirs for theirs in found if _alike(theirs, group, keys)] or found
-    return found
+        matches = [candidate for candidate in matches if _alike(candidate, group, keys)] or matches
+    return matches
 
 
 def rates(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,22 +59,22 @@ def saved_rates(groups: Iterable[Mapping[str, Any]], saved: Sequence[Mapping[str
     return [rates(next(iter(counterparts(group, saved)), group)) for group in groups]
 
 
-def take_rates(group: dict[str, Any], taken: Mapping[str, Any]) -> None:
+def take_rates(group: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Replace a group's values for schedulers.
 
     Args:
         group: The group.
-        taken: The new values; keys of `RATES` that are not in it are removed from the group.
+        values: The new values; keys of `RATES` that are not in it are removed from the group.
     """
     for key in RATES:
         group.pop(key, None)
-    group.update(taken)
+    group.update(values)
 
 
 def follow_schedulers() -> None:
-    """Make Megatron's scheduler tell the optimizer, as it loads a checkpoint, to use the checkpoint's learning rates.
+    """Make Megatron's scheduler switch the optimizer to a checkpoint's learning rates when it loads the checkpoint.
 
-    It does not if `override_opt_param_scheduler` is set: this run's rates then stay. A further call does nothing.
+    With `override_opt_param_scheduler`, this run's rates stay. A further call does nothing.
     """
     load = OptimizerParamScheduler.load_state_dict
     if getattr(load, "knows_symdist", False):
@@ -82,9 +82,9 @@ def follow_schedulers() -> None:
 
     @functools.wraps(load)
     def loaded(self: Any, state_dict: dict[str, Any]) -> None:
-        take = getattr(self.optimizer, "take_saved_rates", None)
-        if take is not None and not self.override_opt_param_scheduler:
-            take()
+        take_saved_rates = getattr(self.optimizer, "take_saved_rates", None)
+        if take_saved_rates is not None and not self.override_opt_param_scheduler:
+            take_saved_rates()
         load(self, state_dict)
 
     loaded.knows_symdist = True  # type: ignore[attr-defined]

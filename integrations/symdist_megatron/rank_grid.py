@@ -1,4 +1,4 @@
-"""Finds the ranks that hold a Megatron parameter: data-parallel ranks times tensor-parallel ranks."""
+"""Find the ranks that hold a Megatron parameter: data-parallel ranks times tensor-parallel ranks."""
 
 import functools
 from collections.abc import Sequence
@@ -43,8 +43,8 @@ class RankGrid:
     @functools.cached_property
     def rank_order(self) -> tuple[int, ...]:
         """The indices in `everyone` of all ranks, in the order of `columns`."""
-        place = {rank: i for i, rank in enumerate(self.everyone.ranks)}
-        return tuple(place[rank] for column in self.columns for rank in column)
+        index = {rank: i for i, rank in enumerate(self.everyone.ranks)}
+        return tuple(index[rank] for column in self.columns for rank in column)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class RankGrids:
         return self.expert if expert and not getattr(parameter, "allreduce", True) else self.dense
 
     def tensor_ranks(self, *, expert: bool) -> int:
-        """Return over how many ranks tensor parallelism cuts a matrix.
+        """Return the number of ranks over which tensor parallelism cuts a matrix.
 
         Args:
             expert: Whether the matrix belongs to an expert.
@@ -101,13 +101,16 @@ def find_rank_grid(data: Any, across: Any) -> RankGrid:
         ValueError: If the data-parallel groups of different tensor-parallel ranks overlap or differ in size, or a group
             does not number its ranks in ascending order.
     """
-    mine, tensor = ascending(data), ascending(across)
-    columns: list[Any] = [None] * tensor.size
-    dist.all_gather_object(columns, list(mine.ranks), group=across)
-    every = [rank for column in columns for rank in column]
-    if len(set(every)) != mine.size * tensor.size:
-        raise ValueError(f"symdist: data-parallel ranks {columns} of tensor-parallel ranks {tensor.ranks} overlap")
-    return RankGrid(data=mine, across=tensor, columns=tuple(map(tuple, columns)))
+    data_group, tensor_group = ascending(data), ascending(across)
+    columns: list[Any] = [None] * tensor_group.size
+    dist.all_gather_object(columns, list(data_group.ranks), group=across)
+    ranks = [rank for column in columns for rank in column]
+    if len(set(ranks)) != data_group.size * tensor_group.size:
+        raise ValueError(
+            f"symdist: the data-parallel groups {columns} of tensor-parallel ranks {tensor_group.ranks} overlap or "
+            "differ in size; initialize Megatron's process groups so that they form a grid"
+        )
+    return RankGrid(data=data_group, across=tensor_group, columns=tuple(map(tuple, columns)))
 
 
 def _grid(groups: Sequence[Group], ranks: list[int]) -> Grid | None:

@@ -1,4 +1,4 @@
-"""Registers the optimizer name "symdist" with Megatron, after a check that this Megatron release fits."""
+"""Register the optimizer name "symdist" with Megatron, after a check that this Megatron release fits."""
 
 import copy
 import functools
@@ -20,9 +20,9 @@ from symdist_megatron.factory import WRAPS, get_symdist_optimizer
 from symdist_megatron.optimizer import MegatronSymDist
 
 SUPPORTED = "0.16.1 and 0.19.2"
-"""The megatron-core releases that the tests have passed on."""
+"""Releases of megatron-core on which the tests have passed."""
 
-# The names that symdist uses, by owner. Some are attributes set in constructors, so the source is searched for them.
+# The names that symdist uses, by owner. Some are attributes set in constructors, so the source is searched for all.
 _NEEDED: dict[Any, tuple[str, ...]] = {
     megatron_optimizer: ("get_megatron_optimizer", WRAPS, "get_standard_config_overrides"),
     distrib_optimizer.DistributedOptimizer: (
@@ -54,8 +54,8 @@ def check_version() -> None:
     ]
     if missing:
         raise ImportError(
-            f"megatron-core {megatron.core.__version__} lacks {', '.join(missing)}, which symdist relies on; "
-            f"releases {SUPPORTED} have it"
+            f"megatron-core {megatron.core.__version__} lacks {', '.join(missing)}, which symdist relies on; install "
+            f"one of the releases that have it, {SUPPORTED}"
         )
 
 
@@ -63,7 +63,7 @@ def register() -> None:
     """Let Megatron build symdist's optimizer for `--optimizer symdist`, or `optimizer="symdist"` in its config.
 
     Call it on every rank, before Megatron parses its arguments. A further call does nothing. The scripts then take the
-    arguments of `add_arguments`. Without the scripts, set `config.symdist` to a mapping of the keywords of
+    arguments of `add_arguments`. In code of your own, set `config.symdist` to the keyword arguments of
     `get_symdist_optimizer`, such as `{"recipe": "olmoe"}`, or call that function.
 
     Raises:
@@ -80,7 +80,7 @@ def register() -> None:
     check_version()
     _replace(megatron_optimizer, "get_megatron_optimizer", _building)
     if hasattr(megatron_optimizer, "_get_megatron_emerging_optimizer"):
-        # Functions that were imported before still call this one.
+        # Code that imported `get_megatron_optimizer` before it was replaced still calls this function.
         _replace(megatron_optimizer, "_get_megatron_emerging_optimizer", _building)
     registry = getattr(megatron_optimizer, "_EMERGING_OPTIMIZERS", None)
     if registry is not None:
@@ -120,14 +120,14 @@ def _building(build: Any) -> Any:
     def built(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
         if config.optimizer != NAME:
             return build(config, model_chunks, *args, **kwargs)
-        given = getattr(config, NAME, None)
-        if given is None:
+        options = getattr(config, NAME, None)
+        if options is None:
             raise ValueError(
-                'the optimizer config says "symdist" and no recipe: give --symdist-recipe, set config.symdist = '
-                '{"recipe": "olmoe"}, or call symdist_megatron.get_symdist_optimizer'
+                'the optimizer config has optimizer="symdist" but no recipe; add --symdist-recipe, set config.symdist '
+                '= {"recipe": "olmoe"}, or call symdist_megatron.get_symdist_optimizer'
             )
-        named = inspect.signature(build).bind(config, model_chunks, *args, **kwargs).arguments
-        return get_symdist_optimizer(**{**named, **given})
+        arguments = inspect.signature(build).bind(config, model_chunks, *args, **kwargs).arguments
+        return get_symdist_optimizer(**{**arguments, **options})
 
     return built
 
@@ -163,11 +163,11 @@ def _configuring(configure: Any) -> Any:
             return configure(args, *more, **kwargs)
         adam = copy.copy(args)
         adam.optimizer = "adam"
-        found = configure(adam, *more, **kwargs)
-        config = found[0] if isinstance(found, tuple) else found
+        result = configure(adam, *more, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
         config.optimizer = NAME
         config.symdist = options_of(args, vocabulary=_tokens())
-        return found
+        return result
 
     return configured
 

@@ -1,4 +1,4 @@
-"""Assigns rules to a Megatron model's matrices: roles from modules, options from the recipe, agreed by all ranks."""
+"""Assign rules to a Megatron model's matrices: roles from modules, options from the recipe, agreed by all ranks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 
 from symdist.engines.agreement import gather_unless_failed
-from symdist.param_groups import coordinate_wise, with_defaults
+from symdist.param_groups import with_defaults
+from symdist.param_specs import coordinate_wise
 from symdist.routing.route import check_patterns, route_sites
+from symdist_megatron.matrix_specs import MatrixSpec, ParamSpec, describe
 from symdist_megatron.options import Options, Scaled, scaled
-from symdist_megatron.parameters import MatrixSpec, ParamSpec, describe
 from symdist_megatron.rank_grid import RankGrids
 
 _VOCABULARIES = ("embedding", "tied_embedding", "head")
@@ -39,12 +40,12 @@ class UnitAssignment:
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
-    """What the parameters of a rank are, and what they were assigned.
+    """The descriptions and assignments of a rank's parameters.
 
     Attributes:
-        described: By `id` of a model parameter, its description.
-        routed: By `id` of a model parameter, the assignments of its matrices and vectors.
-        rules: The rule of every role on any rank.
+        described: The description of each model parameter, by the parameter's `id`.
+        routed: The assignments of each model parameter's matrices and vectors, by the parameter's `id`.
+        rules: The rule of each role, of the roles on all ranks.
         scaled: The scaled recipe.
     """
 
@@ -70,70 +71,77 @@ def route_model(chunks: Sequence[nn.Module], options: Options, config: Any, *, r
         ValueError: On every rank, for anything that `symdist.route` refuses on any. The message names the parameter.
     """
     failure: str | None = None
-    taken: set[int] = set()
+    used_patterns: set[int] = set()
     rules: dict[str, str] = {}
     described: list[ParamSpec] = []
     routed: dict[int, tuple[UnitAssignment, ...]] = {}
-    proportion = scaled(options, config)
+    scaled_recipe = scaled(options, config)
     try:
-        described = describe(chunks, rank_grids=rank_grids, recipe=proportion.recipe)
-        routed, rules = _route(described, options, proportion, taken)
+        described = describe(chunks, rank_grids=rank_grids, recipe=scaled_recipe.recipe)
+        routed, rules = _route(described, options, scaled_recipe, used_patterns)
     except ValueError as error:
         failure = str(error)
-    found = gather_unless_failed((taken, [each.name for each in described][:3], rules), failure)
-    every = {role: rule for _, _, of_rank in found for role, rule in of_rank.items()}
-    used = set().union(*(of_rank for of_rank, _, _ in found))
-    check_patterns(proportion.recipe, used, [name for _, names, _ in found for name in names])
+    by_rank = gather_unless_failed((used_patterns, [spec.name for spec in described][:3], rules), failure)
+    all_rules = {role: rule for _, _, rank_rules in by_rank for role, rule in rank_rules.items()}
+    all_patterns = set().union(*(rank_patterns for rank_patterns, _, _ in by_rank))
+    check_patterns(scaled_recipe.recipe, all_patterns, [name for _, names, _ in by_rank for name in names])
     return Routing(
-        described={id(each.parameter): each for each in described},
+        described={id(spec.parameter): spec for spec in described},
         routed=routed,
-        rules=dict(sorted(every.items())),
-        scaled=proportion,
+        rules=dict(sorted(all_rules.items())),
+        scaled=scaled_recipe,
     )
 
 
 def _route(
-    described: Sequence[ParamSpec], options: Options, proportion: Scaled, taken: set[int]
+    described: Sequence[ParamSpec], options: Options, scaled_recipe: Scaled, used_patterns: set[int]
 ) -> tuple[dict[int, tuple[UnitAssignment, ...]], dict[str, str]]:
-    sites = {unit.name: (unit, unit.site) for each in described for unit in each.units}
+    """Return the assignments by `id` of the parameter, and the rule of each role on this rank."""
+    sites = {unit.name: (unit, unit.site) for spec in described for unit in spec.units}
     by_name: dict[str, UnitAssignment] = {}
     rules: dict[str, str] = {}
-    for group in route_sites(sites, proportion.recipe, taken=taken):
+    for group in route_sites(sites, scaled_recipe.recipe, used_patterns=used_patterns):
         for padding, units in _by_padding(group, options.vocabulary).items():
-            own = {**group, "params": units, "param_names": [unit.name for unit in units]}
+            param_group = {**group, "params": units, "param_names": [unit.name for unit in units]}
             if padding:
-                own["padding_rows"] = padding
-            full = with_defaults(own)
-            rules[group["role"]] = full["rule"]
-            decay = float(full["weight_decay"])
-            told = {
-                key: value for key, value in full.items() if key not in ("params", "param_names", "lr", "weight_decay")
+                param_group["padding_rows"] = padding
+            param_group = with_defaults(param_group)
+            rules[group["role"]] = param_group["rule"]
+            decay = float(param_group["weight_decay"])
+            rule_options = {
+                key: value
+                for key, value in param_group.items()
+                if key not in ("params", "param_names", "lr", "weight_decay")
             }
-            torn = [unit.name for unit in units if unit.opaque and not coordinate_wise(full)]
-            if torn:
+            opaque = [unit.name for unit in units if unit.opaque and not coordinate_wise(param_group)]
+            if opaque:
                 raise ValueError(
-                    f"{torn[0]} is in several shards on each tensor-parallel rank, and its module does not say what "
-                    "they are; name a coordinate-wise rule for it, such as adamw, or run it without tensor parallelism"
+                    f"{opaque[0]}: each tensor-parallel rank holds several pieces of it (its partition_stride is not "
+                    "1), and it is not known which; give it a coordinate-wise rule, such as adamw, in a pattern, or "
+                    "turn tensor parallelism off"
                 )
             for unit in units:
                 by_name[unit.name] = UnitAssignment(
                     unit=unit,
-                    options=told,
-                    lr_ratio=float(full["lr"]) / proportion.lr,
-                    decay_ratio=decay / proportion.weight_decay if proportion.weight_decay else None,
+                    options=rule_options,
+                    lr_ratio=float(param_group["lr"]) / scaled_recipe.lr,
+                    decay_ratio=decay / scaled_recipe.weight_decay if scaled_recipe.weight_decay else None,
                     decay=decay,
                 )
-    return {id(each.parameter): tuple(by_name[unit.name] for unit in each.units) for each in described}, rules
+    return {id(spec.parameter): tuple(by_name[unit.name] for unit in spec.units) for spec in described}, rules
 
 
 def _by_padding(group: Mapping[str, Any], vocabulary: int | None) -> dict[int, list[MatrixSpec]]:
     """Sort the units of a group by how many of their rows only pad the vocabulary."""
-    found: dict[int, list[MatrixSpec]] = {}
+    by_padding: dict[int, list[MatrixSpec]] = {}
     for unit in group["params"]:
-        over = 0
+        padding = 0
         if vocabulary is not None and group["role"] in _VOCABULARIES and unit.vocabulary:
-            over = unit.shape[0] - vocabulary
-            if over < 0:
-                raise ValueError(f"{unit.name} has {unit.shape[0]} rows, fewer than the vocabulary of {vocabulary}")
-        found.setdefault(over, []).append(unit)
-    return found
+            padding = unit.shape[0] - vocabulary
+            if padding < 0:
+                raise ValueError(
+                    f"{unit.name} has {unit.shape[0]} rows, fewer than the vocabulary of {vocabulary}; correct "
+                    "vocabulary (--symdist-vocabulary), the number of real tokens"
+                )
+        by_padding.setdefault(padding, []).append(unit)
+    return by_padding

@@ -1,4 +1,4 @@
-"""Selects parts of a parameter's memory, such as the q in a fused q, k and v, or the gates among gates and ups."""
+"""Select parts of a parameter's memory, such as the q in a fused q, k and v, or the gates among gates and ups."""
 
 import math
 from dataclasses import dataclass
@@ -9,9 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class StridedSlice:
-    """Selects the same range from each of several equal stretches of memory, which lie one after another.
+    """The same range of each of several equal stretches of memory, which lie one after another.
 
     Positions count elements from the beginning of the first stretch.
+
+    Example:
+        >>> rows = StridedSlice(count=2, period=4, start=1, stop=3)  # elements 1, 2, 5 and 6 of 8
+        >>> rows.between(0, 6)
+        3
 
     Attributes:
         count: The number of stretches.
@@ -62,7 +67,7 @@ class StridedSlice:
         low, high = at, at + tensor.numel()
         if self.start == 0 and self.stop == self.period:
             return _nonempty([tensor[: max(min(self.count * self.period, high) - low, 0)]])
-        # The ends of the vector may cut a stretch each; the stretches in between are whole.
+        # The vector may begin and end within a stretch; the stretches in between are whole.
         first, last = -(-low // self.period), min(high // self.period, self.count)
         if first >= last:
             return _nonempty(
@@ -83,8 +88,8 @@ class StridedSlice:
         return tensor[low:high] if index < self.count else tensor[:0]
 
     def _before(self, position: int) -> int:
-        stretch, rest = divmod(min(max(position, 0), self.count * self.period), self.period)
-        return stretch * (self.stop - self.start) + min(max(rest - self.start, 0), self.stop - self.start)
+        stretch, offset = divmod(min(max(position, 0), self.count * self.period), self.period)
+        return stretch * (self.stop - self.start) + min(max(offset - self.start, 0), self.stop - self.start)
 
 
 def joined(parts: list[Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:

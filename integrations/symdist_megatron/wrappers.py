@@ -1,4 +1,4 @@
-"""Megatron's optimizer wrappers, adapted to state that is not Adam's and to one step for all optimizers."""
+"""Megatron's optimizer wrappers, adapted to state other than Adam's and to one step for all optimizers."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ from symdist_megatron.peaks import saved_rates, take_rates
 class SymDistDistributedOptimizer(DistributedOptimizer):
     """Megatron's distributed optimizer over a `MegatronSymDist`.
 
-    State that a rule does not have is saved as zeros. So checkpoints have Megatron's own form, and load under any
+    State that a rule does not have is saved as zeros, so that checkpoints have Megatron's own form and load under any
     parallel layout.
     """
 
@@ -60,7 +60,7 @@ class SymDistDistributedOptimizer(DistributedOptimizer):
             ValueError: Before anything changes, if its rules are not this run's.
         """
         super().load_state_dict(state_dict)
-        # Megatron reads the count from tensors that it makes itself, and only for optimizers that it knows.
+        # Megatron loads the step count only for optimizers that it knows.
         self.optimizer.count(int(state_dict["optimizer"]["param_groups"][0]["step"]))
 
     def _get_main_param_and_optimizer_states(self, model_param: Any) -> dict[str, Tensor]:
@@ -72,10 +72,10 @@ class SymDistDistributedOptimizer(DistributedOptimizer):
 
     def _set_main_param_and_optimizer_states(self, model_param: Any, tensors: dict[str, Tensor]) -> None:
         main = self._main_of(model_param)
-        mine = {"param": main.detach(), **self.optimizer.state[main]}
+        targets = {"param": main.detach(), **self.optimizer.state[main]}
         for key in ("param", "exp_avg", "exp_avg_sq"):
-            if key in mine:
-                mine[key].copy_(tensors[key])
+            if key in targets:
+                targets[key].copy_(tensors[key])
 
     def _main_of(self, model_param: Any) -> Tensor:
         group, order = self.model_param_group_index_map[model_param]
@@ -86,8 +86,8 @@ class SymDistChain(ChainedOptimizer):
     """Megatron's chain of optimizers, which are all stepped at once before each copies its results to the model.
 
     Attributes:
-        joint_step: Steps all optimizers.
-        owned: Whether each data-parallel rank has parameters of its own.
+        joint_step: The step of all optimizers.
+        owned: Whether each data-parallel rank steps whole parameters that no other such rank steps.
     """
 
     joint_step: JointStep
@@ -95,10 +95,10 @@ class SymDistChain(ChainedOptimizer):
     _saved_rates: Sequence[tuple[dict[str, Any], dict[str, Any]]] = ()
 
     def attach(self, joint_step: JointStep) -> None:
-        """Set what steps the optimizers.
+        """Set the joint step of the optimizers.
 
         Args:
-            joint_step: Steps all optimizers of this chain.
+            joint_step: The step of all optimizers of this chain.
         """
         self.joint_step = joint_step
 
@@ -118,7 +118,7 @@ class SymDistChain(ChainedOptimizer):
         Args:
             model_sharded_state_dict: The model's sharded state.
             is_loading: Whether it is to be filled from a checkpoint. False by default.
-            **kwargs: See Megatron; `metadata` has the format.
+            **kwargs: Passed on to Megatron; `metadata` names the format.
 
         Returns:
             The sharded state.
@@ -126,8 +126,8 @@ class SymDistChain(ChainedOptimizer):
         if not reshardable(kwargs.get("metadata"), self.chained_optimizers):
             return super().sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs)
         parts: dict[Any, Any] = {
-            i: without_groups(each.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs))
-            for i, each in enumerate(self.chained_optimizers)
+            i: without_groups(wrapper.sharded_state_dict(model_sharded_state_dict, is_loading, **kwargs))
+            for i, wrapper in enumerate(self.chained_optimizers)
         }
         if self.owned:
             own_copies(parts)
@@ -143,19 +143,19 @@ class SymDistChain(ChainedOptimizer):
             ValueError: Before anything changes, if the groups, rules or state do not match this run's.
         """
         if not (isinstance(state_dict, dict) and COMMON in state_dict):
-            # Noted first, because Megatron replaces these groups as it loads.
+            # Read before loading, because Megatron replaces these groups as it loads.
             saved = [list(part.get("optimizer", part).get("param_groups", ())) for part in self._parts(state_dict)]
             super().load_state_dict(state_dict)
-            self._note(saved)
+            self._remember_rates(saved)
             return
         common = state_dict[COMMON]
-        for each in self.chained_optimizers:
-            if each.optimizer is not None:
-                each.optimizer.check_rules(next(iter(common["groups"].values())))
+        for wrapper in self.chained_optimizers:
+            if wrapper.optimizer is not None:
+                wrapper.optimizer.check_rules(next(iter(common["groups"].values())))
         parts = [with_groups(state_dict[i], common) for i in range(len(self.chained_optimizers))]
-        for each, part in zip(self.chained_optimizers, parts, strict=True):
-            each.load_state_dict(part)
-        self._note([list(common["groups"].values())] * len(parts))
+        for wrapper, part in zip(self.chained_optimizers, parts, strict=True):
+            wrapper.load_state_dict(part)
+        self._remember_rates([list(common["groups"].values())] * len(parts))
 
     def take_saved_rates(self) -> None:
         """Replace the groups' values for schedulers (`max_lr` and the like) by those of the loaded checkpoint.
@@ -163,8 +163,8 @@ class SymDistChain(ChainedOptimizer):
         The learning rates of all matrices follow in proportion. Megatron's scheduler calls this, see
         `peaks.follow_schedulers`.
         """
-        for group, theirs in self._saved_rates:
-            take_rates(group, theirs)
+        for group, saved in self._saved_rates:
+            take_rates(group, saved)
 
     def _parts(self, state_dict: Any) -> list[Any]:
         """Split a loaded state by optimizer."""
@@ -172,11 +172,11 @@ class SymDistChain(ChainedOptimizer):
             return [state_dict]
         return [state_dict[key] for key in sorted(state_dict)] if isinstance(state_dict, dict) else list(state_dict)
 
-    def _note(self, saved: list[list[dict[str, Any]]]) -> None:
+    def _remember_rates(self, saved: list[list[dict[str, Any]]]) -> None:
         self._saved_rates = [
             pair
-            for each, theirs in zip(self.chained_optimizers, saved, strict=True)
-            for pair in zip(each.param_groups, saved_rates(each.param_groups, theirs), strict=True)
+            for wrapper, groups in zip(self.chained_optimizers, saved, strict=True)
+            for pair in zip(wrapper.param_groups, saved_rates(wrapper.param_groups, groups), strict=True)
         ]
 
     def trace_collectives(self) -> CountingTransport:
@@ -196,20 +196,20 @@ class SymDistChain(ChainedOptimizer):
         If `nonfinite` is "zero", gradient elements that are not finite are set to 0.
 
         Returns:
-            Whether an overflow was found, with a loss scale on any rank; then no rank steps.
+            Whether any rank found an overflow, which is only checked for with a loss scale; then no rank steps.
         """
-        found = super().prepare_grads()
-        if any(getattr(each, "grad_scaler", None) is not None for each in self.chained_optimizers):
-            flag = torch.tensor([float(found)], device=torch.cuda.current_device())
+        overflow = super().prepare_grads()
+        if any(getattr(wrapper, "grad_scaler", None) is not None for wrapper in self.chained_optimizers):
+            flag = torch.tensor([float(overflow)], device=torch.cuda.current_device())
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            found = bool(flag.item())
+            overflow = bool(flag.item())
         if self.joint_step.symdist.nonfinite == "zero":
-            # Before Megatron computes norms of the gradients.
-            for each in self.chained_optimizers:
-                for parameter in each.get_parameters():
+            # This must come before Megatron computes norms of the gradients.
+            for wrapper in self.chained_optimizers:
+                for parameter in wrapper.get_parameters():
                     if parameter.grad is not None:
                         torch.nan_to_num_(parameter.grad, nan=0.0, posinf=0.0, neginf=0.0)
-        return found
+        return overflow
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
@@ -251,18 +251,18 @@ def stepped_by(wrapper: MegatronOptimizer, *, owned: bool = False) -> list[Optim
         One entry for every model parameter that the wrapper serves, in the order of its groups.
 
     Raises:
-        ValueError: If a parameter lies in the distributed optimizer's buffers in an unexpected way.
+        ValueError: If the distributed optimizer divides its buffers otherwise than symdist expects.
     """
     base: MegatronSymDist = wrapper.optimizer
     if isinstance(wrapper, DistributedOptimizer):
         return list(_of_distributed(wrapper, base))
-    of_masters: dict[int, Any] = {}
+    parameter_of_main: dict[int, Any] = {}
     if not isinstance(wrapper, FP32Optimizer):
-        for of_group, mains in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
-            of_masters.update((id(main), parameter) for parameter, main in zip(of_group, mains, strict=True))
+        for parameters, mains in zip(wrapper.float16_groups, wrapper.fp32_from_float16_groups, strict=True):
+            parameter_of_main.update((id(main), parameter) for parameter, main in zip(parameters, mains, strict=True))
     return [
         OptimizedTensor(
-            parameter=of_masters.get(id(tensor), tensor),
+            parameter=parameter_of_main.get(id(tensor), tensor),
             group=i,
             tensor=tensor,
             held=HeldRange(low=0, high=tensor.numel(), bounds=None, copies=not owned),
@@ -274,13 +274,13 @@ def stepped_by(wrapper: MegatronOptimizer, *, owned: bool = False) -> list[Optim
 
 def _of_distributed(wrapper: DistributedOptimizer, base: MegatronSymDist) -> Iterator[OptimizedTensor]:
     """Yield the tensors of the distributed optimizer: a range of each parameter, as buckets are divided among ranks."""
-    places: dict[int, tuple[int, Any]] = {}
+    ranges: dict[int, tuple[int, Any]] = {}
     for buffer in wrapper.buffers:
         ranks = buffer.data_parallel_group.size()
         for parameter, (start, _, bucket_index) in buffer.param_index_map.items():
             bucket = buffer.buckets[bucket_index]
             part = bucket.grad_data.numel() // ranks
-            places[id(parameter)] = (
+            ranges[id(parameter)] = (
                 buffer.data_parallel_group.rank(),
                 flat_bounds(start - bucket.offset, parameter.numel(), part=part, ranks=ranks),
             )
@@ -289,17 +289,19 @@ def _of_distributed(wrapper: DistributedOptimizer, base: MegatronSymDist) -> Ite
         (wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups),
         (wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
     ):
-        for of_group, of_shards in zip(models, shards, strict=True):
-            mains.update((id(parameter), shard) for parameter, shard in zip(of_group, of_shards, strict=True))
+        for group_parameters, group_shards in zip(models, shards, strict=True):
+            mains.update((id(parameter), main) for parameter, main in zip(group_parameters, group_shards, strict=True))
     for i, parameters in enumerate(base.model_parameters):
         for parameter in parameters:
-            rank, bounds = places[id(parameter)]
+            rank, bounds = ranges[id(parameter)]
             low, high = bounds[rank], bounds[rank + 1]
             main = mains.get(id(parameter))
             if (main.numel() if main is not None else 0) != high - low:
                 raise ValueError(
-                    f"symdist: a parameter of shape {tuple(parameter.shape)} lies otherwise in Megatron's buffers than "
-                    f"symdist reads them: {high - low} elements here, not {0 if main is None else main.numel()}"
+                    f"symdist: this rank should hold {high - low} elements of a parameter of shape "
+                    f"{tuple(parameter.shape)} in Megatron's distributed optimizer, but holds "
+                    f"{0 if main is None else main.numel()}; symdist does not know how this release of megatron-core "
+                    "divides its buffers"
                 )
             yield OptimizedTensor(
                 parameter=parameter,

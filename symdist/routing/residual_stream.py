@@ -22,7 +22,7 @@ class ResidualStage:
     """A stage of the residual stream: what flows between two layers, before the first, or after the last.
 
     Attributes:
-        tower: The name of the stack of layers, None for an embedding or head, whose name does not tell it.
+        tower: The name of the stack of layers; None for an embedding or head, whose name does not include it.
         number: The number of layers before the stage, None for the stage after the last layer.
     """
 
@@ -45,17 +45,21 @@ def residual_stage(name: str, role: str) -> ResidualStage:
 
     Raises:
         ValueError: If the name has no layer number, or the role neither reads from the stream nor writes to it.
+
+    Example:
+        >>> residual_stage("model.layers.3.mlp.down_proj.weight", "mlp_down")
+        ResidualStage(tower='model.layers', number=4)
     """
     if role in ("embedding", "tied_embedding"):
         return ResidualStage(tower=None, number=0)
     if role == "head":
         return ResidualStage(tower=None, number=None)
     words = plain_name(name).split(".")
-    place = next((i for i, word in enumerate(words) if word.isdecimal()), None)
-    if place is None or role not in READS_RESIDUAL | WRITES_RESIDUAL:
+    position = next((i for i, word in enumerate(words) if word.isdecimal()), None)
+    if position is None or role not in READS_RESIDUAL | WRITES_RESIDUAL:
         raise ValueError(
-            f"{name} has role {role!r}: it is not known which stage of the residual stream it belongs to; "
-            "share = 'matrix' needs to know none"
+            f"{name} (role {role!r}): its name and role do not show its stage of the residual stream, so it cannot "
+            'share a rotation; set share = "matrix" for it, in its role\'s section or in a pattern'
         )
-    tower = ".".join(words[:place])
-    return ResidualStage(tower=tower, number=int(words[place]) + (role in WRITES_RESIDUAL))
+    tower = ".".join(words[:position])
+    return ResidualStage(tower=tower, number=int(words[position]) + (role in WRITES_RESIDUAL))

@@ -14,6 +14,7 @@ from symdist.routing.residual_stream import READS_RESIDUAL, WRITES_RESIDUAL
 from symdist.routing.sites import ParamSite, find_sites
 from symdist.rules import get_rule
 
+# A forward pass reads single rows of these, so a shift of all their rows changes its result.
 _LOOKED_UP = ("embedding", "tied_embedding")
 
 
@@ -28,7 +29,7 @@ def route(
 
     There is one group for each role and set of options; its parameters are in the order of the model. Frozen parameters
     are left out. The groups can be inspected or changed before they are passed to `symdist.SymDist`. No collectives
-    run.
+    run, but all ranks must call it with the same recipe.
 
     A recipe may name these views in addition to those of a param group; each parameter gets the concrete view that
     results:
@@ -63,16 +64,16 @@ def route(
 
 
 def route_sites(
-    sites: Mapping[str, tuple[Any, ParamSite]], recipe: Recipe, *, taken: set[int] | None = None
+    sites: Mapping[str, tuple[Any, ParamSite]], recipe: Recipe, *, used_patterns: set[int] | None = None
 ) -> list[dict[str, Any]]:
     """Return the param groups of parameters whose sites are known already, see `route`.
 
     Args:
         sites: Parameters by name, each with its site. Instead of a parameter, any object with a `shape` is accepted.
         recipe: The recipe.
-        taken: If the sites are only a part of a model, such as one pipeline stage: a set to which the indices of the
-            patterns in use are added. Pass it to `check_patterns` when all parts are known. None (default) means that
-            the sites are the whole model, and unused patterns are reported at once.
+        used_patterns: If the sites are only a part of a model, such as one pipeline stage: a set to which the indices
+            of the patterns in use are added. Pass it to `check_patterns` when all parts are known. None (default) means
+            that the sites are the whole model, and an unused pattern is an error at once.
 
     Returns:
         The param groups.
@@ -80,62 +81,65 @@ def route_sites(
     Raises:
         ValueError: As `route`.
     """
-    used: set[int] = set() if taken is None else taken
+    used: set[int] = set() if used_patterns is None else used_patterns
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    lost: list[tuple[str, tuple[int, ...], ParamSite]] = []
+    unrouted: list[tuple[str, tuple[int, ...], ParamSite]] = []
     for name, (parameter, site) in sites.items():
         shape = whole_shape(parameter) if isinstance(parameter, Tensor) else tuple(parameter.shape)
-        found = _options(name, site, recipe, used)
-        if found is None:
-            lost.append((name, shape, site))
+        assigned = _options(name, site, recipe, used)
+        if assigned is None:
+            unrouted.append((name, shape, site))
             continue
-        role, options = found
+        role, options = assigned
         options["view"] = _view(name, options, role, site)
         key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
         group = groups.setdefault(key, {"params": [], "param_names": [], "role": role, **options})
         group["params"].append(parameter)
         group["param_names"].append(name)
-    if lost:
-        raise ValueError(_advice(lost, recipe))
-    if taken is None:
+    if unrouted:
+        raise ValueError(_advice(unrouted, recipe))
+    if used_patterns is None:
         check_patterns(recipe, used, list(sites))
     return list(groups.values())
 
 
-def check_patterns(recipe: Recipe, taken: set[int], names: Sequence[str]) -> None:
+def check_patterns(recipe: Recipe, used_patterns: set[int], names: Sequence[str]) -> None:
     """Check that every pattern of a recipe applies to some parameter.
 
     Args:
         recipe: The recipe.
-        taken: The indices of the patterns that apply to some parameter.
+        used_patterns: The indices of the patterns that apply to some parameter of any part of the model.
         names: Names of parameters, some of which are shown in the error message.
 
     Raises:
         ValueError: If a pattern is not used.
     """
-    unused = [pattern["match"] for i, pattern in enumerate(recipe.patterns) if i not in taken]
+    unused = [pattern["match"] for i, pattern in enumerate(recipe.patterns) if i not in used_patterns]
     if unused:
         raise ValueError(
-            f"recipe {recipe.name!r}: pattern {unused[0]!r} takes no parameter (none matches, or an earlier pattern "
-            "took them); names look like " + ", ".join(names[:3])
+            f"recipe {recipe.name!r}: pattern {unused[0]!r} applies to no parameter: either it matches no name, or "
+            "earlier patterns match all that it does; correct or remove it. Parameters have names like "
+            + ", ".join(names[:3])
         )
 
 
-def _advice(lost: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Recipe) -> str:
-    """Return an error message on weights without a role, with a pattern for each that can be pasted into the recipe."""
+def _advice(unrouted: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Recipe) -> str:
+    """Return an error message about weights without a role, with patterns that can be pasted into the recipe."""
     patterns = []
-    for name, shape, site in lost:
+    for name, shape, site in unrouted:
         role = site.likely
         if recipe.options(role) is None:
-            wanted = 'rule = "adamw"\nlr = 1e-3'
+            assignment = 'rule = "adamw"\nlr = 1e-3'
         else:
-            wanted = f'role = "{role}"'
+            assignment = f'role = "{role}"'
         match = re.sub(r"([\[*?])", r"[\1]", name)
-        patterns.append(f'[[patterns]]  # {shape}\nmatch = "{match}"\n{wanted}')
+        patterns.append(f'[[patterns]]  # {shape}\nmatch = "{match}"\n{assignment}')
+    name, shape, _ = unrouted[0]
+    more = len(unrouted) - 1
     return (
-        f"{lost[0][0]} {lost[0][1]} has no role: it is a weight of a kind symdist does not know"
-        + (f", and so {'is' if len(lost) == 2 else 'are'} {len(lost) - 1} more" if len(lost) > 1 else "")
-        + ". Name what each is in the recipe, as in these patterns, which are guesses:\n\n"
+        f"{name} {shape} has no role: symdist does not recognize this kind of weight"
+        + (f", nor {more} other{'s' if more > 1 else ''}" if more else "")
+        + ". Add a pattern for each to the recipe. These are guesses, so check them:\n\n"
         + "\n\n".join(patterns)
     )
 
@@ -143,32 +147,37 @@ def _advice(lost: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Reci
 def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
     """Return the role and options of a parameter, or None if its role is unknown and no pattern gives one.
 
-    Raises ValueError, naming the parameter, if the recipe has no rule for it or names an unknown rule.
+    The index of the pattern that applies, if any, is added to `used`. Raises ValueError, naming the parameter, if the
+    recipe has no rule for it or names an unknown rule.
     """
-    role, own = None if site.role is None else recipe.grouped_role(site.role), {}
+    role, pattern_options = None if site.role is None else recipe.grouped_role(site.role), {}
     for i, pattern in enumerate(recipe.patterns):
         if fnmatchcase(name, pattern["match"]):
             used.add(i)
             role = pattern.get("role", role)
-            own = {key: value for key, value in pattern.items() if key not in ("match", "role")}
+            pattern_options = {key: value for key, value in pattern.items() if key not in ("match", "role")}
             break
-    if role is None and "rule" not in own:
+    if role is None and "rule" not in pattern_options:
         return None
     role = role or "other"
     options = recipe.options(role)
-    if options is None and "rule" not in own:
-        raise ValueError(f"{name} has role {role!r}, for which recipe {recipe.name!r} has no section and no [default]")
-    options = {**(options or {}), **own}
+    if options is None and "rule" not in pattern_options:
+        raise ValueError(
+            f"{name} has role {role!r}, for which recipe {recipe.name!r} has no section and no [default]; add one"
+        )
+    options = {**(options or {}), **pattern_options}
     if "rule" not in options:
-        raise ValueError(f"recipe {recipe.name!r} names no rule for role {role!r} ({name})")
+        raise ValueError(
+            f'recipe {recipe.name!r} names no rule for role {role!r} ({name}); add one, such as rule = "muon"'
+        )
     try:
         get_rule(options["rule"])
     except ValueError as error:
         raise ValueError(f"recipe {recipe.name!r}, role {role!r} ({name}): {error}") from None
     if role in _LOOKED_UP and options.get("centered"):
         raise ValueError(
-            f"{name}: an {role.replace('_', ' ')} must not be centred, for a look-up changes when all rows shift; "
-            "remove centered = true"
+            f"{name}: an {role.replace('_', ' ')} must not be centred, because a shift of all its rows changes the "
+            f"model's output; remove centered = true from the options of role {role!r}"
         )
     return role, options
 
@@ -182,32 +191,43 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite) -> 
     match view:
         case "apart" if site.fused is not None:
             if site.fused != "stacked" or site.transposed:
-                raise ValueError(f"{name}: view 'apart' needs gate and up one after the other in rows, as [2r, d]")
+                raise ValueError(
+                    f"{name}: view 'apart' needs a tensor [2 * neurons, in] with all rows of gate before those of up; "
+                    "this one is stored otherwise, so choose another view"
+                )
             return {"heads": 2, "dim": 0}
         case None | "apart":
             return "transposed" if site.transposed else "as_stored"
         case "residual":
             if not site.latent and role not in READS_RESIDUAL | WRITES_RESIDUAL:
                 raise ValueError(
-                    f"{name} has role {role!r}, of which it is not known which side is the residual stream: say view = "
-                    '"as_stored" or "transposed", whichever it is of the stored [out, in], in a pattern or section'
+                    f"{name}: view 'residual' does not know which dimension of a matrix of role {role!r} is the "
+                    'residual stream; in a pattern or section, set view = "as_stored" if it is the rows of the stored '
+                    'tensor, or "transposed" if it is the columns'
                 )
             return "as_stored" if (role in WRITES_RESIDUAL) != site.transposed else "transposed"
         case "groups":
             if site.groups is None:
-                raise ValueError(f"{name} has no query groups in one tensor: view 'groups' is for a fused q, k and v")
+                raise ValueError(
+                    f"{name}: view 'groups' is only for a tensor that holds q, k and v by query groups; choose another "
+                    f"view for role {role!r}"
+                )
             return {"heads": site.groups, "dim": 0}
         case "heads":
             if site.heads is None:
                 raise ValueError(
-                    f"{name}: view 'heads' needs the number of heads, which its module does not tell; "
-                    "say view = { heads = h, dim = 0 or 1 } in a pattern or section, or leave the view out"
+                    f"{name}: view 'heads' needs the number of heads, which its module does not give; in a pattern or "
+                    "section, set view = { heads = ..., dim = 0 } (heads along rows; dim = 1 for columns), or remove "
+                    "the view"
                 )
             return {"heads": site.heads, "dim": site.head_dim_index}
         case "neurons":
             kind = role.partition("_")[2]
             if role.partition("_")[0] not in ("mlp", "expert") or not kind:
-                raise ValueError(f"{name} has role {role!r}: view 'neurons' is for MLP and expert matrices")
+                raise ValueError(
+                    f"{name} has role {role!r}, but view 'neurons' is only for MLP and expert matrices; choose another "
+                    "view"
+                )
             if site.fused == "stacked" and (site.blocks > 1 or site.transposed):
                 return {"gate_up": site.blocks, "dim": 1 if site.transposed else 0}
             if site.fused is not None:

@@ -1,13 +1,16 @@
 """Find out what each parameter is used for in a transformer, from the modules around it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from symdist.layouts.fsdp1 import read_units, whole_shape
 from symdist.param_names import WRAPPERS, plain_name
+
+ModuleChain: TypeAlias = list[tuple[str, nn.Module]]
+"""The modules around a parameter, from the root to its own, each with the attribute that holds it; without wrappers."""
 
 _HEADS = {"lm_head", "output", "head", "unembed", "embed_out", "output_layer"}
 # The rows of these projections of multi-head latent attention are not one head after another, so they get the plain
@@ -85,44 +88,54 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, ParamSite]]:
 
     Raises:
         ValueError: If FSDP has joined parameters into one flat parameter.
+
+    Example:
+        >>> find_sites(model)["model.layers.3.self_attn.q_proj.weight"][1].role
+        'attention_q'
     """
     read_units(model)
-    embedded = {id(weight) for weight in _embedding_weights(model)}
+    embeddings = {id(weight) for weight in _embedding_weights(model)}
     heads = {id(weight) for weight in _output_weights(model)}
     sites: dict[str, tuple[nn.Parameter, ParamSite]] = {}
-    seen: set[int] = set()
-    for name, parameter, chain in _walk(model):
-        if id(parameter) in seen or not parameter.requires_grad:
-            continue
-        seen.add(id(parameter))
-        if id(parameter) in embedded:
+    for name, parameter, chain in walk([model]):
+        if id(parameter) in embeddings:
             site = ParamSite(role="tied_embedding" if id(parameter) in heads else "embedding")
         elif id(parameter) in heads:
             site = ParamSite(role="head")
         else:
-            site = _site(name.rsplit(".", 1)[-1], whole_shape(parameter), chain)
+            site = site_of(name.rsplit(".", 1)[-1], whole_shape(parameter), chain)
         plain = plain_name(name)
         sites[plain if plain not in sites else name] = (parameter, site)
     return sites
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, list[tuple[str, nn.Module]]]]:
-    """Yield the name of each parameter, the parameter, and the (attribute, module) pairs from the root to its module.
+def walk(models: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter, ModuleChain]]:
+    """Yield every trainable parameter once, under its first name.
 
-    Wrappers are not in these pairs: the wrapped module takes the attribute of its wrapper.
+    Args:
+        models: The models, or the parts of one.
+
+    Yields:
+        The name, which includes what wrappers add; the parameter; and the modules around it. In their chain, a wrapped
+        module takes the place of its wrapper.
     """
 
-    def descend(module: nn.Module, prefix: str, chain: list[tuple[str, nn.Module]]) -> Any:
+    def descend(module: nn.Module, prefix: str, chain: ModuleChain) -> Iterator[tuple[str, nn.Parameter, ModuleChain]]:
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield prefix + leaf, parameter, chain
         for attribute, child in module.named_children():
-            link = (attribute, child)
             if attribute in WRAPPERS or (attribute == "module" and len(list(module.children())) == 1):
-                yield from descend(child, f"{prefix}{attribute}.", [*chain[:-1], (chain[-1][0], child)])
+                inner = [*chain[:-1], (chain[-1][0], child)]
             else:
-                yield from descend(child, f"{prefix}{attribute}.", [*chain, link])
+                inner = [*chain, (attribute, child)]
+            yield from descend(child, f"{prefix}{attribute}.", inner)
 
-    yield from descend(model, "", [("", model)])
+    visited: set[int] = set()
+    for model in models:
+        for name, parameter, chain in descend(model, "", [("", model)]):
+            if parameter.requires_grad and id(parameter) not in visited:
+                visited.add(id(parameter))
+                yield name, parameter, chain
 
 
 def _embedding_weights(model: nn.Module) -> list[Tensor]:
@@ -132,18 +145,28 @@ def _embedding_weights(model: nn.Module) -> list[Tensor]:
 
 def _output_weights(model: nn.Module) -> list[Tensor]:
     vocabularies = {whole_shape(weight)[0] for weight in _embedding_weights(model)}
-    found = []
+    weights = []
     for name, module in model.named_modules():
         plain = plain_name(name)
         if isinstance(module, nn.Linear) and plain.rsplit(".", 1)[-1] in _HEADS:
             weight = module.weight
             if isinstance(weight, Tensor) and (plain in _HEADS or whole_shape(weight)[0] in vocabularies):
-                found.append(weight)
+                weights.append(weight)
     declared = getattr(model, "get_output_embeddings", lambda: None)()
-    return found + ([declared.weight] if declared is not None else [])
+    return weights + ([declared.weight] if declared is not None else [])
 
 
-def _site(leaf: str, shape: tuple[int, ...], chain: list[tuple[str, nn.Module]]) -> ParamSite:
+def site_of(leaf: str, shape: tuple[int, ...], chain: ModuleChain) -> ParamSite:
+    """Return the site of a parameter that is neither an embedding nor a head.
+
+    Args:
+        leaf: The name under which its module holds it, such as "weight".
+        shape: The shape of the whole parameter.
+        chain: The modules around it.
+
+    Returns:
+        The site, with role None for a matrix of unknown use.
+    """
     attribute, module = chain[-1]
     parent = chain[-2][1] if len(chain) > 1 else module
     kind = type(module).__name__
@@ -198,8 +221,8 @@ def norm_role(name: str, holder: nn.Module) -> str:
         the kind is not known.
     """
 
-    def beside(*names: str) -> bool:
-        return any(getattr(holder, each, None) is not None for each in names)
+    def has(*names: str) -> bool:
+        return any(getattr(holder, attribute, None) is not None for attribute in names)
 
     if "Swin" in type(holder).__name__ or getattr(holder, "norm_after", False):
         # These blocks of Chameleon and Molmo 2 normalize their outputs, under names that elsewhere mean input norms.
@@ -208,18 +231,18 @@ def norm_role(name: str, holder: nn.Module) -> str:
         case "norm" | "final_norm" | "final_layernorm" | "final_layer_norm":
             # The final norm of a stack of layers, or a norm in a multi-token prediction module. Elsewhere these names
             # do not show the kind.
-            return "input_norm" if beside("layers", "eh_proj") else "norm"
+            return "input_norm" if has("layers", "eh_proj") else "norm"
         case "post_attention_layernorm":
-            if beside("pre_feedforward_layernorm", "pre_mlp_layernorm", "post_feedforward_layernorm"):
+            if has("pre_feedforward_layernorm", "pre_mlp_layernorm", "post_feedforward_layernorm"):
                 return "output_norm"
             # In blocks without a norm before attention, this norm comes after the residual sum.
-            return "input_norm" if beside("input_layernorm") else "norm"
+            return "input_norm" if has("input_layernorm") else "norm"
         case "post_mlp_layernorm":
-            return "output_norm" if beside("pre_mlp_layernorm", "post_self_attn_layernorm") else "norm"
-        case "q_layernorm" if beside("kv_layernorm"):
+            return "output_norm" if has("pre_mlp_layernorm", "post_self_attn_layernorm") else "norm"
+        case "q_layernorm" if has("kv_layernorm"):
             # Normalizes the latent of multi-head latent attention, which then goes into an up projection.
             return "input_norm"
-        case "q_norm" if beside("kv_norm"):
+        case "q_norm" if has("kv_norm"):
             # In DeepSeek's own code, where this may be the norm of a latent instead.
             return "norm"
     return _NORMS.get(name, "norm")

@@ -1,4 +1,4 @@
-"""Load recipes, which say for each parameter role which rule, with which options, updates it."""
+"""Load recipes, which give the rule and options of each parameter role."""
 
 import difflib
 import importlib.util
@@ -76,8 +76,12 @@ class Recipe:
 
         Returns:
             A copy of the options, or None if neither the role nor any role it falls back to has a section.
+
+        Example:
+            >>> symdist.load_recipe("olmoe").options("router")["rule"]
+            'row_norm'
         """
-        return next((dict(self.sections[at]) for at in roles_up(role) if at in self.sections), None)
+        return next((dict(self.sections[name]) for name in roles_up(role) if name in self.sections), None)
 
     def grouped_role(self, role: str) -> str:
         """Return the role under which parameters of a role are grouped.
@@ -91,8 +95,8 @@ class Recipe:
         Returns:
             The role to group by.
         """
-        spoken_of = role in self.sections or role in self.schedules
-        return "norm" if FALLBACK.get(role) == "norm" and not spoken_of else role
+        is_named = role in self.sections or role in self.schedules
+        return "norm" if FALLBACK.get(role) == "norm" and not is_named else role
 
     def kind_of(self, role: str, rule: str) -> tuple[int, str | None]:
         """Return what parameters must have in common to be stored in one flat vector by an engine.
@@ -121,15 +125,16 @@ class Recipe:
         Raises:
             ValueError: If the recipe's learning rate for matrices is not positive.
         """
-        own = (self.options("matrix") or {}).get("lr")
-        if own is None:
-            own = next((float(section["lr"]) for section in self.sections.values() if "lr" in section), 1.0)
-        if not own > 0:
+        matrix_lr = (self.options("matrix") or {}).get("lr")
+        if matrix_lr is None:
+            matrix_lr = next((float(section["lr"]) for section in self.sections.values() if "lr" in section), 1.0)
+        if not matrix_lr > 0:
             raise ValueError(
-                f"recipe {self.name!r}: lr={own!r} of its matrices must be positive: all rates are told by it"
+                f"recipe {self.name!r}: lr={matrix_lr!r} of its matrices must be positive, because all other learning "
+                "rates are scaled relative to it"
             )
-        base = own if lr is None else float(lr)
-        return self.multiplied("lr", base / own), base
+        base = matrix_lr if lr is None else float(lr)
+        return self.multiplied("lr", base / matrix_lr), base
 
     def adjusted(
         self, *, lr: float | None = None, overrides: Mapping[str, Mapping[str, Any]] | None = None
@@ -161,13 +166,13 @@ class Recipe:
             The changed recipe.
         """
 
-        def changed(options: Mapping[str, Any]) -> dict[str, Any]:
+        def multiply(options: Mapping[str, Any]) -> dict[str, Any]:
             return {key: value * factor if key == option else value for key, value in options.items()}
 
         return replace(
             self,
-            sections={role: changed(section) for role, section in self.sections.items()},
-            patterns=tuple(changed(pattern) for pattern in self.patterns),
+            sections={role: multiply(section) for role, section in self.sections.items()},
+            patterns=tuple(multiply(pattern) for pattern in self.patterns),
         )
 
     def overridden(self, overrides: Mapping[str, Mapping[str, Any]]) -> "Recipe":
@@ -190,7 +195,10 @@ class Recipe:
         for role, changes in overrides.items():
             _check_role(role, f"recipe {self.name!r}: override")
             if not isinstance(changes, Mapping):
-                raise ValueError(f"override of {role!r} is {changes!r}; give its options, like {{'lr': 0.01}}")
+                raise ValueError(
+                    f"the override of role {role!r} is {changes!r}, which is no mapping; give its options, like "
+                    "{'lr': 0.01}"
+                )
             base = self.options(role) or {}
             if "rule" in changes and changes["rule"] != base.get("rule"):
                 rule = get_rule(changes["rule"])
@@ -209,10 +217,10 @@ def roles_up(role: str) -> Iterator[str]:
     Yields:
         The roles, usually down to "default".
     """
-    at: str | None = role
-    while at is not None:
-        yield at
-        at = FALLBACK.get(at)
+    current: str | None = role
+    while current is not None:
+        yield current
+        current = FALLBACK.get(current)
 
 
 def schedule_key(schedules: Mapping[str, Any], role: str, rule: str) -> str | None:
@@ -227,7 +235,7 @@ def schedule_key(schedules: Mapping[str, Any], role: str, rule: str) -> str | No
         The nearest key among the role and the roles it falls back to, else the rule, else "default"; None if there is
         no schedule under any of these.
     """
-    roles = (at for at in roles_up(role) if at != "default")
+    roles = (name for name in roles_up(role) if name != "default")
     return next((key for key in (*roles, rule, "default") if key in schedules), None)
 
 
@@ -272,50 +280,61 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
         path = _FOLDER / f"{recipe}.toml"
         if not path.exists():
             raise ValueError(
-                f"there is no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}, or a .toml file"
+                f"there is no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}. For a file of your own, "
+                "give its path, which ends in .toml"
             )
     try:
-        return _parse(tomllib.loads(path.read_text()), name=path.stem, beside=path.parent)
+        return _parse(tomllib.loads(path.read_text()), name=path.stem, folder=path.parent)
     except FileNotFoundError:
-        raise ValueError(f"recipe {path} does not exist") from None
+        raise ValueError(f"recipe file {path} does not exist") from None
     except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"recipe {path} is not valid TOML: {error}") from None
+        raise ValueError(f"recipe file {path} is not valid TOML: {error}") from None
 
 
-def _parse(content: dict[str, Any], *, name: str, beside: Path = Path()) -> Recipe:
+def _parse(content: dict[str, Any], *, name: str, folder: Path = Path()) -> Recipe:
     content.pop("name", None)
     content.pop("description", None)
-    _load_rules(content.pop("rules", []), beside, name=name)
+    _load_rules(content.pop("rules", []), folder, name=name)
     schedules = content.pop("schedule", {})
     patterns = tuple(content.pop("patterns", ()))
     for role, options in content.items():
         _check_role(role, f"recipe {name!r}")
         if not isinstance(options, Mapping):
-            raise ValueError(f"recipe {name!r}: {role!r} should be a section of options, not {options!r}")
+            raise ValueError(
+                f"recipe {name!r}: {role!r} should be a section of options, like [{role}], not the value {options!r}"
+            )
     if not isinstance(schedules, Mapping) or not all(isinstance(value, Mapping) for value in schedules.values()):
-        raise ValueError(f"recipe {name!r}: [schedule] should hold sections, like [schedule.default]")
+        raise ValueError(f"recipe {name!r}: schedule should consist of sections, like [schedule.default]")
     for key in schedules:
         if key not in (*FALLBACK, *rule_names(), "default"):
-            raise ValueError(f"recipe {name!r}: [schedule.{key}] names neither a role nor a rule nor default")
+            raise ValueError(
+                f"recipe {name!r}: {key!r} in [schedule.{key}] is neither a role nor a rule nor 'default'; correct it"
+            )
     for pattern in patterns:
         if not isinstance(pattern.get("match"), str):
-            raise ValueError(f"recipe {name!r}: pattern {dict(pattern)!r} has no 'match'")
+            raise ValueError(
+                f"recipe {name!r}: pattern {dict(pattern)!r} has no 'match'; add the parameters' name, like "
+                'match = "layers.*.weight"'
+            )
         if "role" in pattern:
             _check_role(pattern["role"], f"recipe {name!r}: pattern {pattern['match']!r}")
     return Recipe(name=name, sections=content, patterns=patterns, schedules=schedules)
 
 
-def _load_rules(files: Any, beside: Path, *, name: str) -> None:
+def _load_rules(files: Any, folder: Path, *, name: str) -> None:
     """Execute the Python files in which a recipe registers rules, each once per process."""
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-        raise ValueError(f"recipe {name!r}: rules = {files!r} should list Python files, as in ['my_rules.py']")
+        raise ValueError(f"recipe {name!r}: rules = {files!r} should list Python files, like ['my_rules.py']")
     for file in files:
-        path = (beside / file).resolve()
+        path = (folder / file).resolve()
         if path in _LOADED:
             continue
         spec = importlib.util.spec_from_file_location(f"symdist_rules_{path.stem}_{len(_LOADED)}", path)
         if spec is None or spec.loader is None or not path.is_file():
-            raise ValueError(f"recipe {name!r}: rules file {path} is no Python file that exists")
+            raise ValueError(
+                f"recipe {name!r}: rules file {path} does not exist, or is no Python file; paths are relative to the "
+                "recipe's file"
+            )
         before = set(rule_names())
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
@@ -328,9 +347,9 @@ def _load_rules(files: Any, beside: Path, *, name: str) -> None:
 
 def _check_role(role: str, where: str) -> None:
     if role not in FALLBACK and role != "default":
-        near = difflib.get_close_matches(role, (*FALLBACK, "default"), n=1)
+        matches = difflib.get_close_matches(role, (*FALLBACK, "default"), n=1)
         raise ValueError(
             f"{where} names {role!r}, which is no role; "
-            + (f"did you mean {near[0]!r}? The roles are " if near else "the roles are ")
+            + (f"did you mean {matches[0]!r}? The roles are " if matches else "the roles are ")
             + ", ".join([*FALLBACK, "default"])
         )

@@ -36,12 +36,16 @@ def parse_overrides(words: Sequence[str], *, option: str = "--override") -> dict
 
     Raises:
         ValueError: If a word has another form.
+
+    Example:
+        >>> parse_overrides(["router.rule=left_spectral", "head.lr=0.1"])
+        {'router': {'rule': 'left_spectral'}, 'head': {'lr': 0.1}}
     """
     overrides: dict[str, dict[str, Any]] = {}
     for word in words:
         target, equals, text = word.partition("=")
         role, dot, key = target.partition(".")
         if not (equals and dot and role and key):
-            raise ValueError(f"{option} {word}: should be role.option=value, as in router.rule=left_spectral")
+            raise ValueError(f"{option} {word}: should be role.option=value, like router.rule=left_spectral")
         overrides.setdefault(role, {})[key] = parse_value(text)
     return overrides
