@@ -19,12 +19,13 @@ while [ $# -gt 0 ]; do
         --newest) export SYMDIST_NEWEST=1; shift ;;
         --nproc=*) nproc=${1#*=}; shift ;;
         --recipe=*) recipe=${1#*=}; shift ;;
-        --override)
+        --override | --lr)
             # Meant for the first stack: the baselines stay what they are called.
-            [ $# -gt 1 ] || { echo "error: --override needs role.option=value" >&2; exit 2; }
-            settings+=(--override "$2")
+            [ $# -gt 1 ] || { echo "error: $1 needs a value, as in --override router.lr=0.02 or --lr 0.01" >&2; exit 2; }
+            settings+=("$1" "$2")
             shift 2
             ;;
+        --override=* | --lr=*) settings+=("$1"); shift ;;
         --output | --output=*)
             echo "error: quickstart chooses the output folders; use launch.pretrain to choose your own" >&2
             exit 2

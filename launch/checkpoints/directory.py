@@ -51,19 +51,20 @@ def check_mixing(directory: Path, path: Path) -> None:
     newest = latest(directory)
     if newest is not None and newest != path and newest.parent.resolve() == path.parent.resolve():
         raise ValueError(
-            f"{directory} goes on to {newest.name}, which a run from {path.name} would mix with; give another --output"
+            f"{directory} already has the newer checkpoint {newest.name}, which would get mixed with those of a run "
+            f"from {path.name}; give another --output"
         )
 
 
 def quarantine(path: Path) -> Path:
     """Rename a damaged checkpoint so that it is no longer found, and return its new path; nothing is deleted."""
-    aside = path.with_name(f"{path.name}.damaged")
+    renamed = path.with_name(f"{path.name}.damaged")
     number = 1
-    while aside.exists():
+    while renamed.exists():
         number += 1
-        aside = path.with_name(f"{path.name}.damaged-{number}")
-    path.rename(aside)
-    return aside
+        renamed = path.with_name(f"{path.name}.damaged-{number}")
+    path.rename(renamed)
+    return renamed
 
 
 def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
@@ -85,8 +86,8 @@ def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
     for leftover in directory.iterdir():
         if _UNFINISHED.fullmatch(leftover.name):
             shutil.rmtree(leftover)
-    own = _finished(directory, identity=identity)
-    if final.exists() and final not in own:
+    finished = _finished(directory, identity=identity)
+    if final.exists() and final not in finished:
         quarantine(final)
     writing.mkdir()
 
@@ -182,7 +183,7 @@ def verify_sizes(path: Path) -> None:
     for name, entry in _read_manifest(path)["files"].items():
         file = path / name
         if not file.exists() or file.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} is missing or cut; {CHOOSE}")
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} is missing or truncated; {CHOOSE}")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -195,7 +196,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _finished(directory: Path, *, identity: dict[str, Any]) -> list[Path]:
     """Return this run's finished checkpoints, oldest first; raise CheckpointError if any is another run's."""
-    found = []
+    checkpoints = []
     for path in directory.glob("step-*"):
         try:
             manifest = _read_manifest(path)
@@ -203,8 +204,8 @@ def _finished(directory: Path, *, identity: dict[str, Any]) -> list[Path]:
             continue  # not a readable checkpoint, so neither counted nor removed
         if _NAME.fullmatch(path.name):
             check_identity(path, manifest["identity"], identity)
-            found.append(path)
-    return sorted(found, key=_step)
+            checkpoints.append(path)
+    return sorted(checkpoints, key=_step)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -219,23 +220,23 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedCheckpointError(f"{path / _MANIFEST} is damaged ({error}); {CHOOSE}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DamagedCheckpointError(f"{path} is not a {FORMAT} directory but some other program's; {CHOOSE}")
+        raise DamagedCheckpointError(f"{path} is not a {FORMAT} directory but another program's; {CHOOSE}")
     if manifest.pop("sha256", None) != _digest(manifest):
         raise DamagedCheckpointError(f"{path / _MANIFEST} is damaged (its checksum does not match); {CHOOSE}")
     if manifest.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has format version {manifest.get('version')}, this program reads {VERSION}; "
+            f"{path} has format version {manifest.get('version')}, but this release of symdist reads {VERSION}; "
             "load it with the release that wrote it"
         )
     return manifest
 
 
-def check_identity(path: Path, theirs: dict[str, Any], identity: dict[str, Any]) -> None:
+def check_identity(path: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:
     """Check that a checkpoint belongs to this run.
 
     Args:
         path: The checkpoint, for the message.
-        theirs: The identity stored in the checkpoint.
+        stored: The identity stored in the checkpoint.
         identity: The identity of this run.
 
     Raises:
@@ -243,14 +244,14 @@ def check_identity(path: Path, theirs: dict[str, Any], identity: dict[str, Any])
     """
     identity = json.loads(json.dumps(identity))  # turns tuples into lists, as in the stored identity
     differing = [
-        f"{key} is {theirs.get(key)!r} there, {identity.get(key)!r} here"
-        for key in sorted(theirs.keys() | identity.keys())
-        if theirs.get(key) != identity.get(key)
+        f"{key} is {stored.get(key)!r} in the checkpoint but {identity.get(key)!r} in this run"
+        for key in sorted(stored.keys() | identity.keys())
+        if stored.get(key) != identity.get(key)
     ]
     if differing:
         raise CheckpointError(
             f"checkpoint {path} belongs to another run: {'; '.join(differing)}; "
-            "give this run its own directory, or set it up as that one was"
+            "give this run another --output, or the settings of the checkpoint's run"
         )
 
 

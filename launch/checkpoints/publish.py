@@ -52,11 +52,11 @@ def publish_together(
             nothing of this one is left. Also if this one is written but an older one cannot be removed.
     """
     if keep < 1:
-        raise ValueError(f"keep is {keep}; at least the newest checkpoint must stay")
+        raise ValueError(f"keep is {keep}; it must be at least 1, for the newest checkpoint")
     final = directory / f"step-{step:08d}"
     writing = directory / f"{final.name}.writing"
     failed = f"cannot write {final}"
-    remedy = "free space or pick another directory; earlier checkpoints stand"
+    remedy = "free space or choose another directory; earlier checkpoints are unchanged"
 
     def publish_all() -> None:
         files = {name: entry for share in shares for name, entry in share.items()}

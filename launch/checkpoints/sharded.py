@@ -97,6 +97,12 @@ def save(
         ValueError: If ``keep`` is below 1.
         CheckpointError: On all ranks, if any of them could not write, or ``directory`` belongs to another run. Earlier
             checkpoints are then unchanged, and nothing of this one is left.
+
+    Example:
+        >>> path = save(
+        ...     Path("checkpoints"), 100, model=model, optimizer=optimizer, trainer={"step": 100}, identity={"seed": 1}
+        ... )
+        >>> trainer = load(path, model=model, optimizer=optimizer, identity={"seed": 1})
     """
     tensors, plain = _collect(model, optimizer)
     snapshot = Snapshot(step=step, tensors=tensors, plain=plain, trainer=trainer, rng=rng_state())
@@ -151,12 +157,12 @@ def write(
 
     def write_all(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
         def write_own() -> dict[str, Any]:
-            own = [*writing.glob(f"__{rank}_*.distcp"), writing / f"rng-{rank:05d}.json"]
-            write_json(own[-1], snapshot.rng)
+            paths = [*writing.glob(f"__{rank}_*.distcp"), writing / f"rng-{rank:05d}.json"]
+            write_json(paths[-1], snapshot.rng)
             if rank == 0:
-                own += [writing / ".metadata", writing / _STATE]
-                write_json(own[-1], {"trainer": snapshot.trainer, "optimizer": snapshot.plain})
-            return describe_files(own)
+                paths += [writing / ".metadata", writing / _STATE]
+                write_json(paths[-1], {"trainer": snapshot.trainer, "optimizer": snapshot.plain})
+            return describe_files(paths)
 
         def save_all() -> None:
             writer = dcp.FileSystemWriter(writing)
@@ -199,18 +205,19 @@ def load(
     reader = _Reader(path)
     names = [group["params"] for group in plain["groups"]]
 
-    def fitting() -> dict[str, Any]:
+    def read_state() -> dict[str, Any]:
         state = json.loads((path / _STATE).read_text())
         problem = _mismatch(reader.read_metadata(), tensors)
         if problem is None and [group["params"] for group in state["optimizer"]["groups"]] != names:
-            problem = "its optimizer groups hold other parameters"
+            problem = "its param groups hold other parameters"
         if problem is not None:
             raise CheckpointError(
-                f"checkpoint {path} does not fit this model and optimizer: {problem}; build both as the saving run did"
+                f"checkpoint {path} does not fit this model and optimizer: {problem}; build both as in the run that "
+                "saved it"
             )
         return state
 
-    state = on_all_ranks(fitting, failed, CHOOSE)
+    state = on_all_ranks(read_state, failed, CHOOSE)
     with_dcp(lambda: dcp.load(tensors, storage_reader=reader), failed, CHOOSE)
     _restore(model, optimizer, tensors=tensors, plain=state["optimizer"])
     if saved_world == world:
@@ -261,11 +268,14 @@ def _mismatch(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> str | Non
     stored: dict[str, Any] = metadata.state_dict_metadata
     lacking, surplus = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
     if lacking or surplus:
-        return f"it lacks {lacking[:5] or 'nothing'} and has {surplus[:5] or 'nothing'} besides"
-    for name, wanted in tensors.items():
-        there = (tuple(stored[name].size), stored[name].properties.dtype)
-        if there != (tuple(wanted.shape), wanted.dtype):
-            return f"{name} is {there[0]} of {there[1]} there, {tuple(wanted.shape)} of {wanted.dtype} here"
+        return f"missing tensors: {lacking[:5] or 'none'}, surplus tensors: {surplus[:5] or 'none'}"
+    for name, tensor in tensors.items():
+        saved = (tuple(stored[name].size), stored[name].properties.dtype)
+        if saved != (tuple(tensor.shape), tensor.dtype):
+            return (
+                f"{name} has shape {saved[0]} and {saved[1]} in the checkpoint, but {tuple(tensor.shape)} and "
+                f"{tensor.dtype} in this run"
+            )
     return None
 
 
@@ -279,9 +289,11 @@ class _Reader(dcp.FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
+        resolved = super().find_class(module, name)
         harmless = (torch.Size, torch.serialization._get_layout, pathlib.PosixPath, pathlib.WindowsPath)
-        from_dcp = isinstance(found, type) and found.__module__.startswith("torch.distributed.checkpoint.")
-        if found in harmless or from_dcp or isinstance(found, torch.dtype):
-            return found
-        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint needs")
+        from_dcp = isinstance(resolved, type) and resolved.__module__.startswith("torch.distributed.checkpoint.")
+        if resolved in harmless or from_dcp or isinstance(resolved, torch.dtype):
+            return resolved
+        raise pickle.UnpicklingError(
+            f".metadata refers to {module}.{name}, which no checkpoint needs; it was not loaded, as it could run code"
+        )

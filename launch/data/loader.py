@@ -106,11 +106,12 @@ class TokenLoader:
         Raises:
             DataError: If it belongs to another corpus, sequence length, shuffling or seed.
         """
-        for name, mine in (("fingerprint", self._fingerprint), ("seed", self.seed)):
-            if state[name] != mine:
+        for name, current in (("fingerprint", self._fingerprint), ("seed", self.seed)):
+            if state[name] != current:
                 raise DataError(
-                    f"the saved loader state has {name} ({state[name]}) but this run has ({mine}); resume "
-                    "with the corpus, sequence, shuffling and seed of the saved run, or start a new one"
+                    f"the checkpoint's data position belongs to another stream: its {name} is {state[name]}, but that "
+                    f"of this run is {current}; resume with the corpus, sequence, shuffling and seed of the saved run, "
+                    "or start a new run"
                 )
         self.position = state["position"]
 
@@ -147,9 +148,9 @@ def validation_batches(
             "use a larger validation set or shorter sequences"
         )
     total = windows.count if limit is None else min(limit, windows.count)
-    mine = (np.arange(total) * windows.count // total)[rank::world]
+    indices = (np.arange(total) * windows.count // total)[rank::world]
     steps = math.ceil(math.ceil(total / world) / batch)
-    return (_padded(windows, mine[step * batch : (step + 1) * batch], batch) for step in range(steps))
+    return (_padded(windows, indices[step * batch : (step + 1) * batch], batch) for step in range(steps))
 
 
 def _padded(windows: Windows, indices: np.ndarray, batch: int) -> tuple[torch.Tensor, torch.Tensor]:

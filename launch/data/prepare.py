@@ -80,6 +80,10 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Corpus:
 
     Raises:
         DataError: If the source cannot be used.
+
+    Example:
+        >>> corpus = prepare(DataConfig(source="stdlib", vocabulary=4096), progress=print)
+        >>> loader = TokenLoader(corpus.train, sequence=128, batch=8, rank=0, world=1, seed=0)
     """
     pattern = _shard_pattern(config.source)
     if pattern is not None:
@@ -119,7 +123,7 @@ def survey(config: DataConfig) -> tuple[str, int | None]:
     target = Path(config.cache) / _key(config, source)
     corpus = _load(target)
     if corpus is None:
-        return f"{config.source} is yet to be tokenized, into {target}", None
+        return f"{config.source} is not tokenized yet; the run will do it, into {target}", None
     tokens = sum(read_shard(path).size for path in corpus.train)
     return f"{tokens:,} tokens of {config.source}, tokenized in {target}", tokens
 
@@ -132,13 +136,16 @@ def _shard_pattern(source: str) -> str | None:
     if suffixes == {".bin"}:
         return source
     if ".bin" in suffixes:
-        raise DataError(f"{source}: holds other files beside .bin shards; say 'bin:{source}' to use these")
+        raise DataError(f"{source}: holds .bin shards and other files; give 'bin:{source}' to use the shards only")
     return None
 
 
 def _pretokenized(pattern: str, config: DataConfig) -> Corpus:
     if config.max_tokens is not None:
-        raise DataError(f"bin:{pattern}: max_tokens cannot cut finished shards; match fewer shards instead")
+        raise DataError(
+            f"bin:{pattern}: max_tokens={config.max_tokens} cannot cut finished shards; leave it out, and match fewer "
+            "shards instead"
+        )
     train, validation = split_shards(pattern)
     for path in (*train, *validation):
         verify_tokens(path, config.vocabulary)
@@ -192,7 +199,7 @@ def _tokenize(
     for name, paths, remedy in (("training", train, "lower"), ("validation", validation, "raise")):
         if not paths:
             raise DataError(
-                f"{config.source}: no {name} document among those read; {remedy} validation_fraction "
+                f"{config.source}: none of the documents read is for {name}; {remedy} validation_fraction "
                 f"(now {config.validation_fraction}) or give more documents"
             )
     return train, validation

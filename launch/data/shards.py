@@ -43,10 +43,12 @@ def read_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path of the shard") from error
     if len(raw) < HEADER_BYTES:
-        raise DataError(f"{path}: truncated, {size} bytes hold no {HEADER_BYTES}-byte header; fetch it again")
+        raise DataError(f"{path}: truncated, it has {size} bytes but the header alone {HEADER_BYTES}; fetch it again")
     magic, version, count, width = (int(value) for value in np.frombuffer(raw, "<i4", count=4))
     if magic not in (MAGIC_1, MAGIC_2):
-        raise DataError(f"{path}: no token shard (magic {magic}, not {MAGIC_1} or {MAGIC_2}); convert it")
+        raise DataError(
+            f"{path}: not a token shard (it begins with {magic}, not {MAGIC_1} or {MAGIC_2}); convert it to one"
+        )
     if version != (1 if magic == MAGIC_1 else 2):
         raise DataError(f"{path}: version {version} is not supported for magic {magic}; convert the shard")
     if magic == MAGIC_1:
@@ -54,7 +56,7 @@ def read_shard(path: Path) -> np.ndarray:
     if width not in _DTYPES:
         raise DataError(f"{path}: {width} bytes per token are not supported; convert the shard to 2 or 4")
     if count < 1:
-        raise DataError(f"{path}: the header counts {count} tokens; remove the shard or write it again")
+        raise DataError(f"{path}: the header says {count} tokens; remove the shard or write it again")
     expected = HEADER_BYTES + count * width
     if size < expected:
         raise DataError(f"{path}: truncated, {size} of {expected} bytes for {count} tokens; fetch it again")

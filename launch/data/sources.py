@@ -107,12 +107,12 @@ class TextFiles:
 
     @cached_property
     def _threshold(self) -> int:
-        # Of a few files, none may fall below the wanted fraction; then the one with the lowest hash validates.
+        # If there are few files, perhaps none has a hash below the fraction; then the lowest is for validation.
         digests = sorted({_digest(text) for path in self.files if (text := _read_text(path))})
         if len(digests) < 2:
             raise DataError(
-                f"{self.root}: whole files go to training or validation, which takes at least two different "
-                f"UTF-8 texts, not {len(digests)}; cut the text into more files"
+                f"{self.root}: it has {len(digests)} different UTF-8 texts, but each file is used whole, for training "
+                "or validation, which takes at least two; split the text into more files"
             )
         return min(max(_limit(self.fraction), digests[0]), digests[-2])
 
@@ -177,7 +177,7 @@ class DatasetRows:
         try:
             rows = load_dataset(self.name, self.config or None, split="train", streaming=True)
         except (OSError, ValueError) as error:
-            raise DataError(f"{self.source}: does not open ({error}); check its name and config") from error
+            raise DataError(f"{self.source}: cannot be opened ({error}); check its name and config") from error
         for row in rows:
             _require_column(self.column, list(row), self.source)
             yield from _split_rows([row[self.column]], self.column, self.source, self.fraction)
@@ -216,12 +216,12 @@ def _read_text(path: Path) -> str:
 def _list_files(
     root: Path, suffixes: Iterable[str] | None = None, *, pruned: frozenset[str] = frozenset()
 ) -> list[Path]:
-    found = []
+    files = []
     for folder, folders, names in os.walk(root):
         # Pruned during the walk, since site-packages can hold a hundred times as many files as the standard library.
         folders[:] = [name for name in folders if name not in pruned | {"__pycache__"} and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return [path for path in found if suffixes is None or path.suffix.lower() in suffixes]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return [path for path in files if suffixes is None or path.suffix.lower() in suffixes]
 
 
 def _listing(root: Path, files: list[Path]) -> str:

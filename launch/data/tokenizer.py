@@ -26,7 +26,9 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Tokenizer:
         DataError: If the vocabulary is too small for the 256 bytes and a few merges.
     """
     if vocabulary < MIN_VOCABULARY:
-        raise DataError(f"vocabulary={vocabulary} cannot hold a byte-level BPE; use {MIN_VOCABULARY} or more")
+        raise DataError(
+            f"vocabulary={vocabulary} is too small for a byte-level tokenizer; use {MIN_VOCABULARY} or more"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -14,7 +14,7 @@ from launch.checkpoints.directory import CheckpointError, latest, verify_sizes
 from launch.data import survey
 from launch.loop.config import Config
 from launch.records.run_log import already_finished, check_folder
-from symdist.routing.recipes import Recipe, load_recipe
+from symdist.routing.recipes import Recipe
 from symdist.rules import get_rule
 from symdist.tools.plan import plan_step
 from symdist.tools.plan_tables import plan_table, summary
@@ -50,22 +50,22 @@ def dry_run(config: Config) -> None:
         f"tokens on {ranks} ranks: {data_ranks} data-parallel, {config.accumulation} micro-batches of {micro}",
         f"data: {_data(config)}",
     )
-    recipe = load_recipe(config.recipe).overridden(config.overrides())
+    recipe = config.adjusted_recipe()
     layout = config.simulated(ranks)
-    built = {
+    model_options = {
         "vocabulary": config.data.vocabulary,
         "overrides": config.model_settings(),
     }
-    found = preview(config.model, recipe, built=built, **(layout or {"mesh": {"dp_shard": 1}}))
-    say(*(f"checkpoints: {line}" for line in _checkpoints(config, _checkpoint_bytes(found))))
-    say(route_table(found, title=f"{config.model}, recipe {recipe.name}", fold=True))
+    routing = preview(config.model, recipe, built=model_options, **(layout or {"mesh": {"dp_shard": 1}}))
+    say(*(f"checkpoints: {line}" for line in _checkpoints(config, _checkpoint_bytes(routing))))
+    say(route_table(routing, title=f"{config.model}, recipe {recipe.name}", fold=True))
     if layout is None:
         say(
-            "Strategies and plan are not known beforehand for this engine: optimizer.trace_collectives() tells "
-            "them in the job."
+            "Strategies and plan are not known beforehand for this engine; call optimizer.trace_collectives() in the "
+            "job to see them."
         )
         return
-    say(totals(found), *_plan(config, recipe, built, layout))
+    say(totals(routing), *_plan(config, recipe, model_options, layout))
     say("nothing was started")
 
 
@@ -83,65 +83,67 @@ def _data(config: Config) -> str:
     needed = config.steps * config.batch * config.sequence
     if tokens < config.batch * (config.sequence + 1):
         raise ValueError(
-            f"the corpus has {tokens:,} training tokens, a step takes {config.batch * config.sequence:,}; give more "
-            "text or a smaller --batch"
+            f"the corpus has {tokens:,} training tokens, but a step needs {config.batch * (config.sequence + 1):,}; "
+            "give more text or a smaller --batch"
         )
     return f"{text}; the run reads {needed:,}, {needed / tokens:.2f} times the corpus"
 
 
-def _checkpoint_bytes(found: Preview) -> int:
+def _checkpoint_bytes(routing: Preview) -> int:
     """Return the bytes of weights and optimizer state in float32."""
     total = 0
-    for each in found.parameters:
-        kept = 1 + len(get_rule(each.rule).state_names())
-        total += 4 * kept * math.prod(each.shape)
+    for parameter in routing.parameters:
+        tensors = 1 + len(get_rule(parameter.rule).state_names())
+        total += 4 * tensors * math.prod(parameter.shape)
     return total
 
 
 def _checkpoints(config: Config, size: int) -> list[str]:
     """Describe the checkpoint folder: what it holds, and whether it is writable and has enough space."""
     if config.resume == "auto" and already_finished(config.output, steps=config.steps):
-        return [f"{config.output} has come to its {config.steps} steps already; there is nothing to do"]
+        return [f"{config.output} has finished its {config.steps} steps already; there is nothing to do"]
     check_folder(config.output, resume=config.resume)
     folder = config.output / "checkpoints"
     place = _writable(folder)
     free = shutil.disk_usage(place).free
-    saved = -(-config.steps // config.checkpoint_every) if config.checkpoint_every else 1
-    kept = min(saved, config.keep)
+    num_saved = -(-config.steps // config.checkpoint_every) if config.checkpoint_every else 1
+    num_kept = min(num_saved, config.keep)
     if config.checkpoint_every and config.keep_every:
-        kept += config.steps // math.lcm(config.checkpoint_every, config.keep_every)
+        num_kept += config.steps // math.lcm(config.checkpoint_every, config.keep_every)
     # Old checkpoints are removed only after the new one is written.
-    needed = size * (kept + 1)
+    needed = size * (num_kept + 1)
     if free < 2 * size:
         raise ValueError(
-            f"{place} has {in_bytes(free)} free, and a checkpoint takes {in_bytes(size)} beside the one before; free "
-            "space or give another --output"
+            f"{place} has {in_bytes(free)} free, but two checkpoints of {in_bytes(size)} must fit, since the old one "
+            "is removed only after the new one is written; free space or give another --output"
         )
-    lines = [f"{in_bytes(size)} each, in {folder}, which can be written to"]
-    lines.append(f"{kept} kept and one being written take {in_bytes(needed)}, {in_bytes(free)} are free")
+    lines = [f"{in_bytes(size)} each, in {folder}, which is writable"]
+    lines.append(
+        f"{num_kept} kept and one being written need {in_bytes(needed)}, and {in_bytes(free)} are free on the disk"
+    )
     if free < needed:
         lines.append("the disk will be full before the run ends; free space, or lower --keep or --keep-every")
-    return [*lines, _going_on(config, folder)]
+    return [*lines, _starting_point(config, folder)]
 
 
-def _going_on(config: Config, folder: Path) -> str:
+def _starting_point(config: Config, folder: Path) -> str:
     if config.resume is None:
-        return "none to go on from"
+        return "the run starts from the beginning"
     path = latest(folder) if config.resume == "auto" else Path(config.resume)
     if path is None:
-        return "none yet: the run starts from the beginning"
+        return "there is none yet: the run starts from the beginning"
     try:
         verify_sizes(path)
     except CheckpointError as error:
         if config.resume != "auto":
             raise
-        return f"{error}; the run would set it aside and take the one before"
-    return f"the run goes on from {path}"
+        return f"{error}; the run would rename it and take the one before"
+    return f"the run continues from {path}"
 
 
 def _writable(folder: Path) -> Path:
     """Return the folder or its nearest existing parent; raise ValueError if it is not writable."""
-    place = next(each for each in (folder, *folder.resolve().parents) if each.exists())
+    place = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".symdist-"):
             pass
@@ -150,6 +152,6 @@ def _writable(folder: Path) -> Path:
     return place
 
 
-def _plan(config: Config, recipe: Recipe, built: Mapping[str, Any], layout: Mapping[str, Any]) -> list[Any]:
-    plan = plan_step(config.model, recipe, built=built, **layout)
+def _plan(config: Config, recipe: Recipe, model_options: Mapping[str, Any], layout: Mapping[str, Any]) -> list[Any]:
+    plan = plan_step(config.model, recipe, built=model_options, **layout)
     return [plan_table(plan), *summary(plan)[:2]]

@@ -33,6 +33,9 @@ def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog]
 
     Returns:
         The exit code: 0 after a finished run or a clean stop, 2 for an error that the user can fix.
+
+    Example:
+        >>> end_with(lambda: run(lambda: parse_as(FsdpRun, sys.argv[1:]), FsdpTraining))
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     rank = int(os.environ.get("RANK", "0"))
@@ -84,7 +87,7 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
     """Prepare the data, connect and train; see `run`."""
     log = RunLog(config.output, steps=config.steps, write=rank == 0)
     if config.resume == "auto" and already_finished(config.output, steps=config.steps):
-        log.say(f"{config.output} has come to its {config.steps} steps already")
+        log.say(f"{config.output} has finished its {config.steps} steps already; there is nothing to do")
         return 0
 
     def first() -> None:
@@ -102,7 +105,7 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
             training = start(config, corpus, ranks, watchdog)
             resumed_at = training.resume(log)
             log.begin(resumed_at)
-            _tell_of_start(log, training, resumed_at, output=config.output)
+            _log_start(log, training, resumed_at, output=config.output)
             summary = None
             try:
                 summary = training.run(log)
@@ -125,8 +128,8 @@ def _started_before(ranks: Ranks, output: Path) -> bool:
     """Return whether torchrun restarted ranks that had begun this run, not ranks that were refused at the start."""
     run = os.environ.get("TORCHELASTIC_RUN_ID")
     path = output / _LAUNCH
-    noted = ranks.gather(path.read_text() if path.exists() else None)[0]
-    return ranks.restarts > 0 and run is not None and noted == run
+    launch_id = ranks.gather(path.read_text() if path.exists() else None)[0]
+    return ranks.restarts > 0 and run is not None and launch_id == run
 
 
 def _note_start(ranks: Ranks, output: Path) -> None:
@@ -136,10 +139,10 @@ def _note_start(ranks: Ranks, output: Path) -> None:
             (output / _LAUNCH).write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
 
 
-def _tell_of_start(log: RunLog, training: Training, resumed_at: int | None, *, output: Path) -> None:
+def _log_start(log: RunLog, training: Training, resumed_at: int | None, *, output: Path) -> None:
     ranks = training.ranks
-    again = f", after {ranks.restarts} restarts" if ranks.restarts else ""
+    restarts = f", after {ranks.restarts} restarts" if ranks.restarts else ""
     if resumed_at is not None:
-        log.event(resumed_at, "resume", f"resumed at step {resumed_at} on {ranks.world} ranks{again}")
+        log.event(resumed_at, "resume", f"resumed at step {resumed_at} on {ranks.world} ranks{restarts}")
     else:
-        log.event(0, "start", f"started on {ranks.world} ranks{again}, in {output}")
+        log.event(0, "start", f"started on {ranks.world} ranks{restarts}, in {output}")

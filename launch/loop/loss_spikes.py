@@ -18,24 +18,24 @@ class SpikeJudge:
 
     def __init__(self, sigma: float):
         self.sigma = sigma
-        self._seen: deque[float] = deque(maxlen=_WINDOW)
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
 
     def judge(self, loss: float) -> bool:
         """Return whether `loss` is a spike, and remember it for the losses that follow."""
         if not self.sigma:
             return False
         spike = not math.isfinite(loss)
-        if not spike and len(self._seen) >= _LEAST:
-            spike = loss > statistics.fmean(self._seen) + self.sigma * statistics.stdev(self._seen)
+        if not spike and len(self._losses) >= _LEAST:
+            spike = loss > statistics.fmean(self._losses) + self.sigma * statistics.stdev(self._losses)
         if math.isfinite(loss):
             # Spikes included: if the loss stays at its new level, that level soon counts as normal.
-            self._seen.append(loss)
+            self._losses.append(loss)
         return spike
 
     def state_dict(self) -> dict[str, Any]:
         """Return the remembered losses."""
-        return {"seen": list(self._seen)}
+        return {"seen": list(self._losses)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the losses that `state_dict` returned."""
-        self._seen = deque(state["seen"], maxlen=_WINDOW)
+        self._losses = deque(state["seen"], maxlen=_WINDOW)

@@ -81,36 +81,36 @@ class Measures:
     def take(self) -> dict[str, float]:
         """Return the metrics of the armed step, the same on all ranks; all ranks must call it."""
         self.logits.on = False
-        found = self._ranks.gather((self.logits.take(), _peak_memory(self._ranks.device), self._sent))
-        count = sum(logits[2] for logits, _, _ in found)
+        by_rank = self._ranks.gather((self.logits.take(), _peak_memory(self._ranks.device), self._sent))
+        count = sum(logits[2] for logits, _, _ in by_rank)
         values: dict[str, float] = {}
         if count:
-            values["logit_rms"] = (sum(logits[0] for logits, _, _ in found) / count) ** 0.5
-            values["logit_max"] = max(logits[1] for logits, _, _ in found)
-        values["memory_gb"] = max(memory for _, memory, _ in found) / 1e9
-        sent = [each for _, _, each in found if each is not None]
+            values["logit_rms"] = (sum(logits[0] for logits, _, _ in by_rank) / count) ** 0.5
+            values["logit_max"] = max(logits[1] for logits, _, _ in by_rank)
+        values["memory_gb"] = max(memory for _, memory, _ in by_rank) / 1e9
+        sent = [sent_bytes for _, _, sent_bytes in by_rank if sent_bytes is not None]
         if sent:
             values["sent_mb"] = max(sent) / 1e6
         return values if self._steps is None else values | self._steps.summary(self._ranks.gather)
 
 
-def peak_flops(given: float | None, device: torch.device, *, low: bool) -> float | None:
+def peak_flops(peak_tflops: float | None, device: torch.device, *, low: bool) -> float | None:
     """Return the peak floating-point operations per second of one rank.
 
     Args:
-        given: The peak in Tflop/s if the user gave it.
+        peak_tflops: The peak in Tflop/s if the user gave it; None to look it up by the GPU's name.
         device: The rank's device.
         low: Whether the run computes in bfloat16; the built-in peaks are for bfloat16 only.
 
     Returns:
         The peak in flop/s, or None if it is neither given nor known.
     """
-    if given is not None:
-        return given * 1e12
+    if peak_tflops is not None:
+        return peak_tflops * 1e12
     if device.type != "cuda" or not low:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in name), None)
+    return next((tflops * 1e12 for gpu, tflops in _PEAK_TFLOPS if gpu in name), None)
 
 
 def flops_per_token(model: Any, *, active: int, sequence: int) -> float:

@@ -30,7 +30,7 @@ class DivergedError(AllRanksError):
 
 
 class Resumable(ABC):
-    """A run's progress, and how it is saved and restored; all ranks must call every method."""
+    """Base of a run: its progress, and how it is saved and restored; all ranks must call every method."""
 
     config: Config
     ranks: Ranks
@@ -47,7 +47,7 @@ class Resumable(ABC):
         self.elapsed = 0.0
         self.counts = {"skipped_steps": 0, "spikes": 0}
         self.spikes = SpikeJudge(spike_sigma)
-        self.left_out_in_a_row = 0
+        self.skipped_in_a_row = 0
         self._rollbacks = 0
 
     @abstractmethod
@@ -94,7 +94,7 @@ class Resumable(ABC):
         """
         return None
 
-    def found(self) -> list[Path]:
+    def finished_checkpoints(self) -> list[Path]:
         """Return the run's finished checkpoints, newest first."""
         return newest_first(self.checkpoints)
 
@@ -120,13 +120,13 @@ class Resumable(ABC):
             # A copy, since it may be written while training continues.
             "counts": dict(self.counts),
             "spikes": self.spikes.state_dict(),
-            "left_out_in_a_row": self.left_out_in_a_row,
+            "left_out_in_a_row": self.skipped_in_a_row,
         }
 
     @property
-    def kept(self) -> int:
+    def num_kept(self) -> int:
         """How many checkpoints to keep: all of them while steps are being skipped, since a rollback may follow."""
-        return self.config.keep if not self.left_out_in_a_row else _ALL
+        return self.config.keep if not self.skipped_in_a_row else _ALL
 
     def resume(self, log: RunLog) -> int | None:
         """Continue from the checkpoint that the configuration asks for.
@@ -142,18 +142,18 @@ class Resumable(ABC):
             ValueError: On all ranks, if this run cannot continue from the checkpoint.
             CheckpointError: Likewise.
         """
-        wanted, restarted = self.config.resume, self.ranks.restarts > 0
-        if wanted is None and not restarted:
+        source, restarted = self.config.resume, self.ranks.restarts > 0
+        if source is None and not restarted:
             return None
-        if wanted not in (None, "auto"):
-            own = self._agreed(self.found())
-            if own and (restarted or Path(wanted).resolve().parent != self.checkpoints.resolve()):
-                log.say(f"{wanted} is where this run began: it goes on from what it has saved since")
-                wanted = "auto"
-        if wanted not in (None, "auto"):
-            self.check_mixing(Path(wanted))
-            self.watchdog.doing(f"loading {wanted}", slow=True)
-            self._go_on(self.load(Path(wanted)))
+        if source not in (None, "auto"):
+            saved = self._from_rank_0(self.finished_checkpoints())
+            if saved and (restarted or Path(source).resolve().parent != self.checkpoints.resolve()):
+                log.say(f"--resume {source} is where this run began; it continues from the checkpoints it saved since")
+                source = "auto"
+        if source not in (None, "auto"):
+            self.check_mixing(Path(source))
+            self.watchdog.doing(f"loading {source}", slow=True)
+            self._restore_progress(self.load(Path(source)))
         elif not self._load_newest(log):
             log.say(f"no checkpoint in {self.checkpoints}: starting from the beginning")
             return None
@@ -162,64 +162,66 @@ class Resumable(ABC):
 
     def _load_newest(self, log: RunLog) -> bool:
         """Load the newest undamaged checkpoint; return False if there is none."""
-        while found := self._agreed(self.found()):
-            self.watchdog.doing(f"loading {found[0]}", slow=True)
+        while checkpoints := self._from_rank_0(self.finished_checkpoints()):
+            self.watchdog.doing(f"loading {checkpoints[0]}", slow=True)
             try:
-                self._go_on(self.load(found[0]))
+                self._restore_progress(self.load(checkpoints[0]))
             except DamagedCheckpointError as error:
                 if self.ranks.rank == 0:
-                    aside = quarantine(found[0])
-                    log.event(self.step, "fallback", f"{error}: it is now {aside.name}, and the one before is tried")
+                    renamed = quarantine(checkpoints[0])
+                    log.event(
+                        self.step, "fallback", f"{error}; it is renamed {renamed.name}, and the one before is tried"
+                    )
                 self.ranks.gather(None)
                 continue
             return True
         return False
 
-    def _agreed(self, paths: list[Path]) -> list[Path]:
+    def _from_rank_0(self, paths: list[Path]) -> list[Path]:
         """Return rank 0's `paths` on all ranks."""
         return self.ranks.gather(paths)[0]
 
-    def _go_on(self, job: dict[str, Any]) -> None:
+    def _restore_progress(self, job: dict[str, Any]) -> None:
         self.step, self.elapsed = job["step"], job["elapsed"]
         self.loader.load_state_dict(job["data"])
         self.counts = dict(job["counts"])
         self.spikes.load_state_dict(job["spikes"])
-        self.left_out_in_a_row = job["left_out_in_a_row"]
+        self.skipped_in_a_row = job["left_out_in_a_row"]
 
     def _follow_rollback(self) -> None:
         """Restore the count of rollbacks, and the data position if the last rollback went to this step."""
         path = self.config.output / _ROLLBACK
-        told = self.ranks.gather(json.loads(path.read_text()) if path.exists() else None)[0]
-        if told is not None:
-            self._rollbacks = told["count"]
-            if told["step"] == self.step:
-                self.loader.position = told["position"]
+        rollback = self.ranks.gather(json.loads(path.read_text()) if path.exists() else None)[0]
+        if rollback is not None:
+            self._rollbacks = rollback["count"]
+            if rollback["step"] == self.step:
+                self.loader.position = rollback["position"]
 
     def _checkpoint(self, log: RunLog, *, wait: bool) -> None:
         """Save; log a failure, and raise it only if `wait` (at the end of the run)."""
         self.watchdog.doing(f"step {self.step}, waiting for the checkpoint before", slow=True)
-        self._tell(log, wait=True)
+        self._log_saved(log, wait=True)
         self.watchdog.doing(f"step {self.step}, checkpoint", slow=True)
         try:
             path = self.save(wait=wait)
         except CheckpointError as error:
-            log.event(self.step, "save_failed", str(error) if wait else f"{error}; the run goes on")
+            log.event(self.step, "save_failed", str(error) if wait else f"{error}; the run continues")
             if wait:
                 raise
             return
         if wait:
-            self._tell(log, wait=True, must=True)
+            self._log_saved(log, wait=True, must=True)
         if wait or not self.background:
             log.event(self.step, "save", f"saved {path}")
 
-    def _tell(self, log: RunLog, *, wait: bool, must: bool = False) -> None:
+    def _log_saved(self, log: RunLog, *, wait: bool, must: bool = False) -> None:
         """Log the end of a background checkpoint; raise its error if the checkpoint `must` have been written."""
         outcome = self.saved(wait=wait)
         if outcome is None:
             return
         path, error = outcome
         if error is not None:
-            log.event(self.step, "save_failed", str(error) if must else f"{error}; the run goes on")
+            log.event(self.step, "save_failed", str(error) if must else f"{error}; the run continues")
             if must:
                 raise error
         elif not must:
@@ -227,28 +229,28 @@ class Resumable(ABC):
 
     def _roll_back(self, log: RunLog) -> None:
         """Return to the newest checkpoint, and continue with the data after what was read so far."""
-        came, position = self.step, self.loader.position
+        last_step, position = self.step, self.loader.position
         counts = self.counts
         if self._rollbacks == self.config.rollbacks:
             raise DivergedError(
-                f"step {came}: {self.left_out_in_a_row} steps in a row were left out, and the run was taken back "
-                f"{self._rollbacks} times already (--rollbacks); lower learning rates, or look at the data"
+                f"step {last_step}: {self.skipped_in_a_row} steps in a row were skipped, and the run was rolled back "
+                f"{self._rollbacks} times already (--rollbacks); give a lower --lr, or look at the data"
             )
         self._rollbacks += 1
-        self.watchdog.doing(f"step {came}, waiting for the checkpoint before", slow=True)
-        self._tell(log, wait=True)
+        self.watchdog.doing(f"step {last_step}, waiting for the checkpoint before", slow=True)
+        self._log_saved(log, wait=True)
         if not self._load_newest(log):
             raise DivergedError(
-                f"step {came}: {self.left_out_in_a_row} steps in a row were left out before there was any checkpoint "
-                "to go back to; lower learning rates, or look at the data"
+                f"step {last_step}: {self.skipped_in_a_row} steps in a row were skipped before there was any "
+                "checkpoint to return to; give a lower --lr, or look at the data"
             )
         self.loader.position = position
         self.counts = counts
-        self.left_out_in_a_row = 0
+        self.skipped_in_a_row = 0
         if self.ranks.rank == 0:
             # In case the run is interrupted before its next checkpoint.
-            told = {"count": self._rollbacks, "step": self.step, "position": position}
+            rollback = {"count": self._rollbacks, "step": self.step, "position": position}
             with contextlib.suppress(OSError):
-                write_json(self.config.output / _ROLLBACK, told)
+                write_json(self.config.output / _ROLLBACK, rollback)
         log.begin(self.step)
-        log.event(came, "rollback", f"step {came}: back to step {self.step}, and on with other data")
+        log.event(last_step, "rollback", f"step {last_step}: back to step {self.step}, to continue with other data")

@@ -32,6 +32,10 @@ class Schedule:
 
     Raises:
         ValueError: If the shape is unknown, the warmup is negative, or ``constant`` is outside [0, 1].
+
+    Example:
+        >>> Schedule(shape="linear", warmup=100, constant=0.6).factor(50, total=1000)
+        0.51
     """
 
     shape: Shape
@@ -46,7 +50,7 @@ class Schedule:
         if self.warmup < 0:
             raise ValueError(f"warmup is {self.warmup} steps; it cannot be negative")
         if not 0 <= self.constant <= 1:
-            raise ValueError(f"constant is {self.constant}; it is a share of the steps, between 0 and 1")
+            raise ValueError(f"constant is {self.constant}; it must be a fraction of the steps, between 0 and 1")
 
     def factor(self, step: int, total: int) -> float:
         """Return the learning-rate multiplier of one step.
@@ -61,7 +65,7 @@ class Schedule:
         if total < 1:
             raise ValueError(f"a schedule needs at least one step, not {total}")
         if self.warmup > total:
-            raise ValueError(f"warmup takes {self.warmup} steps but the run has only {total}; shorten the warmup")
+            raise ValueError(f"warmup is {self.warmup} steps but the run has only {total}; shorten the warmup")
         if step < self.warmup:
             # Counted from one, since a first step with a rate of zero would waste a batch.
             return (step + 1) / self.warmup
@@ -93,6 +97,10 @@ def build_scheduler(
 
     Raises:
         ValueError: If a group has no schedule, or a schedule does not fit ``total``.
+
+    Example:
+        >>> schedules = {"default": Schedule(shape="linear"), "head": Schedule(shape="cosine", warmup=100)}
+        >>> scheduler = build_scheduler(optimizer, schedules, total=1000)
     """
     factors: list[Callable[[int], float]] = [
         partial(_schedule_of(group, index, schedules=schedules).factor, total=total)

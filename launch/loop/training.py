@@ -22,8 +22,9 @@ from launch.runtime.distributed import Ranks
 from launch.runtime.watchdog import Watchdog
 from symdist import SymDist
 from symdist.diagnostics import RouterMonitor
-from symdist.routing.recipes import Recipe, load_recipe
+from symdist.routing.recipes import Recipe
 from symdist.tools.models import active_parameters, build
+from symdist.tools.run_format import Summary
 
 # Above this many parameters, `--initialize auto` has each rank initialize only its own shards.
 _DRAWN_WHOLE = 200_000_000
@@ -38,7 +39,7 @@ class Training(Resumable):
         config: The run's configuration, already checked for this number of ranks.
         corpus: The token shards to train and validate on.
         ranks: The ranks of the run.
-        watchdog: Is told what the run is doing.
+        watchdog: Ends the process if the run reports no progress to it for too long.
 
     Raises:
         ValueError: If the model cannot be built, or the corpus is too small for one step.
@@ -78,8 +79,8 @@ class Training(Resumable):
         )
         if self.loader.windows < config.batch:
             raise ValueError(
-                f"the corpus has {self.loader.windows} training sequences of {config.sequence} tokens, a step takes "
-                f"{config.batch}; give more text or a smaller --batch"
+                f"the corpus has {self.loader.windows} training sequences of {config.sequence} tokens, but a step "
+                f"needs --batch {config.batch}; give more text or a smaller --batch"
             )
         self.start_counting(config.spike_sigma)
         self._step_times: list[float] = []
@@ -118,12 +119,12 @@ class Training(Resumable):
     @property
     def low_precision(self) -> bool:
         """Whether forward and backward run in bfloat16."""
-        asked = self.config.precision
-        able = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return asked == "bfloat16" or (asked == "auto" and able)
+        precision = self.config.precision
+        supported = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return precision == "bfloat16" or (precision == "auto" and supported)
 
     @property
-    def left_out(self) -> int:
+    def skipped(self) -> int:
         """Number of steps that the optimizer or the engine skipped since this process started."""
         return 0 if self.symdist is None else self.symdist.skipped_steps
 
@@ -159,12 +160,10 @@ class Training(Resumable):
                 config,
                 launcher=self.launcher,
                 mesh=self.mesh,
-                numbers={
-                    "ranks": self.ranks.world,
-                    "device": self._device_name(),
-                    "parameters": self.parameters,
-                    "active_parameters": self.active_parameters,
-                },
+                ranks=self.ranks.world,
+                device=self._device_name(),
+                parameters=self.parameters,
+                active_parameters=self.active_parameters,
                 optimizer=self.symdist,
             )
         )
@@ -173,8 +172,8 @@ class Training(Resumable):
             return self._summary(self.validate())
         while self.step < config.steps:
             loss, norm, stopping = self._train_step(log)
-            self._tell(log, wait=False)
-            if config.rollback_after and self.left_out_in_a_row >= config.rollback_after:
+            self._log_saved(log, wait=False)
+            if config.rollback_after and self.skipped_in_a_row >= config.rollback_after:
                 self._roll_back(log)
                 continue
             log.advance(self.step)
@@ -187,14 +186,18 @@ class Training(Resumable):
                 log.step(self.step, "validation", measures)
             due = config.checkpoint_every and self.step % config.checkpoint_every == 0
             # While steps are being skipped the weights do not change, so a rollback to them would be no use.
-            if last or stopping or (due and not self.left_out_in_a_row):
+            if last or stopping or (due and not self.skipped_in_a_row):
                 self._checkpoint(log, wait=last or stopping)
             if last:
                 return self._summary(measures)
             if stopping:
-                log.event(self.step, "stop", f"told to stop: saved step {self.step}; --resume auto goes on from there")
+                log.event(
+                    self.step, "stop", f"stopped by a signal: saved step {self.step}; --resume auto continues from it"
+                )
                 return None
-        raise ValueError(f"the checkpoint is of step {self.step}, the run has {config.steps}; give more --steps")
+        raise ValueError(
+            f"the checkpoint is of step {self.step}, but the run ends at --steps {config.steps}; give more --steps"
+        )
 
     def _train_step(self, log: RunLog) -> tuple[float, Tensor | float | None, bool]:
         """Take a step; return the loss over the whole batch, the gradient norm, and whether any rank should stop."""
@@ -205,16 +208,16 @@ class Training(Resumable):
         self.model.train()
         if number % self.config.log_every == 0 or number == self.config.steps:
             self.measures.arm()
-        # One all-reduce tells all ranks the loss and whether to stop.
-        told = torch.tensor([float(self._gradients()), float(self.ranks.stopping)], device=self.ranks.device)
-        total, stopping = self.ranks.sum(told.double()).tolist()
+        # One all-reduce gives all ranks the loss and whether to stop.
+        totals = torch.tensor([float(self._gradients()), float(self.ranks.stopping)], device=self.ranks.device)
+        total, stopping = self.ranks.sum(totals.double()).tolist()
         loss = total / self.ranks.world
         spike = self.spikes.judge(loss)
         if spike:
             assert self.symdist is not None, "the configuration was checked"
             self.symdist.skip_next_step()
         self.watchdog.doing(f"step {number}, optimizer")
-        before = self.left_out
+        skipped_before = self.skipped
         norm, seconds = self._update()
         if spike and self.symdist is not None:
             # If the engine skipped the step itself, the optimizer never ran and the request is still set.
@@ -223,19 +226,19 @@ class Training(Resumable):
         self._optimizer_times.append(seconds)
         self._step_times.append(self._clock() - started)
         self.elapsed += self._step_times[-1]
-        self._count(log, loss, spike=spike, left_out=self.left_out > before)
+        self._count(log, loss, spike=spike, skipped=self.skipped > skipped_before)
         return loss, norm, stopping > 0
 
-    def _count(self, log: RunLog, loss: float, *, spike: bool, left_out: bool) -> None:
-        self.left_out_in_a_row = self.left_out_in_a_row + 1 if left_out else 0
-        if not left_out:
+    def _count(self, log: RunLog, loss: float, *, spike: bool, skipped: bool) -> None:
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
             return
         self.counts["skipped_steps"] += 1
         if spike:
             self.counts["spikes"] += 1
-            text = f"step {self.step}: a loss of {loss:.4g} is a spike; the step was left out"
+            text = f"step {self.step}: a loss of {loss:.4g} is a spike; the step was skipped"
         else:
-            text = f"step {self.step}: a gradient was not finite; the step was left out"
+            text = f"step {self.step}: a gradient was not finite; the step was skipped"
         log.event(self.step, "spike" if spike else "nonfinite", text)
 
     def _gradients(self) -> Tensor:
@@ -323,7 +326,7 @@ class Training(Resumable):
 
     def _summary(self, measures: dict[str, float]) -> dict[str, Any]:
         config = self.config
-        return {
+        summary: Summary = {
             "model": config.model,
             "recipe": self.recipe.name,
             "steps": config.steps,
@@ -333,11 +336,12 @@ class Training(Resumable):
             "active_parameters": self.active_parameters,
             **self._speeds(),
             "training_seconds": self.elapsed,
-            **self.counts,
-            **{f"validation_{name}": value for name, value in measures.items()},
+            "skipped_steps": self.counts["skipped_steps"],
+            "spikes": self.counts["spikes"],
         }
+        return {**summary, **{f"validation_{name}": value for name, value in measures.items()}}
 
-    def _speeds(self) -> dict[str, float]:
+    def _speeds(self) -> Summary:
         config = self.config
         if not self._step_times:
             # This process took no step; of earlier processes only the total time is known.
@@ -353,12 +357,12 @@ class Training(Resumable):
         return time.perf_counter()
 
     def _load_recipe(self) -> Recipe:
-        return load_recipe(self.config.recipe).overridden(self.config.overrides())
+        return self.config.adjusted_recipe()
 
     def _schedules(self) -> dict[str, Schedule]:
-        given = self.recipe.schedules or {"default": {"shape": "linear"}}
+        tables = self.recipe.schedules or {"default": {"shape": "linear"}}
         try:
-            schedules = {key: Schedule(**options) for key, options in given.items()}
+            schedules = {key: Schedule(**options) for key, options in tables.items()}
         except TypeError as error:
             raise ValueError(f"recipe {self.recipe.name!r}: [schedule] {error}") from None
         # A short trial run should not spend all its steps in the warmup.
@@ -370,5 +374,5 @@ class Training(Resumable):
 
     def _drawn_whole(self) -> bool:
         """Return whether every rank initializes the whole model."""
-        asked = self.config.initialize
-        return asked == "whole" or (asked == "auto" and self.parameters <= _DRAWN_WHOLE)
+        initialize = self.config.initialize
+        return initialize == "whole" or (initialize == "auto" and self.parameters <= _DRAWN_WHOLE)

@@ -1,10 +1,14 @@
-"""Logs a run's metrics and events to JSON lines, TensorBoard, and the terminal."""
+"""Writes a run's record: measures and events to JSON lines, TensorBoard and the terminal, and files that describe it.
+
+`symdist.tools.run_format` says what the files hold.
+"""
 
 import contextlib
 import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from symdist.tools.run_log import EVENTS, LOG, SUMMARY
+from symdist.tools.run_format import (
+    EVENTS,
+    LOG,
+    SUMMARY,
+    EventKind,
+    LineKind,
+    event_line,
+    log_line,
+    parse_log_line,
+    split_lines,
+)
 
 _SHOWN = (
     *("loss", "gradient_norm", "tokens_per_second", "mfu", "optimizer_share", "memory_gb"),
@@ -23,13 +37,19 @@ _SHOWN = (
 class RunLog:
     """The log of a run, written by rank 0; on other ranks every method does nothing.
 
-    `log.jsonl` has the metrics. A run that continues from step s keeps the lines up to s and drops the later ones,
-    since it will write them again. `events.jsonl` has the events, such as restarts and rollbacks, and only grows.
+    A run that continues from step s keeps the lines of `log.jsonl` up to s and drops the later ones, since it will
+    write them again. `events.jsonl` only grows.
 
     Args:
         folder: The run's output folder.
         steps: Number of steps of the run, for the progress bar.
         write: Whether this rank writes the log.
+
+    Example:
+        >>> log = RunLog(Path("runs/muon"), steps=300, write=rank == 0)
+        >>> log.begin(None)
+        >>> log.step(10, "train", {"loss": 3.5})
+        >>> log.finish({"steps": 300})
     """
 
     def __init__(self, folder: Path, *, steps: int, write: bool):
@@ -41,20 +61,30 @@ class RunLog:
         self._unwritten: list[str] = []
 
     def begin(self, step: int | None) -> None:
-        """Open the log, keeping the lines up to `step`, or none if None; call it again after a rollback to `step`."""
+        """Open the log; call it again after a rollback.
+
+        Args:
+            step: The step to continue from, up to which lines are kept; None to start an empty log.
+        """
         if not self.write:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / LOG
-        kept = [] if step is None else [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
+        kept: list[bytes] = []
+        if step is not None and path.exists():
+            lines, _ = split_lines(path.read_bytes())
+            kept = [text for text in lines if (line := parse_log_line(text)) is not None and line["step"] <= step]
         self._unwritten.clear()
         writing = path.with_name(f"{LOG}.writing")
         try:
-            writing.write_text("".join(line + "\n" for line in kept))
+            writing.write_bytes(b"".join(line.rstrip(b"\r\n") + b"\n" for line in kept))
             # Replaced in one go, so that no lines are lost if the process dies here.
             os.replace(writing, path)
         except OSError as error:
-            self.say(f"cannot write {path} ({error.strerror}): lines that are written again stay beside the first ones")
+            self.say(
+                f"cannot write {path} ({error.strerror}): lines after step {step or 0} could not be removed, so steps "
+                "that are repeated will be in it twice"
+            )
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
@@ -71,29 +101,29 @@ class RunLog:
             self._progress.start()
         self.advance(step or 0)
 
-    def step(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """Log the metrics of a step; the terminal shows the most important ones.
+    def step(self, step: int, kind: LineKind, values: dict[str, float]) -> None:
+        """Log the measures of a step; the terminal shows the most important ones.
 
         Args:
             step: The step's number.
             kind: "train" or "validation".
-            values: The metrics by name.
+            values: The measures by name; `symdist.tools.run_format.LogLine` lists them with their units.
         """
         if not self.write:
             return
         assert self._board is not None
-        self._unwritten.append(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._unwritten.append(log_line(step, kind, values))
         if _append(self._folder / LOG, "".join(self._unwritten)):
             self._unwritten.clear()
         elif len(self._unwritten) == 1:
-            self.say(f"cannot write {self._folder / LOG}; its lines are kept until there is room")
+            self.say(f"cannot write {self._folder / LOG}; its lines are kept in memory until there is space")
         with contextlib.suppress(OSError):
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
-        shown = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
-        self.say(f"step {step:>6}  {kind:<10}  {shown}")
+        shortened = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
+        self.say(f"step {step:>6}  {kind:<10}  {shortened}")
 
-    def event(self, step: int, event: str, text: str) -> None:
+    def event(self, step: int, event: EventKind, text: str) -> None:
         """Log an event.
 
         Args:
@@ -104,13 +134,16 @@ class RunLog:
         if not self.write:
             return
         self.say(text)
-        line = json.dumps({"time": time.time(), "step": step, "event": event, "text": text}) + "\n"
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-        _append(self._folder / EVENTS, line)
+        _append(self._folder / EVENTS, event_line(step, event, text, time=time.time()))
 
     def describe(self, files: dict[str, Any]) -> None:
-        """Write files that describe the run; `files` has their JSON-serializable contents by file name."""
+        """Write the files that describe the run.
+
+        Args:
+            files: Their JSON-serializable contents by file name, from `launch.records.run_metadata.describe`.
+        """
         if self.write:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
@@ -133,8 +166,13 @@ class RunLog:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def finish(self, summary: dict[str, Any] | None) -> None:
-        """Close the log, and write the summary file; `summary` is None if the run is not finished."""
+    def finish(self, summary: Mapping[str, Any] | None) -> None:
+        """Close the log.
+
+        Args:
+            summary: The contents of the summary file, whose keys are those of `symdist.tools.run_format.Summary`. None
+                if the run is not finished; then no file is written.
+        """
         if not self.write:
             return
         if summary is not None:
@@ -149,7 +187,15 @@ class RunLog:
 
 
 def already_finished(folder: Path, *, steps: int) -> bool:
-    """Return whether `folder` holds a finished run of at least `steps` steps."""
+    """Return whether a folder holds a finished run.
+
+    Args:
+        folder: The run's output folder.
+        steps: The least number of steps that the run must have done.
+
+    Returns:
+        Whether its summary says so.
+    """
     try:
         return bool(json.loads((folder / SUMMARY).read_text())["steps"] >= steps)
     except (OSError, ValueError):
@@ -175,23 +221,15 @@ def _append(path: Path, text: str) -> bool:
     """Append to a file or leave it unchanged, and return whether it worked; a full disk must not end a run."""
     try:
         with open(path, "ab", buffering=0) as stream:
-            before = stream.tell()
-            whole = text.encode()
+            length = stream.tell()
+            content = text.encode()
             try:
-                written = stream.write(whole)
+                written = stream.write(content)
             except OSError:
                 written = 0
-            if written == len(whole):
+            if written == len(content):
                 return True
-            stream.truncate(before)
+            stream.truncate(length)
     except OSError:
         pass
     return False
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Return the lines of a log, without a last line that a killed process left incomplete."""
-    if not path.exists():
-        return []
-    text = path.read_text()
-    return text[: text.rfind("\n") + 1].splitlines()

@@ -4,20 +4,36 @@ import dataclasses
 import math
 import platform
 import time
-from collections import Counter as Tally
+from collections import Counter
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from symdist import SymDist
-from symdist.tools.run_log import PLAN, ROUTING, RUN
+from symdist.tools.run_format import (
+    PLAN,
+    ROUTING,
+    RUN,
+    PlanFacts,
+    RoutingEntry,
+    RunFacts,
+    routing_entries,
+)
 
 _PACKAGES = ("torch", "symdist", "transformers", "deepspeed", "megatron-core")
 
 
 def describe(
-    config: Any, *, launcher: str, mesh: dict[str, int], numbers: dict[str, Any], optimizer: SymDist | None
+    config: Any,
+    *,
+    launcher: str,
+    mesh: dict[str, int],
+    ranks: int,
+    device: str,
+    parameters: int,
+    active_parameters: int,
+    optimizer: SymDist | None,
 ) -> dict[str, Any]:
     """Return the contents of the files that describe a run.
 
@@ -25,56 +41,59 @@ def describe(
         config: The run's configuration, a dataclass.
         launcher: Name of the engine.
         mesh: Sizes of the parallel dimensions by name.
-        numbers: More values for the run's own file, such as the parameter count.
+        ranks: Number of ranks.
+        device: Name of the GPU, or "cpu".
+        parameters: Number of the model's weights.
+        active_parameters: Number of weights that a token uses.
         optimizer: The SymDist optimizer, whose routing and plan are described; None if the run uses another one.
 
     Returns:
-        Contents by file name, for `RunLog.describe`.
+        Contents by file name, for `RunLog.describe`; `symdist.tools.run_format` says what they hold.
     """
-    values = dataclasses.asdict(config)
-    files: dict[str, Any] = {
-        RUN: {
-            "model": config.model,
-            "recipe": config.recipe,
-            "steps": config.steps,
-            "tokens_per_step": config.batch * config.sequence,
-            "launcher": launcher,
-            "mesh": mesh,
-            **numbers,
-            "started": time.time(),
-            "versions": {"python": platform.python_version(), **_versions()},
-            "config": values,
-        }
+    facts: RunFacts = {
+        "model": config.model,
+        "recipe": config.recipe,
+        "steps": config.steps,
+        "tokens_per_step": config.batch * config.sequence,
+        "launcher": launcher,
+        "mesh": mesh,
+        "ranks": ranks,
+        "device": device,
+        "parameters": parameters,
+        "active_parameters": active_parameters,
+        "started": time.time(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "config": dataclasses.asdict(config),
     }
+    files: dict[str, Any] = {RUN: facts}
     if optimizer is not None:
-        routing = optimizer.assignments()
-        files[ROUTING] = [dataclasses.asdict(each) for each in routing]
-        files[PLAN] = _plan(optimizer, files[ROUTING])
+        files[ROUTING] = routing = routing_entries(optimizer.assignments())
+        files[PLAN] = _plan(optimizer, routing)
     return files
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": str(torch.__version__)}
+    versions = {"torch": str(torch.__version__)}
     for name in _PACKAGES[1:]:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def _plan(optimizer: SymDist, routing: list[dict[str, Any]]) -> dict[str, Any]:
+def _plan(optimizer: SymDist, routing: list[RoutingEntry]) -> PlanFacts:
     """Return what this rank sends per step, by kind of collective, and how each role is stepped."""
-    counted = optimizer.trace_collectives()
+    counting = optimizer.trace_collectives()
     kinds: dict[tuple[str, int], list[float]] = {}
-    for moved in counted.log:
-        kinds.setdefault((moved.kind, moved.size), []).append(moved.sent)
-    roles: dict[str, list[dict[str, Any]]] = {}
-    for each in routing:
-        roles.setdefault(each["role"], []).append(each)
+    for record in counting.log:
+        kinds.setdefault((record.kind, record.size), []).append(record.sent)
+    roles: dict[str, list[RoutingEntry]] = {}
+    for entry in routing:
+        roles.setdefault(entry["role"], []).append(entry)
     return {
-        "collectives": counted.collectives,
-        "sent": counted.sent,
+        "collectives": counting.collectives,
+        "sent": counting.sent,
         "waves": len(optimizer.plan().waves),
         "kinds": [
             {"kind": kind, "ranks": ranks, "count": len(sent), "sent": sum(sent)}
@@ -83,11 +102,11 @@ def _plan(optimizer: SymDist, routing: list[dict[str, Any]]) -> dict[str, Any]:
         "roles": [
             {
                 "role": role,
-                "rules": sorted({each["rule"] for each in members}),
-                "parameters": len(members),
-                "weights": sum(math.prod(each["shape"]) for each in members),
-                "strategies": dict(Tally(each["strategy"] for each in members)),
+                "rules": sorted({entry["rule"] for entry in entries}),
+                "parameters": len(entries),
+                "weights": sum(math.prod(entry["shape"]) for entry in entries),
+                "strategies": dict(Counter(entry["strategy"] for entry in entries)),
             }
-            for role, members in roles.items()
+            for role, entries in roles.items()
         ],
     }

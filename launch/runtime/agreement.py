@@ -43,9 +43,9 @@ def on_all_ranks(function: Callable[[], T], failed: str, remedy: str, group: dis
     except CheckpointError as error:
         failure, cause = (str(error), isinstance(error, DamagedCheckpointError)), error
     except Exception as error:  # any exception, since the other ranks wait for the outcome
-        failure, cause = (f"{failed}: {_told(error, rank_and_world()[0])}; {remedy}", False), error
+        failure, cause = (f"{failed}: {_describe_error(error, rank_and_world()[0])}; {remedy}", False), error
     # A dict removes duplicate messages and keeps their order.
-    failures = dict.fromkeys(told for told in gather(failure, group) if told is not None)
+    failures = dict.fromkeys(outcome for outcome in gather(failure, group) if outcome is not None)
     if failures:
         kind = DamagedCheckpointError if all(damaged for _, damaged in failures) else CheckpointError
         raise kind("\n".join(text for text, _ in failures)) from cause
@@ -73,9 +73,9 @@ def with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:
     try:
         function()
     except CheckpointException as error:
-        reasons = [_told(cause, rank) for rank, (cause, _) in sorted(error.failures.items())]
+        reasons = [_describe_error(cause, rank) for rank, (cause, _) in sorted(error.failures.items())]
         raise CheckpointError(f"{failed}: {'; '.join(reasons)}; {remedy}") from error
 
 
-def _told(error: BaseException, rank: int) -> str:
+def _describe_error(error: BaseException, rank: int) -> str:
     return f"{type(error).__name__} on rank {rank}: {error}"

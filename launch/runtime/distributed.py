@@ -111,8 +111,8 @@ def local_device() -> torch.device:
     processes = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")
     if processes is None and 0 < gpus <= local:
         raise ValueError(
-            f"there are {gpus} GPUs and none for local rank {local}; start as many processes as there are GPUs, "
-            "or set LOCAL_WORLD_SIZE to their number to train on the CPU"
+            f"there are {gpus} GPUs and none for local rank {local}; start as many processes as there are GPUs, or, to "
+            "train on the CPU, set LOCAL_WORLD_SIZE to the number of processes"
         )
     cuda = gpus > 0 and (processes is None or gpus >= int(processes))
     return torch.device("cuda", local) if cuda else torch.device("cpu")
@@ -199,6 +199,6 @@ def _precede(store: dist.Store, rank: int, first: Callable[[], None]) -> None:
         store.set(key, "done")
         return
     store.wait([key], _PREPARING)
-    told = store.get(key).decode()
-    if told != "done":
-        raise AllRanksError(told.removeprefix("error "))
+    outcome = store.get(key).decode()
+    if outcome != "done":
+        raise AllRanksError(outcome.removeprefix("error "))

@@ -52,19 +52,19 @@ class Watchdog:
         """Stop watching."""
         self._stop.set()
 
-    def doing(self, what: str, *, slow: bool = False) -> None:
+    def doing(self, activity: str, *, slow: bool = False) -> None:
         """Report progress: the process now begins `what`, which is `slow` if it may take half an hour."""
-        self._doing = (what, time.monotonic(), max(self.seconds, SLOW_SECONDS) if slow else self.seconds)
+        self._doing = (activity, time.monotonic(), max(self.seconds, SLOW_SECONDS) if slow else self.seconds)
 
     def where(self) -> str:
         """Return what this process is doing."""
-        what, _, _ = self._doing
+        activity, _, _ = self._doing
         try:
             detail = self.detail()
         except Exception:
             # A failed device cannot report how far it got.
             detail = ""
-        return f"{what}, {detail}" if detail else what
+        return f"{activity}, {detail}" if detail else activity
 
     def _watch(self) -> None:
         while not self._stop.wait(min(1.0, self.seconds / 10)):
@@ -72,8 +72,8 @@ class Watchdog:
             if time.monotonic() - since < allowed:
                 continue
             text = (
-                f"rank {self._rank} has stood still for {allowed:g} s in {self.where()}: a rank is lost or hung, "
-                "or --timeout is shorter than this takes"
+                f"rank {self._rank} has made no progress for {allowed:g} s in {self.where()}: a rank is lost or hung, "
+                "or --timeout is too short for this"
             )
             # Ends the process even if writing the message hangs.
             ending = threading.Timer(_TELLING_SECONDS, os._exit, (STOOD_STILL,))

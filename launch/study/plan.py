@@ -11,13 +11,14 @@ import tyro
 from tyro.conf import Suppress
 
 from launch.loop.config import Config, load_toml, split_configs, words
-from launch.records.run_log import LOG, already_finished
+from launch.records.run_log import already_finished
 from launch.study.report import ArmOutcome, Outcome, read_outcome
 from symdist.routing.recipes import Recipe, load_recipe, parse_overrides, parse_value
+from symdist.tools.run_format import LOG
 
 RECORD = "study-run.json"
 # Options of a run that the study itself sets, and options that do not change any result.
-_DECIDED = ("model", "recipe", "override", "seed", "output", "resume", "validate_every")
+_DECIDED = ("model", "recipe", "lr", "override", "seed", "output", "resume", "validate_every")
 _IRRELEVANT = ("output", "resume", "log_every", "checkpoint_every", "keep")
 
 
@@ -45,7 +46,8 @@ class Arm:
         recipe = load_recipe(self.recipe).overridden(parse_overrides(self.override, option=f"arm {self.key}: override"))
         if any("lr" in pattern for pattern in recipe.patterns):
             raise ValueError(
-                f"arm {self.key}: recipe {self.recipe} has a rate in a pattern; give it in a role's section"
+                f"arm {self.key}: recipe {self.recipe} sets lr in a pattern, which a study cannot multiply; set it in "
+                "a role's section"
             )
         return recipe
 
@@ -90,25 +92,28 @@ class Study:
             ValueError: If it cannot; the message names what is wrong and the remedy.
         """
         if not self.arms:
-            raise ValueError("the study has no arms; give [[arms]] tables in the file of --config")
+            raise ValueError("the study has no arms; add [[arms]] tables to the file of --config")
         if self.jobs < 1 or self.nproc < 1:
             raise ValueError(f"--jobs {self.jobs} and --nproc {self.nproc} must be at least 1")
         if not self.multipliers or not all(0 < multiplier < float("inf") for multiplier in self.multipliers):
-            raise ValueError(f"multipliers {self.multipliers} must be positive numbers, at least one")
+            raise ValueError(f"--multipliers {self.multipliers} must be positive numbers, at least one")
         if not self.seeds or self.sweep_seed in self.seeds:
-            raise ValueError(f"seeds {self.seeds} must be at least one, none of them the sweep's {self.sweep_seed}")
+            raise ValueError(f"--seeds {self.seeds} must be at least one, none of them the sweep's {self.sweep_seed}")
         for name, values in (("multipliers", self.multipliers), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} {values} has one twice")
+                raise ValueError(f"--{name} {values} has a value twice; give each once")
         keys = [arm.key for arm in self.arms]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"there are several arms {', '.join(twice)}; give each a name of its own")
+            raise ValueError(f"several arms are called {', '.join(twice)}; give each its own name")
         for name in _DECIDED:
             if getattr(self.run, name) != getattr(Config(), name):
-                raise ValueError(f"run.{name} is for the study to decide: by arms, multipliers, seeds and output")
+                raise ValueError(
+                    f"run.{name} cannot be set in a study, which sets it from its arms, multipliers, seeds and output; "
+                    "leave it out"
+                )
         for arm in self.arms:
             if not re.fullmatch(r"[\w.+-]+", arm.name):
-                raise ValueError(f"arm {arm.key}: the name is a folder's; use letters, digits and . + - _")
+                raise ValueError(f"arm {arm.key}: the name becomes a folder; use only letters, digits and . + - _")
             try:
                 self.config(Run(arm=arm, multiplier=1.0, seed=self.sweep_seed)).check(ranks=self.nproc)
             except ValueError as error:
@@ -163,9 +168,9 @@ class Study:
         """Return the settings, the recipe's contents included, by which a folder is known to hold this run."""
         config = dataclasses.asdict(self.config(run))
         config["data"].pop("cache")
-        recipe = dataclasses.asdict(load_recipe(run.arm.recipe).overridden(self.config(run).overrides()))
-        kept = {key: value for key, value in config.items() if key not in _IRRELEVANT}
-        return json.loads(json.dumps(kept | {"recipe": recipe, "ranks": self.nproc}))
+        recipe = dataclasses.asdict(self.config(run).adjusted_recipe())
+        relevant = {key: value for key, value in config.items() if key not in _IRRELEVANT}
+        return json.loads(json.dumps(relevant | {"recipe": recipe, "ranks": self.nproc}))
 
     def finished(self, run: "Run") -> bool:
         """Return whether the run is finished."""
@@ -180,13 +185,15 @@ class Study:
         folder = self.folder(run)
         if not (folder / RECORD).exists():
             if (folder / LOG).exists():
-                raise ValueError(f"{folder} holds a run that no study started; remove it or give another --output")
+                raise ValueError(
+                    f"{folder} holds a run that was not started by a study; remove it or give another --output"
+                )
             return
-        found, wanted = json.loads((folder / RECORD).read_text()), self.record(run)
-        if changed := sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key)):
-            told = "; ".join(f"{key} was {found.get(key)}, is {wanted.get(key)}" for key in changed)
+        recorded, expected = json.loads((folder / RECORD).read_text()), self.record(run)
+        if changed := sorted(key for key in {*recorded, *expected} if recorded.get(key) != expected.get(key)):
+            differences = "; ".join(f"{key} was {recorded.get(key)}, is {expected.get(key)}" for key in changed)
             raise ValueError(
-                f"{folder} holds a run of another configuration ({told}); remove it or give another --output"
+                f"{folder} holds a run of another configuration ({differences}); remove it or give another --output"
             )
 
 
@@ -213,31 +220,35 @@ def parse(arguments: list[str], *, description: str | None) -> Study:
 
     Raises:
         ValueError: If the file cannot be read, is not valid TOML, or has an arm with wrong entries.
+
+    Example:
+        >>> study = parse(["--config", "launch/configs/study.toml"], description=None)
+        >>> study.check()
     """
-    given: list[str] = []
+    options: list[str] = []
     arms: list[Arm] = []
     for word in split_configs(arguments):
         if not isinstance(word, Path):
-            given.append(word)
+            options.append(word)
             continue
         content = load_toml(word)
         arms = [_arm(table) for table in content.pop("arms", [])]
-        given = [*words(content, prefix="--"), *given]
-    study = tyro.cli(Study, args=given, prog="study.py", description=description)
+        options = [*words(content, prefix="--"), *options]
+    study = tyro.cli(Study, args=options, prog="study.py", description=description)
     return dataclasses.replace(study, arms=tuple(arms))
 
 
 def _arm(table: dict[str, Any]) -> Arm:
-    given = {**table, "override": tuple(table.get("override", ()))}
-    given.setdefault("label", given.get("name"))
-    known = {each.name for each in dataclasses.fields(Arm)}
-    if unknown := sorted(set(given) - known):
-        raise ValueError(f"arm {table}: {', '.join(unknown)} is unknown; an arm has {', '.join(sorted(known))}")
-    if missing := sorted(known - set(given)):
+    entries = {**table, "override": tuple(table.get("override", ()))}
+    entries.setdefault("label", entries.get("name"))
+    known = {entry.name for entry in dataclasses.fields(Arm)}
+    if unknown := sorted(set(entries) - known):
+        raise ValueError(f"arm {table}: {', '.join(unknown)} is unknown; the keys are {', '.join(sorted(known))}")
+    if missing := sorted(known - set(entries)):
         raise ValueError(f"arm {table} has no {', '.join(missing)}")
-    if wrong := sorted(key for key in known - {"override"} if not isinstance(given[key], str)):
-        raise ValueError(f"arm {table}: {', '.join(wrong)} must be text")
-    return Arm(**given)
+    if wrong := sorted(key for key in known - {"override"} if not isinstance(entries[key], str)):
+        raise ValueError(f"arm {table}: {', '.join(wrong)} must be a string")
+    return Arm(**entries)
 
 
 def outcomes(study: Study) -> list[ArmOutcome]:
@@ -253,9 +264,9 @@ def outcomes(study: Study) -> list[ArmOutcome]:
         done = [run for run in runs if study.finished(run)]
         return tuple(read_outcome(study.folder(run), multiplier=run.multiplier, seed=run.seed) for run in done)
 
-    found = []
+    arms = []
     for arm in study.arms:
-        swept = ArmOutcome(
+        swept_arm = ArmOutcome(
             model=arm.model,
             name=arm.name,
             label=arm.label,
@@ -264,6 +275,6 @@ def outcomes(study: Study) -> list[ArmOutcome]:
             sweep=read(study.sweep(arm)),
             further=(),
         )
-        further = () if swept.best is None else read(study.further(arm, swept.best))
-        found.append(dataclasses.replace(swept, further=further))
-    return found
+        further = () if swept_arm.best is None else read(study.further(arm, swept_arm.best))
+        arms.append(dataclasses.replace(swept_arm, further=further))
+    return arms

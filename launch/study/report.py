@@ -109,7 +109,7 @@ def read_outcome(folder: Path, *, multiplier: float, seed: int) -> Outcome:
     """
     summary = read_run(folder).summary
     if summary is None:
-        raise ValueError(f"{folder} has not come to its end; run the study again, which goes on with it")
+        raise ValueError(f"the run in {folder} is not finished; start the study again to continue it")
     return Outcome(
         multiplier=multiplier,
         seed=seed,
@@ -200,8 +200,8 @@ def draw(arms: Sequence[ArmOutcome], path: Path) -> None:
         row[0].set(title=model, xlabel="final validation loss (nats); bar: mean of the seeds")
         row[0].set_yticks(range(len(group)), [arm.label for arm in group])
         for i, arm in enumerate(group):
-            shown = [(run.multiplier, run.loss) for run in sorted(arm.sweep, key=lambda run: run.multiplier)]
-            finite = [(multiplier, loss) for multiplier, loss in shown if math.isfinite(loss)]
+            losses = [(run.multiplier, run.loss) for run in sorted(arm.sweep, key=lambda run: run.multiplier)]
+            finite = [(multiplier, loss) for multiplier, loss in losses if math.isfinite(loss)]
             row[1].plot(*zip(*finite, strict=True) if finite else ([], []), color=f"C{i}", marker="o", ms=4)
         row[1].set_xscale("log", base=2)
         row[1].xaxis.set(major_locator=FixedLocator(sorted(group[0].grid)), minor_locator=NullLocator())
@@ -260,14 +260,14 @@ def _spread(values: Sequence[float], text: Callable[[float], str], unit: str = "
 
 
 def _numbers(arms: Iterable[ArmOutcome], settings: dict[str, Any]) -> dict[str, Any]:
-    found = []
+    entries = []
     for arm in arms:
         numbers = asdict(arm) | {"best": arm.best, "note": arm.note}
         for measure in ("loss", "load_cv", "dead"):
             mean, spread = mean_and_spread(arm.values(measure))
             numbers[measure] = {"mean": mean, "standard_deviation": spread}
-        found.append(numbers)
-    return {"settings": settings, "arms": found}
+        entries.append(numbers)
+    return {"settings": settings, "arms": entries}
 
 
 def _plain(value: Any) -> Any:

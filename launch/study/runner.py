@@ -51,7 +51,7 @@ class Runner:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        before = [signal.signal(number, self._stop) for number in numbers]
+        handlers = [signal.signal(number, self._stop) for number in numbers]
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=self._console, disable=not self._console.is_terminal) as progress:
             bar = progress.add_task("starting", total=self._total, completed=self._before)
@@ -62,7 +62,7 @@ class Runner:
                 if self._running:
                     self._say(f"stopping {len(self._running)} runs, which save first")
                     self._end()
-                for number, handler in zip(numbers, before, strict=True):
+                for number, handler in zip(numbers, handlers, strict=True):
                     signal.signal(number, handler)
 
     def _step(self) -> bool:
@@ -78,8 +78,8 @@ class Runner:
             time.sleep(0.2)
             ended = self._collect()
         for run in ended:
-            told = "failed" if run.name in self.failed else self._loss(run)
-            self._say(f"[{self._done()}/{self._total}] {run.name}: {told}; {self._left()}")
+            result = "failed" if run.name in self.failed else self._loss(run)
+            self._say(f"[{self._done()}/{self._total}] {run.name}: {result}; {self._left()}")
         return bool(ended)
 
     def _say(self, text: str) -> None:
@@ -167,7 +167,9 @@ def _locked(folder: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"a study, or a run that it started, is at work in {folder}; wait or stop it") from None
+            raise ValueError(
+                f"another study, or a run that it started, is working in {folder}; wait for it or stop it"
+            ) from None
         yield file.fileno()
 
 
@@ -179,8 +181,11 @@ def _list(study: Study) -> None:
             at = "best" if outcome.best is None else f"{outcome.best:g}"
             done = any(run.seed == seed for run in outcome.further)
             print(f"{arm.key}/x{at}-seed{seed}{'  done' if done else ''}")
-    each = len(study.multipliers) + len(study.seeds)
-    print(f"{len(study.arms)} arms × ({len(study.multipliers)} + {len(study.seeds)}) = {len(study.arms) * each} runs")
+    runs_per_arm = len(study.multipliers) + len(study.seeds)
+    print(
+        f"{len(study.arms)} arms × ({len(study.multipliers)} + {len(study.seeds)}) = "
+        f"{len(study.arms) * runs_per_arm} runs"
+    )
 
 
 def _execute(study: Study) -> int:
@@ -193,7 +198,7 @@ def _execute(study: Study) -> int:
     for name, log in runner.failed.items():
         print(f"failed: {name}, see {log}", file=sys.stderr)
     if runner.stopped_by is not None:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues the study", file=sys.stderr)
         return 128 + runner.stopped_by
     return 1 if runner.failed else 0
 
@@ -231,5 +236,5 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped before the first run; the same command goes on from here", file=sys.stderr)
+        print("stopped before the first run; the same command continues the study", file=sys.stderr)
         return 128 + signal.SIGINT

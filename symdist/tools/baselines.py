@@ -36,12 +36,12 @@ class Parts:
     Attributes:
         matrices: Hidden matrices.
         stacks: Stacks of hidden matrices, such as the experts.
-        rest: All other parameters.
+        others: All other parameters.
     """
 
     matrices: dict[str, nn.Parameter]
     stacks: dict[str, nn.Parameter]
-    rest: dict[str, nn.Parameter]
+    others: dict[str, nn.Parameter]
 
     @property
     def hidden(self) -> dict[str, nn.Parameter]:
@@ -61,16 +61,16 @@ def parts(model: nn.Module) -> Parts:
     Raises:
         ValueError: If a matrix has no known role.
     """
-    found = Parts(matrices={}, stacks={}, rest={})
+    divided = Parts(matrices={}, stacks={}, others={})
     for group in route(model, "muon"):
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             if group["rule"] != "muon":
-                found.rest[name] = parameter
+                divided.others[name] = parameter
             elif parameter.dim() == 2:
-                found.matrices[name] = parameter
+                divided.matrices[name] = parameter
             else:
-                found.stacks[name] = parameter
-    return found
+                divided.stacks[name] = parameter
+    return divided
 
 
 def build_baseline(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -88,7 +88,7 @@ def build_baseline(name: str, model: nn.Module) -> list[torch.optim.Optimizer]:
     """
     if name == ADAMW:
         return [_adamw(dict(model.named_parameters()))]
-    return _YARDSTICKS[name].build(parts(model))
+    return _BASELINES[name].build(parts(model))
 
 
 def describe_baseline(name: str, model: nn.Module) -> str:
@@ -106,7 +106,7 @@ def describe_baseline(name: str, model: nn.Module) -> str:
     """
     if name == ADAMW:
         return "all parameters by torch.optim.AdamW, fused"
-    return _YARDSTICKS[name].describe(parts(model))
+    return _BASELINES[name].describe(parts(model))
 
 
 def refusal(name: str, model: nn.Module, ranks: int) -> str | None:
@@ -125,7 +125,7 @@ def refusal(name: str, model: nn.Module, ranks: int) -> str | None:
     Raises:
         KeyError: If the name is unknown.
     """
-    return _YARDSTICKS[name].refuse(parts(model), ranks)
+    return _BASELINES[name].refuse(parts(model), ranks)
 
 
 class AllGatherMuon(torch.optim.Optimizer):
@@ -137,6 +137,9 @@ class AllGatherMuon(torch.optim.Optimizer):
         params: DTensors of two dimensions, or of three for stacks of matrices, sharded in any way.
         lr: The learning rate; 1e-3 by default.
         momentum: The factor of the Nesterov momentum; 0.95 by default.
+
+    Example:
+        >>> optimizer = AllGatherMuon([layer.weight for layer in model.layers], lr=1e-3)
     """
 
     def __init__(self, params: Any, *, lr: float = _LR, momentum: float = 0.95):
@@ -179,7 +182,7 @@ class AllGatherMuon(torch.optim.Optimizer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Yardstick:
+class _Baseline:
     """How to build a baseline, what it steps and how, and why it cannot run, if so."""
 
     build: Callable[[Parts], list[torch.optim.Optimizer]]
@@ -191,14 +194,14 @@ def _adamw(parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters.values(), lr=_LR, fused=True)
 
 
-def _torch_muon(found: Parts) -> list[torch.optim.Optimizer]:
-    return [torch.optim.Muon(found.matrices.values(), lr=_LR), _adamw(found.stacks | found.rest)]
+def _torch_muon(divided: Parts) -> list[torch.optim.Optimizer]:
+    return [torch.optim.Muon(divided.matrices.values(), lr=_LR), _adamw(divided.stacks | divided.others)]
 
 
-def _refuse_torch_muon(found: Parts, ranks: int) -> str | None:
+def _refuse_torch_muon(divided: Parts, ranks: int) -> str | None:
     """Return why torch.optim.Muon cannot step a matrix. DTensor decides it from shapes, so alike on all ranks."""
     tried: set[torch.Size] = set()
-    for name, parameter in found.matrices.items():
+    for name, parameter in divided.matrices.items():
         if parameter.shape in tried:
             continue
         tried.add(parameter.shape)
@@ -212,57 +215,57 @@ def _refuse_torch_muon(found: Parts, ranks: int) -> str | None:
     return None
 
 
-def _muon_fsdp2(found: Parts) -> list[torch.optim.Optimizer]:
+def _muon_fsdp2(divided: Parts) -> list[torch.optim.Optimizer]:
     # It compiles only a few small functions. Do without a pool of compile processes, which would outlive this rank.
     importlib.import_module("torch._inductor.config").compile_threads = 1  # type: ignore[attr-defined]
     muon = importlib.import_module("muon_fsdp2").Muon
     # rms_scale off, to scale by the ratio of the last two dimensions: the package's other scale would use the number of
     # experts as the number of rows.
-    hidden = {"params": list(found.hidden.values()), "lr": _LR, "use_muon": True, "rms_scale": False}
-    return [muon([hidden, {"params": list(found.rest.values()), "lr": _LR, "use_muon": False}])]
+    hidden = {"params": list(divided.hidden.values()), "lr": _LR, "use_muon": True, "rms_scale": False}
+    return [muon([hidden, {"params": list(divided.others.values()), "lr": _LR, "use_muon": False}])]
 
 
-def _refuse_muon_fsdp2(found: Parts, ranks: int) -> str | None:
+def _refuse_muon_fsdp2(divided: Parts, ranks: int) -> str | None:
     if importlib.util.find_spec("muon_fsdp2") is None:
         return "not installed: pip install muon-fsdp2"
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
         return f"it runs under torch.compile, which finds no {compiler}: install one, or set TORCHDYNAMO_DISABLE=1"
-    for name, parameter in found.hidden.items():
+    for name, parameter in divided.hidden.items():
         if parameter.shape[0] % ranks:
             return f"it gathers equal shards only, and {name} {list(parameter.shape)} is uneven on {ranks} ranks"
     return None
 
 
-def _counted(found: Parts) -> str:
-    stacks = f" and {len(found.stacks)} stacks of experts" if found.stacks else ""
-    return f"{len(found.matrices)} hidden matrices{stacks}"
+def _counted(divided: Parts) -> str:
+    stacks = f" and {len(divided.stacks)} stacks of experts" if divided.stacks else ""
+    return f"{len(divided.matrices)} hidden matrices{stacks}"
 
 
-_YARDSTICKS: dict[str, _Yardstick] = {
-    "torch.optim.Muon": _Yardstick(
+_BASELINES: dict[str, _Baseline] = {
+    "torch.optim.Muon": _Baseline(
         build=_torch_muon,
-        describe=lambda found: (
-            f"{len(found.matrices)} hidden matrices by torch.optim.Muon on DTensors; the other "
-            f"{len(found.stacks) + len(found.rest)}, {'experts included, ' if found.stacks else ''}"
+        describe=lambda divided: (
+            f"{len(divided.matrices)} hidden matrices by torch.optim.Muon on DTensors; the other "
+            f"{len(divided.stacks) + len(divided.others)}, {'experts included, ' if divided.stacks else ''}"
             "by torch.optim.AdamW, fused"
         ),
         refuse=_refuse_torch_muon,
     ),
-    "muon-fsdp2": _Yardstick(
+    "muon-fsdp2": _Baseline(
         build=_muon_fsdp2,
-        describe=lambda found: (
-            f"{_counted(found)} by the package's Muon, each gathered to one rank, rms_scale off; "
-            f"the other {len(found.rest)} by its AdamW"
+        describe=lambda divided: (
+            f"{_counted(divided)} by the package's Muon, each gathered to one rank, rms_scale off; "
+            f"the other {len(divided.others)} by its AdamW"
         ),
         refuse=_refuse_muon_fsdp2,
     ),
-    "all-gather-muon": _Yardstick(
-        build=lambda found: [AllGatherMuon(found.hidden.values()), _adamw(found.rest)],
-        describe=lambda found: (
-            f"{_counted(found)} by Muon in bfloat16, each gathered to all ranks; "
-            f"the other {len(found.rest)} by torch.optim.AdamW, fused"
+    "all-gather-muon": _Baseline(
+        build=lambda divided: [AllGatherMuon(divided.hidden.values()), _adamw(divided.others)],
+        describe=lambda divided: (
+            f"{_counted(divided)} by Muon in bfloat16, each gathered to all ranks; "
+            f"the other {len(divided.others)} by torch.optim.AdamW, fused"
         ),
-        refuse=lambda found, ranks: None,
+        refuse=lambda divided, ranks: None,
     ),
 }

@@ -42,10 +42,10 @@ class Route:
         recipe = load_recipe(self.recipe).adjusted(lr=self.lr, overrides=parse_overrides(self.override))
         if self.ranks < 1:
             raise ValueError(f"ranks={self.ranks} must be 1 or more")
-        found = preview(self.model, recipe, mesh={"dp_shard": self.ranks})
+        routing = preview(self.model, recipe, mesh={"dp_shard": self.ranks})
         _show(
-            route_table(found, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
-            totals(found),
+            route_table(routing, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
+            totals(routing),
         )
 
 
@@ -116,12 +116,12 @@ class Plan:
             )
 
         mesh = parse_mesh(self.mesh)
-        found = planned(mesh)
-        _show(plan_table(found), *summary(found), *([alternatives_table(found)] if self.compare else []))
+        plan = planned(mesh)
+        _show(plan_table(plan), *summary(plan), *([alternatives_table(plan)] if self.compare else []))
         if self.json is not None:
-            found.write(self.json)
+            plan.write(self.json)
         if self.picture is not None:
-            draw([*map(planned, smaller_meshes(mesh)), found], self.picture)
+            draw([*map(planned, smaller_meshes(mesh)), plan], self.picture)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ class Compare:
         from symdist.tools.compare import compare, write
         from symdist.tools.tables import compare_notes, compare_table
 
-        found = []
+        comparisons = []
         for comparison in compare(
             self.model,
             self.recipes,
@@ -160,10 +160,10 @@ class Compare:
             batch=self.batch,
             sequence=self.sequence,
         ):
-            found.append(comparison)
+            comparisons.append(comparison)
             _show(compare_table(comparison), *compare_notes(comparison))
         if self.json is not None:
-            write(self.json, found)
+            write(self.json, comparisons)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,10 +186,10 @@ class Report:
         from symdist.tools.report import follow, report
 
         if self.live:
-            shown = follow(self.runs, output=self.output, picture=self.picture, every=self.every)
+            lines = follow(self.runs, output=self.output, picture=self.picture, every=self.every)
         else:
-            shown = report(self.runs, output=self.output, picture=self.picture)
-        _show(*shown)
+            lines = report(self.runs, output=self.output, picture=self.picture)
+        _show(*lines)
 
 
 _COMMANDS = {"route": Route, "plan": Plan, "compare": Compare, "report": Report}
@@ -203,6 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Args:
         arguments: The arguments without the program's name; those of the process by default.
+
+    Example:
+        >>> main(["route", "--model", "olmoe-tiny", "--recipe", "small-moe"])
     """
     try:
         _parse(arguments).run()

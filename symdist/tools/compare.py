@@ -160,9 +160,9 @@ def compare(
         if count < 1:
             raise ValueError(f"{name}={count} must be 1 or more")
     if not ranks:
-        raise ValueError("ranks is empty: give one number of processes or more")
+        raise ValueError("ranks is empty: give one or more numbers of processes")
     if unknown := sorted(set(against) - set(NAMES)):
-        raise ValueError(f"no baseline {unknown[0]!r}: one of {', '.join(NAMES)}")
+        raise ValueError(f"against: there is no baseline {unknown[0]!r}; choose from {', '.join(NAMES)}")
     # Checked in this process, which takes seconds, so that the user sees the message and not the traceback of a rank.
     plans = [(count, *_plan(model, recipes, against, count)) for count in ranks]
     return (_run(model, count, sizes, arms, refused) for count, arms, refused in plans)
@@ -188,8 +188,8 @@ def _plan(model: str, recipes: Sequence[str], against: Sequence[str], ranks: int
         ]
     for recipe in recipes:
         rules = Counter(parameter.rule for parameter in preview(model, recipe, mesh={"dp_shard": ranks}).parameters)
-        what = ", ".join(f"{count} by {rule}" for rule, count in rules.items())
-        arms.append(_Plan(name=recipe, note=f"symdist: {what}", recipe=True))
+        counts = ", ".join(f"{count} by {rule}" for rule, count in rules.items())
+        arms.append(_Plan(name=recipe, note=f"symdist: {counts}", recipe=True))
     return arms, refused
 
 

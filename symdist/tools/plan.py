@@ -177,8 +177,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         name = _SHORT.get(name.strip(), name.strip())
         if name not in _ORDER or not equals or not size.strip().isdigit() or int(size) < 1 or name in mesh:
             raise ValueError(
-                f"mesh {text!r}: {part.strip()!r} should be NAME=SIZE, each once; names are {', '.join(_ORDER)}, "
-                "and dp for dp_shard"
+                f"mesh {text!r}: {part.strip()!r} should be NAME=SIZE, with each name once; the names are "
+                f"{', '.join(_ORDER)}, and dp for dp_shard"
             )
         mesh[name] = int(size)
     return {name: mesh[name] for name in _ORDER if name in mesh}
@@ -252,9 +252,9 @@ def plan_step(
     ) as simulated:
         work = _by_rank(simulated, simulated.step(CountingTransport()))
         looked_at = _sample(work, most=_ranks_to_look_at(simulated))
-        found = {rank: _costs(simulated, rank) for rank in looked_at}
-        sender = max(found, key=lambda rank: (found[rank].sent, -rank))
-        busiest = _most(found.values())
+        costs_by_rank = {rank: _costs(simulated, rank) for rank in looked_at}
+        sender = max(costs_by_rank, key=lambda rank: (costs_by_rank[rank].sent, -rank))
+        busiest = _most(costs_by_rank.values())
         mean = sum(work) / len(work)
         tokens = machine.tokens / simulated.mesh.get("tp", 1)
         return StepPlan(
@@ -262,10 +262,10 @@ def plan_step(
             recipe=str(recipe) if isinstance(recipe, str | Path) else getattr(recipe, "name", "given"),
             mesh=dict(mesh) if zero is None else {f"ZeRO-{zero}": simulated.ranks},
             ranks=simulated.ranks,
-            looked_at=len(found),
+            looked_at=len(costs_by_rank),
             roles=_roles(simulated, sender),
             busiest=busiest,
-            mean_sent=sum(costs.sent for costs in found.values()) / len(found),
+            mean_sent=sum(costs.sent for costs in costs_by_rank.values()) / len(costs_by_rank),
             waves=len(simulated.plan.waves),
             balance=max(work) / mean if mean else 1.0,
             indivisible=simulated.plan.largest_unit / mean if mean else 1.0,
@@ -288,12 +288,12 @@ def _costs(simulated: Simulated, rank: int, only: set[int] | None = None) -> Cos
 
 
 def _most(costs: Iterable[Costs]) -> Costs:
-    each = list(costs)
+    all_costs = list(costs)
     return Costs(
-        sent=max(cost.sent for cost in each),
-        collectives=max(cost.collectives for cost in each),
-        flops=max(cost.flops for cost in each),
-        peak_bytes=max(cost.peak_bytes for cost in each),
+        sent=max(cost.sent for cost in all_costs),
+        collectives=max(cost.collectives for cost in all_costs),
+        flops=max(cost.flops for cost in all_costs),
+        peak_bytes=max(cost.peak_bytes for cost in all_costs),
     )
 
 
@@ -342,7 +342,7 @@ def _roles(simulated: Simulated, rank: int) -> list[RoleCosts]:
     ]
 
 
-def _alternatives(simulated: Simulated, ours: Costs) -> list[Alternative]:
+def _alternatives(simulated: Simulated, planned: Costs) -> list[Alternative]:
     """Estimate what other optimizers would cost for the matrices that matrix rules step, sharded in the same way."""
     gathered = exchanged = all_work = shared_work = 0.0
     by_shape: dict[tuple[tuple[int, ...], int], list[Stack]] = {}
@@ -363,7 +363,7 @@ def _alternatives(simulated: Simulated, ours: Costs) -> list[Alternative]:
         exchanged += 2 * batches * math.prod(shape) * 2 * (shards - 1) / shards
         shared_work += batches * _unit_flops(stacks[0]) * units_of(stacks[0])
     return [
-        Alternative(name="this plan", sent=ours.sent, collectives=ours.collectives, flops=ours.flops),
+        Alternative(name="this plan", sent=planned.sent, collectives=planned.collectives, flops=planned.flops),
         Alternative(name="all-gather of every matrix", sent=gathered, collectives=matrices, flops=all_work),
         Alternative(
             name="Muon by all-to-all of equal shapes, AdamW elsewhere",
@@ -382,5 +382,5 @@ def _num_shards(layout: Layout | FlatLayout) -> int:
 
 
 def _unit_flops(stack: Stack) -> float:
-    asked = unit_cost(stack)
-    return asked.flops + asked.root_flops
+    cost = unit_cost(stack)
+    return cost.flops + cost.root_flops

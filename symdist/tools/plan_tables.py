@@ -31,9 +31,9 @@ def plan_table(plan: StepPlan) -> Table:
     for heading in ("parameters", "weights", *_HEADINGS):
         table.add_column(heading, justify="right")
     for role in plan.roles:
-        placed = ", ".join(f"{strategy} {count}" for strategy, count in role.strategies.items())
+        strategies = ", ".join(f"{strategy} {count}" for strategy, count in role.strategies.items())
         weights = f"{role.weights:,}"
-        table.add_row(role.role, ", ".join(role.rules), placed, str(role.parameters), weights, *_cells(role.costs))
+        table.add_row(role.role, ", ".join(role.rules), strategies, str(role.parameters), weights, *_cells(role.costs))
     parameters, weights = (sum(getattr(role, key) for role in plan.roles) for key in ("parameters", "weights"))
     table.add_section()
     table.add_row("step", "", "", str(parameters), f"{weights:,}", *_cells(plan.busiest))
@@ -50,12 +50,12 @@ def summary(plan: StepPlan) -> list[str]:
         The lines.
     """
     machine = plan.machine
-    seen = "all ranks" if plan.looked_at == plan.ranks else f"{plan.looked_at} of {plan.ranks:,} ranks looked at"
+    ranks = "all ranks" if plan.looked_at == plan.ranks else f"{plan.looked_at} of {plan.ranks:,} ranks looked at"
     milliseconds = [
         f"{seconds * 1e3:,.2f} ms" for seconds in (plan.communication_seconds, plan.compute_seconds, plan.model_seconds)
     ]
     return [
-        f"The step's row is the most of {seen}; they send {in_bytes(plan.mean_sent)} on average. A role's row is that "
+        f"The step's row is the most of {ranks}; they send {in_bytes(plan.mean_sent)} on average. A role's row is that "
         "role alone, on the rank that sends most; roles share collectives.",
         f"{plan.waves} waves. Work of the busiest rank over the mean: {plan.balance:.3f}; no assignment of whole "
         f"matrices can go below {max(1.0, plan.indivisible):.3f}.",

@@ -57,19 +57,23 @@ def preview(
 
     Raises:
         ValueError: If `build`, `shard`, `route` or `SymDist` would refuse the model, recipe or mesh.
+
+    Example:
+        >>> routing = preview("olmoe-tiny", "small-moe", mesh={"dp_shard": 2})
+        >>> [(parameter.name, parameter.strategy) for parameter in routing.parameters]
     """
     with simulate_on(model, recipe, mesh=mesh, zero=zero, built=built) as simulated:
         counting = CountingTransport()
         simulated.step(counting)
-        where = simulated.plan.strategies()
-        found = {
-            member.name: assignment(member, simulated.groups[member.group], where.get(i, "local"))
+        strategies = simulated.plan.strategies()
+        assignments = {
+            member.name: assignment(member, simulated.groups[member.group], strategies.get(i, "local"))
             for i, member in enumerate(simulated.members)
         }
         order = {name: i for i, (name, _) in enumerate(simulated.model.named_parameters())}
         return Preview(
             # Parts of a parameter that is cut in several come last.
-            parameters=sorted(found.values(), key=lambda each: order.get(each.name, len(order))),
+            parameters=sorted(assignments.values(), key=lambda parameter: order.get(parameter.name, len(order))),
             groups=len(simulated.groups),
             stacks=len({member.stack for member in simulated.members} - {None}),
             collectives=counting.collectives,

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.table import Table
 
 from symdist.tools.report_page import model_line, page, summary_columns
-from symdist.tools.run_log import Run, in_time, readers
+from symdist.tools.run import Run, in_time
+from symdist.tools.run_log import readers
 
 # Seconds between calls of `stop` while waiting for the next reading.
 _ATTENTION = 0.1
@@ -80,16 +81,16 @@ def follow(
         raise ValueError(f"every={every} must be positive")
     followed = readers(folders)
     runs = [reader.read() for reader in followed]
-    shown: list[Any] = []
+    shown_states: list[Any] = []
     try:
         with Live(console=console or Console(), auto_refresh=False, transient=True) as live:
             while True:
                 now = time.time()
                 going = not all(run.finished for run in runs)
-                seen = [(run, run.state(now).kind) for run in runs]
-                if seen != shown:
+                states = [(run, run.state(now).kind) for run in runs]
+                if states != shown_states:
                     write_page(runs, output, live=going, every=every, now=now)
-                    shown = seen
+                    shown_states = states
                 live.update(live_table(runs, now), refresh=True)
                 if not going or _stopped(stop, every):
                     break
@@ -109,10 +110,10 @@ def follow(
 def _stopped(stop: Callable[[], bool], seconds: float) -> bool:
     end = time.monotonic() + seconds
     while not stop():
-        rest = end - time.monotonic()
-        if rest <= 0:
+        remaining = end - time.monotonic()
+        if remaining <= 0:
             return False
-        time.sleep(min(rest, _ATTENTION))
+        time.sleep(min(remaining, _ATTENTION))
     return True
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from symdist.tools.run_log import Run, at_step
+from symdist.tools.run import Run, at_step
 
 # The most points of all curves together, which come to some megabytes, and the range of the limit for one curve, whose
 # upper end is more than a screen has pixels.
@@ -80,17 +80,19 @@ def curves(runs: Sequence[Run]) -> tuple[dict[str, Any], int]:
                 curve["mean"] = _encoded(*means(steps, values, width))
             panel["curves"].append(curve)
     order = {key: i for i, key in enumerate(_MEASURES)}
-    placed = sorted(
+    ordered = sorted(
         panels.values(),
         key=lambda panel: (_GROUPS.index(panel["group"]), order.get(panel["key"], len(order)), panel["title"]),
     )
     if any(curve["kind"] != "train" for curve in panels.get("loss", {"curves": []})["curves"]):
-        apart = [curve for curve in panels["loss"]["curves"] if curve["kind"] == "validation"]
-        place = placed.index(panels["loss"]) + 1
-        placed.insert(place, {**panels["loss"], "key": "validation", "title": "Validation loss", "curves": apart})
+        validation_curves = [curve for curve in panels["loss"]["curves"] if curve["kind"] == "validation"]
+        index = ordered.index(panels["loss"]) + 1
+        ordered.insert(
+            index, {**panels["loss"], "key": "validation", "title": "Validation loss", "curves": validation_curves}
+        )
     data = {
         "groups": _GROUPS,
-        "panels": placed,
+        "panels": ordered,
         "runs": [
             {"name": run.name, "tokens": run.tokens_per_step, "clock": _clock(run), "last": run.last_step}
             for run in runs
@@ -123,8 +125,8 @@ def thin(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[lis
             kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
         if len(finite) < len(bucket):
             kept.add(next(i for i in bucket if not math.isfinite(values[i])))
-    chosen = sorted(kept)
-    return [steps[i] for i in chosen], [values[i] for i in chosen]
+    indices = sorted(kept)
+    return [steps[i] for i in indices], [values[i] for i in indices]
 
 
 def means(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
@@ -138,17 +140,17 @@ def means(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[li
     Returns:
         The last step of each `width` points, and their mean.
     """
-    found: tuple[list[int], list[float]] = ([], [])
+    averaged: tuple[list[int], list[float]] = ([], [])
     for start in range(0, len(steps), width):
         finite = [value for value in values[start : start + width] if math.isfinite(value)]
-        found[0].append(steps[min(start + width, len(steps)) - 1])
-        found[1].append(sum(finite) / len(finite) if finite else math.nan)
-    return found
+        averaged[0].append(steps[min(start + width, len(steps)) - 1])
+        averaged[1].append(sum(finite) / len(finite) if finite else math.nan)
+    return averaged
 
 
 def _encoded(steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
     # Store differences of steps, since they are short numbers and steps make up much of a page with many curves.
-    jumps = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+    jumps = [step - previous for step, previous in zip(steps, [0, *steps], strict=False)]
     return {"steps": jumps, "values": [_short(value) for value in values]}
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 from symdist.tools.report_curves import curves
-from symdist.tools.run_log import Run
+from symdist.tools.run import Run
+from symdist.tools.run_format import PLAN, ROUTING, RUN, assignments_of
 from symdist.tools.tables import in_bytes, route_table
 
+# The page shows only so many events of a run, the last ones.
 _EVENTS = 400
 
 # Settings that differ between any two runs, and are left out of their comparison.
-_OWN = ("output", "started")
+_ALWAYS_DIFFERENT = ("output", "started")
 
 _CONTROLS = """
 <div class="controls" role="toolbar" aria-label="Curves">
@@ -47,6 +49,9 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
 
     Returns:
         The text of the page.
+
+    Raises:
+        ValueError: If a run's routing or plan has other keys than `symdist.tools.run_format` describes.
     """
     names = ", ".join(run.name for run in runs)
     legend = "".join(
@@ -65,8 +70,8 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
         _section("Routing", _routing(runs), key="routing"),
         _section("Plan of a step", _plans(runs), key="plan"),
     ]
-    drawn, thinned = curves(runs)
-    data = {**drawn, "live": live, "every": every, "events": _marks(runs)}
+    curve_data, thinned = curves(runs)
+    data = {**curve_data, "live": live, "every": every, "events": _marks(runs)}
     note = (
         "Every line of the logs is drawn. "
         if not thinned
@@ -123,7 +128,7 @@ def summary_columns(runs: Sequence[Run], now: float) -> list[Column]:
         values = [run.figure(measure, kind) for run in runs]
         return Column(heading, tuple("" if value is None else form.format(value) for value in values))
 
-    shared = [
+    columns = [
         Column("run", tuple(run.name for run in runs)),
         Column("state", tuple(run.state(now).text for run in runs)),
         Column("step", tuple(f"{run.last_step:,}" + (f" of {run.steps:,}" if run.steps else "") for run in runs)),
@@ -138,7 +143,7 @@ def summary_columns(runs: Sequence[Run], now: float) -> list[Column]:
         figures("skipped", "{:.0f}", "skipped_steps"),
         figures("spikes", "{:.0f}", "spikes"),
     ]
-    return [column for column in shared if any(column.cells)]
+    return [column for column in columns if any(column.cells)]
 
 
 def model_line(runs: Sequence[Run]) -> str:
@@ -152,20 +157,20 @@ def model_line(runs: Sequence[Run]) -> str:
     """
 
     def common(key: str) -> Any:
-        found = [run.fact(key) for run in runs]
-        return found[0] if all(value == found[0] for value in found) else None
+        values = [run.fact(key) for run in runs]
+        return values[0] if all(value == values[0] for value in values) else None
 
-    said = [common("model") or "several models"]
+    parts = [common("model") or "several models"]
     if parameters := common("parameters"):
         active = common("active_parameters")
-        part = f" ({_si(active)} active)" if active and active != parameters else ""
-        said.append(f"{_si(parameters)} parameters{part}")
+        note = f" ({_si(active)} active)" if active and active != parameters else ""
+        parts.append(f"{_si(parameters)} parameters{note}")
     steps, tokens = common("steps"), {run.tokens_per_step for run in runs}
     if steps and len(tokens) == 1 and (step_tokens := tokens.pop()):
-        said.append(f"{_si(steps * step_tokens)} tokens")
+        parts.append(f"{_si(steps * step_tokens)} tokens")
     if ranks := common("ranks"):
-        said.append("1 rank" if ranks == 1 else f"{ranks:,} ranks")
-    return ", ".join(said) if len(said) > 1 or common("model") else ""
+        parts.append("1 rank" if ranks == 1 else f"{ranks:,} ranks")
+    return ", ".join(parts) if len(parts) > 1 or common("model") else ""
 
 
 def _subtitle(runs: Sequence[Run]) -> str:
@@ -187,8 +192,8 @@ def _summary(runs: Sequence[Run], now: float) -> str:
     rows = []
     for i, cells in enumerate(zip(*(column.cells for column in columns), strict=True)):
         state = runs[i].state(now).kind
-        name, said, *rest = map(escape, cells)
-        rows.append([f"{_swatch(i)}{name}", f'<span class="state {state}">{said}</span>', *rest])
+        name, state_text, *others = map(escape, cells)
+        rows.append([f"{_swatch(i)}{name}", f'<span class="state {state}">{state_text}</span>', *others])
     return _table([column.heading for column in columns], rows, numbers=2)
 
 
@@ -197,18 +202,21 @@ def _events(runs: Sequence[Run]) -> str:
     for i, run in enumerate(runs):
         for event in run.events[-_EVENTS:]:
             kind = escape(str(event.get("event", "")))
-            when = event.get("time")
-            stamp = f'<time data-at="{float(when):.0f}"></time>' if isinstance(when, int | float) else ""
+            seconds = event.get("time")
+            stamp = f'<time data-at="{float(seconds):.0f}"></time>' if isinstance(seconds, int | float) else ""
             cells = [stamp, f"{_swatch(i)}{escape(run.name)}", escape(str(event.get("step", "")))]
             rows.append(
-                (when or 0, [*cells, f'<span class="event {kind}">{kind}</span>', escape(str(event.get("text", "")))])
+                (
+                    seconds or 0,
+                    [*cells, f'<span class="event {kind}">{kind}</span>', escape(str(event.get("text", "")))],
+                )
             )
     notes = []
     for run in runs:
         if len(run.events) > _EVENTS:
             notes.append(f"{run.name}: the last {_EVENTS} of {len(run.events):,} events are shown.")
-        if run.torn_events:
-            notes.append(f"{run.name}: {run.torn_events} incomplete lines of events are left out.")
+        if run.incomplete_events:
+            notes.append(f"{run.name}: {run.incomplete_events} incomplete lines of events are left out.")
     if not rows:
         return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     rows.sort(key=lambda row: row[0])
@@ -221,19 +229,19 @@ def _events(runs: Sequence[Run]) -> str:
 def _configuration(runs: Sequence[Run]) -> str:
     flat = [dict(_flat(_settings(run))) for run in runs]
     # Compare only runs with known settings; a run without any would differ in all of them.
-    told = [i for i, run in enumerate(runs) if run.facts]
-    keys = dict.fromkeys(key for i in told for key in flat[i] if key.rpartition(".")[2] not in _OWN)
-    differing = [key for key in keys if len({flat[i].get(key) for i in told}) > 1]
+    known = [i for i, run in enumerate(runs) if run.facts]
+    keys = dict.fromkeys(key for i in known for key in flat[i] if key.rpartition(".")[2] not in _ALWAYS_DIFFERENT)
+    differing = [key for key in keys if len({flat[i].get(key) for i in known}) > 1]
     text = ""
     if differing:
-        heads = ["", *(f"{_swatch(i)}{escape(runs[i].name)}" for i in told)]
-        rows = [[escape(key), *(escape(flat[i].get(key, "–")) for i in told)] for key in differing]
+        heads = ["", *(f"{_swatch(i)}{escape(runs[i].name)}" for i in known)]
+        rows = [[escape(key), *(escape(flat[i].get(key, "–")) for i in known)] for key in differing]
         text = "<h3>Where the runs differ</h3>" + _table(heads, rows, raw_heads=True)
-    elif len(told) > 1:
+    elif len(known) > 1:
         text = '<p class="note">The runs were given the same configuration.</p>'
-    silent = [run.name for run in runs if not run.facts]
-    if silent:
-        text += f'<p class="note">No run.json: {escape(", ".join(silent))}. Only what the summary says is known.</p>'
+    without = [run.name for run in runs if not run.facts]
+    if without:
+        text += f'<p class="note">No {RUN}: {escape(", ".join(without))}. Only what the summary says is known.</p>'
     for i, run in enumerate(runs):
         if flat[i]:
             rows = [[escape(key), escape(value)] for key, value in flat[i].items()]
@@ -249,7 +257,7 @@ def _settings(run: Run) -> dict[str, Any]:
         # Jobs also write some settings of their configuration outside of it. Leave out these repetitions.
         return {key: value for key, value in run.facts.items() if config.get(key) != value}
     keys = ("model", "recipe", "steps", "ranks", "parameters", "active_parameters")
-    return {key: run.summary[key] for key in keys if key in run.summary} if run.summary else {}
+    return {key: value for key, value in run.summary.items() if key in keys} if run.summary else {}
 
 
 def _flat(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -261,24 +269,22 @@ def _flat(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _routing(runs: Sequence[Run]) -> str:
-    from symdist.assignment import Assignment
     from symdist.tools.preview import Preview
 
-    def told(run: Run) -> str:
+    def routing_of(run: Run) -> str:
         if not run.routing:
             return ""
-        parameters = [Assignment(**{**row, "shape": tuple(row["shape"])}) for row in run.routing]
         # Use the table of `symdist route`, so that both look the same.
-        shown = Preview(parameters=parameters, groups=0, stacks=0, collectives=0, sent=0)
-        table = route_table(shown, title="", fold=True)
+        routed = Preview(parameters=assignments_of(run.routing), groups=0, stacks=0, collectives=0, sent=0)
+        table = route_table(routed, title="", fold=True)
         cells = zip(*([escape(str(cell)) for cell in column.cells] for column in table.columns), strict=True)
         return _table([str(column.header) for column in table.columns], [list(row) for row in cells])
 
-    return _alike(runs, told, key="route")
+    return _once_if_alike(runs, routing_of, file=ROUTING, key="route")
 
 
 def _plans(runs: Sequence[Run]) -> str:
-    def told(run: Run) -> str:
+    def plan_of(run: Run) -> str:
         plan = run.plan
         if not plan:
             return ""
@@ -290,7 +296,7 @@ def _plans(runs: Sequence[Run]) -> str:
             [
                 escape(role["role"]),
                 escape(", ".join(role["rules"])),
-                escape(", ".join(f"{place} {count}" for place, count in role["strategies"].items())),
+                escape(", ".join(f"{strategy} {count}" for strategy, count in role["strategies"].items())),
                 f"{role['parameters']:,}",
                 f"{role['weights']:,}",
             ]
@@ -303,21 +309,29 @@ def _plans(runs: Sequence[Run]) -> str:
             + (_table(["role", "rules", "strategy", "parameters", "weights"], roles, numbers=3) if roles else "")
         )
 
-    return _alike(runs, told, key="plan")
+    return _once_if_alike(runs, plan_of, file=PLAN, key="plan")
 
 
-def _alike(runs: Sequence[Run], told: Any, *, key: str) -> str:
-    """Return the text on each run, written only once for runs whose text is the same."""
-    said: dict[str, list[int]] = {}
+def _once_if_alike(runs: Sequence[Run], text_of: Callable[[Run], str], *, file: str, key: str) -> str:
+    """Return the text on each run, written only once for runs whose text is the same.
+
+    `text_of` reads the run's `file`, which the error message names; ids of HTML elements begin with `key`.
+    """
+    runs_by_text: dict[str, list[int]] = {}
     for i, run in enumerate(runs):
         try:
-            said.setdefault(told(run), []).append(i)
+            runs_by_text.setdefault(text_of(run), []).append(i)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{run.folder}: {key} file is not of the form expected: {error!r}") from None
-    said.pop("", None)
+            raise ValueError(
+                f"{run.folder / file} lacks a key or has a wrong one ({error!r}); remove the file to see the run "
+                "without it"
+            ) from None
+    runs_by_text.pop("", None)
     return "".join(
-        _details(" ".join(f"{_swatch(i)}{escape(runs[i].name)}" for i in who), text, key=f"{key}-{who[0]}", raw=True)
-        for text, who in said.items()
+        _details(
+            " ".join(f"{_swatch(i)}{escape(runs[i].name)}" for i in alike), text, key=f"{key}-{alike[0]}", raw=True
+        )
+        for text, alike in runs_by_text.items()
     )
 
 

@@ -20,9 +20,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, FlatJob, Job, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS, ranks_that_agree
 from symdist.layouts import Group, Layout
-from symdist.param_groups import ParamSpec, describe_param, plan_params, with_defaults
+from symdist.param_groups import with_defaults
+from symdist.param_specs import ParamSpec, describe_param
 from symdist.routing.recipes import RecipeLike
 from symdist.routing.route import route
+from symdist.step_plan import plan_params
 from symdist.tools.models import build, shard
 
 
@@ -81,15 +83,15 @@ class Simulated:
         Returns:
             The index. The rank's group runs along the same mesh dimensions as `group`.
         """
-        along, stride = rank, self.ranks
-        here = 0
+        remainder, stride = rank, self.ranks
+        place = 0
         for size in self.mesh.values():
             stride //= size
-            coordinate, along = divmod(along, stride)
+            coordinate, remainder = divmod(remainder, stride)
             # Rank 0's group extends along this dimension if it contains the next rank in it.
             if size > 1 and stride in self._members_of(group):
-                here += coordinate * stride
-        return bisect.bisect_left(group.ranks, here)
+                place += coordinate * stride
+        return bisect.bisect_left(group.ranks, place)
 
     def _members_of(self, group: Group) -> frozenset[int]:
         return self._sets.setdefault(group.ranks, frozenset(group.ranks))
@@ -119,16 +121,16 @@ class Simulated:
     def _of(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Job | None:
         """Return the part of a job that belongs to the members `only`, as a rank sees it; None if there is none."""
         assert isinstance(job, Job), "DTensors alone are simulated"
-        kept = [i for i, member in enumerate(job.members) if only is None or member in only]
-        if not kept:
+        indices = [i for i, member in enumerate(job.members) if only is None or member in only]
+        if not indices:
             return None
         units = len(job.owners) // len(job.members)
         return dataclasses.replace(
             job,
             stack=dataclasses.replace(job.stack, layout=self.layout(job.stack.layout, rank)),
-            members=tuple(job.members[i] for i in kept),
-            owners=tuple(owner for i in kept for owner in job.owners[i * units : (i + 1) * units]),
-            stages=tuple(job.stages[i] for i in kept) if job.stages else (),
+            members=tuple(job.members[i] for i in indices),
+            owners=tuple(owner for i in indices for owner in job.owners[i * units : (i + 1) * units]),
+            stages=tuple(job.stages[i] for i in indices) if job.stages else (),
         )
 
 
@@ -157,6 +159,12 @@ def simulate(
 
     Raises:
         ValueError: If `build`, `shard`, `route` or `SymDist` would refuse the model, recipe or mesh.
+
+    Example:
+        >>> counting = CountingTransport()
+        >>> with simulate("olmoe-tiny", "small-moe", mesh={"dp_shard": 64}) as simulated:
+        ...     simulated.step(counting, rank=63)
+        >>> counting.collectives, counting.sent
     """
     # Not a public class, but only this process group has a size without other processes.
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -16,9 +16,11 @@ from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, F
 from symdist.gradients.nonfinite import FLAGS
 from symdist.layouts import Group
 from symdist.layouts.flat import flat_bounds, flat_vector
-from symdist.param_groups import ParamSpec, describe_param, flat_parts, plan_params, with_defaults
+from symdist.param_groups import with_defaults
+from symdist.param_specs import ParamSpec, describe_param, flat_parts
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 from symdist.routing.route import route
+from symdist.step_plan import plan_params
 from symdist.tools.models import build
 from symdist.tools.simulate import Simulated, simulate
 
@@ -46,7 +48,7 @@ class SimulatedFlat(Simulated):
         """Return the index of a rank in a group: all ranks are in one group, in order."""
         return rank
 
-    def seen_by(self, rank: int) -> tuple[list[ParamSpec], Plan]:
+    def on_rank(self, rank: int) -> tuple[list[ParamSpec], Plan]:
         """Return the members and the plan of the optimizer on a rank.
 
         Args:
@@ -60,9 +62,9 @@ class SimulatedFlat(Simulated):
         for i, group in enumerate(self.groups):
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 parts = flat_parts(name, tuple(parameter.shape), group, bounds=self.bounds[name], ranks=ranks)
-                for its_name, layout, _ in parts:
+                for part_name, layout, _ in parts:
                     piece = torch.empty(layout.local_shape, device="meta", requires_grad=True)
-                    members.append(describe_param(piece, name=its_name, index=i, group=group, layout=layout))
+                    members.append(describe_param(piece, name=part_name, index=i, group=group, layout=layout))
         return members, plan_params(members, exchange=self.exchange)
 
     def step(
@@ -78,7 +80,7 @@ class SimulatedFlat(Simulated):
         Returns:
             The operations of every rank, by group.
         """
-        plan = self.plan if rank == 0 else self.seen_by(rank)[1]
+        plan = self.plan if rank == 0 else self.on_rank(rank)[1]
         if only is None and self.ranks > 1:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
             counting.all_reduce(torch.empty(FLAGS, device="meta"), group=everyone)
@@ -92,14 +94,14 @@ def _of(job: Job | FlatJob, only: set[int] | None) -> FlatJob | None:
         return job
     if not only & set(job.everyone):
         return None
-    kept = [i for i, member in enumerate(job.members) if member in only]
-    found = dataclasses.replace(
+    indices = [i for i, member in enumerate(job.members) if member in only]
+    reduced = dataclasses.replace(
         job,
-        members=tuple(job.members[i] for i in kept),
-        layouts=tuple(job.layouts[i] for i in kept),
-        owners=tuple(job.owners[i] for i in kept) if job.owners else (),
+        members=tuple(job.members[i] for i in indices),
+        layouts=tuple(job.layouts[i] for i in indices),
+        owners=tuple(job.owners[i] for i in indices) if job.owners else (),
     )
-    return None if not kept and (found.strategy == "local" or found.summed) else found
+    return None if not indices and (reduced.strategy == "local" or reduced.summed) else reduced
 
 
 @contextmanager
@@ -132,25 +134,25 @@ def simulate_flat(
         ValueError: For another stage, or if `build`, `route` or `SymDist` would refuse the model or recipe.
     """
     if stage not in (1, 2, 3):
-        raise ValueError(f"zero={stage} is not a stage that partitions anything; there are 1, 2 and 3")
+        raise ValueError(f"zero={stage} must be a ZeRO stage that partitions something: 1, 2 or 3")
     loaded = load_recipe(recipe)
-    made = model if isinstance(model, nn.Module) else build(model, device="meta", **(built or {}))
-    routed = [with_defaults(group) for group in route(made, loaded)]
+    module = model if isinstance(model, nn.Module) else build(model, device="meta", **(built or {}))
+    routed = [with_defaults(group) for group in route(module, loaded)]
     kinds = list(dict.fromkeys(loaded.kind_of(group["role"], group["rule"]) for group in routed))
     # Sort the groups as an engine does: one vector after another.
     groups = sorted(routed, key=lambda group: kinds.index(loaded.kind_of(group["role"], group["rule"])))
-    found = SimulatedFlat(
-        model=made,
+    simulated = SimulatedFlat(
+        model=module,
         mesh={"zero": ranks},
         groups=groups,
         members=[],
         plan=Plan(local=[], waves=[]),
         stage=stage,
-        bounds=_bounds(made, groups, loaded, stage=stage, ranks=ranks),
+        bounds=_bounds(module, groups, loaded, stage=stage, ranks=ranks),
         exchange=ExchangeOptions.of(exchange),
     )
-    members, plan = found.seen_by(0)
-    yield dataclasses.replace(found, members=members, plan=plan)
+    members, plan = simulated.on_rank(0)
+    yield dataclasses.replace(simulated, members=members, plan=plan)
 
 
 def simulate_on(
@@ -174,7 +176,9 @@ def simulate_on(
     if zero is None:
         return simulate(model, recipe, mesh=mesh, **options)
     if set(mesh) != {"dp_shard"}:
-        raise ValueError(f"ZeRO partitions over data parallelism alone: mesh is {dict(mesh)}, give dp=… only")
+        raise ValueError(
+            f"zero={zero}: ZeRO partitions over data-parallel ranks only, but mesh is {dict(mesh)}; give dp=… only"
+        )
     return simulate_flat(model, recipe, stage=zero, ranks=mesh["dp_shard"], **options)
 
 
@@ -186,8 +190,8 @@ def _bounds(
         return {name: flat_bounds(0, size, part=-(-size // ranks), ranks=ranks) for name, size in sizes.items()}
     kind = {name: recipe.kind_of(group["role"], group["rule"]) for group in groups for name in group["param_names"]}
     bounds: dict[str, tuple[int, ...]] = {}
-    for each in dict.fromkeys(kind.values()):
-        names = [name for name in sizes if kind.get(name) == each]
-        found = flat_vector([sizes[name] for name in names], ranks=ranks, align=_ALIGN)
-        bounds.update(zip(names, found, strict=True))
+    for vector in dict.fromkeys(kind.values()):
+        names = [name for name in sizes if kind.get(name) == vector]
+        vector_bounds = flat_vector([sizes[name] for name in names], ranks=ranks, align=_ALIGN)
+        bounds.update(zip(names, vector_bounds, strict=True))
     return bounds

@@ -52,11 +52,11 @@ def read_job(path: Path) -> dict[str, Any]:
     """
     files = sorted(path.glob("*mp_rank_00_model_states.pt"))
     if not files:
-        raise CheckpointError(f"{path} is no checkpoint of DeepSpeed's; {CHOOSE}")
+        raise CheckpointError(f"{path} is not a DeepSpeed checkpoint; {CHOOSE}")
     # Memory-mapped, so that the weights in the same file are not read.
     states = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
     if JOB not in states:
-        raise CheckpointError(f"{path} was written by another program than this job; {CHOOSE}")
+        raise CheckpointError(f"{path} was not written by launch.pretrain_deepspeed; {CHOOSE}")
     return states[JOB]
 
 
@@ -93,7 +93,8 @@ def checked_job(
     newest = _pointed(directory, _LATEST) if path.parent.resolve() == directory.resolve() else None
     if newest is not None and _step(newest) > job["step"]:
         raise CheckpointError(
-            f"{directory} goes on to {newest.name}, which a run from {path.name} would mix with; give another --output"
+            f"{directory} already has the newer checkpoint {newest.name}, which would get mixed with those of a run "
+            f"from {path.name}; give another --output"
             + (f", leave load_universal out of the DeepSpeed config, or {_conversion(newest)}" if universal else "")
         )
     if universal:
@@ -105,7 +106,7 @@ def checked_job(
         return job
     if (path / "zero").is_dir():
         raise CheckpointError(
-            f'{path} is universal; give the DeepSpeed config "checkpoint": {{"load_universal": true}}'
+            f'{path} is a universal checkpoint; add "checkpoint": {{"load_universal": true}} to the DeepSpeed config'
         )
     if job["stage"] != stage:
         raise CheckpointError(
@@ -141,6 +142,6 @@ def _conversion(path: Path) -> str:
     universal = f"{path}_universal"
     return (
         f"convert it by `python -m deepspeed.checkpoint.ds_to_universal --input_folder {path} "
-        f'--output_folder {universal}`, give the DeepSpeed config "checkpoint": {{"load_universal": true}}, and '
-        f"--resume {universal}"
+        f'--output_folder {universal}`, add "checkpoint": {{"load_universal": true}} to the DeepSpeed config, and '
+        f"pass --resume {universal}"
     )

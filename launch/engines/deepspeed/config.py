@@ -1,13 +1,14 @@
 """Configuration of a run under DeepSpeed, which also completes the user's DeepSpeed JSON; imports no DeepSpeed."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.loop.config import Config
-from symdist.routing.recipes import load_recipe
+from symdist.routing.recipes import Recipe, load_recipe
 
 TYPE = "SymDist"
 """The optimizer type that `symdist_deepspeed` registers with DeepSpeed."""
@@ -35,6 +36,16 @@ class DeepSpeedRun(Config):
             return None
         return {"mesh": {"dp_shard": ranks}, "zero": stage}
 
+    def adjusted_recipe(self) -> Recipe:
+        """See `Config`; the JSON file's own "lr" and "overrides" count as well."""
+        recipe = super().adjusted_recipe()
+        settings = self._read()
+        self._fill_optimizer(settings)
+        if settings["optimizer"]["type"] != TYPE:
+            return recipe
+        params = settings["optimizer"]["params"]
+        return load_recipe(params["recipe"]).adjusted(lr=params.get("lr"), overrides=params["overrides"])
+
     def settings(self, *, ranks: int) -> dict[str, Any]:
         """Return the DeepSpeed config: the JSON file, with missing and "auto" values filled in from this configuration.
 
@@ -44,6 +55,10 @@ class DeepSpeedRun(Config):
         Raises:
             ValueError: If the file cannot be read, contradicts this configuration, or asks for sequence or tensor
                 parallelism, which this job does not support.
+
+        Example:
+            >>> DeepSpeedRun(lr=0.01).settings(ranks=2)["optimizer"]["params"]["lr"]
+            0.01
         """
         settings = self._read()
         split = f"--batch {self.batch} over {ranks} ranks × {self.accumulation} micro-batches"
@@ -64,7 +79,7 @@ class DeepSpeedRun(Config):
             if size > 1:
                 raise ValueError(
                     f"{self.deepspeed}: {name} is {size}, but this job splits data over all ranks and nothing else; "
-                    "leave it out"
+                    "leave it out of the file"
                 )
         return settings
 
@@ -76,18 +91,19 @@ class DeepSpeedRun(Config):
         except ValueError as error:
             raise ValueError(f"DeepSpeed config {self.deepspeed} is not valid JSON: {error}") from None
         if not isinstance(content, dict):
-            raise ValueError(f"DeepSpeed config {self.deepspeed} should hold an object, not {content!r}")
+            raise ValueError(f"DeepSpeed config {self.deepspeed} should hold an object ({{…}}), not {content!r}")
         return content
 
-    def _fill(self, section: dict[str, Any], key: str, value: Any, told: str) -> None:
+    def _fill(self, section: dict[str, Any], key: str, value: Any, option: str) -> None:
+        """Fill in `value` if the file has none or "auto"; if it has another, refuse it and name the run's `option`."""
         if section.get(key, _AUTO) == _AUTO:
             section[key] = value
         elif section[key] != value:
-            raise self._contradiction(key, section[key], told)
+            raise self._contradiction(key, section[key], option)
 
-    def _contradiction(self, key: str, theirs: Any, told: str) -> ValueError:
+    def _contradiction(self, key: str, theirs: Any, option: str) -> ValueError:
         return ValueError(
-            f"{self.deepspeed}: {key} is {theirs!r}, but the run has {told}; "
+            f"{self.deepspeed}: {key} is {theirs!r}, but the run has {option}; "
             f"make them agree, or leave {key} out of the file"
         )
 
@@ -95,45 +111,51 @@ class DeepSpeedRun(Config):
         for key, on in (("bf16", self.precision == "bfloat16"), ("fp16", False)):
             if _section(settings, key).get("enabled") == _AUTO:
                 settings[key]["enabled"] = on
-        found = precision(settings)
-        if self.precision not in (_AUTO, found):
+        theirs = precision(settings)
+        if self.precision not in (_AUTO, theirs):
             raise self._contradiction(
-                "the precision (bf16, fp16, torch_autocast)", found, f"--precision {self.precision}"
+                "the precision (bf16, fp16, torch_autocast)", theirs, f"--precision {self.precision}"
             )
 
     def _fill_optimizer(self, settings: dict[str, Any]) -> None:
         optimizer = settings.setdefault("optimizer", {})
         if optimizer.setdefault("type", TYPE) != TYPE:
-            if self.override:
+            if self.override or self.lr is not None:
+                option = f"--override {self.override[0]}" if self.override else f"--lr {self.lr}"
                 raise ValueError(
                     f"{self.deepspeed}: the optimizer is {optimizer['type']}, which has no recipe that "
-                    f"--override {self.override[0]} could change; give its options in the file"
+                    f"{option} could change; give its options in the file"
                 )
             if self.spike_sigma:
                 raise ValueError(
-                    f"{self.deepspeed}: the optimizer is {optimizer['type']}, which cannot leave out a step for its "
-                    "loss; leave --spike-sigma out, or take SymDist"
+                    f"{self.deepspeed}: the optimizer is {optimizer['type']}, which cannot skip a step for its loss; "
+                    f"leave --spike-sigma {self.spike_sigma} out, or choose the type {TYPE}"
                 )
             return
         params = optimizer.setdefault("params", {})
         self._fill(params, "nonfinite", self.nonfinite, f"--nonfinite {self.nonfinite}")
-        if params.get("lr") == _AUTO:
+        if self.lr is not None:
+            self._fill(params, "lr", self.lr, f"--lr {self.lr}")
+        elif params.get("lr") == _AUTO:
             del params["lr"]
+        lr = params.get("lr")
+        if lr is not None and (isinstance(lr, bool | str) or not 0 < lr < math.inf):
+            raise ValueError(f"{self.deepspeed}: lr is {lr!r}; it must be a positive number")
         if params.get("recipe", _AUTO) == _AUTO:
             params["recipe"] = self.recipe
-        theirs, ours = load_recipe(params["recipe"]), load_recipe(self.recipe)
-        if _plain(theirs.sections, theirs.patterns, theirs.schedules) != _plain(
-            ours.sections, ours.patterns, ours.schedules
+        named, chosen = load_recipe(params["recipe"]), load_recipe(self.recipe)
+        if _as_json(named.sections, named.patterns, named.schedules) != _as_json(
+            chosen.sections, chosen.patterns, chosen.schedules
         ):
-            raise self._contradiction("the recipe", theirs.name, f"--recipe {self.recipe}")
+            raise self._contradiction("the recipe", named.name, f"--recipe {self.recipe}")
         overrides = params.get("overrides", _AUTO)
         params["overrides"] = overrides = {} if overrides == _AUTO else overrides
         for role, options in self.overrides().items():
             for name, value in options.items():
-                given = overrides.setdefault(role, {}).setdefault(name, value)
-                if _plain(given) != _plain(value):
+                theirs = overrides.setdefault(role, {}).setdefault(name, value)
+                if _as_json(theirs) != _as_json(value):
                     raise self._contradiction(
-                        f"the override of {role}.{name}", given, f"--override {role}.{name}={value}"
+                        f"the override of {role}.{name}", theirs, f"--override {role}.{name}={value}"
                     )
 
 
@@ -161,6 +183,6 @@ def _section(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return settings.get(name) or {}
 
 
-def _plain(*values: Any) -> Any:
+def _as_json(*values: Any) -> Any:
     """Return the values as JSON would store them, with lists in place of tuples."""
     return json.loads(json.dumps(values))

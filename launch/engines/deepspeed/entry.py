@@ -58,10 +58,10 @@ def _import_deepspeed() -> None:
 
 def _without_local_rank(arguments: list[str]) -> Iterator[str]:
     """Yield the arguments without the launchers' `--local_rank`; set LOCAL_RANK from it if it is not set."""
-    rest = iter(arguments)
-    for word in rest:
+    remaining = iter(arguments)
+    for word in remaining:
         name, equals, value = word.partition("=")
         if name in ("--local_rank", "--local-rank"):
-            os.environ.setdefault("LOCAL_RANK", value if equals else next(rest, "0"))
+            os.environ.setdefault("LOCAL_RANK", value if equals else next(remaining, "0"))
         else:
             yield word

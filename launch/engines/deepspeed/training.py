@@ -74,8 +74,8 @@ class DeepSpeedTraining(Training):
         )
         if getattr(self.engine.checkpoint_engine, "is_decoupled", bool)():
             raise ValueError(
-                f"{self.config.deepspeed}: checkpoints that are written while training goes on are not whole when the "
-                "job goes on from saving them; leave the decoupled writer out of the file"
+                f"{self.config.deepspeed}: its decoupled checkpoint writer is still writing when a save returns, and "
+                "this job would take an incomplete checkpoint for finished; leave the writer out of the file"
             )
         return self.engine
 
@@ -87,13 +87,13 @@ class DeepSpeedTraining(Training):
         if self.stage < 3:
             if config.initialize == "sharded":
                 raise ValueError(
-                    f"--initialize sharded needs ZeRO stage 3, {config.deepspeed} has stage {self.stage}: below it, "
-                    "every rank holds all weights anyway"
+                    f"--initialize sharded needs ZeRO stage 3, but {config.deepspeed} has stage {self.stage}, where "
+                    "every rank holds all weights; leave the option out"
                 )
             # Directly on the device, which is faster than on the CPU, whose memory all ranks of a machine share.
             return self._make_model(seed=config.seed, device=self.ranks.device)
-        told = _Sharding(self.settings)
-        transformers_deepspeed.set_hf_deepspeed_config(told)
+        sharding = _Sharding(self.settings)
+        transformers_deepspeed.set_hf_deepspeed_config(sharding)
         try:
             return self._make_model(seed=config.seed)
         finally:
@@ -133,9 +133,9 @@ class DeepSpeedTraining(Training):
         return precision(self.settings) == "bfloat16"
 
     @property
-    def left_out(self) -> int:
+    def skipped(self) -> int:
         """See `Training`."""
-        return super().left_out + self.engine.skipped_steps
+        return super().skipped + self.engine.skipped_steps
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -144,10 +144,10 @@ class DeepSpeedTraining(Training):
             return super().identity
         return super().identity | {"recipe": None, "optimizer": self.settings["optimizer"]}
 
-    def found(self) -> list[Path]:
+    def finished_checkpoints(self) -> list[Path]:
         """See `Training`; if the run loads universal checkpoints, only the newest of them."""
         if not loads_universal(self.settings):
-            return super().found()
+            return super().finished_checkpoints()
         path = checkpoint.newest_universal(self.checkpoints)
         return [] if path is None else [path]
 
@@ -173,7 +173,7 @@ class DeepSpeedTraining(Training):
         job = on_all_ranks(checked, failed, CHOOSE)
         loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
-            raise CheckpointError(f"DeepSpeed found nothing to load in {path}; choose another checkpoint")
+            raise CheckpointError(f"DeepSpeed found no files to load in {path}; choose another checkpoint")
         if not universal:
             set_rng_state(json.loads(rng_file(path, self.ranks.rank).read_text()))
         return job
@@ -198,7 +198,7 @@ class DeepSpeedTraining(Training):
             self.step,
             write,
             identity=identity,
-            keep=self.kept,
+            keep=self.num_kept,
             keep_every=self.config.keep_every,
             after=checkpoint.point_to,
         )

@@ -34,23 +34,23 @@ class Mesh:
         Raises:
             ValueError: If the sizes do not multiply to `ranks`; the message names the remedy.
         """
-        given = {"dp_replicate": self.dp_replicate, "ep": self.ep, "tp": self.tp}
-        for name, size in {**given, "dp_shard": 1 if self.dp_shard is None else self.dp_shard}.items():
+        fixed = {"dp_replicate": self.dp_replicate, "ep": self.ep, "tp": self.tp}
+        for name, size in {**fixed, "dp_shard": 1 if self.dp_shard is None else self.dp_shard}.items():
             if size < 1:
                 raise ValueError(f"--mesh.{name.replace('_', '-')} is {size}; it must be at least 1")
-        others = math.prod(given.values())
-        product = " × ".join(f"{name} {size}" for name, size in given.items() if size > 1) or "the mesh"
+        others = math.prod(fixed.values())
+        product = " × ".join(f"{name} {size}" for name, size in fixed.items() if size > 1) or "the mesh"
         if self.dp_shard is None and ranks % others:
             raise ValueError(
-                f"{product} needs a multiple of {others} ranks, there are {ranks}; start as many, or make the mesh "
-                "smaller"
+                f"{product} needs a multiple of {others} ranks, there are {ranks}; start as many, or choose smaller "
+                "mesh sizes"
             )
         shard = ranks // others if self.dp_shard is None else self.dp_shard
         if others * shard != ranks:
             whole = f"dp_shard {shard}" if others == 1 else f"{product} × dp_shard {shard}"
             raise ValueError(
-                f"{whole} is {others * shard} ranks, there are {ranks}; leave out --mesh.dp-shard to take what is "
-                "left, or start as many ranks as the mesh has"
+                f"{whole} is {others * shard} ranks, there are {ranks}; leave out --mesh.dp-shard to use all ranks, or "
+                f"start {others * shard}"
             )
         return {"dp_replicate": self.dp_replicate, "dp_shard": shard, "ep": self.ep, "tp": self.tp}
 

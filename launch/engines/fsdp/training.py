@@ -51,8 +51,8 @@ class FsdpTraining(Training):
         on_cpu = self.ranks.device.type == "cpu"
         if on_cpu and sizes["tp"] > 1:
             raise ValueError(
-                "weights drawn in shards come out wrong under tp on the CPU; leave out --mesh.tp, or give "
-                "--initialize whole"
+                f"--mesh.tp {sizes['tp']} on the CPU cannot initialize weights in shards: ranks would disagree about "
+                "weights that tp does not split; leave out --mesh.tp, or give --initialize whole"
             )
         model: Any = outline
         shard(model, mesh, policy=policy).to_empty(device=self.ranks.device)
@@ -106,7 +106,7 @@ class FsdpTraining(Training):
                 optimizer=self.optimizer,
                 trainer=trainer,
                 identity=self.identity,
-                keep=self.kept,
+                keep=self.num_kept,
             )
         return sharded.save(
             self.checkpoints,
@@ -115,7 +115,7 @@ class FsdpTraining(Training):
             optimizer=self.optimizer,
             trainer=trainer,
             identity=self.identity,
-            keep=self.kept,
+            keep=self.num_kept,
             keep_every=self.config.keep_every,
         )
 

@@ -71,11 +71,11 @@ def save(
         def describe_own() -> dict[str, Any]:
             if failures:
                 raise failures[0]
-            own = list(writing.glob(f"__{rank}_*"))
+            paths = list(writing.glob(f"__{rank}_*"))
             if rank == 0:
                 write_json(writing / _JOB, job)
-                own += [path for path in writing.iterdir() if not path.name.startswith("__")]
-            return describe_files(own)
+                paths += [path for path in writing.iterdir() if not path.name.startswith("__")]
+            return describe_files(paths)
 
         _keep_helper()
         state = _state(model, optimizer, loading=False)

@@ -50,7 +50,10 @@ class MegatronRun(Config):
         self._check_model(shape)
         super().check(ranks=ranks)
         if self.overlap and not self.distributed_optimizer:
-            raise ValueError("--overlap gathers the weights that a distributed optimizer shards; leave one of them out")
+            raise ValueError(
+                "--overlap needs the distributed optimizer, whose weights it gathers; leave --overlap or "
+                "--no-distributed-optimizer out"
+            )
 
     def simulated(self, ranks: int) -> dict[str, Any] | None:
         """Return None, since only Megatron itself knows how it lays out its buffers."""
@@ -79,25 +82,26 @@ class MegatronRun(Config):
 
     def _check_ranks(self, ranks: int) -> None:
         experts = f"--expert-tensor-parallel {self.expert_tensor} × --expert-parallel {self.expert_parallel}"
-        for what, size in (
+        for option, size in (
             (f"--tensor-parallel {self.tensor_parallel}", self.tensor_parallel),
             (experts, self.expert_tensor * self.expert_parallel),
         ):
             if ranks % (size * self.pipeline_parallel):
                 needed = size * self.pipeline_parallel
                 raise ValueError(
-                    f"{what} × --pipeline-parallel {self.pipeline_parallel} needs a multiple of {needed} ranks, "
-                    f"there are {ranks}; start as many, or take smaller ones"
+                    f"{option} × --pipeline-parallel {self.pipeline_parallel} needs a multiple of {needed} ranks, "
+                    f"there are {ranks}; start as many, or choose smaller sizes"
                 )
 
     def _check_model(self, shape: Shape) -> None:
         if not shape.experts and (self.expert_parallel > 1 or self.expert_tensor != self.tensor_parallel):
             raise ValueError(
-                f"{self.model} has no experts to share; leave out --expert-parallel and --expert-tensor-parallel"
+                f"{self.model} has no experts to divide among ranks; leave out --expert-parallel and "
+                "--expert-tensor-parallel"
             )
         tensor = "--tensor-parallel", self.tensor_parallel
         dense = shape.ffn if not all(shape.moe_layers or (False,)) else self.tensor_parallel
-        for (option, parts), what, size in (
+        for (option, parts), dimension, size in (
             (tensor, "attention heads", shape.heads),
             (tensor, "key/value heads", shape.groups),
             (tensor, "columns of a dense feed-forward", dense),
@@ -109,4 +113,4 @@ class MegatronRun(Config):
             (("--expert-tensor-parallel", self.expert_tensor), "columns of an expert", shape.expert_ffn),
         ):
             if size % parts:
-                raise ValueError(f"{option} {parts} does not divide the {size} {what}; take a divisor of {size}")
+                raise ValueError(f"{option} {parts} does not divide the {size} {dimension}; choose a divisor of {size}")

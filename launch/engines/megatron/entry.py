@@ -80,9 +80,13 @@ def _install_stand_ins() -> None:
     """Let Megatron run without CUDA, and print a note; raise ValueError if this machine has GPUs."""
     if torch.cuda.is_available():
         raise ValueError(
-            "Megatron needs CUDA, and not every process of this machine has a GPU: start as many processes as there "
+            "Megatron needs CUDA, but this machine has fewer GPUs than processes: start as many processes as there "
             "are GPUs, or train with launch.pretrain"
         )
     if os.environ["RANK"] == "0":
-        print("no CUDA here: Megatron runs on stand-ins for it, for tests and trials only", file=sys.stderr, flush=True)
+        print(
+            "this machine has no CUDA: Megatron runs on stand-ins for it, for tests and trials only",
+            file=sys.stderr,
+            flush=True,
+        )
     on_cpu.install()

@@ -84,8 +84,8 @@ def build_chunk(
     """
     if run.tensor_parallel > 1 and torch.cuda.is_available() and not TRANSFORMER_ENGINE:
         raise ValueError(
-            "--tensor-parallel needs the norms of Transformer Engine, since those of torch cannot share a sequence: "
-            "pip install 'transformer-engine[pytorch]', or leave it out"
+            f"--tensor-parallel {run.tensor_parallel} needs the norms of Transformer Engine, since torch's do not "
+            "support sequence parallelism: pip install 'transformer-engine[pytorch]', or leave the option out"
         )
     # Pipeline stages need different seeds; within a stage, replicated weights need the same seed on all ranks, and
     # Megatron itself varies the seed of split weights.
@@ -179,11 +179,11 @@ def _leave_out_padding(model: Any, vocabulary: int) -> None:
     """Mask the logits of padding rows, since Megatron's cross-entropy would count them."""
     if not model.post_process:
         return
-    here = model.output_layer.output_size_per_partition
-    real = vocabulary - parallel_state.get_tensor_model_parallel_rank() * here
-    if real >= here:
+    rows = model.output_layer.output_size_per_partition
+    real = vocabulary - parallel_state.get_tensor_model_parallel_rank() * rows
+    if real >= rows:
         return
-    padding = torch.arange(here) >= real
+    padding = torch.arange(rows) >= real
     model.output_layer.register_forward_hook(partial(_masked, padding))
 
 

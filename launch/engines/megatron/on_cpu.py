@@ -104,10 +104,10 @@ def _off_cuda(function: Callable[..., Any]) -> Callable[..., Any]:
 def _type(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapped(self: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = function(self, *args, **kwargs)
-        if isinstance(found, str):
-            found = found.replace("torch.", "torch.cuda.").replace("Double", "Float")
-        return found
+        name = function(self, *args, **kwargs)
+        if isinstance(name, str):
+            name = name.replace("torch.", "torch.cuda.").replace("Double", "Float")
+        return name
 
     return wrapped
 

@@ -57,7 +57,7 @@ class MegatronRouterMonitor(RouterMonitor):
         logits = logits.float()
         z = logits.logsumexp(-1).square().sum(0, keepdim=True)
         counts = chosen.reshape(-1, self._experts).float().sum(0)
-        seen = torch.cat([counts, logits.softmax(-1).sum(0), z, z.new_tensor([logits.shape[0]])])
+        sums = torch.cat([counts, logits.softmax(-1).sum(0), z, z.new_tensor([logits.shape[0]])])
         if self._totals is None:
-            self._totals = torch.zeros(self.layers, seen.numel(), dtype=torch.float64, device=seen.device)
-        self._totals[row] += seen
+            self._totals = torch.zeros(self.layers, sums.numel(), dtype=torch.float64, device=sums.device)
+        self._totals[row] += sums

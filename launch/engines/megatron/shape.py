@@ -58,20 +58,23 @@ def shape_of(config: Any) -> Shape:
     if config.model_type not in _FAMILIES:
         known = ", ".join(name for name, _ in _FAMILIES.values())
         raise ValueError(
-            f"family {config.model_type!r} has no counterpart in launch.pretrain_megatron; take a model of {known}, "
-            "or train it with launch.pretrain"
+            f"launch.pretrain_megatron does not support the model family {config.model_type!r}, only {known}; choose "
+            "such a model, or train this one with launch.pretrain"
         )
     family, plain = _FAMILIES[config.model_type]
     for name, value in plain.items():
         if getattr(config, name, value) != value:
             raise ValueError(
-                f"{name} is {getattr(config, name)!r}, which the Megatron counterpart of {family} does not do; "
-                f"leave it at {value!r}"
+                f"{name} is {getattr(config, name)!r}, which {family} under Megatron does not support; set it to "
+                f"{value!r}, or train with launch.pretrain"
             )
     moe = _experts(config) if family != "qwen3" else {}
     rope: Mapping[str, Any] = config.rope_parameters
     if family != "gpt-oss" and rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type is {rope['rope_type']!r}, which the Megatron counterpart of {family} does not do")
+        raise ValueError(
+            f"rope_type is {rope['rope_type']!r}, which {family} under Megatron does not support; set it to 'default', "
+            "or train with launch.pretrain"
+        )
     heads = config.num_attention_heads
     return Shape(
         layers=config.num_hidden_layers,

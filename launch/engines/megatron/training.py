@@ -76,18 +76,18 @@ class MegatronTraining(Training):
             return super()._drawn_whole()
         if self.config.initialize == "sharded":
             # On the CPU all ranks use the same generator state, and would initialize the same experts.
-            raise ValueError("--initialize sharded needs GPUs under Megatron; leave it out on the CPU")
+            raise ValueError("--initialize sharded needs GPUs under Megatron; leave the option out on the CPU")
         return True
 
     def _build_optimizer(self, model: Any) -> None:
         schedules = self._schedules()
         if "default" not in schedules:
             raise ValueError(
-                f"recipe {self.recipe.name!r} has no [schedule.default], and Megatron's scheduler follows no other; "
-                "add one"
+                f"recipe {self.recipe.name!r} has no [schedule.default], the only schedule that Megatron's scheduler "
+                "can follow; add one to the recipe"
             )
         schedule = schedules["default"]
-        self._left_out = sorted(set(schedules) - {"default"})
+        self._ignored_schedules = sorted(set(schedules) - {"default"})
         config = self.config
         _, lr = self.recipe.at_rate(None)
         decay = float((self.recipe.options("matrix") or {}).get("weight_decay", 0.0))
@@ -119,10 +119,10 @@ class MegatronTraining(Training):
 
     def run(self, log: RunLog) -> dict[str, Any] | None:
         """See `Training`."""
-        if self._left_out:
+        if self._ignored_schedules:
             log.say(
-                f"Megatron's scheduler has one shape for all: [schedule.default] of {self.recipe.name}, which "
-                f"[schedule.{'], [schedule.'.join(self._left_out)}] would follow on their own elsewhere"
+                f"Megatron's scheduler has one schedule for all parameters, [schedule.default] of {self.recipe.name}; "
+                f"ignored: [schedule.{'], [schedule.'.join(self._ignored_schedules)}]"
             )
         return super().run(log)
 
@@ -132,7 +132,7 @@ class MegatronTraining(Training):
         count = self.config.accumulation
         batches = (next(self.loader).to(self.ranks.device) for _ in range(count))
         losses = self._forward(batches, count=count, backward=True)
-        return torch.stack([each.mean() for each in losses]).mean()
+        return torch.stack([loss.mean() for loss in losses]).mean()
 
     def _losses(self, tokens: Tensor) -> Tensor:
         return self._forward(iter([tokens]), count=1, backward=False)[0]
@@ -145,7 +145,7 @@ class MegatronTraining(Training):
         config = self.config
         micro = config.batch // (self.data_ranks * config.accumulation)
         stages = config.pipeline_parallel
-        found = get_forward_backward_func()(
+        losses = get_forward_backward_func()(
             forward_step_func=_step,
             data_iterator=batches,
             model=self.model,
@@ -154,9 +154,9 @@ class MegatronTraining(Training):
             micro_batch_size=micro,
             forward_only=not backward,
         )
-        if not found:
+        if not losses:
             return [torch.zeros(micro, config.sequence, device=self.ranks.device)] * count
-        return [each * stages for each in found]
+        return [loss * stages for loss in losses]
 
     def _update(self) -> tuple[Tensor | float | None, float]:
         stepping = self._clock()
@@ -216,7 +216,7 @@ class MegatronTraining(Training):
                 optimizer=self.optimizer,
                 job=self.job(),
                 identity=self.identity,
-                keep=self.kept,
+                keep=self.num_kept,
                 keep_every=self.config.keep_every,
             )
 

@@ -34,15 +34,15 @@ def take_weights(model: nn.Module, whole: Any, shape: Shape) -> None:
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2:
                 continue
-            found = _LAYER.match(name)
-            if found is None:
+            layer = _LAYER.match(name)
+            if layer is None:
                 rows = whole.get_input_embeddings() if "embedding" in name else whole.get_output_embeddings()
                 parts = _tensor_parallel()
                 full = functional.pad(rows.weight, (0, 0, 0, parameter.shape[0] * parts[1] - rows.weight.shape[0]))
             else:
-                number: Any = layers[found[0].removesuffix(".")].layer_number
+                number: Any = layers[layer[0].removesuffix(".")].layer_number
                 block = whole.base_model.layers[number - 1]
-                full = _of_layer(name.removeprefix(found[0]), block, shape)
+                full = _of_layer(name.removeprefix(layer[0]), block, shape)
             parameter.copy_(_part(name, full))
 
 
@@ -61,14 +61,15 @@ def _of_layer(name: str, block: Any, shape: Shape) -> Tensor:
         return torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
     if name == "mlp.linear_fc2.weight":
         return mlp.down_proj.weight
-    found = _EXPERT.search(name)
-    if found is None:
+    match = _EXPERT.search(name)
+    if match is None:
         raise ValueError(
-            f"the Megatron layer's {name} has no counterpart to take its first weights from; --initialize sharded"
+            f"{name} of the Megatron layer has no counterpart in the transformers model to copy initial weights from; "
+            "give --initialize sharded"
         )
-    here = shape.experts // parallel_state.get_expert_model_parallel_world_size()
-    expert = parallel_state.get_expert_model_parallel_rank() * here + int(found[1] or found[4])
-    if (found[2] or found[3]) == "2":
+    experts_per_rank = shape.experts // parallel_state.get_expert_model_parallel_world_size()
+    expert = parallel_state.get_expert_model_parallel_rank() * experts_per_rank + int(match[1] or match[4])
+    if (match[2] or match[3]) == "2":
         down = mlp.experts.down_proj[expert]
         return down.T if _transposed(mlp.experts) else down
     fused = mlp.experts.gate_up_proj[expert]

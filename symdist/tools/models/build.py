@@ -93,15 +93,18 @@ def build(
     known |= _UNDECLARED | _UNDECLARED_BY_FAMILY.get(family, set())
     # transformers accepts unknown settings silently, so a misspelt one would have no effect.
     if unknown := sorted(set(settings) - known):
-        raise ValueError(f"{name_or_path}: {config_class.__name__} has no setting {', '.join(unknown)}")
+        raise ValueError(
+            f"{name_or_path}: transformers' {config_class.__name__} has no setting {', '.join(unknown)}; check the "
+            "spelling"
+        )
 
     try:
         config = config_class(**(_DEFAULTS | settings))
     except StrictDataclassError as error:
         raise ValueError(f"{name_or_path}: {' '.join(str(error).split())}") from None
-    place = torch.get_default_device() if device is None else torch.device(device)
-    forked = [place] if place.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked, enabled=seed is not None), place:
+    target = torch.get_default_device() if device is None else torch.device(device)
+    forked = [target] if target.type == "cuda" else []
+    with torch.random.fork_rng(devices=forked, enabled=seed is not None), target:
         if seed is not None:
             torch.manual_seed(seed)
         model = model_class._from_config(config, dtype=dtype)
@@ -150,7 +153,9 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
     if path.suffix != ".toml":
         if str(name_or_path) not in names():
             known = ", ".join(names())
-            raise ValueError(f"no model {str(name_or_path)!r}: the path of a .toml file, or one of {known}")
+            raise ValueError(
+                f"there is no model {str(name_or_path)!r}; give the path of a .toml file, or one of {known}"
+            )
         path = _FOLDER / f"{name_or_path}.toml"
     try:
         table = tomllib.loads(path.read_text())
@@ -159,9 +164,9 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"model file {path} is not valid TOML: {error}") from None
     if set(table) != {"family", "config"}:
-        raise ValueError(f"{path}: expected `family` and the table `config`, found {sorted(table)}")
+        raise ValueError(f"{path}: it must hold `family` and the table `config` only, but holds {sorted(table)}")
     if table["family"] not in _FAMILIES:
-        raise ValueError(f"{path}: no family {table['family']!r}: one of {', '.join(_FAMILIES)}")
+        raise ValueError(f"{path}: there is no family {table['family']!r}; choose from {', '.join(_FAMILIES)}")
     return table["family"], table["config"]
 
 

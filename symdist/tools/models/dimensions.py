@@ -49,11 +49,11 @@ def dimensions(mesh: DeviceMesh) -> Dimensions:
         return Dimensions(weights=mesh)
     known = ", ".join(DIMENSIONS)
     if unknown := sorted(set(names) - set(DIMENSIONS)):
-        raise ValueError(f"no mesh dimension is called {', '.join(unknown)}: name them by some of {known}")
+        raise ValueError(f"unknown mesh dimension {', '.join(unknown)}: choose the names from {known}")
     if not names:
-        raise ValueError(f"the dimensions of a {mesh.ndim}-dimensional mesh need names: some of {known}")
+        raise ValueError(f"the dimensions of a {mesh.ndim}-dimensional mesh need names: choose them from {known}")
     if list(names) != sorted(names, key=DIMENSIONS.index):
-        raise ValueError(f"mesh dimensions {', '.join(names)} must stand in this order: {known}")
+        raise ValueError(f"mesh dimensions {', '.join(names)} must be in this order: {known}")
     present = [name for name in names if name == "dp_shard" or mesh[name].size() > 1]
     return Dimensions(
         weights=_data_mesh(mesh, [name for name in present if name != "tp"]),

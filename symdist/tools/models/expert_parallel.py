@@ -80,20 +80,27 @@ class _Dispatch:
     def __call__(self, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         tokens, k = chosen.shape
         held = self._held()
-        here = next(iter(held.values())).shape[0]
+        experts_per_rank = next(iter(held.values())).shape[0]
         group = self.ep.get_group()
         expert_of, order = chosen.flatten().sort(stable=True)
         # The number of this rank's tokens for every expert, and the number of every rank's tokens for the experts here.
-        leaving = torch.zeros(here * self.ep.size(), dtype=torch.long, device=hidden.device)
-        leaving.scatter_add_(0, expert_of, torch.ones_like(expert_of))
-        coming = torch.empty_like(leaving)
-        dist.all_to_all_single(coming, leaving, group=group)
-        there, back = (counts.view(-1, here).sum(1).tolist() for counts in (leaving, coming))
-        ids = torch.arange(here, device=hidden.device).repeat(self.ep.size()).repeat_interleave(coming)
+        send_counts_by_expert = torch.zeros(experts_per_rank * self.ep.size(), dtype=torch.long, device=hidden.device)
+        send_counts_by_expert.scatter_add_(0, expert_of, torch.ones_like(expert_of))
+        receive_counts_by_expert = torch.empty_like(send_counts_by_expert)
+        dist.all_to_all_single(receive_counts_by_expert, send_counts_by_expert, group=group)
+        send_counts, receive_counts = (
+            counts.view(-1, experts_per_rank).sum(1).tolist()
+            for counts in (send_counts_by_expert, receive_counts_by_expert)
+        )
+        ids = (
+            torch.arange(experts_per_rank, device=hidden.device)
+            .repeat(self.ep.size())
+            .repeat_interleave(receive_counts_by_expert)
+        )
 
-        arrived = _Exchanged.apply(hidden[order // k], there, back, group)
-        done = _Exchanged.apply(self._run(held, arrived, ids), back, there, group)
-        weighted = done * weights.flatten()[order, None]
+        arrived = _Exchanged.apply(hidden[order // k], send_counts, receive_counts, group)
+        results = _Exchanged.apply(self._run(held, arrived, ids), receive_counts, send_counts, group)
+        weighted = results * weights.flatten()[order, None]
         return torch.empty_like(weighted).index_copy(0, order, weighted).view(tokens, k, -1).sum(1).to(hidden.dtype)
 
     def _held(self) -> dict[str, Tensor]:
@@ -111,24 +118,26 @@ class _Dispatch:
         # experts, and multiplies it again where it leaves them.
         arrived = _Scaled.apply(arrived, self.ep.size())
         stand_in = StandIn(self.experts, {**held, "num_experts": next(iter(held.values())).shape[0]})
-        done = self.compute(stand_in, arrived, ids[:, None], arrived.new_ones(len(ids), 1))
-        return _Scaled.apply(done, 1 / self.ep.size())[:count]
+        results = self.compute(stand_in, arrived, ids[:, None], arrived.new_ones(len(ids), 1))
+        return _Scaled.apply(results, 1 / self.ep.size())[:count]
 
 
 class _Exchanged(torch.autograd.Function):
     """Sends rows to the ranks of a group, a given number to each; the backward sends the gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, there: list[int], back: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.route = there, back, group
-        received = rows.new_empty(sum(back), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), back, there, group=group)
+    def forward(
+        ctx: Any, rows: Tensor, send_counts: list[int], receive_counts: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.route = send_counts, receive_counts, group
+        received = rows.new_empty(sum(receive_counts), *rows.shape[1:])
+        dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts, group=group)
         return received
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        there, back, group = ctx.route
-        return _Exchanged.apply(gradient, back, there, group), None, None, None
+        send_counts, receive_counts, group = ctx.route
+        return _Exchanged.apply(gradient, receive_counts, send_counts, group), None, None, None
 
 
 class _Scaled(torch.autograd.Function):

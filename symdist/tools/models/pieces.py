@@ -57,11 +57,11 @@ def lay_out(model: nn.Module, choose: Choose) -> None:
 def _piece(parameter: nn.Parameter, mesh: DeviceMesh, dim: int, join: Join) -> nn.Parameter:
     """Return this rank's piece of a parameter on `mesh`, whose replica dimension, if any, is the first."""
     cut: Placement = Shard(dim)
-    where, local, behind = mesh, parameter.detach(), []
+    full_mesh, local, inner_placements = mesh, parameter.detach(), []
     if isinstance(local, DTensor):
         split = local.device_mesh
-        where, behind, local = join(mesh, split), list(local.placements), local.to_local()
-        if behind == [Shard(dim)]:
+        full_mesh, inner_placements, local = join(mesh, split), list(local.placements), local.to_local()
+        if inner_placements == [Shard(dim)]:
             cut = _StridedShard(dim, split_factor=split.size())
     if mesh.mesh_dim_names == ("dp_replicate",):
         cut = Replicate()
@@ -70,8 +70,8 @@ def _piece(parameter: nn.Parameter, mesh: DeviceMesh, dim: int, join: Join) -> n
         length = -(-size // ranks)
         start = min(mesh.get_local_rank(mesh.ndim - 1) * length, size)
         local = local.narrow(dim, start, min(length, size - start)).clone(memory_format=torch.contiguous_format)
-    placements = [*[Replicate()] * (mesh.ndim - 1), cut, *behind]
-    held = DTensor.from_local(
-        local, where, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    placements = [*[Replicate()] * (mesh.ndim - 1), cut, *inner_placements]
+    piece = DTensor.from_local(
+        local, full_mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
-    return nn.Parameter(held, requires_grad=parameter.requires_grad)
+    return nn.Parameter(piece, requires_grad=parameter.requires_grad)

@@ -99,7 +99,10 @@ def check_sizes(model: PreTrainedModel, *, ep: int = 1, tp: int = 1) -> None:
 def _check(model: PreTrainedModel, parts: Dimensions, policy: MixedPrecisionPolicy, *, layouts_only: bool) -> None:
     """Check everything before any parameter is changed."""
     if parts.weights is None and policy != MixedPrecisionPolicy():
-        raise ValueError("mixed precision comes with FSDP2, and the mesh has only tp: add a dp_shard of size 1 to it")
+        raise ValueError(
+            "policy asks for mixed precision, which FSDP2 provides, but the mesh has only tp: add a dp_shard of size 1 "
+            "to it"
+        )
     ep, tp = (1 if part is None else part.size() for part in (parts.ep, parts.tp))
     _check_sizes(model, ep=ep, tp=tp, layouts_only=layouts_only)
 
@@ -108,8 +111,8 @@ def _check_sizes(model: PreTrainedModel, *, ep: int, tp: int, layouts_only: bool
     for name, size in (("ep", ep), ("tp", tp)):
         if size > 1 and model.config.model_type not in _KNOWN and not layouts_only:
             raise ValueError(
-                f"{model.config.model_type} is not known to run under {name}={size}, "
-                f"only {', '.join(sorted(_KNOWN))}: use a mesh without {name}"
+                f"{model.config.model_type} is not known to be correct under {name}={size}, only "
+                f"{', '.join(sorted(_KNOWN))}: use a mesh without {name}"
             )
     if ep > 1:
         check_experts(model, ep, even=not layouts_only)

@@ -57,10 +57,10 @@ def check_tensors(model: PreTrainedModel, tp: int) -> None:
             if isinstance(style, ColwiseParallel | RowwiseParallel):
                 weight = cast(nn.Linear, block.get_submodule(name)).weight
                 sizes[f"the width of {name}"] = weight.shape[isinstance(style, RowwiseParallel)]
-        for what, size in sizes.items():
+        for quantity, size in sizes.items():
             if size % tp:
                 raise ValueError(
-                    f"{model.config.model_type}: tp={tp} does not divide {what}, {size}: "
+                    f"{model.config.model_type}: tp={tp} does not divide {quantity}, {size}: "
                     "use a tp that does, or more of dp_shard instead"
                 )
 
