@@ -1,11 +1,58 @@
-"""Shared by all tests: sets of ranks, started when first asked for."""
+"""Shared by all tests: what a run leaves out, the order of tests, and sets of ranks, started when first asked for."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.gate import check_patterns, left_out
 from tests.grids import GRIDS
 from tests.ranks import Ranks, start
+
+ROOT = Path(__file__).resolve().parent.parent
+# The optimizer comes first, whole jobs last: a fault is shown where it is, not by what stands on it.
+ORDER = ("rules", "", "models", "diagnostics", "symdist_deepspeed", "symdist_megatron", "trainers", "launch")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --all."""
+    parser.addoption("--all", action="store_true", help="run every case, not only those of tests/gate.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Sort by ORDER, and leave out what tests/gate.py leaves to --all."""
+    items.sort(key=lambda item: ORDER.index(_folder(item)))
+    if config.getoption("--all"):
+        return
+    cases: dict[str, set[str]] = {}
+    for item in items:
+        cases.setdefault(_test(item), set()).add(_case(item))
+    if not any("::" in argument for argument in config.args):
+        check_patterns(cases)
+    later = [item for item in items if left_out(_test(item), _case(item))]
+    if later:
+        config.hook.pytest_deselected(items=later)
+        items[:] = [item for item in items if item not in set(later)]
+
+
+def _folder(item: pytest.Item) -> str:
+    folder, *more = item.path.relative_to(ROOT / "tests").parts
+    return folder if more else ""
+
+
+def _test(item: pytest.Item) -> str:
+    return f"{item.path.relative_to(ROOT).as_posix()}::{getattr(item, 'originalname', item.name)}"
+
+
+def _case(item: pytest.Item) -> str:
+    return item.callspec.id if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ""
+
+
+def pytest_report_collectionfinish(config: pytest.Config) -> str:
+    """Say how to run what is left out."""
+    return (
+        "" if config.getoption("--all") else "of the largest tests, the cases of tests/gate.py; --all runs every case"
+    )
 
 
 @pytest.fixture(scope="session")

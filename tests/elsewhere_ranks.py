@@ -164,7 +164,7 @@ REFUSED: dict[str, tuple[tuple[int, ...], Group]] = {
     "'heads': 2": ((8, 8), {"rule": "muon", "view": {"heads": 2, "dim": 0}}),
     "view 'transposed'": ((8, 8), {"rule": "aro", "view": "transposed"}),
     "with padding rows": ((8, 8), {"rule": "muon", "padding_rows": 2}),
-    "do not divide into 2 parts for 2 ranks": ((6, 8), {"rule": "muon"}),
+    "does not divide evenly into 2 parts for 2 ranks": ((6, 8), {"rule": "muon"}),
 }
 
 

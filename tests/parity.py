@@ -10,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from symdist import SymDist
 from symdist.exchange.planning.plan import possible_strategies
 from symdist.layouts import group_from, local
-from symdist.param_groups import describe_param, with_defaults
+from symdist.param_groups import with_defaults
+from symdist.param_specs import describe_param
 from tests.cases import CASES, LR, STEPS, tensors
 from tests.grids import WAYS
 

@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
+from tests.processes import end_with_parent
+
 TIMEOUT = 300
 NAMES = {1: ("shard",), 2: ("outer", "inner"), 3: ("replicate", "outer", "inner")}
 
@@ -108,6 +110,7 @@ class Ranks:
 
 
 def _serve(rank: int, size: int, grids: tuple[Shape, ...], store: str, pipe: Connection) -> None:
+    end_with_parent()
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))

@@ -72,7 +72,7 @@ def test_every_parameter_is_stepped_by_one(monkeypatch: pytest.MonkeyPatch) -> N
         model = simulated.model
         every = sorted(map(id, model.parameters()))
         found = parts(model)
-        assert (len(found.matrices), len(found.stacks), len(found.rest)) == (16, 8, len(every) - 24)
+        assert (len(found.matrices), len(found.stacks), len(found.others)) == (16, 8, len(every) - 24)
         for name in (ADAMW, "torch.optim.Muon", "all-gather-muon"):
             groups = [group for optimizer in build_baseline(name, model) for group in optimizer.param_groups]
             assert sorted(id(parameter) for group in groups for parameter in group["params"]) == every

@@ -128,10 +128,10 @@ def test_a_large_gram_is_summed_where_it_lies(many: Ranks) -> None:
 
 def test_bounds_that_cover_nothing_are_refused() -> None:
     ranks = Group(ranks=(0, 1), index=0)
-    with pytest.raises(ValueError, match=r"bounds \(0, 5, 7\) do not cover the 8 elements of \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"bounds \(0, 5, 7\) must run from 0 to 8, the number of elements"):
         FlatLayout(shape=(2, 4), group=ranks, bounds=(0, 5, 7))
-    with pytest.raises(ValueError, match="are not 3 rising offsets"):
+    with pytest.raises(ValueError, match="must be 3 offsets in ascending order"):
         FlatLayout(shape=(2, 4), group=ranks, bounds=(0, 9, 8))
     layout = FlatLayout(shape=(2, 4), group=ranks, bounds=(0, 5, 8))
-    with pytest.raises(ValueError, match=r"w: this rank's piece has shape \(4,\), its layout \(5,\)"):
+    with pytest.raises(ValueError, match=r"w: this rank's tensor has shape \(4,\), but its layout says \(5,\)"):
         SymDist([{"params": [("w", nn.Parameter(torch.ones(4)))], "layouts": [layout], "rule": "row_norm", "lr": 0.1}])

@@ -110,5 +110,5 @@ def test_a_gradient_may_lie_otherwise(rule: str) -> None:
 @pytest.mark.parametrize("rule", ["adamw", "muon"])
 def test_an_expanded_weight_is_refused(rule: str) -> None:
     weight = nn.Parameter(torch.ones(1, 4).expand(6, 4))
-    with pytest.raises(ValueError, match=r"w is expanded: .* strides \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"w is an expanded tensor: .* strides \(0, 1\)"):
         SymDist([{"params": [("w", weight)], "rule": rule, "lr": 0.1}])

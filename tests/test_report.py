@@ -18,11 +18,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launch.records.run_log import RunLog
 from symdist.tools.preview import preview
 from symdist.tools.report import follow, live_table, report, run_table, write_page
 from symdist.tools.report_curves import curves, means, thin
 from symdist.tools.report_page import page, summary_columns
-from symdist.tools.run_log import EVENTS, LOG, PLAN, ROUTING, RUN, SUMMARY, Reader, in_time, read_run, readers
+from symdist.tools.run import in_time
+from symdist.tools.run_format import EVENTS, LOG, PLAN, ROUTING, RUN, SUMMARY, assignments_of, routing_entries
+from symdist.tools.run_log import Reader, read_run, readers
 
 NOW = 1_800_000_000.0
 HOSTILE = "</script><script>throw 1</script><!--"
@@ -114,6 +117,30 @@ def test_a_run_is_read(finished: Path) -> None:
     assert [event["event"] for event in run.events] == ["start", "spike"]
 
 
+def test_what_a_run_writes_is_read(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, steps=3, write=True)
+    log.begin(None)
+    for step in (1, 2, 3):
+        log.step(step, "train", {"loss": 4.0 - step})
+    log.event(3, "rollback", "back to step 2")
+    with (tmp_path / LOG).open("a") as file:
+        file.write('{"step": 2, "ki')
+    # A run that continues from a step keeps the lines up to it, and drops an incomplete one.
+    log.begin(2)
+    log.step(3, "train", {"loss": math.inf})
+    parameters = preview("olmoe-tiny", "small-moe", mesh={"dp_shard": 2}).parameters
+    log.describe({RUN: facts(steps=3), ROUTING: routing_entries(parameters)})
+    log.finish(summary(3))
+    run = read_run(tmp_path)
+    assert run.curve("train", "loss") == ([100, 200, 300], [3.0, 2.0, math.inf])
+    assert [(event["step"], event["event"], event["text"]) for event in run.events] == [
+        (3, "rollback", "back to step 2")
+    ]
+    assert run.routing is not None
+    assert assignments_of(run.routing) == parameters
+    assert run.finished
+
+
 def test_a_folder_without_a_log_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no log\.jsonl"):
         read_run(tmp_path)
@@ -139,7 +166,7 @@ def test_torn_events_are_counted(finished: Path) -> None:
     with (finished / EVENTS).open("a") as file:
         file.write('{"time": 1, "st\n' + dump([{"time": NOW, "step": 20, "event": "finish", "text": "done"}]) + '{"ti')
     run = read_run(finished)
-    assert (run.torn_events, run.events[-1]["event"]) == (1, "finish")
+    assert (run.incomplete_events, run.events[-1]["event"]) == (1, "finish")
     assert "1 incomplete lines of events" in page([run], live=False, every=0, now=NOW)
 
 
@@ -148,7 +175,7 @@ def test_states(running: Path) -> None:
     assert run.state(NOW + 12).text == "running, last line 12 s ago"
     assert run.state(NOW + 7200).text == "stopped, last line 2 h ago"
     (running / EVENTS).write_text(dump([{"time": NOW + 1, "step": 8, "event": "stop", "text": "told to stop"}]))
-    assert read_run(running).state(NOW + 31).text == "stopped 30 s ago (told to)"
+    assert read_run(running).state(NOW + 31).text == "stopped 30 s ago (by a signal)"
     with (running / EVENTS).open("a") as file:
         file.write(dump([{"time": NOW + 2, "step": 8, "event": "resume", "text": "resumed"}]))
     os.utime(running / EVENTS, (NOW + 2, NOW + 2))

@@ -146,7 +146,7 @@ def test_a_checkpoint_of_more_groups_is_refused() -> None:
     model = resharding_ranks.Model()
     saved = SymDist(resharding_ranks.groups_of(model)).state_dict()
     optimizer = SymDist(resharding_ranks.groups_of(model)[:2])
-    with pytest.raises(ValueError, match=r"the saved state has state of down\.weight, router\.weight.*, not here"):
+    with pytest.raises(ValueError, match=r"the saved state has state for down\.weight, router\.weight.*, not here"):
         optimizer.load_state_dict(saved)
 
 

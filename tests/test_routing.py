@@ -140,7 +140,7 @@ def test_a_matrix_of_unknown_side_is_told() -> None:
     model = nn.Module()
     model.gizmo = nn.Linear(4, 4, bias=False)
     patterns = {"patterns": [{"match": "gizmo.weight", "role": "matrix"}]}
-    with pytest.raises(ValueError, match=r"gizmo.weight has role 'matrix', of which it is not known which side"):
+    with pytest.raises(ValueError, match=r"gizmo.weight: view 'residual' does not know which dimension"):
         route(model, RESIDUAL | patterns)
     patterns["patterns"][0]["view"] = "as_stored"
     assert route(model, RESIDUAL | patterns)[0]["view"] == "as_stored"
@@ -351,7 +351,7 @@ def test_frozen_parameters_are_left_out() -> None:
         ({"gates": {"rule": "adamw"}}, {}, "'gates', which is no role"),
         ({"router": 3}, {}, "should be a section"),
         ({"embedding": {"rule": "adamw", "lr": 1.0}}, {}, "has role .* no section and no \\[default\\]"),
-        (ADAMW | {"patterns": [*GATE["patterns"], {"match": "x.*", "lr": 1}]}, {}, "'x.\\*' takes no parameter"),
+        (ADAMW | {"patterns": [*GATE["patterns"], {"match": "x.*", "lr": 1}]}, {}, "'x.\\*' applies to no parameter"),
         (ADAMW | {"patterns": [{"lr": 1}]}, {}, "has no 'match'"),
         (ADAMW | GATE, {"routers": {"lr": 1}}, "'routers', which is no role"),
         (ADAMW | GATE, {"router": 0.1}, "give its options"),
@@ -425,7 +425,7 @@ class Strange(nn.Module):
 def test_all_that_has_no_role_is_told_with_patterns_that_work(recipe: dict[str, Any]) -> None:
     model = Strange()
     recipe = {**recipe, "bias": {"rule": "adamw", "lr": 0.1}}
-    with pytest.raises(ValueError, match=r"mixer\.conv1d\.weight .* has no role.* and so are 4 more") as error:
+    with pytest.raises(ValueError, match=r"mixer\.conv1d\.weight .* has no role.*, nor 4 others") as error:
         route(model, recipe)
     said = str(error.value)
     assert all(f"mixer.{name}.weight" in said.replace("[[]", "[") for name in model.mixer)

@@ -101,7 +101,7 @@ def test_a_layer_less_is_named_too(form: str) -> None:
     small, large = Net(1), Net(2)
     old = stepped(large)
     state, optimizer = saved(large, old, form), build_optimizer(small, "muon")
-    with pytest.raises(ValueError, match=r"state of mlp\.1\.up_proj\.weight, not here"):
+    with pytest.raises(ValueError, match=r"state for mlp\.1\.up_proj\.weight, not here"):
         optimizer.load_state_dict(state)
     optimizer.load_state_dict(state, strict=False)
     momentum = optimizer.state[small.mlp[0]["up_proj"].weight]["momentum"]
@@ -112,7 +112,7 @@ def test_a_layer_less_is_named_too(form: str) -> None:
 def test_what_is_left_out_may_be_a_whole_group(form: str) -> None:
     bare, model = Net(2, norm=False), Net(2)
     state, optimizer = saved(bare, stepped(bare), form), build_optimizer(model, "muon")
-    with pytest.raises(ValueError, match=r"nothing of norm\.weight"):
+    with pytest.raises(ValueError, match=r"nothing for norm\.weight"):
         optimizer.load_state_dict(state)
     optimizer.load_state_dict(state, strict=False)
     assert optimizer.state[model.norm.weight]["exp_avg"].eq(0).all()

@@ -106,8 +106,8 @@ def test_a_norm_to_clip_to_is_positive(max_norm: float) -> None:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("partial", "symdist takes Replicate, Shard and strided shards"),
-        ("strided by too much", "strided by 4 where the axes to its right make 2"),
+        ("partial", "redistribute the tensor to Replicate, Shard or strided shards"),
+        ("strided by too much", "split_factor 4, but the mesh axes to its right cut the dimension into 2 pieces"),
         ("another piece", "re-shard it with torch.distributed.tensor.distribute_tensor"),
     ],
 )

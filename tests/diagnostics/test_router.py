@@ -176,7 +176,7 @@ def test_models_are_found_and_counted(name: str):
     expected = [by_hand(layer.view(60, 8).double().numpy(), 2)["balance"] for layer in theirs]
     assert monitor.summary()["layers"]["balance"] == pytest.approx(expected, rel=1e-4)
     monitor.reset()
-    with pytest.raises(RuntimeError, match="nothing accumulated"):
+    with pytest.raises(RuntimeError, match="accumulated nothing"):
         monitor.summary()
     monitor.close()
     model(input_ids=tokens)

@@ -8,6 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+from tests.launch.warm_ranks import run_warm
+from tests.processes import agent_ends_with_parent
+
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("rows", "columns", "shards", "ranks", "grams", "heads", "experts", "routers", "layouts", "views", "rules")
 
@@ -41,12 +44,19 @@ def torchrun(corpus: Path, output: Path, *more: str, steps: int, ranks: int = 2,
 
 def finished(command: list[str]) -> subprocess.CompletedProcess[str]:
     """What a run says, once it has ended."""
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, preexec_fn=agent_ends_with_parent
+    )
 
 
 def run_fsdp(corpus: Path, output: Path, *more: str, steps: int, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """A run under FSDP2, from start to end."""
-    return finished(torchrun(corpus, output, *more, steps=steps, ranks=ranks))
+    """A run under FSDP2, from start to end, on ranks that need not import anything anew."""
+    return warm("launch.pretrain", *options(corpus, output, steps=steps), *more, ranks=ranks)
+
+
+def warm(module: str, *arguments: str, ranks: int = 2) -> subprocess.CompletedProcess[str]:
+    """What `torchrun -m module arguments` says and ends with, by ranks that need not import anything anew."""
+    return run_warm(module, list(arguments), ranks=ranks, env=environment())
 
 
 def environment() -> dict[str, str]:
@@ -67,7 +77,12 @@ def stop(command: list[str], output: Path, *, nice: int) -> None:
     """Start a run and tell it to stop after three lines of log, which it must say it does."""
     # Below this process in priority, so that on a busy machine the run does not end before it is told to.
     running = subprocess.Popen(
-        ["nice", "-n", str(nice), *command], cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True
+        ["nice", "-n", str(nice), *command],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=agent_ends_with_parent,
     )
     log = output / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3):
@@ -75,7 +90,7 @@ def stop(command: list[str], output: Path, *, nice: int) -> None:
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
     error = running.communicate()[1]
-    assert "told to stop: saved" in error, error
+    assert "stopped by a signal: saved" in error, error
 
 
 def lines(output: Path) -> list[dict]:

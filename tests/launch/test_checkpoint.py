@@ -63,12 +63,12 @@ def test_losses_continue_bit_for_bit(seen: dict[str, Any]) -> None:
         ("no manifest", "was never finished, or is no symdist checkpoint"),
         ("garbled manifest", "manifest.json is damaged"),
         ("edited manifest", "its checksum does not match"),
-        ("foreign", "some other program's"),
-        ("newer version", "has format version 2, this program reads 1"),
+        ("foreign", "another program's"),
+        ("newer version", "has format version 2, but this release of symdist reads 1"),
         ("flipped manifest", "manifest.json is damaged"),
         ("missing directory", "there is no checkpoint directory"),
-        ("other run", "recipe is 'adamw' there, 'muon' here"),
-        ("other shape", "model.0.weight is (5, 4) of torch.float32 there, (6, 4)"),
+        ("other run", "recipe is 'adamw' in the checkpoint but 'muon' in this run"),
+        ("other shape", "model.0.weight has shape (5, 4) and torch.float32 in the checkpoint, but (6, 4)"),
     ],
 )
 def test_refuses_on_every_rank_and_touches_nothing(seen: dict[str, Any], case: str, words: str) -> None:
@@ -105,7 +105,7 @@ def test_keeps_the_newest(seen: dict[str, Any]) -> None:
 
 def test_save_refuses_the_directory_of_another_run(seen: dict[str, Any]) -> None:
     found = seen["keeps"]
-    assert "model is 'tiny' there, 'other' here" in found["other run"]
+    assert "model is 'tiny' in the checkpoint but 'other' in this run" in found["other run"]
     assert found["after refusal"] == found["again"]
 
 

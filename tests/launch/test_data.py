@@ -90,11 +90,11 @@ def test_version_1_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "payload", "problem"),
     [
-        ([7, 1, 3], 3, "magic 7"),
+        ([7, 1, 3], 3, "it begins with 7"),
         ([20240520, 2, 3], 3, "version 2"),
         ([20260317, 1, 3, 2], 3, "version 1"),
         ([20260317, 2, 3, 3], 3, "3 bytes per token"),
-        ([20240520, 1, 0], 0, "counts 0 tokens"),
+        ([20240520, 1, 0], 0, "says 0 tokens"),
         ([20240520, 1, 4], 3, "truncated"),
         ([20240520, 1, 2], 3, "2 trailing bytes"),
     ],
@@ -107,7 +107,7 @@ def test_broken_shards(tmp_path: Path, header: list[int], payload: int, problem:
 
 def test_shard_without_a_whole_header(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"\0" * 100)
-    with pytest.raises(DataError, match="truncated, 100 bytes"):
+    with pytest.raises(DataError, match="truncated, it has 100 bytes"):
         read_shard(tmp_path / "a.bin")
     with pytest.raises(DataError, match=r"b\.bin: cannot be read"):
         read_shard(tmp_path / "b.bin")
@@ -152,7 +152,7 @@ def test_bin_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="max_tokens"):
         prepare(DataConfig(source=f"bin:{tmp_path}", vocabulary=60, max_tokens=5))
     (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(DataError, match=f"say 'bin:{tmp_path}'"):
+    with pytest.raises(DataError, match=f"give 'bin:{tmp_path}'"):
         prepare(DataConfig(source=str(tmp_path)))
 
 
@@ -254,7 +254,7 @@ def test_datasets_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert load_tokenizer(corpus.tokenizer).decode(ids[:60].tolist()).startswith("line 0 of many")
     with pytest.raises(DataError, match=r"no column 'body'.*text"):
         prepare(text_config(tmp_path, f"datasets:{source}", text_column="body"))
-    with pytest.raises(DataError, match="does not open"):
+    with pytest.raises(DataError, match="cannot be opened"):
         prepare(text_config(tmp_path, f"datasets:{tmp_path}/absent"))
 
 

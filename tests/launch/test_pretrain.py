@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from typing import Any
 import pytest
 
 from launch.engines.fsdp.config import FsdpRun, Mesh
-from launch.loop.config import Config, parse_as
+from launch.loop.config import Config, parse_as, words
 from launch.loop.job import run
 from launch.records.run_log import check_folder
+from symdist import build_optimizer
+from symdist.routing.recipes import load_recipe
 from symdist.tools import cli
+from symdist.tools.models import build
 from symdist.tools.run_log import read_run
 from tests.launch.runs import ROOT, environment, finished, options, run_fsdp, stop, torchrun, trained, write_corpus
 
@@ -33,9 +37,9 @@ command, pretrain = partial(torchrun, steps=STEPS), partial(run_fsdp, steps=STEP
 
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run from start to end."""
+    """A run from start to end, by torchrun."""
     output = tmp_path_factory.mktemp("runs") / "whole"
-    done = pretrain(corpus, output, "--checkpoint-every", "10")
+    done = finished(command(corpus, output, "--checkpoint-every", "10"))
     assert done.returncode == 0, done.stderr
     return output
 
@@ -104,6 +108,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(corpus: Path, whole: Path, tm
         (Config(steps=0), 1, "--steps is 0"),
         (Config(clip=-1.0), 1, "must not be negative"),
         (Config(recipe="nothing"), 1, "there is no recipe 'nothing'"),
+        (Config(lr=0.0), 1, r"--lr is 0\.0; it must be a positive number"),
+        (Config(lr=float("inf")), 1, "--lr is inf; it must be a positive number"),
+        (Config(lr=float("nan")), 1, "--lr is nan; it must be a positive number"),
         (Config(override=("router",)), 1, "should be role.option=value"),
         (Config(override=("gate.lr=1",)), 1, "which is no role"),
     ],
@@ -119,9 +126,11 @@ def test_toml_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         'steps = 7\noverride = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n'
         "[model_overrides]\nhidden_size = 64\ntie_word_embeddings = true\n"
     )
-    given = ["--config", str(path), "--steps", "9", "--data.source", "texts", "--override", "head.lr=1"]
+    given = ["--config", str(path), "--steps", "9", "--data.source", "texts", "--override", "head.lr=1", "--lr", "0.25"]
     config = parse_as(FsdpRun, given)
     assert (config.steps, config.data.vocabulary, config.data.source) == (9, 512, "texts")
+    assert config.lr == 0.25
+    assert parse_as(FsdpRun, words(asdict(config), prefix="--")) == config
     assert config.overrides() == {"router": {"lr": 0.5}, "head": {"lr": 1}}
     assert config.model_overrides == {"hidden_size": "64", "tie_word_embeddings": "true"}
     assert parse_as(FsdpRun, [f"--config={path}"]).steps == 7
@@ -139,14 +148,30 @@ def test_toml_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         parse_as(FsdpRun, ["--config"])
 
 
+def test_lr_scales_the_rates_and_overrides_stand() -> None:
+    def rates(config: Config) -> dict[str, float]:
+        groups = build_optimizer(build("olmoe-tiny", seed=0), config.adjusted_recipe()).param_groups
+        return {group["role"]: group["lr"] for group in groups}
+
+    recipe, scaled = rates(Config()), rates(Config(lr=0.5, override=("router.lr=7.0",)))
+    matrix = load_recipe("small-moe").options("matrix")["lr"]
+    assert scaled.pop("router") == 7.0
+    assert scaled == pytest.approx({role: lr * 0.5 / matrix for role, lr in recipe.items() if role != "router"})
+
+
+def test_a_dry_run_shows_the_rates_of_the_run(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = previewed(capsys, *options(corpus, tmp_path / "new", steps=STEPS), "--lr", "0.0123")
+    assert "0.0123" in out
+
+
 def test_a_finished_run_stays_as_it_is(corpus: Path, whole: Path) -> None:
     before = (whole / "log.jsonl").read_text()
     done = pretrain(corpus, whole, "--resume", "auto")
     assert done.returncode == 0, done.stderr
-    assert "come to its 30 steps already" in done.stderr
+    assert "has finished its 30 steps already" in done.stderr
     assert (whole / "log.jsonl").read_text() == before
     done = pretrain(corpus, whole, "--resume", str(whole / "checkpoints" / "step-00000010"))
-    assert "goes on to step-00000030" in done.stderr
+    assert "already has the newer checkpoint step-00000030" in done.stderr
     assert (whole / "log.jsonl").read_text() == before
 
 
@@ -176,7 +201,7 @@ def test_an_earlier_run_is_not_overwritten(whole: Path) -> None:
         ({"mesh": Mesh(tp=2), "batch": 6}, 8, "does not split over 4 data-parallel ranks × 1 micro-batches"),
         ({"timeout": 0.0}, 1, "--timeout is 0.0; it must be positive"),
         ({"keep_every": -1}, 1, "--keep-every is -1; it must not be negative"),
-        ({"rollback_after": 2}, 1, "--rollback-after goes back to checkpoints; give --checkpoint-every"),
+        ({"rollback_after": 2}, 1, "--rollback-after 2 returns to checkpoints; give --checkpoint-every"),
     ],
 )
 def test_meshes_and_values_that_cannot_be_are_refused(told: dict[str, Any], ranks: int, message: str) -> None:
@@ -225,8 +250,8 @@ def test_a_dry_run_shows_routing_plan_data_and_disk(
     assert "nothing was started" in out
     assert not (tmp_path / "new").exists()
     given[1] = str(whole)
-    assert "has come to its 30 steps already" in previewed(capsys, *given, "--resume", "auto")
-    assert "goes on from" in previewed(capsys, *given, "--resume", "auto", "--steps", "40")
+    assert "has finished its 30 steps already" in previewed(capsys, *given, "--resume", "auto")
+    assert "continues from" in previewed(capsys, *given, "--resume", "auto", "--steps", "40")
     assert run(lambda: parse_as(FsdpRun, [*given, "--dry-run"]), never) == 2
     assert "already holds a run" in capsys.readouterr().err
     given[1] = "/proc/nothing"
@@ -241,7 +266,7 @@ def test_a_dry_run_looks_at_the_newest_checkpoint(
     (tmp_path / "cut" / "summary.json").unlink()
     (tmp_path / "cut" / "checkpoints" / "step-00000030" / "__1_0.distcp").write_bytes(b"")
     out = previewed(capsys, *options(corpus, tmp_path / "cut", steps=STEPS), "--resume", "auto")
-    assert "step-00000030 is damaged: __1_0.distcp is missing or cut" in out
+    assert "step-00000030 is damaged: __1_0.distcp is missing or truncated" in out
     assert "take the one before" in out
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from symdist.routing.recipes import load_recipe
 from symdist.tools.models import build, names
 from symdist.tools.report import report
 from symdist.tools.run_log import read_run
-from tests.launch.runs import ROOT, environment, options, stop, trained, validated, write_corpus
+from tests.launch.runs import ROOT, environment, options, stop, trained, validated, warm, write_corpus
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -63,7 +64,7 @@ def reference(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The FSDP2 job, from start to end."""
     output = tmp_path_factory.mktemp("runs") / "fsdp"
     own = ("--aux-loss", "0.01", "--keep", "1")
-    done = train(*TORCHRUN, "--nproc_per_node=2", "-m", "launch.pretrain", *options(corpus, output, steps=STEPS), *own)
+    done = warm("launch.pretrain", *options(corpus, output, steps=STEPS), *own)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -77,11 +78,12 @@ def whole(job: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
         output = folder / str(stage)
         if not output.exists():
             words = job(output, "--checkpoint-every", "20", "--keep", "2", stage=stage)
-            started = (*TORCHRUN, "--nproc_per_node=2", *words)
-            if stage == 2:
-                # It has another word for -m.
-                started = (*deepspeeds_launcher(), "--module", *words[1:])
-            done = train(*started)
+            # By one launcher each way; DeepSpeed's has another word for -m.
+            by_launcher = {
+                1: (*TORCHRUN, "--nproc_per_node=2", *words),
+                2: (*deepspeeds_launcher(), "--module", *words[1:]),
+            }
+            done = train(*by_launcher[stage]) if stage in by_launcher else warm(*words[1:])
             assert done.returncode == 0, done.stderr
         return output
 
@@ -146,10 +148,9 @@ def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
 def test_another_number_of_ranks_needs_a_conversion(
     job: Callable[..., list[str]], whole: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    alone = (*TORCHRUN, "--nproc_per_node=1")
     path = whole(1) / "checkpoints" / "step-00000040"
     more = ("--accumulation", "4", "--resume")
-    done = train(*alone, *job(tmp_path / "alone", *more, str(path), stage=1))
+    done = warm(*job(tmp_path / "alone", *more, str(path), stage=1)[1:], ranks=1)
     assert done.returncode != 0
     assert "was saved by 2 ranks, this run has 1; convert it by" in done.stderr
     told = done.stderr.split("`")[1].split()
@@ -158,7 +159,7 @@ def test_another_number_of_ranks_needs_a_conversion(
     )
     assert converted.returncode == 0, converted.stderr
     universal = {"checkpoint": {"load_universal": True}}
-    done = train(*alone, *job(tmp_path / "alone", *more, f"{path}_universal", stage=1, **universal))
+    done = warm(*job(tmp_path / "alone", *more, f"{path}_universal", stage=1, **universal)[1:], ranks=1)
     assert done.returncode == 0, done.stderr
     there, here = trained(whole(1)), trained(tmp_path / "alone")
     assert sorted(here) == list(range(41, STEPS + 1))
@@ -192,7 +193,7 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
         checkpoint.newest_universal(tmp_path)
     check(path)
     for asked, message in (
-        ({"seed": 2}, "seed is 1 there, 2 here"),
+        ({"seed": 2}, "seed is 1 in the checkpoint but 2 in this run"),
         ({"stage": 3}, "was saved at ZeRO stage 1, this run has stage 3"),
         ({"universal": True}, "step-00000010 is not universal; convert it by"),
     ):
@@ -203,19 +204,19 @@ def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     (tmp_path / "latest_universal").write_text("converted")
     assert checkpoint.newest_universal(tmp_path) == universal
     check(universal, universal=True)
-    with pytest.raises(CheckpointError, match="is universal; give the DeepSpeed config"):
+    with pytest.raises(CheckpointError, match="is a universal checkpoint; add "):
         check(universal)
     newer = publish("step-00000030", step=30)
-    with pytest.raises(CheckpointError, match="goes on to step-00000030, which a run from converted would mix with"):
+    with pytest.raises(CheckpointError, match=r"newer checkpoint step-00000030, .* with those of a run from converted"):
         check(universal, universal=True)
     (newer / MODEL_STATES).write_bytes(b"")
     with pytest.raises(DamagedCheckpointError, match=r"mp_rank_00_model_states\.pt has 0 bytes instead of"):
         check(newer)
     (tmp_path / "other").mkdir()
-    with pytest.raises(CheckpointError, match="is no checkpoint of DeepSpeed's"):
+    with pytest.raises(CheckpointError, match="is not a DeepSpeed checkpoint"):
         checkpoint.read_job(tmp_path / "other")
     torch.save({}, tmp_path / "other" / MODEL_STATES)
-    with pytest.raises(CheckpointError, match="written by another program"):
+    with pytest.raises(CheckpointError, match=r"was not written by launch\.pretrain_deepspeed"):
         checkpoint.read_job(tmp_path / "other")
 
 
@@ -261,6 +262,10 @@ def test_without_deepspeed_it_says_what_to_install(
             "the override of router.lr is 1.0, but the run has --override router.lr=2.0",
         ),
         ({"optimizer": {"type": "AdamW"}}, {"override": ("router.lr=2.0",)}, "optimizer is AdamW, which has no recipe"),
+        ({"optimizer": {"type": "AdamW"}}, {"lr": 0.1}, "which has no recipe that --lr 0.1 could change"),
+        ({"optimizer": {"params": {"lr": 0.2}}}, {"lr": 0.1}, "lr is 0.2, but the run has --lr 0.1"),
+        ({"optimizer": {"params": {"lr": -1}}}, {}, "lr is -1; it must be a positive number"),
+        ({}, {"lr": -1.0}, "--lr is -1.0; it must be a positive number"),
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size is 2, but this job splits data"),
         ([], {}, "should hold an object"),
     ],
@@ -298,6 +303,13 @@ def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
             "overrides": {"head": {"lr": 1.0}, "router": {"lr": 2.0}},
         },
     }
+    assert run.adjusted_recipe().options("head")["lr"] == 1.0
+    scaled = replace(run, lr=0.5)
+    assert scaled.settings(ranks=4)["optimizer"]["params"]["lr"] == 0.5
+    assert scaled.adjusted_recipe().options("matrix")["lr"] == 0.5
+    path.write_text(json.dumps({"optimizer": {"params": {"lr": 0.5}}}))
+    assert replace(run, lr=0.5).adjusted_recipe() == run.adjusted_recipe()
+    assert run.adjusted_recipe().options("matrix")["lr"] == 0.5
     assert precision(settings) == "bfloat16"
     assert precision({"torch_autocast": {"enabled": True, "dtype": "torch.float16"}}) == "float16"
 

@@ -53,7 +53,7 @@ def test_two_nodes_are_warned_requeued_resumed_and_finish(slurm: Slurm, tmp_path
     job.send_signal(signal.SIGUSR1)
     said = output_of(job)
     assert job.returncode == 0, said
-    assert "told to stop: saved" in said
+    assert "stopped by a signal: saved" in said
     assert "not at its last step: requeued" in said
     assert slurm.requeues() == 1
     assert not (output / "summary.json").exists()

@@ -81,7 +81,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     running.send_signal(signal.SIGTERM)
     error = running.communicate()[1]
     assert running.returncode == 128 + signal.SIGTERM, error
-    assert "the same command goes on from here" in error
+    assert "the same command continues the study" in error
     assert not (output / "study.md").exists()
     written = {path: path.stat().st_mtime_ns for path in ended}
 
@@ -200,9 +200,10 @@ def test_a_diverged_run_is_the_worst(losses: tuple[float, ...], best: float | No
         ('model = "olmoe-tiny"', (), "has no recipe"),
         ('model = "olmoe-tiny"\nrecipe = "adamw"\nlr = 1', (), "lr is unknown"),
         ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--seeds", "7"), "none of them the sweep's 7"),
-        ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--multipliers", "1", "1"), "has one twice"),
+        ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--multipliers", "1", "1"), "has a value twice"),
         ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--multipliers", "0"), "must be positive"),
-        ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--run.seed", "3"), "run.seed is for the study to decide"),
+        ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--run.seed", "3"), "run.seed cannot be set in a study"),
+        ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--run.lr", "0.1"), "run.lr cannot be set in a study"),
         ('model = "olmoe-tiny"\nrecipe = "adamw"', ("--nproc", "3"), "does not split over 3 ranks"),
     ],
 )

@@ -21,6 +21,7 @@ from launch.checkpoints.directory import newest_first, verify_sizes
 from launch.data import write_shard
 from launch.loop.loss_spikes import SpikeJudge
 from tests.launch.runs import ROOT, environment, run_fsdp, torchrun, trained, validated, write_corpus
+from tests.processes import agent_ends_with_parent
 
 # How often a run loses a rank; twenty times takes some minutes.
 KILLS = int(os.environ.get("SYMDIST_TEST_KILLS", "4"))
@@ -73,7 +74,9 @@ def bereaved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(command: list[str], stderr: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A run that goes on beside the test, and ends with it; what it says goes to a file, which never fills up."""
     with open(stderr, "wb") as stream:
-        running = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=stream)
+        running = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stderr=stream, preexec_fn=agent_ends_with_parent
+        )
     running.said = stderr  # type: ignore[attr-defined]
     try:
         yield running
@@ -227,14 +230,14 @@ def test_a_rank_that_stands_still_ends_the_run_with_what_it_was_at(corpus: Path,
         ranks = children(running, but=set())
         wait_for(lambda: furthest(output) >= 3, running)
         os.kill(ranks[1], signal.SIGSTOP)
-        wait_for(lambda: "stood still for 10 s in step" in said(running), running)
+        wait_for(lambda: "made no progress for 10 s in step" in said(running), running)
         # torchrun waits half a minute for it to leave in order.
         os.kill(ranks[1], signal.SIGKILL)
         assert running.wait(TIMELY) != 0
     text = said(running)
     assert re.search(
-        r"error: rank 0 has stood still for 10 s in step \d+, (forward and backward|optimizer|optimizer, .*): a rank "
-        "is lost or hung, or --timeout is shorter than this takes",
+        r"error: rank 0 has made no progress for 10 s in step \d+, (forward and backward|optimizer|optimizer, .*): "
+        "a rank is lost or hung, or --timeout is too short for this",
         text,
     )
     # The stack of the thread that waits.
@@ -270,7 +273,7 @@ def test_a_full_disk_does_not_end_the_run(
     assert trained(output) == trained(whole)
     failed = [event for event in events(output) if event["event"] == "save_failed"]
     assert len(failed) == STEPS // 5 - 1
-    assert all("earlier checkpoints stand" in event["text"] for event in failed)
+    assert all("earlier checkpoints are unchanged" in event["text"] for event in failed)
     assert names(output) == ["step-00000005"]
     subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
     done = pretrain(corpus, output, "--checkpoint-every", "5", "--resume", "auto")
@@ -308,14 +311,14 @@ def spiky(noisy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_spikes_are_left_out_and_counted(spiky: Path) -> None:
     spikes = [event for event in events(spiky) if event["event"] == "spike"]
     assert len(spikes) >= 2
-    assert all("is a spike; the step was left out" in event["text"] for event in spikes)
+    assert all("is a spike; the step was skipped" in event["text"] for event in spikes)
     summary = json.loads((spiky / "summary.json").read_text())
     assert summary["spikes"] == summary["skipped_steps"] == len(spikes)
 
 
 def test_the_run_goes_back_and_on_with_other_data(spiky: Path) -> None:
     backs = [
-        re.fullmatch(r"step (\d+): back to step (\d+), and on with other data", event["text"]).groups()  # type: ignore[union-attr]
+        re.fullmatch(r"step (\d+): back to step (\d+), to continue with other data", event["text"]).groups()  # type: ignore[union-attr]
         for event in events(spiky)
         if event["event"] == "rollback"
     ]
@@ -331,7 +334,7 @@ def test_it_goes_back_only_so_often(noisy: Path, tmp_path: Path) -> None:
     done = pretrain(noisy, tmp_path / "often", "--data.source", f"bin:{noisy}/*.bin", *SPIKY, "1")
     assert done.returncode != 0
     assert re.search(
-        r"error: step \d+: 1 steps in a row were left out, and the run was taken back 1 times already", done.stderr
+        r"error: step \d+: 1 steps in a row were skipped, and the run was rolled back 1 times already", done.stderr
     )
 
 
@@ -343,7 +346,7 @@ def test_a_run_that_only_ever_leaves_out_steps_ends(corpus: Path, tmp_path: Path
         *("rms_norm_eps", "nan", "--rollback-after", "3", "--checkpoint-every", "2", "--rollbacks", "1"),
     )
     assert done.returncode != 0
-    assert "error: step 3: 3 steps in a row were left out before there was any checkpoint to go back to" in done.stderr
+    assert "error: step 3: 3 steps in a row were skipped before there was any checkpoint to return to" in done.stderr
     assert not (tmp_path / "lost" / "checkpoints").exists()
 
 

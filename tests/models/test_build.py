@@ -237,7 +237,7 @@ def test_unknown_setting_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [('family = "llama9"\n[config]\n', "no family 'llama9'"), ("[config]\n", "expected `family`")],
+    [('family = "llama9"\n[config]\n', "there is no family 'llama9'"), ("[config]\n", "it must hold `family`")],
 )
 def test_malformed_file(tmp_path, text: str, message: str):
     path = tmp_path / "mine.toml"

@@ -252,8 +252,8 @@ def test_thousands_of_ranks_take_seconds(shape: Mesh) -> None:
         ("olmoe-tiny", {"tp": 2}, {"clip_qkv": 1.0}, "olmoe: clip_qkv .* use a mesh without tp"),
         ("olmoe-tiny", {"ep": 3}, {}, "olmoe: ep=3 does not divide 8 experts"),
         ("qwen3-tiny", {"dp_shard": 2, "ep": 2}, {}, "qwen3 has no stacked experts to split over ep=2"),
-        ("qwen3-tiny", {"dp_shard": 2, "cp": 2}, {}, "no mesh dimension is called cp"),
-        ("qwen3-tiny", {"tp": 2, "dp_shard": 2}, {}, "tp, dp_shard must stand in this order"),
+        ("qwen3-tiny", {"dp_shard": 2, "cp": 2}, {}, "unknown mesh dimension cp"),
+        ("qwen3-tiny", {"tp": 2, "dp_shard": 2}, {}, "tp, dp_shard must be in this order"),
     ],
 )
 def test_refused(name: str, shape: Mesh, settings: dict[str, Any], message: str) -> None:
@@ -282,7 +282,7 @@ def test_another_family_is_refused_unless_for_its_layouts() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=48, **sizes))
     with simulated({"dp_shard": 2, "tp": 2}) as mesh:
-        with pytest.raises(ValueError, match="llama is not known to run under tp=2"):
+        with pytest.raises(ValueError, match="llama is not known to be correct under tp=2"):
             shard(model, mesh)
         found = placed(shard(model, mesh, layouts_only=True))
     assert found["mlp.down_proj.weight"] == (("dp_shard", "tp"), (Shard(0), Shard(1)))

@@ -230,7 +230,7 @@ def test_orthonormal_columns_are_those_of_a_qr() -> None:
         ({"base": "adam", "beta2": 1.0}, r"beta2=1\.0 must be in \[0, 1\)"),
         ({"rms": 0.0}, r"rms=0\.0 must be positive"),
         ({"base": "lion"}, "base='lion' is not one of 'sinkhorn', 'row_norm'"),
-        ({"view": "gate_up_stacked"}, r"p: rule 'aro' goes by the places of columns, .* 'residual'"),
+        ({"view": "gate_up_stacked"}, r"p: the result of rule 'aro' depends on the order of columns, .* 'residual'"),
         ({"strategy": "reduce"}, "rule 'aro' cannot run with strategy 'reduce'"),
     ],
 )

@@ -83,7 +83,7 @@ def test_what_would_overflow_counts_as_not_finite(value: float) -> None:
     weight.grad = torch.ones(4, 3)
     weight.grad[1, 2] = value
     optimizer = SymDist([{"params": [("w", weight)], "rule": "muon", "lr": 0.1}])
-    with pytest.raises(FloatingPointError, match=r"of w is not finite; no weight was changed\. Numbers beyond 1e\+34"):
+    with pytest.raises(FloatingPointError, match=r"of w is not finite; no weight was changed\. .*larger than 1e\+34"):
         optimizer.step()
     assert weight.eq(1).all()
     SymDist([{"params": [("w", weight)], "rule": "muon", "lr": 0.1}], nonfinite="zero").step()

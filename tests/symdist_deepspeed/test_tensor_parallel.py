@@ -62,4 +62,4 @@ def test_fused_layers_are_refused(parallel_worlds: Worlds) -> None:
 def test_cuts_of_megatrons_kind(parallel_worlds: Worlds) -> None:
     for cut, message in parallel_worlds(2).run(2, parallel.megatron_cuts):
         assert cut == ((8, 3), 0, (4, 4))
-        assert "w is tensor_model_parallel, but does not say how it is cut" in message
+        assert "w has tensor_model_parallel set, but symdist cannot tell how it is cut" in message
