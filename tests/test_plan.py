@@ -111,8 +111,8 @@ def test_the_largest_meshes_are_planned() -> None:
     assert found.busiest.sent < gathered.sent / 10
 
 
-def test_the_readmes_figures_are_those_of_its_command() -> None:
-    text = " ".join((Path(__file__).resolve().parents[1] / "README.md").read_text().split())
+def test_the_documents_figures_are_those_of_their_command() -> None:
+    text = " ".join((Path(__file__).resolve().parents[1] / "docs/results.md").read_text().split())
     said = re.search(
         r" a rank sends (\d+) MB \((\d+) MB in bfloat16\) in (\d+) collectives, where gathering every matrix would "
         r"send ([\d.]+) GB in (\d+)\.",
