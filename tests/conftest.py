@@ -1,5 +1,6 @@
 """Shared by all tests: what a run leaves out, the order of tests, and sets of ranks, started when first asked for."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,12 @@ ORDER = ("rules", "", "models", "diagnostics", "symdist_deepspeed", "symdist_meg
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add --all."""
     parser.addoption("--all", action="store_true", help="run every case, not only those of tests/gate.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --all, let the run that loses ranks lose more of them, unless told how many."""
+    if config.getoption("--all"):
+        os.environ.setdefault("SYMDIST_TEST_KILLS", "4")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

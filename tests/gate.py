@@ -8,33 +8,76 @@ from fnmatch import fnmatchcase
 
 import pytest
 
+# Each kind of layout once, on few ranks where the number does not matter: eight ranks on two cores are slow.
+LAYOUTS = (
+    *("*-shard0 on 1", "*-shard0 on 3", "*-shard0 on 8", "*-shard1 on 3", "*-replicated on 3", "*-hsdp on 2 x 3"),
+    *("*-fsdp over column-wise tp on 2 x 2", "*-fsdp over row-wise tp on 2 x 3", "*-left to right on 3 x 2"),
+    *("*-fsdp shard1 over expert parallel on 2 x 4", "*-fsdp over expert parallel and tp on 2 x 2 x 2"),
+    "*-hsdp over column-wise tp on 2 x 2 x 2",
+)
 GATE: dict[str, tuple[str, ...]] = {
-    # Numbers in float32 hang on the layout little: one of each kind of layout.
+    "tests/test_parity.py::test_float64_is_exact": LAYOUTS,
+    # Numbers in float32 hang on the layout little.
     "tests/test_parity.py::test_float32_is_near": (
-        *("*-shard0 on 3", "*-hsdp on 2 x 3", "*-replicated on 3", "*-fsdp over row-wise tp on 2 x 2"),
+        *("*-shard0 on 3", "*-hsdp on 2 x 3", "*-replicated on 3", "*-fsdp over row-wise tp on 2 x 3"),
+    ),
+    "tests/test_parity.py::test_waves_change_nothing": ("*-shard0 on 3",),
+    "tests/test_parity.py::test_meshes_may_number_ranks_in_any_order": ("fsdp over row-wise tp on 2 x 2",),
+    "tests/test_flat.py::test_float64_is_exact": (
+        *("*-each-3", "*-one-3", "*-one-8", "*-anywhere-3", "*-anyhow-4", "*-shuffled-4", "*-columns-3"),
     ),
     "tests/test_flat.py::test_float32_is_near": ("*-anywhere-3",),
+    "tests/test_flat.py::test_small_waves_change_nothing": ("*-one-3",),
+    "tests/test_plan.py::test_owners_are_balanced_on_the_papers_models": (
+        *("8-gpt-oss-small", "64-gemma3-1b", "512-olmoe-1b-7b"),
+    ),
+    "tests/test_plan.py::test_the_largest_meshes_are_planned": (),
+    "tests/test_plan.py::test_buffers_stay_within_the_budget": ("qwen3-0.6b-8",),
+    "tests/test_resharding.py::test_olmoe_goes_on_elsewhere": ("*-{'ep': 4}",),
+    "tests/test_resharding.py::test_training_goes_on_elsewhere": (
+        *("fsdp 4 to hsdp x tp-", "hsdp x tp to fsdp x tp-flattened"),
+    ),
+    "tests/test_fuzz.py::test_the_line_of_a_case_runs_it": ("1e-09-0",),
+    "tests/test_overlapping.py::test_no_ring_of_waits_closes": ("drawn 0-1-*", "nested-3000-*", "drawn 1-1073741824-*"),
+    "tests/rules/test_aro.py::test_a_rotation_stays_one": ("sinkhorn-residual_stage", "row_norm-matrix", "adam-matrix"),
+    # Denormal numbers are slow to compute with, and the view has no part in it.
+    "tests/rules/test_numbers.py::test_an_idle_expert_stays_finite": ("one a rule-*",),
     # All rules at every stage of ZeRO, with masters of either dtype and any number of ranks.
     "tests/symdist_deepspeed/test_parity.py::test_every_rule_at_every_stage": (
-        *("0-2-bf16", "1-3-fp32", "1-2-bf16", "2-4-fp32", "3-3-fp32", "3-2-bf16"),
+        *("0-2-bf16", "1-3-fp32", "2-2-bf16", "3-3-fp32"),
     ),
     "tests/symdist_deepspeed/test_parity.py::test_whatever_the_configuration": (
-        *("round robin, stage 2", "accumulated in fp32", "offloaded", "offloaded, stage 3", "sub-groups"),
-        *("sub-groups, from zero.Init", "own groups", "frozen, stage 3"),
+        *("round robin, stage 2", "accumulated in fp32", "offloaded, stage 3", "sub-groups, from zero.Init"),
+        "frozen, stage 3",
     ),
-    "tests/symdist_deepspeed/test_checkpoint.py::test_resumed_runs_go_on_as_if_nothing_was": ("stage 1", "stage 3"),
+    "tests/symdist_deepspeed/test_checkpoint.py::test_resumed_runs_go_on_as_if_nothing_was": ("stage 3",),
     "tests/symdist_deepspeed/test_tensor_parallel.py::test_losses_are_those_of_one_rank": ("2-4-1", "4-6-3"),
-    "tests/symdist_deepspeed/test_experts.py::test_losses_are_those_of_one_rank": ("1-2-2", "2-4-1"),
+    "tests/symdist_deepspeed/test_experts.py::test_losses_are_those_of_one_rank": ("1-2-2",),
     "tests/symdist_megatron/test_parity.py::test_every_rule_on_every_layout": (
-        *("tp2-plain", "tp2 dp2-distributed", "tp2 ep2-distributed", "ep2-plain", "pp2-distributed", "dp2-distributed"),
+        *("tp2-plain", "tp2 dp2-distributed", "ep2-plain", "pp2-distributed"),
     ),
     "tests/symdist_megatron/test_parity.py::test_and_where_layouts_meet": (
-        *("dp3, unevenly", "experts cut too", "tied over stages", "grouped, cut, ep2", "layer by layer"),
+        *("dp3, unevenly", "experts cut too", "tied over stages", "grouped, cut, ep2"),
     ),
     "tests/symdist_megatron/test_parity.py::test_in_less_precision": ("bfloat16-distributed",),
     "tests/symdist_megatron/test_training.py::test_tensor_parallelism_does_not_change_the_answer": (
         "experts-2-distributed",
     ),
+    # Jobs: each engine by its own launcher and without, stopped and resumed under FSDP2, a damaged checkpoint, a full
+    # disk, a lost rank. What is left is the same under the other engines, and what takes two machines.
+    "tests/launch/test_pretrain.py::test_weights_drawn_in_shards_train_too": (),
+    "tests/launch/test_pretrain.py::test_world_size_changes_only_the_rounding": (),
+    "tests/launch/test_pretrain_deepspeed.py::test_losses_are_those_of_fsdp2": ("2", "3"),
+    "tests/launch/test_pretrain_deepspeed.py::test_sigterm_saves_and_auto_resume_repeats_every_step_exactly": (),
+    "tests/launch/test_pretrain_deepspeed.py::test_another_number_of_ranks_needs_a_conversion": (),
+    "tests/launch/test_pretrain_megatron.py::test_losses_and_router_measures_are_those_of_fsdp2": ("data", "tensor"),
+    "tests/launch/test_pretrain_megatron.py::test_sigterm_saves_and_auto_resume_repeats_every_step_exactly": (),
+    "tests/launch/test_pretrain_megatron.py::test_a_checkpoint_is_gone_on_from_at_another_layout": (),
+    "tests/launch/test_survival.py::test_four_ranks_go_on_as_two_and_under_tensor_parallelism": ("2 * tp 2",),
+    "tests/launch/test_survival.py::test_a_full_disk_does_not_end_the_run": ("background",),
+    "tests/launch/test_survival.py::test_it_goes_back_only_so_often": (),
+    "tests/launch/test_survival.py::test_a_run_that_only_ever_leaves_out_steps_ends": (),
+    "tests/launch/test_nodes.py::test_a_run_on_two_nodes_survives_the_loss_of_one": (),
 }
 
 

@@ -147,5 +147,5 @@ def test_an_optimizer_of_another_model_is_found_out() -> None:
     model, other = language(), language()
     optimizer = build_optimizer(model, "adamw")
     other(batch(0)).backward()
-    with pytest.raises(ValueError, match="or of another model"):
+    with pytest.raises(ValueError, match="for another model"):
         optimizer.step()

@@ -24,7 +24,7 @@ from tests.launch.runs import ROOT, environment, run_fsdp, torchrun, trained, va
 from tests.processes import agent_ends_with_parent
 
 # How often a run loses a rank; twenty times takes some minutes.
-KILLS = int(os.environ.get("SYMDIST_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("SYMDIST_TEST_KILLS", "2"))
 STEPS = max(30, 5 * KILLS)
 TIMELY = 240.0
 
