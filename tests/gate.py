@@ -31,6 +31,7 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/test_plan.py::test_owners_are_balanced_on_the_papers_models": (
         *("8-gpt-oss-small", "64-gemma3-1b", "512-olmoe-1b-7b"),
     ),
+    "tests/test_cli.py::test_compare": (),
     "tests/test_plan.py::test_the_largest_meshes_are_planned": (),
     "tests/test_plan.py::test_buffers_stay_within_the_budget": ("qwen3-0.6b-8",),
     "tests/test_resharding.py::test_olmoe_goes_on_elsewhere": ("*-{'ep': 4}",),

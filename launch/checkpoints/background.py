@@ -23,12 +23,13 @@ class BackgroundSaver:
     Args:
         directory: The folder of the run's checkpoints.
         keep_every: Keep every checkpoint whose step is a multiple of this; 0 is for none.
+        checksums: See `launch.checkpoints.directory.describe_files`.
         timeout: The watchdog's limit in seconds, from which the timeout of the gloo group follows.
     """
 
-    def __init__(self, directory: Path, *, keep_every: int, timeout: float):
+    def __init__(self, directory: Path, *, keep_every: int, checksums: bool | None, timeout: float):
         self.directory = directory
-        self._keep_every = keep_every
+        self._keep_every, self._checksums = keep_every, checksums
         self._group = dist.new_group(backend="gloo", timeout=patience_of(timeout))
         gpu = torch.cuda.is_available()
         self._stager = DefaultStager(StagingOptions(gpu, False, False, gpu))
@@ -69,6 +70,7 @@ class BackgroundSaver:
             identity=identity,
             keep=keep,
             keep_every=self._keep_every,
+            checksums=self._checksums,
             group=self._group,
         )
         self._under_way = self.directory / f"step-{step:08d}", writing

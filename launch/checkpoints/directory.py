@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = "symdist-checkpoint"
+CHECKSUM_LIMIT = 4 * 2**30
 VERSION = 1
 CHOOSE = "choose another checkpoint, or start the run afresh"
 
@@ -92,12 +94,22 @@ def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
     writing.mkdir()
 
 
-def describe_files(paths: Sequence[Path]) -> dict[str, Any]:
-    """Flush the files to disk, and return their manifest entries: size in bytes and SHA-256, by file name."""
+def describe_files(paths: Sequence[Path], *, checksums: bool | None = None) -> dict[str, Any]:
+    """Flush the files to disk, and return their manifest entries: size in bytes, and perhaps SHA-256, by file name.
+
+    Args:
+        paths: The files.
+        checksums: Whether to compute SHA-256; None does for files of at most `CHECKSUM_LIMIT` bytes.
+    """
+    limit = {None: CHECKSUM_LIMIT, True: math.inf, False: -1}[checksums]
+    entries: dict[str, Any] = {}
     for path in paths:
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+        entries[path.name] = {"bytes": path.stat().st_size}
+        if entries[path.name]["bytes"] <= limit:
+            entries[path.name]["sha256"] = _sha256(path)
+    return entries
 
 
 def publish(writing: Path, final: Path, *, world: int, identity: dict[str, Any], files: dict[str, Any]) -> None:
@@ -140,7 +152,7 @@ def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) 
 
 
 def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> int:
-    """Check a checkpoint's manifest, and sizes and checksums of this rank's share of its files.
+    """Check a checkpoint's manifest, and sizes and, where it has them, checksums of this rank's share of its files.
 
     Args:
         path: The checkpoint.
@@ -165,7 +177,7 @@ def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> in
             problem = "is missing"
         elif file.stat().st_size != entry["bytes"]:
             problem = f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        elif _sha256(file) != entry["sha256"]:
+        elif "sha256" in entry and _sha256(file) != entry["sha256"]:
             problem = "does not match its checksum"
         else:
             continue

@@ -2,8 +2,8 @@
 
 A checkpoint is a directory ``step-00000100`` that holds the shards and the ``.metadata`` of
 ``torch.distributed.checkpoint`` (DCP), a ``state.json`` (trainer state and optimizer options), one ``rng-00000.json``
-per rank, and a ``manifest.json``. The manifest is written last and lists every other file with its size and checksum,
-so a directory that has one is finished. All ranks must see the same directory.
+per rank, and a ``manifest.json``. The manifest is written last and lists every other file with its size and mostly
+its checksum, so a directory that has one is finished. All ranks must see the same directory.
 
 After each stage all ranks exchange whether they succeeded, so a failure on one rank is raised on all of them, and none
 is left waiting in a collective.
@@ -77,6 +77,7 @@ def save(
     identity: dict[str, Any],
     keep: int = 3,
     keep_every: int = 0,
+    checksums: bool | None = None,
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``, then remove the oldest checkpoints; all ranks must call it.
 
@@ -89,6 +90,7 @@ def save(
         identity: JSON-serializable values that tell this run from others.
         keep: How many checkpoints to leave, this one included; those of later steps are neither counted nor removed.
         keep_every: Also leave every checkpoint whose step is a multiple of this; 0 is for none.
+        checksums: See `launch.checkpoints.directory.describe_files`.
 
     Returns:
         The directory of the finished checkpoint.
@@ -106,7 +108,7 @@ def save(
     """
     tensors, plain = _collect(model, optimizer)
     snapshot = Snapshot(step=step, tensors=tensors, plain=plain, trainer=trainer, rng=rng_state())
-    return write(directory, snapshot, identity=identity, keep=keep, keep_every=keep_every)
+    return write(directory, snapshot, identity=identity, keep=keep, keep_every=keep_every, checksums=checksums)
 
 
 def snapshot(
@@ -134,6 +136,7 @@ def write(
     identity: dict[str, Any],
     keep: int,
     keep_every: int,
+    checksums: bool | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Path:
     """Write a snapshot as ``save`` does; all ranks must call it.
@@ -144,6 +147,7 @@ def write(
         identity: See ``save``.
         keep: See ``save``.
         keep_every: See ``save``.
+        checksums: See ``save``.
         group: A process group of all ranks, needed to write from another thread; the default group if None.
 
     Returns:
@@ -162,7 +166,7 @@ def write(
             if rank == 0:
                 paths += [writing / ".metadata", writing / _STATE]
                 write_json(paths[-1], {"trainer": snapshot.trainer, "optimizer": snapshot.plain})
-            return describe_files(paths)
+            return describe_files(paths, checksums=checksums)
 
         def save_all() -> None:
             writer = dcp.FileSystemWriter(writing)

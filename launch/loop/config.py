@@ -1,29 +1,36 @@
 """The configuration of a pretraining run: read from a TOML file and the command line, and checked before it starts."""
 
+import argparse
 import json
 import math
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, with_config
 from tyro.conf import UseAppendAction
 
 from launch.data import DataConfig
 from symdist.routing.recipes import Recipe, load_recipe, parse_overrides, parse_value
 from symdist.tools.models import build
 
+# The checkpoint's identity holds the values as the command line gives them, so those of a file become such texts.
+_Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
 
+
+@with_config(extra="forbid")
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A pretraining run; every value can be set in the TOML file or on the command line, which wins."""
 
     model: str = "olmoe-tiny"
     """A preset of symdist.tools.models, or a TOML file of the same form."""
-    model_overrides: dict[str, str] = field(default_factory=dict)
+    # MutableMapping and not dict, whose keys tyro would fix to those of the file.
+    model_overrides: MutableMapping[str, _Text] = field(default_factory=dict)
     """Settings that replace the model's, as pairs of name and value: --model-overrides num_hidden_layers 8."""
     recipe: str = "small-moe"
     """A recipe of symdist.routing.recipes, or a TOML file of the same form."""
@@ -77,6 +84,8 @@ class Config:
     """Number of newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 for none."""
+    checksums: bool | None = None
+    """Checksums of all files of a checkpoint, or of none; left out, of files up to 4 GiB, a few seconds each."""
     peak_tflops: float | None = None
     """Peak Tflop/s of a rank, for the model flop utilization; left out, it is known for common GPUs."""
     output: Path = Path("runs/default")
@@ -174,104 +183,56 @@ class Config:
         self.adjusted_recipe()
 
 
-C = TypeVar("C", bound=Config)
+T = TypeVar("T")
 
 
-def parse_as(kind: type[C], arguments: list[str]) -> C:
-    """Parse a run's configuration from `--config FILE.toml` and the options that override it.
+def parse_as(kind: type[T], arguments: list[str], *, program: str | None = None, description: str | None = None) -> T:
+    """Parse a configuration from `--config FILE.toml` and the options that override it.
 
-    For an unknown option or a value of the wrong kind, in the file or on the command line, tyro prints a message and
-    ends the process with code 2.
+    For an unknown option or a value of the wrong kind on the command line, tyro prints a message and ends the process
+    with code 2.
 
     Args:
-        kind: `Config`, or an engine's subclass with further options.
+        kind: A dataclass with a default for every field: `Config`, or an engine's subclass with further options.
         arguments: The command line, without the program's name.
+        program: The program's name in `--help`, by default that of its file.
+        description: The text at the top of `--help`, by default the docstring of `kind`.
 
     Returns:
         The configuration, not checked yet.
 
     Raises:
-        ValueError: If the file cannot be read or is not valid TOML.
+        ValueError: As `load_config` does.
 
     Example:
         >>> config = parse_as(Config, ["--config", "launch/configs/olmoe-tiny.toml", "--lr", "0.01"])
         >>> config.check(ranks=2)
     """
-    options: list[str] = []
-    for word in split_configs(arguments):
-        options = [*read_toml(word), *options] if isinstance(word, Path) else [*options, word]
-    description = f"{kind.__doc__}\n\n--config FILE.toml reads values from a file; the command line wins."
-    return tyro.cli(kind, args=options, prog=Path(sys.argv[0]).name, description=description)
+    program = program or Path(sys.argv[0]).name
+    text = f"{description or kind.__doc__}\n\n--config FILE.toml reads values from a file; the command line wins."
+    parser = argparse.ArgumentParser(
+        prog=program, usage=f"{program} --config FILE.toml", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--config", type=Path)
+    known, options = parser.parse_known_args(arguments)
+    default = kind() if known.config is None else load_config(kind, known.config)
+    return tyro.cli(kind, args=options, prog=program, description=text, default=default)
 
 
-def split_configs(arguments: list[str]) -> Iterator[str | Path]:
-    """Yield the words of a command line, with a path in place of `--config FILE`.
-
-    Raises:
-        ValueError: If no file follows `--config`.
-    """
-    remaining = iter(arguments)
-    for word in remaining:
-        name, equals, value = word.partition("=")
-        if name != "--config":
-            yield word
-            continue
-        path = value if equals else next(remaining, None)
-        if not path:
-            raise ValueError("--config needs a file, as in --config launch/configs/olmoe-tiny.toml")
-        yield Path(path)
-
-
-def load_toml(path: Path) -> dict[str, Any]:
-    """Return the contents of a TOML file.
+def load_config(kind: type[T], path: Path) -> T:
+    """Read a configuration from a TOML file, or from a `.json` file of the same form.
 
     Raises:
-        ValueError: If the file cannot be read or is not valid TOML.
+        ValueError: If the file cannot be read or is not valid, or has an unknown key or a value of the wrong kind.
     """
     try:
-        return tomllib.loads(path.read_text())
+        text = path.read_text()
+        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return TypeAdapter(kind).validate_python(content)
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"config {path} is not valid TOML: {error}") from None
-
-
-def read_toml(path: Path) -> list[str]:
-    """Return the values of a TOML file as command-line words, so that the same parser checks both.
-
-    Raises:
-        ValueError: As `load_toml` does.
-    """
-    return words(load_toml(path), prefix="--")
-
-
-def words(content: dict[str, Any], *, prefix: str) -> list[str]:
-    """Return values as command-line words.
-
-    Args:
-        content: A TOML table, or a configuration as a dict. Values that are None are left out.
-        prefix: What the options begin with, such as "--".
-
-    Returns:
-        The words.
-    """
-    options: list[str] = []
-    for name, value in content.items():
-        option = prefix + name.replace("_", "-")
-        if name == "model_overrides" and isinstance(value, dict):
-            options += [option, *(_text(word) for pair in value.items() for word in pair)] if value else []
-        elif name == "override":
-            options += [word for item in value for word in (option, _text(item))]
-        elif isinstance(value, dict):
-            options += words(value, prefix=f"{option}.")
-        elif isinstance(value, list | tuple):
-            options += [option, *map(_text, value)]
-        elif isinstance(value, bool):
-            options.append(option if value else f"{prefix}no-{name.replace('_', '-')}")
-        elif value is not None:
-            options += [option, _text(value)]
-    return options
-
-
-def _text(value: Any) -> str:
-    return str(value) if isinstance(value, str | Path) else json.dumps(value)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, at['loc']))}: {at['msg']} (got {at['input']!r})" for at in error.errors())
+        raise ValueError(f"config {path}: {'; '.join(problems)}; --help lists the options") from None
+    except ValueError as error:
+        raise ValueError(f"config {path} is not valid {path.suffix[1:].upper()}: {error}") from None

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import tyro
+from pydantic import with_config
 from tyro.conf import Suppress
 
-from launch.loop.config import Config, load_toml, split_configs, words
+from launch.loop.config import Config, parse_as
 from launch.records.run_log import already_finished
 from launch.study.report import ArmOutcome, Outcome, read_outcome
-from symdist.routing.recipes import Recipe, load_recipe, parse_overrides, parse_value
+from symdist.routing.recipes import Recipe, load_recipe, parse_overrides
 from symdist.tools.run_format import LOG
 
 RECORD = "study-run.json"
@@ -29,7 +29,7 @@ class Arm:
     model: str
     name: str
     recipe: str
-    label: str
+    label: str = ""
     override: tuple[str, ...] = ()
 
     @property
@@ -61,6 +61,17 @@ class Arm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """Options of every run, the same as those of launch.pretrain."""
+
+    steps: int = 200
+    """Optimizer steps."""
+    log_every: int = 20
+    """Steps between log lines."""
+
+
+@with_config(extra="forbid")
+@dataclass(frozen=True, kw_only=True)
 class Study:
     """A comparison of arms, given in the file as [[arms]] tables with model, name, recipe, label and override."""
 
@@ -80,7 +91,7 @@ class Study:
     """List the runs and start none."""
     report: bool = False
     """Write tables and plot from the finished runs, and start none."""
-    run: Config = field(default_factory=lambda: Config(steps=200, log_every=20))
+    run: RunConfig = field(default_factory=RunConfig)
     """Options of every run, the same as those of launch.pretrain."""
     arms: Suppress[tuple[Arm, ...]] = ()
     """The arms, which come from the file."""
@@ -127,15 +138,17 @@ class Study:
         """
         from symdist import route
         from symdist.param_groups import with_defaults
+        from symdist.param_specs import describe_param
         from symdist.tools.models import build
 
-        overrides = {key: parse_value(text) for key, text in self.run.model_overrides.items()}
+        overrides = self.run.model_settings()
         for arm in self.arms:
             try:
                 vocabulary = self.run.data.vocabulary
                 model = build(arm.model, vocabulary=vocabulary, device="meta", overrides=overrides)
-                for group in route(model, arm.tuned()):
-                    with_defaults(group)
+                for i, group in enumerate(map(with_defaults, route(model, arm.tuned()))):
+                    for name, parameter in zip(group["param_names"], group["params"], strict=True):
+                        describe_param(parameter, name=name, index=i, group=group)
             except ValueError as error:
                 raise ValueError(f"arm {arm.key}: {error}") from None
 
@@ -219,36 +232,13 @@ def parse(arguments: list[str], *, description: str | None) -> Study:
         description: The text at the top of `--help`.
 
     Raises:
-        ValueError: If the file cannot be read, is not valid TOML, or has an arm with wrong entries.
+        ValueError: As `launch.loop.config.load_config` does.
 
     Example:
         >>> study = parse(["--config", "launch/configs/study.toml"], description=None)
         >>> study.check()
     """
-    options: list[str] = []
-    arms: list[Arm] = []
-    for word in split_configs(arguments):
-        if not isinstance(word, Path):
-            options.append(word)
-            continue
-        content = load_toml(word)
-        arms = [_arm(table) for table in content.pop("arms", [])]
-        options = [*words(content, prefix="--"), *options]
-    study = tyro.cli(Study, args=options, prog="study.py", description=description)
-    return dataclasses.replace(study, arms=tuple(arms))
-
-
-def _arm(table: dict[str, Any]) -> Arm:
-    entries = {**table, "override": tuple(table.get("override", ()))}
-    entries.setdefault("label", entries.get("name"))
-    known = {entry.name for entry in dataclasses.fields(Arm)}
-    if unknown := sorted(set(entries) - known):
-        raise ValueError(f"arm {table}: {', '.join(unknown)} is unknown; the keys are {', '.join(sorted(known))}")
-    if missing := sorted(known - set(entries)):
-        raise ValueError(f"arm {table} has no {', '.join(missing)}")
-    if wrong := sorted(key for key in known - {"override"} if not isinstance(entries[key], str)):
-        raise ValueError(f"arm {table}: {', '.join(wrong)} must be a string")
-    return Arm(**entries)
+    return parse_as(Study, arguments, program="study.py", description=description)
 
 
 def outcomes(study: Study) -> list[ArmOutcome]:
@@ -269,7 +259,7 @@ def outcomes(study: Study) -> list[ArmOutcome]:
         swept_arm = ArmOutcome(
             model=arm.model,
             name=arm.name,
-            label=arm.label,
+            label=arm.label or arm.name,
             grid=study.multipliers,
             seeds=study.seeds,
             sweep=read(study.sweep(arm)),

@@ -19,9 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from launch.data import prepare
-from launch.study.plan import RECORD, Run, Study, outcomes, parse, words
+from launch.study.plan import RECORD, Run, Study, outcomes, parse
 from launch.study.report import read_outcome, write
 
+CONFIG = "study-config.json"
 OUTPUT = "output.log"
 _ENTRY = "launch.pretrain"
 
@@ -98,12 +99,13 @@ class Runner:
         study, folder = self.study, self.study.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).write_text(json.dumps(study.record(run), indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(study.config(run)), default=str))
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         if not study.run.data.source.startswith("datasets:"):
             # Models are built from configurations alone, so nothing needs the Hugging Face Hub.
             environment["HF_HUB_OFFLINE"] = "1"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={study.nproc}"]
-        command += ["-m", _ENTRY, *words(dataclasses.asdict(study.config(run)), prefix="--")]
+        command += ["-m", _ENTRY, "--config", str(folder / CONFIG)]
         with (folder / OUTPUT).open("ab") as output:
             self._running[run] = subprocess.Popen(
                 command,

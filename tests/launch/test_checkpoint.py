@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from launch.checkpoints import directory as checkpoints
 from launch.checkpoints.sharded import CheckpointError, latest, load, save
 
 ROOT = Path(__file__).parents[2]
@@ -189,6 +190,24 @@ def test_metadata_cannot_run_code(tmp_path: Path) -> None:
     with pytest.raises(pickle.UnpicklingError, match="mkdir"):
         _Reader(tmp_path).read_metadata()
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("checksums", "limit", "damage_shows"), [(None, 10**6, True), (None, 0, False), (False, 0, False), (True, 0, True)]
+)
+def test_checksums_by_size_or_as_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checksums: bool | None, limit: int, damage_shows: bool
+) -> None:
+    monkeypatch.setattr(checkpoints, "CHECKSUM_LIMIT", limit)
+    model, optimizer = _half_run()
+    path = save(tmp_path, 1, model=model, optimizer=optimizer, trainer={}, identity={}, checksums=checksums)
+    shard = path / "__0_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    if damage_shows:
+        with pytest.raises(CheckpointError, match="does not match its checksum"):
+            checkpoints.verify(path, identity={}, rank=0, world=1)
+    else:
+        assert checkpoints.verify(path, identity={}, rank=0, world=1) == 1
 
 
 def test_keep_must_leave_one(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The pretraining entry on two real ranks: learning, exact resumption, clean stops, and refusals."""
 
+import json
 import re
 import shutil
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from launch.engines.fsdp.config import FsdpRun, Mesh
-from launch.loop.config import Config, parse_as, words
+from launch.loop.config import Config, parse_as
 from launch.loop.job import run
 from launch.records.run_log import check_folder
 from symdist import build_optimizer
@@ -120,7 +121,7 @@ def test_what_cannot_run_is_refused(config: Config, ranks: int, message: str) ->
         config.check(ranks=ranks)
 
 
-def test_toml_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_toml_and_command_line(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
         'steps = 7\noverride = ["router.lr=0.5"]\n[data]\nvocabulary = 512\n'
@@ -130,22 +131,27 @@ def test_toml_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     config = parse_as(FsdpRun, given)
     assert (config.steps, config.data.vocabulary, config.data.source) == (9, 512, "texts")
     assert config.lr == 0.25
-    assert parse_as(FsdpRun, words(asdict(config), prefix="--")) == config
+    (tmp_path / "run.json").write_text(json.dumps(asdict(config), default=str))
+    assert parse_as(FsdpRun, ["--config", str(tmp_path / "run.json")]) == config
     assert config.overrides() == {"router": {"lr": 0.5}, "head": {"lr": 1}}
     assert config.model_overrides == {"hidden_size": "64", "tie_word_embeddings": "true"}
     assert parse_as(FsdpRun, [f"--config={path}"]).steps == 7
-    for text, message in (("stepz = 1", "stepz"), ('steps = "many"', "--steps"), ('precision = "fp8"', "--precision")):
+    assert parse_as(FsdpRun, [*given, "--model-overrides", "num_heads", "2"]).model_overrides == {"num_heads": "2"}
+    for text, message in (
+        ("stepz = 1", r"run\.toml: stepz: .*got 1"),
+        ("[mesh]\npp = 2", r"mesh\.pp: .*got 2"),
+        ('steps = "many"', "steps: .*integer.*got 'many'"),
+        ('precision = "fp8"', "precision: .*'bfloat16'.*got 'fp8'"),
+        ("steps =", "not valid TOML"),
+    ):
         path.write_text(text)
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(ValueError, match=message):
             parse_as(FsdpRun, ["--config", str(path)])
-        assert message in capsys.readouterr().err
-    path.write_text("steps =")
-    with pytest.raises(ValueError, match="not valid TOML"):
-        parse_as(FsdpRun, ["--config", str(path)])
     with pytest.raises(ValueError, match="cannot be read"):
         parse_as(FsdpRun, ["--config", str(tmp_path / "missing.toml")])
-    with pytest.raises(ValueError, match="needs a file"):
-        parse_as(FsdpRun, ["--config"])
+    for words in (["--config"], ["--stepz", "1"], ["--steps", "many"]):
+        with pytest.raises(SystemExit, match="2"):
+            parse_as(FsdpRun, words)
 
 
 def test_lr_scales_the_rates_and_overrides_stand() -> None:

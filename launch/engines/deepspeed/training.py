@@ -188,7 +188,7 @@ class DeepSpeedTraining(Training):
         def write(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
             def describe_share() -> dict[str, Any]:
                 files = sorted(path for path in writing.rglob("*") if path.is_file())
-                return describe_files(files[rank::world])
+                return describe_files(files[rank::world], checksums=self.config.checksums)
 
             self._write(writing, job, failed, remedy)
             return on_all_ranks(describe_share, failed, remedy)

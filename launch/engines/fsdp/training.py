@@ -31,7 +31,9 @@ class FsdpTraining(Training):
         self.scheduler = build_scheduler(self.optimizer, self._schedules(), config.steps)
         self._saver = None
         if config.background_checkpoints:
-            self._saver = BackgroundSaver(self.checkpoints, keep_every=config.keep_every, timeout=config.timeout)
+            self._saver = BackgroundSaver(
+                self.checkpoints, keep_every=config.keep_every, checksums=config.checksums, timeout=config.timeout
+            )
         return model
 
     def _build_model(self, outline: nn.Module) -> Any:
@@ -117,6 +119,7 @@ class FsdpTraining(Training):
             identity=self.identity,
             keep=self.num_kept,
             keep_every=self.config.keep_every,
+            checksums=self.config.checksums,
         )
 
     @property

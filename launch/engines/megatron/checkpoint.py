@@ -45,6 +45,7 @@ def save(
     identity: dict[str, Any],
     keep: int,
     keep_every: int,
+    checksums: bool | None = None,
 ) -> Path:
     """Write ``directory/step-XXXXXXXX``, then remove the oldest checkpoints; all ranks must call it.
 
@@ -57,6 +58,7 @@ def save(
         identity: JSON-serializable values that tell this run from others.
         keep: How many checkpoints to leave, this one included.
         keep_every: Also leave every checkpoint whose step is a multiple of this; 0 is for none.
+        checksums: See `launch.checkpoints.directory.describe_files`.
 
     Returns:
         The directory of the finished checkpoint.
@@ -75,7 +77,7 @@ def save(
             if rank == 0:
                 write_json(writing / _JOB, job)
                 paths += [path for path in writing.iterdir() if not path.name.startswith("__")]
-            return describe_files(paths)
+            return describe_files(paths, checksums=checksums)
 
         _keep_helper()
         state = _state(model, optimizer, loading=False)

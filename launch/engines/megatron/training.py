@@ -218,6 +218,7 @@ class MegatronTraining(Training):
                 identity=self.identity,
                 keep=self.num_kept,
                 keep_every=self.config.keep_every,
+                checksums=self.config.checksums,
             )
 
     def _summary(self, measures: dict[str, float]) -> dict[str, Any]:
