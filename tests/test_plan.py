@@ -163,7 +163,7 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     [
         ("--mesh dp=4,pp=2", "'pp=2' should be NAME=SIZE"),
         ("--mesh dp=0", "'dp=0' should be NAME=SIZE"),
-        ("--mesh dp=4,dp_shard=2", "'dp_shard=2' should be NAME=SIZE, each once"),
+        ("--mesh dp=4,dp_shard=2", "'dp_shard=2' should be NAME=SIZE, with each name once"),
         ("--mesh dp=4 --bucket-mb 0", "bucket_mb"),
         ("--mesh dp=4 --recipe nothing", "nothing"),
         ("--mesh dp=4 --model nothing", "nothing"),
