@@ -15,13 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from bokeh.resources import Resources
 from rich.console import Console
 
 from launch.records.run_log import RunLog
 from symdist.tools.preview import preview
 from symdist.tools.report import follow, live_table, report, run_table, write_page
-from symdist.tools.report_curves import curves, means, thin
+from symdist.tools.report_curves import panels, smoothed, thin
 from symdist.tools.report_page import page, summary_columns
 from symdist.tools.run import in_time
 from symdist.tools.run_format import EVENTS, LOG, PLAN, ROUTING, RUN, SUMMARY, assignments_of, routing_entries
@@ -92,10 +94,9 @@ def running(tmp_path: Path) -> Path:
     return write(tmp_path / "going", dump(lines(8)) + '{"step": 9, "ki', run=facts(recipe="muon"))
 
 
-def data(text: str) -> dict[str, Any]:
-    match = re.search(r"^const DATA = (.*);$", text, re.MULTILINE)
-    assert match
-    return json.loads(match[1])
+def shown(text: str) -> tuple[bool, int]:
+    """Whether a page reloads itself, and the last step of its second run, or of its only one."""
+    return "<body data-every=" in text, int(re.findall(r"<td class=n>(\d+) of ", text)[-1])
 
 
 def printed(*parts: Any) -> str:
@@ -182,6 +183,7 @@ def test_states(running: Path) -> None:
     assert read_run(running).state(NOW + 30).kind == "running"
     empty = write(running.parent / "empty", "")
     assert read_run(empty).state(NOW + 60).text == "starting, for 1 min"
+    assert "starting" in page([read_run(empty)], live=True, every=5, now=NOW + 60)
 
 
 def test_a_finished_run_resumed_for_more_steps_is_running(finished: Path) -> None:
@@ -261,24 +263,20 @@ def test_tables(finished: Path, running: Path) -> None:
 
 def test_the_page_holds_everything(finished: Path, running: Path, tmp_path: Path) -> None:
     output, picture = tmp_path / "deep" / "page.html", tmp_path / "curves.png"
-    shown = report([finished, running], output=output, picture=picture)
-    assert shown[1:] == [f"page: {output}", f"picture: {picture}"]
+    result = report([finished, running], output=output, picture=picture)
+    assert result[1:] == [f"page: {output}", f"picture: {picture}"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not [each for each in output.parent.iterdir() if each != output]
     text = output.read_text()
-    for foreign in (r"https?://(?!www\.w3\.org/2000/svg)", r"\bsrc=", r"@import", r"url\((?!#)", r"\bfetch\("):
-        assert not re.search(foreign, text), foreign
-    assert text.count("<script") == text.count("</script") == 1
+    # What Bokeh brings names addresses; the policy keeps it from loading anything.
+    assert "default-src 'none'" in text
+    own = text.replace(Resources(mode="inline", components=["bokeh"]).render_js(), "")
+    assert len(text) - len(own) > 1e6
+    for foreign in (r"https?://", r"\bsrc=", r"@import", r"url\((?!#)", r"\bfetch\("):
+        assert not re.search(foreign, own), foreign
+    assert own.count("<script") == own.count("</script") == 1
     assert HOSTILE not in text
     assert html.escape(HOSTILE) in text
-    told = data(text)
-    panels = {panel["title"]: panel for panel in told["panels"]}
-    assert panels["A measure of ones own"]["group"] == "Other"
-    assert panels["RMS of updates"]["parts"] == ["router", "head"]
-    assert [curve["kind"] for curve in panels["Validation loss"]["curves"]] == ["validation"] * 2
-    logged = {key.split("/")[0] for key in train(1)} - {"step", "kind"}
-    assert logged <= {panel["key"] for panel in told["panels"]}
-    assert told["events"][1] == {"run": 0, "step": 12, "event": "spike", "text": f"a spike {HOSTILE}"}
     # The layers of olmoe-tiny are one row; only what differs is set side by side.
     assert "<td>model.layers.*.self_attn.q_proj.weight</td><td>4</td>" in text
     assert "starts 7 collectives in 2 waves and sends 1.5 MB" in text
@@ -287,28 +285,58 @@ def test_the_page_holds_everything(finished: Path, running: Path, tmp_path: Path
     assert "somewhere" in text
 
 
+def test_panels(finished: Path, running: Path) -> None:
+    drawn = {panel.plot.title.text: panel for panel in panels([read_run(finished), read_run(running)])[0]}
+    assert drawn["A measure of ones own"].group == "Other"
+    assert drawn["RMS of updates: going"].parts == ["router", "head"]
+    assert {title: panel.split for title, panel in drawn.items() if title.startswith("ν")} == {
+        "ν: done": "run",
+        "ν: going": "run",
+        "ν: head": "part",
+    }
+    # A line and dots for each run.
+    assert len(drawn["Validation loss"].plot.renderers) == 4
+    logged = {key.split("/")[0] for key in train(1)} - {"step", "kind"}
+    assert len({title.split(":")[0] for title in drawn}) == len(logged) + 1
+    loss = drawn["Loss, nats a token"].plot
+    (marks,) = (line.data_source.data for line in loss.renderers if "event" in line.data_source.data)
+    assert (marks["step"][1], marks["tokens"][1], marks["event"][1]) == (12, 1200, "spike")
+    assert marks["text"][1] == f"a spike {HOSTILE}"
+    points = loss.renderers[0].data_source.data
+    assert points["tokens"].tolist() == list(range(100, 2001, 100))
+    # 100 tokens a step at 1000 a second.
+    assert points["time"][-1] == pytest.approx(2.0)
+
+
 def test_values_that_are_not_finite_are_gaps(tmp_path: Path) -> None:
     values = [3.0, math.nan, math.inf, 2.0]
     log = dump([train(i + 1, loss=value) for i, value in enumerate(values)])
     assert "NaN" in log
-    folder = write(tmp_path / "run", log)
-    text = page([read_run(folder)], live=False, every=0, now=NOW)
-    loss = next(panel for panel in data(text)["panels"] if panel["key"] == "loss")["curves"][0]
-    assert loss["values"] == [3, None, None, 2]
-    assert loss["steps"] == [1, 1, 1, 1]
-    run_table([read_run(folder)], NOW)
+    # The run goes back to a step that it had before.
+    run = read_run(write(tmp_path / "run", log + dump([train(3, loss=1.0)])))
+    points = panels([run])[0][0].plot.renderers[0].data_source.data
+    assert points["step"].tolist() == [1, 2, 3, 4, 3, 3]
+    np.testing.assert_array_equal(points["0"], [3, math.nan, math.nan, 2, math.nan, 1])
+    np.testing.assert_array_equal(np.isnan(points["0.9"]), np.isnan(points["0"]))
+    run_table([run], NOW)
 
 
 def test_thinning_keeps_extremes_ends_and_gaps() -> None:
-    values = [float(i % 7) for i in range(1000)]
-    values[333], values[500], values[700] = 99.0, math.nan, -99.0
-    steps, kept = thin(range(1, 1001), values, 20)
+    values = np.arange(1001.0) % 7
+    values[[333, 500, 700]] = 99.0, math.nan, -99.0
+    kept = thin(values, 20)
     assert len(kept) < 110
-    assert {steps[kept.index(99.0)], steps[kept.index(-99.0)]} == {334, 701}
-    assert (steps[0], steps[-1]) == (1, 1000)
-    assert steps == sorted(steps)
-    assert math.isnan(kept[steps.index(501)])
-    assert means([1, 2, 3], [1.0, 3.0, math.nan], 2)[1][0] == 2.0
+    assert {0, 333, 500, 700, 1000} <= set(kept)
+    assert kept.tolist() == sorted(set(kept))
+    assert thin(values, 0).tolist() == list(range(1001))
+
+
+def test_smoothing_does_not_hang_on_how_often_is_logged() -> None:
+    steps = np.arange(1, 2001)
+    values = np.sin(steps / 200)
+    often, seldom = smoothed(steps, values, 0.9, 10), smoothed(steps[9::10], values[9::10], 0.9, 10)
+    assert often[0] == values[0]
+    np.testing.assert_allclose(often[9::10], seldom, atol=0.05)
 
 
 def test_a_page_of_many_long_runs_stays_small(tmp_path: Path) -> None:
@@ -318,16 +346,13 @@ def test_a_page_of_many_long_runs_stays_small(tmp_path: Path) -> None:
     text = page(runs, live=False, every=0, now=NOW)
     assert len(text) < 4e6
     assert "Long curves are thinned" in text
-    loss = next(panel for panel in curves(runs)[0]["panels"] if panel["key"] == "loss")["curves"]
-    assert all(sum(curve["steps"]) == 5000 and "mean" in curve for curve in loss)
 
 
 def test_following_ends_with_the_runs(finished: Path, running: Path, tmp_path: Path) -> None:
     output, seen = tmp_path / "page.html", []
 
     def ended() -> bool:
-        text = output.read_text()
-        seen.append((data(text)["live"], data(text)["runs"][1]["last"]))
+        seen.append(shown(output.read_text()))
         # A reading later the log has grown; then the run is over.
         if seen[-1][1] == 8:
             (running / LOG).write_text(dump(lines(9)))
@@ -337,11 +362,10 @@ def test_following_ends_with_the_runs(finished: Path, running: Path, tmp_path: P
         return False
 
     console = Console(file=io.StringIO())
-    shown = follow([finished, running], output=output, every=0.05, stop=ended, console=console)
+    result = follow([finished, running], output=output, every=0.05, stop=ended, console=console)
     assert {(True, 8), (True, 9)} <= set(seen)
-    assert "9 of 9" in printed(shown[0])
-    told = data(output.read_text())
-    assert (told["live"], told["runs"][1]["last"]) == (False, 9)
+    assert "9 of 9" in printed(result[0])
+    assert shown(output.read_text()) == (False, 9)
 
 
 def test_following_is_left_at_any_time(running: Path, tmp_path: Path) -> None:
@@ -351,14 +375,14 @@ def test_following_is_left_at_any_time(running: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     follow([running], output=output, every=600, stop=ended.is_set, console=console)
     assert time.monotonic() - began < 30
-    assert data(output.read_text())["live"] is False
+    assert not shown(output.read_text())[0]
 
     def interrupted() -> bool:
-        assert data(output.read_text())["live"] is True
+        assert shown(output.read_text())[0]
         raise KeyboardInterrupt
 
     assert follow([running], output=output, every=600, stop=interrupted, console=console)
-    assert data(output.read_text())["live"] is False
+    assert not shown(output.read_text())[0]
     with pytest.raises(ValueError, match="every=0 must be positive"):
         follow([running], output=output, every=0)
 
@@ -390,19 +414,70 @@ def test_durations(seconds: float, text: str) -> None:
 def test_a_browser_draws_the_page(finished: Path, running: Path, tmp_path: Path, live: bool) -> None:
     (running / LOG).write_text(dump([*lines(8), train(9, loss=math.nan), train(10)]))
     output = tmp_path / "page.html"
-    write_page([read_run(finished), read_run(running)], output, live=live, every=60, now=NOW)
+    write_page([read_run(finished), read_run(running)], output, live=live, every=600, now=NOW)
+    # Beside the page's own script, one that uses each control and writes down what the first plot shows then.
+    output.write_text(output.read_text().replace("</body>", f"<script>{_USE}</script></body>"))
     quiet = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
     more = ("--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}")
-    command = [str(CHROMIUM), "--headless", "--no-sandbox", *quiet, *more, "--dump-dom", output.as_uri()]
-    dom = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
-    root = dom[dom.index("<html") : dom.index(">", dom.index("<html"))]
-    assert 'data-ready="yes"' in root
-    assert "data-error" not in root
-    drawn = re.findall(r'<path d="(.*?)" class="curve (\w+)', dom)
-    assert len(drawn) > 20
-    assert {look for _, look in drawn} == {"train", "validation", "dots"}
-    assert all(path.startswith("M") and "NaN" not in path and "Infinity" not in path for path, _ in drawn)
-    # The gap of the running run cuts its loss in two.
-    assert any(path.count("M") == 2 for path, look in drawn if look == "train")
-    assert 'aria-label="Loss, nats a token' in dom
-    assert "spike" in dom[dom.index('class="mark bad"') :][:300]
+    more += ("--enable-logging=stderr", "--window-size=1300,1000", "--remote-debugging-port=0")
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", *quiet, *more, output.as_uri()]
+    states: list[dict[str, Any]] = []
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as browser:
+        assert browser.stderr
+        limit = threading.Timer(240, browser.kill)
+        limit.start()
+        for line in browser.stderr:
+            assert "Uncaught" not in line
+            assert "Content Security Policy" not in line
+            if state := re.search(r'"STATE (.*)", source:', line):
+                states.append(json.loads(state[1]))
+            if len(states) == 5:
+                break
+        limit.cancel()
+        browser.terminate()
+    first, log, tokens, smooth, hidden = states
+    assert first["painted"] > 50
+    assert (first["scale"], log["scale"]) == ("LinearScale", "LogScale")
+    assert first["x"][1] == pytest.approx(20, rel=0.15)
+    assert tokens["x"][1] == pytest.approx(2000, rel=0.15)
+    assert smooth["y"] == ["0", "0.9"]
+    # The hidden run's own panels of optimizer_ms, update_rms and nu.
+    assert first["plots"] - hidden["plots"] == 3
+    assert (first["lines"], hidden["lines"]) == (6, 3)
+    assert 'aria-label="Loss, nats a token' in output.read_text()
+
+
+_USE = """
+(async () => {
+  const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+  while (!document.documentElement.dataset.ready) await pause(50);
+  const form = document.forms.controls;
+  const tell = async () => {
+    const plot = Bokeh.documents[0].roots()[0];
+    await pause(200);
+    // Axes are fitted in frames, which a busy machine may be late with.
+    for (let i = 0; i < 200 && (plot.x_range.end > 1000) !== (form.axis.value === "tokens"); i++) await pause(50);
+    const lines = plot.renderers.filter((line) => line.glyph.type === "Line" && line.visible);
+    const { canvas } = [...Bokeh.index].find((view) => view.model === plot).export("auto");
+    const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    let painted = 0;
+    // Pixels of about the first run's color.
+    for (let i = 0; i < data.length; i += 4) painted += data[i] < 120 && data[i + 2] > data[i] + 90;
+    console.log("STATE " + JSON.stringify({
+      scale: plot.y_scale.type, x: [plot.x_range.start, plot.x_range.end],
+      y: [...new Set(lines.map((line) => line.glyph.y.field))], lines: lines.length,
+      painted, plots: document.querySelectorAll(".plot:not([hidden])").length,
+    }));
+  };
+  const change = async (field, key, value) => {
+    field[key] = value;
+    field.dispatchEvent(new Event("change", { bubbles: true }));
+    await tell();
+  };
+  await tell();
+  await change(form.log, "checked", true);
+  await change(form.axis[1], "checked", true);
+  await change(form.smooth, "value", "0.9");
+  await change(form.run[1], "checked", false);
+})();
+"""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, cast
 from symdist.tools.baselines import NAMES, Name
 
 _FILE_WIDTH = 200
-_EXTRA = ("matplotlib", "rich", "tyro")
+_EXTRA = ("bokeh", "matplotlib", "rich", "tyro")
 
 
 @dataclass(frozen=True, kw_only=True)

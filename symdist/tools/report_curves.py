@@ -1,19 +1,47 @@
-"""Prepares the curves of a report's page: assigns measures to panels, and thins out long curves."""
+"""Draws the curves of a report's page with Bokeh: assigns measures to panels, and thins out long curves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from bokeh.models import (
+    BoxZoomTool,
+    ColumnDataSource,
+    DataRange1d,
+    HoverTool,
+    Line,
+    NumeralTickFormatter,
+    ResetTool,
+    SaveTool,
+    Scatter,
+    VSpan,
+)
+from bokeh.plotting import figure
 
 from symdist.tools.run import Run, at_step
 
+# Colors of runs, and of the parts of a measure. They can be told apart on a light and on a dark page.
+COLORS = ("#2b8fd6", "#e8742c", "#1fa97c", "#c877b0", "#c9930f", "#58b7ea", "#878f97", "#a3a024")
+# Names of the x axes, which are columns of each curve's data.
+AXES = ("step", "tokens", "time")
+# How much of a smoothed loss stays after a stretch of steps, of which the longest run has `_STRETCHES`. They are names
+# of columns: "0" has the values themselves.
+SMOOTHING = ("0", "0.5", "0.8", "0.9", "0.95", "0.98", "0.99")
+_STRETCHES = 500
+# The page shows only so many events of a run, the last ones.
+SHOWN_EVENTS = 400
+_BAD_EVENTS = ("spike", "nonfinite", "rollback", "save_failed", "timeout", "fallback")
+_BAD_COLOR = "#e0503a"
+
 # The most points of all curves together, which come to some megabytes, and the range of the limit for one curve, whose
 # upper end is more than a screen has pixels.
-_POINTS = 200_000
+_POINTS = 100_000
 _POINTS_A_CURVE = (160, 2400)
-_CLOCK_POINTS = 200
-_GROUPS = ("Loss", "Optimizer", "Roles", "Routers", "Logits", "Throughput and memory", "Other")
+GROUPS = ("Loss", "Optimizer", "Roles", "Routers", "Logits", "Throughput and memory", "Other")
 # Group and title of the measures that jobs write. Other measures are sorted by how their name begins, see _BEGINNINGS.
 _MEASURES = {
     "loss": ("Loss", "Loss, nats a token"),
@@ -49,125 +77,243 @@ _BEGINNINGS = {
 }
 
 
-def curves(runs: Sequence[Run]) -> tuple[dict[str, Any], int]:
-    """Return the data of all curves for the page's script.
+@dataclass(frozen=True)
+class Panel:
+    """A plot of the page.
+
+    Attributes:
+        group: The heading that it is under, of `GROUPS`.
+        plot: The figure of Bokeh. The tags of a glyph are the index of its run, and "smooth" if it can be smoothed.
+        split: Which of its two sets of panels a measure of parts, such as roles, has this one in: a panel for each
+            "run" or for each "part". Empty for measures without parts.
+        parts: The names of the lines, in the order of their colors, if these are not the runs.
+    """
+
+    group: str
+    plot: Any
+    split: Literal["", "run", "part"] = ""
+    parts: Sequence[str] = ()
+
+
+class _Line(NamedTuple):
+    run: int
+    kind: str
+    part: str
+    points: ColumnDataSource
+
+
+def panels(runs: Sequence[Run]) -> tuple[list[Panel], int]:
+    """Draw all curves of the page.
 
     Args:
         runs: The runs.
 
     Returns:
-        The data, and the number of lines of a log that were reduced to two points in the most thinned curve; 0 if every
-        line is drawn.
+        The panels, in order, and the number of lines of a log that were reduced to two points in the most thinned
+        curve; 0 if every line is drawn.
     """
     count = sum(len(run.measures) for run in runs)
     limit = min(max(_POINTS // max(count, 1), _POINTS_A_CURVE[0]), _POINTS_A_CURVE[1])
+    stretch = max(1, *(run.last_step for run in runs)) / _STRETCHES
+    seconds_a_unit = time_unit(runs)[0]
     thinned = 0
-    panels: dict[str, dict[str, Any]] = {}
+    lines: dict[str, list[_Line]] = {}
     for i, run in enumerate(runs):
         for (kind, measure), (steps, values) in run.measures.items():
             key, _, part = measure.partition("/")
+            width = -(-2 * len(steps) // limit) if len(steps) > limit else 0
+            thinned = max(thinned, width)
+            smooth = stretch if (kind, measure) == ("train", "loss") else None
+            data = _columns(run, *_with_breaks(steps, values), width, seconds_a_unit, smooth)
             # A measure and its parts, such as optimizer_ms and optimizer_ms/local, go into separate panels.
-            group, title = _place(key)
-            panel = panels.setdefault(
-                key + "/" * bool(part), {"key": key, "group": group, "title": title, "parts": [], "curves": []}
-            )
-            if part and part not in panel["parts"]:
-                panel["parts"].append(part)
-            width = max(1, -(-2 * len(steps) // limit)) if len(steps) > limit else 1
-            thinned = max(thinned, width if width > 1 else 0)
-            curve = {"run": i, "kind": kind, "part": part, **_encoded(*thin(steps, values, width))}
-            if width > 1 and (kind, measure) == ("train", "loss"):
-                curve["mean"] = _encoded(*means(steps, values, width))
-            panel["curves"].append(curve)
+            lines.setdefault(key + "/" * bool(part), []).append(_Line(i, kind, part, ColumnDataSource(data)))
+    # One range for all plots, so that zooming into one zooms into all.
+    x_range = DataRange1d(only_visible=True)
     order = {key: i for i, key in enumerate(_MEASURES)}
-    ordered = sorted(
-        panels.values(),
-        key=lambda panel: (_GROUPS.index(panel["group"]), order.get(panel["key"], len(order)), panel["title"]),
-    )
-    if any(curve["kind"] != "train" for curve in panels.get("loss", {"curves": []})["curves"]):
-        validation_curves = [curve for curve in panels["loss"]["curves"] if curve["kind"] == "validation"]
-        index = ordered.index(panels["loss"]) + 1
-        ordered.insert(
-            index, {**panels["loss"], "key": "validation", "title": "Validation loss", "curves": validation_curves}
-        )
-    data = {
-        "groups": _GROUPS,
-        "panels": ordered,
-        "runs": [
-            {"name": run.name, "tokens": run.tokens_per_step, "clock": _clock(run), "last": run.last_step}
-            for run in runs
-        ],
-    }
-    return data, thinned
+    places = {key: _place(key.rstrip("/")) for key in lines}
+    drawn = []
+    for key in sorted(lines, key=lambda key: (GROUPS.index(places[key][0]), order.get(key.rstrip("/"), len(order)))):
+        group, title = places[key]
+        of_key = lines[key]
+        if not key.endswith("/"):
+            plot = _plot(title, x_range, of_key, runs)
+            drawn.append(Panel(group, plot))
+            if key == "loss":
+                plot.height = 320
+                for i, run in enumerate(runs):
+                    _mark_events(plot, i, run, seconds_a_unit)
+                if validation := [line for line in of_key if line.kind == "validation"]:
+                    drawn.append(Panel(group, _plot("Validation loss", x_range, validation, runs)))
+            continue
+        parts = list(dict.fromkeys(line.part for line in of_key))
+        for i, run in enumerate(runs):
+            if own := [line for line in of_key if line.run == i]:
+                name = f"{title}: {run.name}" if len(runs) > 1 else title
+                drawn.append(Panel(group, _plot(name, x_range, own, runs, parts), "run", parts))
+        for part in parts if len(runs) > 1 else ():
+            own = [line for line in of_key if line.part == part]
+            drawn.append(Panel(group, _plot(f"{title}: {part}", x_range, own, runs), "part"))
+    # The page hides some of the split panels, which would hold the range back as it changes.
+    x_range.renderers = [line for panel in drawn if not panel.split for line in panel.plot.renderers]
+    return drawn, thinned
 
 
-def thin(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
+def time_unit(runs: Sequence[Run]) -> tuple[int, str]:
+    """Return the unit of the axis of training time.
+
+    Args:
+        runs: The runs.
+
+    Returns:
+        The seconds of one unit, and its name.
+    """
+    longest = max((run.clock[1][-1] for run in runs if run.clock[1]), default=0)
+    return (1, "s") if longest < 300 else (60, "min") if longest < 10800 else (3600, "h")
+
+
+def thin(values: np.ndarray, width: int) -> np.ndarray:
     """Thin out a curve without losing extremes.
 
     Of each `width` points, the lowest, the highest and one that is not finite are kept, and of the whole curve the
     ends.
 
     Args:
-        steps: The steps.
-        values: The value at each step.
+        values: The values of the curve, of shape (points,).
         width: The number of points to thin at a time; below 2, all points are kept.
 
     Returns:
-        The steps and values that are kept, in order.
+        The indices of the points that are kept, in order.
     """
     if width < 2:
-        return list(steps), list(values)
-    kept = {0, len(steps) - 1}
-    for start in range(0, len(steps), width):
-        bucket = range(start, min(start + width, len(steps)))
-        finite = [i for i in bucket if math.isfinite(values[i])]
-        if finite:
-            kept |= {min(finite, key=values.__getitem__), max(finite, key=values.__getitem__)}
-        if len(finite) < len(bucket):
-            kept.add(next(i for i in bucket if not math.isfinite(values[i])))
-    indices = sorted(kept)
-    return [steps[i] for i in indices], [values[i] for i in indices]
+        return np.arange(len(values))
+    rows = np.pad(values, (0, -len(values) % width), mode="edge").reshape(-1, width)
+    finite = np.isfinite(rows)
+    lowest = np.where(finite, rows, np.inf).argmin(1)
+    highest = np.where(finite, rows, -np.inf).argmax(1)
+    gaps = np.where(finite.all(1), lowest, finite.argmin(1))
+    kept = np.concatenate([np.arange(0, rows.size, width) + column for column in (lowest, highest, gaps)])
+    return np.unique(np.minimum([0, *kept, len(values)], len(values) - 1))
 
 
-def means(steps: Sequence[int], values: Sequence[float], width: int) -> tuple[list[int], list[float]]:
-    """Average a curve over each `width` points.
+def smoothed(steps: np.ndarray, values: np.ndarray, kept: float, stretch: float) -> np.ndarray:
+    """Return the exponential moving average of a curve.
 
     Args:
-        steps: The steps.
-        values: The value at each step. Values that are not finite are ignored.
-        width: The number of points to average.
+        steps: The step of each point, of shape (points,).
+        values: The value of each point, of shape (points,). What is not finite is left as it is.
+        kept: How much of the average stays after a stretch of steps, from 0 to below 1.
+        stretch: The number of steps in a stretch, so that runs logged more or less often are smoothed alike.
 
     Returns:
-        The last step of each `width` points, and their mean.
+        The averages, of shape (points,).
     """
-    averaged: tuple[list[int], list[float]] = ([], [])
-    for start in range(0, len(steps), width):
-        finite = [value for value in values[start : start + width] if math.isfinite(value)]
-        averaged[0].append(steps[min(start + width, len(steps)) - 1])
-        averaged[1].append(sum(finite) / len(finite) if finite else math.nan)
-    return averaged
+    averages = values.copy()
+    total = weight = 0.0
+    before = -math.inf
+    for i in np.flatnonzero(np.isfinite(values)):
+        # A run that went back begins anew.
+        share = kept ** ((steps[i] - before) / stretch) if kept and steps[i] > before else 0.0
+        before = steps[i]
+        # The sum of weights corrects the beginning, which would otherwise lean towards zero.
+        total = share * total + (1 - share) * values[i]
+        weight = share * weight + (1 - share)
+        averages[i] = total / weight
+    return averages
 
 
-def _encoded(steps: Sequence[int], values: Sequence[float]) -> dict[str, Any]:
-    # Store differences of steps, since they are short numbers and steps make up much of a page with many curves.
-    jumps = [step - previous for step, previous in zip(steps, [0, *steps], strict=False)]
-    return {"steps": jumps, "values": [_short(value) for value in values]}
+def _with_breaks(steps: Sequence[int], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return steps and values as arrays, with a gap where a run went back to an earlier step."""
+    x, y = np.array(steps), np.array(values)
+    back = np.flatnonzero(np.diff(x) < 0) + 1
+    return np.insert(x, back, x[back]), np.insert(y, back, math.nan)
 
 
-def _short(value: float) -> float | None:
-    if not math.isfinite(value):
-        return None
-    return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.5g}")
+def _columns(
+    run: Run, steps: np.ndarray, values: np.ndarray, width: int, seconds_a_unit: int, stretch: float | None
+) -> dict[str, np.ndarray]:
+    """Return a column for each x axis, and one for each smoothing: the values themselves alone if `stretch` is None."""
+    indices = thin(values, width)
+    values = np.where(np.isfinite(values), values, math.nan)
+    curves = {"0": values}
+    if stretch is not None:
+        curves |= {kept: smoothed(steps, values, float(kept), stretch) for kept in SMOOTHING[1:]}
+    columns = {name: curve[indices].astype(np.float32) for name, curve in curves.items()}
+    return {**_along(run, steps[indices], seconds_a_unit), **columns}
 
 
-def _clock(run: Run) -> dict[str, Any] | None:
-    steps, seconds = run.clock
-    if not steps:
-        return None
-    # The last line may belong to a validation, after the last line with a throughput.
-    end = max(run.last_step, steps[-1])
-    marks = sorted({round(end * i / _CLOCK_POINTS) for i in range(_CLOCK_POINTS + 1)})
-    return {"steps": marks, "seconds": [_short(at_step(steps, seconds, step)) for step in marks]}
+def _along(run: Run, steps: np.ndarray, seconds_a_unit: int) -> dict[str, np.ndarray]:
+    """Return where steps lie on each x axis; NaN if unknown."""
+    unknown = np.full(len(steps), math.nan)
+    tokens = unknown if run.tokens_per_step is None else steps * run.tokens_per_step
+    seconds = np.array([at_step(*run.clock, step) for step in steps]) if run.clock[0] else unknown
+    return {
+        "step": steps.astype(np.int32),
+        "tokens": tokens.astype(np.float32),
+        "time": (seconds / seconds_a_unit).astype(np.float32),
+    }
+
+
+def _plot(
+    title: str, x_range: DataRange1d, lines: Sequence[_Line], runs: Sequence[Run], parts: Sequence[str] = ()
+) -> Any:
+    """Draw lines in the colors of their runs, or of their parts if these are given."""
+    largest = max(float(np.abs(np.nan_to_num(line.points.data["0"])).max()) for line in lines)
+    plot: Any = figure(
+        title=title,
+        height=240,
+        sizing_mode="stretch_width",
+        toolbar_location="above",
+        x_range=x_range,
+        y_range=DataRange1d(only_visible=True, default_span=largest / 5 or 1),
+        # Fit the y axis to what the x axis shows.
+        window_axis="x",
+        tools=[BoxZoomTool(dimensions="width"), ResetTool(), SaveTool()],
+    )
+    plot.toolbar.update(logo=None, autohide=True)
+    plot.xaxis.formatter = NumeralTickFormatter(format="0.[000]a")
+    renderers = []
+    # The methods of a figure, such as `line`, make four more models a line, which takes seconds on a page of many.
+    for run, kind, part, points in lines:
+        i = parts.index(part) if parts else run
+        color, name = COLORS[i % len(COLORS)], part if parts else runs[run].name
+        looks: dict[str, Any] = {"line_color": color, "line_dash": "solid" if i < len(COLORS) else "dashed"}
+        smooth = len(points.data) > len(AXES) + 1
+        line = Line(x="step", y="0", line_alpha=0.3 if smooth else 1, tags=[run], **looks)
+        renderers.append(plot.add_glyph(points, line, name=name if kind == "train" else f"{name}, {kind}"))
+        if smooth:
+            plot.add_glyph(points, Line(x="step", y="0", line_width=1.6, tags=[run, "smooth"], **looks))
+        if kind != "train" or len(points.data["step"]) == 1:
+            dots = Scatter(x="step", y="0", size=5, line_color=color, fill_color=color, tags=[run])
+            plot.add_glyph(points, dots)
+    tooltips = [("", "$name: @0{%.5g}"), ("step", "@step{0,0}")]
+    # Several tools, so that what they show lies around the lines and not in one heap.
+    for k, side in enumerate(("above", "below", "left", "right")[: len(renderers)]):
+        hover = HoverTool(renderers=renderers[k::4], tooltips=tooltips, formatters={"@0": "printf"}, mode="vline")
+        hover.update(attachment=side, visible=False)
+        plot.add_tools(hover)
+    return plot
+
+
+def _mark_events(plot: Any, i: int, run: Run, seconds_a_unit: int) -> None:
+    """Draw a run's events as vertical lines: red if bad, faint for checkpoints, and otherwise dashed."""
+    events = [e for e in run.events[-SHOWN_EVENTS:] if isinstance(e.get("step"), int) and e.get("event")]
+    if not events:
+        return
+    kinds = [str(event["event"]) for event in events]
+    points = ColumnDataSource(
+        {
+            **_along(run, np.array([event["step"] for event in events]), seconds_a_unit),
+            "event": kinds,
+            "text": [str(event.get("text", "")) for event in events],
+            "color": [_BAD_COLOR if kind in _BAD_EVENTS else COLORS[i % len(COLORS)] for kind in kinds],
+            "dash": ["solid" if kind in _BAD_EVENTS else "dashed" for kind in kinds],
+            "alpha": [0.3 if kind == "save" else 0.8 for kind in kinds],
+        }
+    )
+    span = VSpan(x="step", line_color="color", line_dash="dash", line_alpha="alpha", tags=[i])
+    marks = plot.add_glyph(points, span, name=run.name)
+    tooltips = [("$name", "@event at step @step{0,0}. @text")]
+    plot.add_tools(HoverTool(renderers=[marks], tooltips=tooltips, visible=False))
 
 
 def _place(measure: str) -> tuple[str, str]:

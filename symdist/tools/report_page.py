@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from typing import Any
 
-from symdist.tools.report_curves import curves
+from bokeh.document import Document
+from bokeh.embed import components
+from bokeh.resources import Resources
+
+from symdist.tools.report_curves import COLORS, GROUPS, SHOWN_EVENTS, SMOOTHING, Panel, panels, time_unit
 from symdist.tools.run import Run
 from symdist.tools.run_format import PLAN, ROUTING, RUN, assignments_of
 from symdist.tools.tables import in_bytes, route_table
-
-# The page shows only so many events of a run, the last ones.
-_EVENTS = 400
 
 # Settings that differ between any two runs, and are left out of their comparison.
 _ALWAYS_DIFFERENT = ("output", "started")
 
 _CONTROLS = """
-<div class="controls" role="toolbar" aria-label="Curves">
-<div class="legend" role="group" aria-label="Runs shown">{legend}</div>
+<form class="controls" name="controls" autocomplete="off">
+<div class="legend" role="group" aria-label="Runs shown">{runs}</div>
 <fieldset><legend>x axis</legend>
 <label><input type="radio" name="axis" value="step" checked>step</label>
-<label><input type="radio" name="axis" value="tokens">tokens</label>
-<label><input type="radio" name="axis" value="time">training time</label></fieldset>
-<label><input type="checkbox" id="log"> log y</label>
-<label class="slider">smooth loss <input type="range" id="smooth" min="0" max="0.99" step="0.01" value="0">
-<output id="smoothed">0</output></label>
-<label id="split-label">roles <select id="split"><option value="run">a panel for each run</option>
+<label><input type="radio" name="axis" value="tokens"{no_tokens}>tokens</label>
+<label><input type="radio" name="axis" value="time"{no_time}>training time ({unit})</label></fieldset>
+<label><input type="checkbox" name="log"> log y</label>
+<label>smooth loss <select name="smooth">{smoothing}</select></label>
+<label{no_split}>roles <select name="split"><option value="run">a panel for each run</option>
 <option value="part">a panel for each role</option></select></label>
-<button type="button" id="zoom" hidden>whole range</button>
-<button type="button" id="pause" hidden aria-pressed="false">pause</button>
-</div>
+<label{no_pause}><input type="checkbox" name="pause"> pause</label>
+</form>
 """
 
 
@@ -54,24 +54,36 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
         ValueError: If a run's routing or plan has other keys than `symdist.tools.run_format` describes.
     """
     names = ", ".join(run.name for run in runs)
-    legend = "".join(
-        f'<button type="button" class="chip" data-run="{i}" aria-pressed="true">{_swatch(i)}{escape(run.name)}</button>'
-        for i, run in enumerate(runs)
-    )
+    drawn, thinned = panels(runs)
+    document = Document()
+    # Bokeh would otherwise go through all models again for each plot.
+    with document.models.freeze():
+        for panel in drawn:
+            document.add_root(panel.plot)
+    plots_script, plot_divs = components([panel.plot for panel in drawn], wrap_script=False) if drawn else ("", [])
+    places = [
+        f'<div class="plot {panel.split}{" wide" if i == 0 else ""}" role="img" '
+        f'aria-label="{escape(panel.plot.title.text)}">{div}'
+        + "".join(f"<span>{_swatch(j)}{escape(part)}</span>" for j, part in enumerate(panel.parts))
+        + "</div>"
+        for i, (panel, div) in enumerate(zip(drawn, plot_divs, strict=True))
+    ]
+    grids = {
+        group: "".join(place for panel, place in zip(drawn, places, strict=True) if panel.group == group)
+        for group in GROUPS
+    }
     body = [
         f"<header><h1>{escape(names if len(runs) < 4 else f'{len(runs)} runs')}</h1>"
         f"<p>{escape(_subtitle(runs))}</p></header>",
         _section("Runs", _summary(runs, now), key="runs"),
-        _CONTROLS.format(legend=legend),
+        _controls(runs, drawn, live),
         '<noscript><p class="note">The curves are drawn by a script, which this browser does not run.</p></noscript>',
-        '<div id="curves"></div><div id="readout" role="status" hidden></div>',
+        *(_section(group, f'<div class="grid">{grid}</div>' if grid else "", key="") for group, grid in grids.items()),
         _section("Events", _events(runs), key="events"),
         _section("Configuration", _configuration(runs), key="configuration"),
         _section("Routing", _routing(runs), key="routing"),
         _section("Plan of a step", _plans(runs), key="plan"),
     ]
-    curve_data, thinned = curves(runs)
-    data = {**curve_data, "live": live, "every": every, "events": _marks(runs)}
     note = (
         "Every line of the logs is drawn. "
         if not thinned
@@ -79,9 +91,7 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
             f"Long curves are thinned to the lowest and highest of each {thinned} lines or fewer: no extreme is lost. "
         )
     )
-    # A browser ends a script at the first "</script", even inside a string, so escape every "<" in the data.
-    script = "".join(map(_asset, ("axes.js", "plots.js", "switches.js")))
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    reloads = f' data-every="{every}"' if live else ""
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -90,14 +100,35 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
             "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
             "script-src 'unsafe-inline'; img-src data:\">",
             f'<link rel="icon" href="data:,"><title>{escape(names)}</title>',
-            f"<style>\n{_asset('style.css')}</style></head><body><main>",
+            f"<style>\n{_asset('style.css')}</style>",
+            Resources(mode="inline", components=["bokeh"]).render_js(),
+            f"</head><body{reloads}><main>",
             *body,
             f"<footer>{note}Not-a-number and infinite values are gaps. Training time is what the logged throughput "
-            "comes to; validation and checkpoints are not in it. "
-            f'Written <time data-ago="{now:.0f}"></time>.</footer></main>',
-            f"<script>\nconst DATA = {text};\n{script}</script></body></html>\n",
+            f"comes to; validation and checkpoints are not in it. Written {_clock_time(now)}.</footer></main>",
+            f"<script>\n{plots_script}\n{_asset('page.js')}</script></body></html>\n",
         ]
     )
+
+
+def _controls(runs: Sequence[Run], drawn: Sequence[Panel], live: bool) -> str:
+    return _CONTROLS.format(
+        runs="".join(
+            f'<label class="chip"><input type="checkbox" name="run" value="{i}" checked>{_swatch(i)}{escape(run.name)}'
+            "</label>"
+            for i, run in enumerate(runs)
+        ),
+        no_tokens="" if any(run.tokens_per_step for run in runs) else " disabled",
+        no_time="" if any(run.clock[0] for run in runs) else " disabled",
+        unit=time_unit(runs)[1],
+        smoothing="".join(f"<option>{kept}</option>" for kept in SMOOTHING),
+        no_split="" if any(panel.split == "part" for panel in drawn) else " hidden",
+        no_pause="" if live else " hidden",
+    )
+
+
+def _clock_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
 
 
 @dataclass(frozen=True)
@@ -178,15 +209,6 @@ def _subtitle(runs: Sequence[Run]) -> str:
     return ", ".join(filter(None, [model_line(runs), *launchers]))
 
 
-def _marks(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    return [
-        {"run": i, "step": event["step"], "event": str(event["event"]), "text": str(event.get("text", ""))}
-        for i, run in enumerate(runs)
-        for event in run.events[-_EVENTS:]
-        if isinstance(event.get("step"), int) and event.get("event")
-    ]
-
-
 def _summary(runs: Sequence[Run], now: float) -> str:
     columns = summary_columns(runs, now)
     rows = []
@@ -200,10 +222,10 @@ def _summary(runs: Sequence[Run], now: float) -> str:
 def _events(runs: Sequence[Run]) -> str:
     rows = []
     for i, run in enumerate(runs):
-        for event in run.events[-_EVENTS:]:
+        for event in run.events[-SHOWN_EVENTS:]:
             kind = escape(str(event.get("event", "")))
             seconds = event.get("time")
-            stamp = f'<time data-at="{float(seconds):.0f}"></time>' if isinstance(seconds, int | float) else ""
+            stamp = _clock_time(seconds) if isinstance(seconds, int | float) else ""
             cells = [stamp, f"{_swatch(i)}{escape(run.name)}", escape(str(event.get("step", "")))]
             rows.append(
                 (
@@ -213,8 +235,8 @@ def _events(runs: Sequence[Run]) -> str:
             )
     notes = []
     for run in runs:
-        if len(run.events) > _EVENTS:
-            notes.append(f"{run.name}: the last {_EVENTS} of {len(run.events):,} events are shown.")
+        if len(run.events) > SHOWN_EVENTS:
+            notes.append(f"{run.name}: the last {SHOWN_EVENTS} of {len(run.events):,} events are shown.")
         if run.incomplete_events:
             notes.append(f"{run.name}: {run.incomplete_events} incomplete lines of events are left out.")
     if not rows:
@@ -357,7 +379,8 @@ def _table(
 
 
 def _swatch(i: int) -> str:
-    return f'<i class="swatch" style="--run:var(--c{i % 8})"{" data-second" if i >= 8 else ""}></i>'
+    color = COLORS[i % len(COLORS)]
+    return f'<i class="swatch" style="--run:{color}"{" data-second" if i >= len(COLORS) else ""}></i>'
 
 
 def _si(count: float) -> str:
