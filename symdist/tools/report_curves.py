@@ -147,12 +147,12 @@ def panels(runs: Sequence[Run]) -> tuple[list[Panel], int]:
             continue
         parts = list(dict.fromkeys(line.part for line in of_key))
         for i, run in enumerate(runs):
-            if own := [line for line in of_key if line.run == i]:
+            if of_run := [line for line in of_key if line.run == i]:
                 name = f"{title}: {run.name}" if len(runs) > 1 else title
-                drawn.append(Panel(group, _plot(name, x_range, own, runs, parts), "run", parts))
+                drawn.append(Panel(group, _plot(name, x_range, of_run, runs, parts), "run", parts))
         for part in parts if len(runs) > 1 else ():
-            own = [line for line in of_key if line.part == part]
-            drawn.append(Panel(group, _plot(f"{title}: {part}", x_range, own, runs), "part"))
+            of_part = [line for line in of_key if line.part == part]
+            drawn.append(Panel(group, _plot(f"{title}: {part}", x_range, of_part, runs), "part"))
     # The page hides some of the split panels, which would hold the range back as it changes.
     x_range.renderers = [line for panel in drawn if not panel.split for line in panel.plot.renderers]
     return drawn, thinned
