@@ -1,5 +1,6 @@
 """What users install is the wheel, not this tree: it is built, put into an environment of its own, and used there."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -38,16 +39,20 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
             copy = folder / "source" / name
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes((ROOT / name).read_bytes())
+    # Other tests may have put this tree on the path, where pip would take it for an installed symdist.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
-    subprocess.run(build, check=True)
+    subprocess.run(build, check=True, env=env)
     (wheel,) = folder.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
     (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
     # A folder named in a .pth file is on the path, but the .pth files in it, as of the editable symdist, are not read.
     (packages / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     python = folder / "env" / "bin" / "python"
-    subprocess.run([*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], check=True)
+    subprocess.run(
+        [*pip, "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)], check=True, env=env
+    )
     return folder / "env"
 
 
