@@ -57,7 +57,7 @@ def test_it_learns_and_reports(whole: Path, capsys: pytest.CaptureFixture[str]) 
     cli.main(["report", str(whole), str(whole), "--output", f"{whole}/report.html", "--picture", f"{whole}/curves.png"])
     assert f"{summary['validation_loss']:.3f}" in capsys.readouterr().out
     page = (whole / "report.html").read_text()
-    assert all(name in page for name in ("update_rms", "logit_max", "model.embed_tokens.weight", "saved "))
+    assert all(name in page for name in ("RMS of updates", "Largest logit", "model.embed_tokens.weight", "saved "))
     assert (whole / "curves.png").stat().st_size > 10_000
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
         f"step-{step:08}" for step in (10, 20, 30)
