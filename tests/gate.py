@@ -92,8 +92,14 @@ GATE: dict[str, tuple[str, ...]] = {
 
 
 def check_patterns(cases: dict[str, set[str]]) -> None:
-    """Raise pytest.UsageError if a pattern matches no case of its test; `cases` has the ids of the tests collected."""
+    """Raise pytest.UsageError if a test is gone, or a pattern matches none of its cases.
+
+    `cases` has the ids of all tests of the files collected.
+    """
+    files = {test.partition("::")[0] for test in cases}
     for test, patterns in GATE.items():
+        if test not in cases and test.partition("::")[0] in files:
+            raise pytest.UsageError(f"tests/gate.py: there is no {test}; name the test as it is called now")
         for pattern in patterns if test in cases else ():
             if not any(fnmatchcase(case, pattern) for case in cases[test]):
                 raise pytest.UsageError(f"tests/gate.py: no case of {test} matches {pattern!r}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.launch.runs import ROOT, environment
+from tests.processes import agent_ends_with_parent
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,14 @@ class Node:
         # Below this process in priority, so that on a busy machine a run does not end before it is interfered with.
         words = ["ip", "netns", "exec", self.namespace, "nice", "-n", "10", *command]
         with log.open("ab") as stream:
-            return subprocess.Popen(words, cwd=ROOT, env=environment() | variables, stdout=stream, stderr=stream)
+            return subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=environment() | variables,
+                stdout=stream,
+                stderr=stream,
+                preexec_fn=agent_ends_with_parent,
+            )
 
     def processes(self) -> list[int]:
         listed = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)

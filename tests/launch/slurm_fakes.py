@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.launch.node_stubs import clean
 from tests.launch.runs import ROOT
+from tests.processes import agent_ends_with_parent
 
 # One process a node, told which node it is; signals go on to all; one that fails ends the others, if so asked.
 _SRUN = """#!{python}
@@ -71,7 +72,7 @@ class Slurm:
         return subprocess.Popen(
             ["bash", str(copy), *map(str, words)],
             cwd=ROOT, env=clean() | job | {key: str(value) for key, value in variables.items()},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=agent_ends_with_parent,
         )  # fmt: skip
 
     def requeues(self) -> int:

@@ -24,7 +24,7 @@ from symdist.routing.recipes import load_recipe
 from symdist.tools.models import build, names
 from symdist.tools.report import report
 from symdist.tools.run_log import read_run
-from tests.launch.runs import ROOT, environment, options, stop, trained, validated, warm, write_corpus
+from tests.launch.runs import ROOT, environment, finished, options, stop, trained, validated, warm, write_corpus
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("DeepSpeed is not installed", allow_module_level=True)
@@ -33,10 +33,6 @@ STEPS = 50
 CONFIGS = sorted((ROOT / "launch" / "configs" / "deepspeed").glob("*.json"))
 MODEL_STATES = "mp_rank_00_model_states.pt"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
-
-
-def train(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +79,7 @@ def whole(job: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactor
                 1: (*TORCHRUN, "--nproc_per_node=2", *words),
                 2: (*deepspeeds_launcher(), "--module", *words[1:]),
             }
-            done = train(*by_launcher[stage]) if stage in by_launcher else warm(*words[1:])
+            done = finished([*by_launcher[stage]]) if stage in by_launcher else warm(*words[1:])
             assert done.returncode == 0, done.stderr
         return output
 
@@ -138,7 +134,7 @@ def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
     assert 3 <= max(trained(tmp_path / "stopped")) < STEPS
     newest = max((tmp_path / "stopped" / "checkpoints").glob("step-*"))
     next(newest.glob("*optim_states.pt")).unlink()
-    done = train(*command)
+    done = finished(command)
     assert done.returncode == 0, done.stderr
     assert f"{newest} is damaged" in done.stderr
     assert trained(tmp_path / "stopped") == trained(whole(3))

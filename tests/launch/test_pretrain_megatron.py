@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from launch.engines.megatron.config import MegatronRun
 from launch.loop.config import parse_as
 from symdist.tools.report import report
 from symdist.tools.run_log import read_run
-from tests.launch.runs import ROOT, environment, lines, options, stop, trained, validated, warm, write_corpus
+from tests.launch.runs import ROOT, finished, lines, options, stop, trained, validated, warm, write_corpus
 
 # Not by importing it: the stand-ins for CUDA would have to come before.
 if importlib.util.find_spec("megatron") is None or importlib.util.find_spec("megatron.core") is None:
@@ -52,10 +51,6 @@ def arguments(corpus: Path, output: Path, layout: str, *more: str) -> list[str]:
     ]
 
 
-def train(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
@@ -82,7 +77,7 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
             more = ("--checkpoint-every", "6", "--keep", "2")
             words = arguments(corpus, output, layout, *more)
             # One of them by torchrun.
-            done = train(*TORCHRUN, *words) if layout == "data" else warm(*words[1:])
+            done = finished([*TORCHRUN, *words]) if layout == "data" else warm(*words[1:])
             assert done.returncode == 0, done.stderr
             assert done.stderr.count("this machine has no CUDA") == 1
         return output
@@ -148,7 +143,7 @@ def test_sigterm_saves_and_auto_resume_repeats_every_step_exactly(
     assert 3 <= max(trained(tmp_path / "stopped")) < STEPS
     newest = max((tmp_path / "stopped" / "checkpoints").glob("step-*"))
     next(newest.glob("__1_*")).unlink()
-    done = train(*command)
+    done = finished(command)
     assert done.returncode == 0, done.stderr
     assert f"{newest} is damaged" in done.stderr
     assert trained(tmp_path / "stopped") == trained(whole("pipeline"))
@@ -217,7 +212,7 @@ def test_configs_are_for_two_nodes_of_eight() -> None:
 
 def test_configs_become_megatrons() -> None:
     """In a process of its own, since it imports Megatron."""
-    done = train(sys.executable, "-c", SAY_SIZES, *map(str, sorted(CONFIGS.glob("*.toml"))))
+    done = finished([sys.executable, "-c", SAY_SIZES, *map(str, sorted(CONFIGS.glob("*.toml")))])
     assert done.returncode == 0, done.stderr
     sizes = [json.loads(line) for line in done.stdout.splitlines()]
     assert sizes == [

@@ -17,6 +17,7 @@ from launch.study import runner
 from launch.study.plan import RECORD, parse
 from launch.study.report import ArmOutcome, Outcome
 from tests.launch.runs import ROOT, environment, lines, write_corpus
+from tests.processes import agent_ends_with_parent
 
 MULTIPLIERS = (0.5, 1.0)
 SEEDS = (1, 2)
@@ -74,7 +75,9 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     config, output = write_config(folder), folder / "study"
     command = [sys.executable, "-m", "launch.study", "--config", str(config)]
 
-    running = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=agent_ends_with_parent
+    )
     while not (ended := list(output.glob("runs/*/*/*/summary.json"))):
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.05)
