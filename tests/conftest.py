@@ -8,11 +8,15 @@ import pytest
 
 from tests.gate import check_patterns, left_out
 from tests.grids import GRIDS
-from tests.ranks import Ranks, start
+from tests.processes import warm_start
+from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 # The optimizer comes first, whole jobs last: a fault is shown where it is, not by what stands on it.
 ORDER = ("rules", "", "models", "diagnostics", "symdist_deepspeed", "symdist_megatron", "trainers", "launch")
+
+# What gives a test ranks.
+RANKS = {"ranks", "many", "worlds", "pair"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Sort by ORDER, and leave out what tests/gate.py leaves to --all."""
+    """Sort by ORDER, leave out what tests/gate.py leaves to --all, and get ready to start ranks."""
+    if any(RANKS & {*getattr(item, "fixturenames", ())} for item in items) and not config.option.collectonly:
+        warm_start()
     items.sort(key=lambda item: ORDER.index(_folder(item)))
     if config.getoption("--all"):
         return
@@ -40,6 +46,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if later:
         config.hook.pytest_deselected(items=later)
         items[:] = [item for item in items if item not in set(later)]
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_set(item)))
+
+
+def _set(item: pytest.Item) -> str:
+    """What one of several workers runs whole: tests that share ranks, and the rest of each file."""
+    fixtures = RANKS & {*getattr(item, "fixturenames", ())}
+    if fixtures & {"ranks", "many"}:
+        return "ranks"
+    return _folder(item) if fixtures else item.path.relative_to(ROOT).as_posix()
 
 
 def _folder(item: pytest.Item) -> str:
@@ -65,7 +81,7 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Four real gloo ranks, shared by the whole session."""
-    started = start(4)
+    started = Ranks(4)
     yield started
     started.close()
 
@@ -73,6 +89,6 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def many() -> Iterator[Ranks]:
     """Eight real gloo ranks, with meshes of two and three dimensions."""
-    started = start(8, GRIDS)
+    started = Ranks(8, GRIDS)
     yield started
     started.close()

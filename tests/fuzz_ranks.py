@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from symdist import SymDist
 from symdist.layouts import local
 from tests.grids import Way
-from tests.ranks import Ranks, start
+from tests.ranks import Ranks
 
 BOUND = 1e-9
 
@@ -181,7 +181,7 @@ def main(literal: str, bound: float = BOUND) -> int:
     """Run one case on ranks of its own; 1 where it is wrong."""
     case = json.loads(literal)
     mesh = tuple(case["mesh"])
-    many = start(math.prod(mesh), (mesh,) if len(mesh) > 1 else ())
+    many = Ranks(math.prod(mesh), (mesh,) if len(mesh) > 1 else ())
     try:
         found, strategies = wrong(many, case, bound)
         print(f"{len(found)} of {len(strategies)} parameters are wrong")

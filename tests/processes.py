@@ -1,7 +1,36 @@
-"""Processes of tests that end with the test run, whatever ends it."""
+"""Processes of tests: forked from one that has imported everything, and ended with the test run, whatever ends it."""
 
 import ctypes
+import multiprocessing
+import os
 import signal
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+# What most ranks need. Not megatron.core: its stand-ins on the CPU must come first, and are not for the others.
+PRELOADED = (
+    *("torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.utils.tensorboard"),
+    *("transformers", "symdist", "symdist.tools.models", "launch.loop.training", "launch.engines.fsdp.training"),
+    *("deepspeed", "tests.ranks", "tests.parity"),
+)
+
+
+def warm_start() -> ForkServerContext:
+    """The context of processes that are forked from one that has imported `PRELOADED`, started when first asked for.
+
+    To import PyTorch and a trainer takes seconds of a processor, which a run of tests would spend fifty times.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))  # Those that are not installed are passed over.
+    # The process that preloads has this one's variables, not its path. Compiling is left out: it would take minutes.
+    roots = [str(ROOT), str(ROOT / "integrations"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    variables = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, roots)))}
+    with mock.patch.dict(os.environ, variables | {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}):
+        forkserver.ensure_running()
+    return context
 
 
 def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:

@@ -7,15 +7,13 @@ dimensions. `function` must be importable: a module-level function of a module u
 
 import importlib
 import math
-import multiprocessing
-import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from tests.processes import end_with_parent
+from tests.processes import end_with_parent, warm_start
 
 TIMEOUT = 300
 NAMES = {1: ("shard",), 2: ("outer", "inner"), 3: ("replicate", "outer", "inner")}
@@ -41,7 +39,7 @@ class Ranks:
     def _start(self) -> None:
         self._groups = 0
         self._directory = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
+        context = warm_start()
         store = f"file://{self._directory.name}/store"
         self._pipes: list[Connection] = []
         self._processes = []
@@ -111,8 +109,8 @@ class Ranks:
 
 def _serve(rank: int, size: int, grids: tuple[Shape, ...], store: str, pipe: Connection) -> None:
     end_with_parent()
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     torch.set_num_threads(1)
+    distributed_c10d.ProcessGroupGloo = _GlooOnOneDevice  # type: ignore[misc]
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
     meshes: dict[Shape, DeviceMesh] = {}
     for world in range(1, size + 1):
@@ -141,12 +139,20 @@ def _serve(rank: int, size: int, grids: tuple[Shape, ...], store: str, pipe: Con
     dist.destroy_process_group()
 
 
-def start(size: int, grids: tuple[Shape, ...] = ()) -> Ranks:
-    """Ranks that import this repository's tests."""
-    root = str(Path(__file__).resolve().parent.parent)
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    os.environ["OMP_NUM_THREADS"] = "1"
-    return Ranks(size, grids)
+class _GlooOnOneDevice(dist.ProcessGroupGloo):
+    """Gloo's groups, all on one device of this process.
+
+    A device has a thread that looks for work a hundred times a second. Groups of their own devices are told to end and
+    are kept, by PyTorch's caches and by models: hundreds of idle ones would take most of the processor.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta):
+        options = dist.ProcessGroupGloo._Options()
+        options._devices, options._timeout = [_device()], timeout
+        super().__init__(store, rank, size, options)
+
+
+_device = cache(dist.ProcessGroupGloo.create_default_device)
 
 
 @contextmanager
@@ -156,7 +162,7 @@ def sets_of_ranks() -> Iterator[Callable[[int], Ranks]]:
 
     def world(size: int) -> Ranks:
         if size not in started:
-            started[size] = start(size)
+            started[size] = Ranks(size)
         return started[size]
 
     try:

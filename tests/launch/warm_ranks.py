@@ -4,7 +4,6 @@ A start by torchrun imports PyTorch three times and the job twice, which takes m
 itself adds (its agent, restarts, its own store) is tested with real starts.
 """
 
-import multiprocessing
 import os
 import runpy
 import socket
@@ -18,25 +17,14 @@ from subprocess import CompletedProcess
 
 import torch
 
-from tests.processes import end_with_parent
+from tests.processes import ROOT, end_with_parent, warm_start
 
-ROOT = Path(__file__).resolve().parents[2]
-PRELOADED = (
-    *("torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.utils.tensorboard"),
-    *("transformers", "symdist", "symdist.tools.models", "launch.loop.training", "launch.engines.fsdp.training"),
-)
 GRACE_SECONDS = 15.0
 
 
 def run_warm(module: str, arguments: list[str], *, ranks: int, env: Mapping[str, str]) -> CompletedProcess[str]:
     """Run `python -m module arguments` on so many ranks, and return what torchrun would: a code, and all stderr."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    # The process that preloads has this one's variables, not its path.
-    roots = [str(ROOT), str(ROOT / "integrations")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        dict.fromkeys([*roots, *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    )
+    context = warm_start()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

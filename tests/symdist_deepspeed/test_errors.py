@@ -8,7 +8,7 @@ import pytest
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from symdist_deepspeed.options import check_features
-from tests.ranks import Ranks, start
+from tests.ranks import Ranks
 from tests.symdist_deepspeed import engines
 
 Worlds = Callable[[int], Ranks]
@@ -76,7 +76,7 @@ def test_refused(messages: dict[str, list[str]], name: str) -> None:
 def test_autocast_in_float16_is_refused() -> None:
     settings = engines.config(CASES) | zero(1) | {"torch_autocast": {"enabled": True, "dtype": "float16"}}
     # In a process of its own: DeepSpeed turns autocast on for the rest of its life.
-    alone = start(1)
+    alone = Ranks(1)
     try:
         ((message,),) = (found.values() for found in alone.run(1, engines.refused, CASES, {"autocast": settings}))
     finally:

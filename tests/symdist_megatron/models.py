@@ -1,19 +1,22 @@
 """Megatron models whose full weights and gradients are given by name, cut here by what Megatron documents."""
 
 import functools
-import gc
+import multiprocessing
 import random
 import re
 from collections.abc import Iterator
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 from launch.engines.megatron import on_cpu
+from tests.processes import end_with_parent
 from tests.symdist_megatron.how import How
 
 on_cpu.install()
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -29,7 +32,7 @@ Full = dict[str, Tensor]
 def build(how: How) -> tuple[TransformerConfig, list[Any]]:
     """The configuration and this rank's model chunks, in DistributedDataParallel, with the weights of `full`."""
     dtype = getattr(torch, how.dtype)
-    _forget_groups()
+    parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=how.tp,
         pipeline_model_parallel_size=how.pp,
@@ -101,19 +104,14 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
     return config, [DistributedDataParallel(config, ddp, model)]
 
 
-_first: set[Any] = set()
-
-
-def _forget_groups() -> None:
-    """End the process groups that were made for models before: each has threads of its own."""
-    made = torch.distributed.distributed_c10d._world.pg_map
-    if not _first:
-        _first.update(made)
-    parallel_state.destroy_model_parallel()
-    for group in [group for group in made if group not in _first]:
-        torch.distributed.destroy_process_group(group)
-    # Models and optimizers hold on to groups in circles.
-    gc.collect()
+def keep_written_results() -> None:
+    """Start the process in which Megatron's writers leave their results, one that ends with this one."""
+    if filesystem_async._results_queue is None:
+        # What a daemon may not do.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
 
 
 def optimizer_config(how: How, **more: Any) -> OptimizerConfig:

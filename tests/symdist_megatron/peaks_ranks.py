@@ -1,12 +1,11 @@
 """In test ranks: a run resumed under another config, and the rates of every matrix that Megatron's scheduler makes."""
 
 import copy
-import multiprocessing
 import tempfile
 from typing import Any
 
 from tests.symdist_megatron.how import How
-from tests.symdist_megatron.models import build, optimizer_config
+from tests.symdist_megatron.models import build, keep_written_results, optimizer_config
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -82,8 +81,7 @@ def resumed(
 
     `form` is one of Megatron's of distributed checkpoints, or None for what `state_dict` gives.
     """
-    # Megatron writes through a process of its own, which a daemon may not start.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    keep_written_results()
     run = Run(how, first)
     run.train(STEPS)
     scheduler = copy.deepcopy(run.scheduler.state_dict())

@@ -1,13 +1,12 @@
 """In test ranks: a few steps of training a Megatron model, by its own schedules, from weights given by name."""
 
-import multiprocessing
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.symdist_megatron.how import How
-from tests.symdist_megatron.models import SEQUENCE, build, optimizer_config, parameters, part_of
+from tests.symdist_megatron.models import SEQUENCE, build, keep_written_results, optimizer_config, parameters, part_of
 
 import torch
 import torch.distributed as dist
@@ -143,8 +142,7 @@ def beside(
 def saved(mesh: DeviceMesh, how: How, recipe: Recipe, given: dict[str, Any]) -> list[float]:
     """Train, from a checkpoint where one is given, save, and go on: the losses after the checkpoint."""
     folder, resume, steps = given["folder"], given["resume"], given["steps"]
-    # Megatron writes through a process of its own, which a daemon may not start.
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    keep_written_results()
     training = Training(how, recipe)
     training.form = given.get("form", training.form)
     if resume is not None:

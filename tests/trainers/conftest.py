@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.ranks import Ranks, start
+from tests.ranks import Ranks
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
@@ -13,6 +13,6 @@ pytest.importorskip("transformers")
 @pytest.fixture(scope="package")
 def pair() -> Iterator[Ranks]:
     """Two ranks that are the whole world, shared by all tests of trainers."""
-    started = start(2)
+    started = Ranks(2)
     yield started
     started.close()
