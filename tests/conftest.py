@@ -12,8 +12,12 @@ from tests.processes import warm_start
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
-# The optimizer comes first, whole jobs last: a fault is shown where it is, not by what stands on it.
-ORDER = ("rules", "", "models", "diagnostics", "symdist_deepspeed", "symdist_megatron", "trainers", "launch")
+# The optimizer comes first, whole jobs last: a fault is shown where it is, not by what stands on it. Of the jobs the
+# longest file comes first, so that no worker ends long after the other.
+ORDER = (
+    *("rules", "", "models", "diagnostics", "symdist_deepspeed", "symdist_megatron", "trainers"),
+    *("launch/test_survival.py", "launch"),
+)
 
 # What gives a test ranks.
 RANKS = {"ranks", "many", "worlds", "pair"}
@@ -30,11 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("SYMDIST_TEST_KILLS", "4")
 
 
+@pytest.hookimpl(tryfirst=True)  # Before xdist, which reads the groups.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort by ORDER, leave out what tests/gate.py leaves to --all, and get ready to start ranks."""
     if any(RANKS & {*getattr(item, "fixturenames", ())} for item in items) and not config.option.collectonly:
         warm_start()
-    items.sort(key=lambda item: ORDER.index(_folder(item)))
+    items.sort(key=_place)
     if config.getoption("--all"):
         return
     cases: dict[str, set[str]] = {}
@@ -56,6 +61,11 @@ def _set(item: pytest.Item) -> str:
     if fixtures & {"ranks", "many"}:
         return "ranks"
     return _folder(item) if fixtures else item.path.relative_to(ROOT).as_posix()
+
+
+def _place(item: pytest.Item) -> int:
+    file = item.path.relative_to(ROOT / "tests").as_posix()
+    return ORDER.index(file if file in ORDER else _folder(item))
 
 
 def _folder(item: pytest.Item) -> str:

@@ -49,3 +49,10 @@ def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
 def agent_ends_with_parent() -> None:
     """As `end_with_parent`, for torchrun and scripts, which end their own ranks when told to."""
     end_with_parent(signal.SIGTERM)
+
+
+def print_to(path: str) -> None:
+    """Have this process and those that it starts print to a file."""
+    stream = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from tests.processes import end_with_parent, warm_start
+from tests.processes import end_with_parent, print_to, warm_start
 
 TIMEOUT = 300
 NAMES = {1: ("shard",), 2: ("outer", "inner"), 3: ("replicate", "outer", "inner")}
@@ -45,7 +46,8 @@ class Ranks:
         self._processes = []
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, self._grids, store, theirs), daemon=True)
+            place = rank, self.size, self._grids, store
+            process = context.Process(target=_serve, args=(*place, theirs, self._output(rank)), daemon=True)
             process.start()
             theirs.close()  # So that the end of the process ends the pipe.
             self._pipes.append(ours)
@@ -78,18 +80,26 @@ class Ranks:
                     fine, results[rank], groups = pipe.recv()  # type: ignore[union-attr]
                 except EOFError:
                     self._processes[rank].join()
-                    fine, results[rank], groups = False, f"ended with {self._processes[rank].exitcode}", self._groups
-                    ended = True
+                    fine, groups, ended = False, self._groups, True
+                    results[rank] = f"ended with {self._processes[rank].exitcode}\n{self._printed(rank)}"
                 self._groups = max(self._groups, groups)
                 if not fine:
                     errors.append(f"rank {rank} of {shape}:\n{results[rank]}")
         silent = [rank for rank in range(len(pipes)) if rank not in results]
+        printed = "\n".join(self._printed(rank) for rank in silent)
         if silent or ended:  # Left as they are, they would cost every later test its whole timeout.
             self._end(patience=0)
             self._start()
         assert not errors, "\n".join(errors)
-        assert not silent, f"no answer from ranks {silent}; the others said {results!r:.4000}"
+        assert not silent, f"no answer from ranks {silent}; the others said {results!r:.4000}\n{printed}"
         return [results[rank] for rank in range(len(pipes))]
+
+    def _output(self, rank: int) -> str:
+        return f"{self._directory.name}/rank-{rank}"
+
+    def _printed(self, rank: int) -> str:
+        """The end of what a rank has printed, which it does not show otherwise."""
+        return Path(self._output(rank)).read_text(errors="replace")[-4000:]
 
     def close(self) -> None:
         """End the processes."""
@@ -107,8 +117,9 @@ class Ranks:
         self._directory.cleanup()
 
 
-def _serve(rank: int, size: int, grids: tuple[Shape, ...], store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, grids: tuple[Shape, ...], store: str, pipe: Connection, output: str) -> None:
     end_with_parent()
+    print_to(output)
     torch.set_num_threads(1)
     distributed_c10d.ProcessGroupGloo = _GlooOnOneDevice  # type: ignore[misc]
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))

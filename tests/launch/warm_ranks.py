@@ -17,7 +17,7 @@ from subprocess import CompletedProcess
 
 import torch
 
-from tests.processes import ROOT, end_with_parent, warm_start
+from tests.processes import ROOT, end_with_parent, print_to, warm_start
 
 GRACE_SECONDS = 15.0
 
@@ -59,9 +59,7 @@ def _wait(processes: list[ForkServerProcess]) -> None:
 
 def _rank(module: str, arguments: list[str], variables: Mapping[str, str], output: str) -> None:
     end_with_parent()
-    stream = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(stream, 1)
-    os.dup2(stream, 2)
+    print_to(output)
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(ROOT)
