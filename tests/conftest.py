@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,10 +15,8 @@ from tests.ranks import Ranks
 ROOT = Path(__file__).resolve().parent.parent
 # The optimizer comes first, whole jobs last: a fault is shown where it is, not by what stands on it. Of the jobs the
 # longest file comes first, so that no worker ends long after the other.
-ORDER = (
-    *("rules", "", "models", "diagnostics", "symdist_deepspeed", "symdist_megatron", "trainers"),
-    *("launch/test_survival.py", "launch"),
-)
+ENGINES = ("symdist_deepspeed", "symdist_megatron", "trainers")
+ORDER = ("rules", "", "models", "diagnostics", *ENGINES, "launch/test_survival.py", "launch")
 
 # What gives a test ranks.
 RANKS = {"ranks", "many", "worlds", "pair"}
@@ -34,7 +33,6 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("SYMDIST_TEST_KILLS", "4")
 
 
-@pytest.hookimpl(tryfirst=True)  # Before xdist, which reads the groups.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Sort by ORDER, leave out what tests/gate.py leaves to --all, and get ready to start ranks."""
     if any(RANKS & {*getattr(item, "fixturenames", ())} for item in items) and not config.option.collectonly:
@@ -51,16 +49,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if later:
         config.hook.pytest_deselected(items=later)
         items[:] = [item for item in items if item not in set(later)]
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_set(item)))
 
 
-def _set(item: pytest.Item) -> str:
-    """What one of several workers runs whole: tests that share ranks, and the rest of each file."""
-    fixtures = RANKS & {*getattr(item, "fixturenames", ())}
-    if fixtures & {"ranks", "many"}:
-        return "ranks"
-    return _folder(item) if fixtures else item.path.relative_to(ROOT).as_posix()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each of several workers whole folders, whose tests share ranks, and of the jobs whole files."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFolder(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            folder = path.split("/")[1]
+            return path if folder == "launch" else folder if folder in ENGINES else "core"
+
+    return ByFolder(config, log)
 
 
 def _place(item: pytest.Item) -> int:

@@ -19,4 +19,4 @@ NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir build/site
 # One thread, for several ranks share the cores; and no test looks anything up.
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # Two workers: much of the time one core would wait, for ranks to start or a test of one process.
-python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder "$@"
+python -m pytest --numprocesses 2 --no-loadscope-reorder "$@"

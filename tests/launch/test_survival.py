@@ -98,6 +98,8 @@ def kill_ranks(running: subprocess.Popen[bytes], output: Path, draw: random.Rand
         base = furthest(output)
         ahead = draw.randrange(0, 3) if base + 4 < STEPS else 0
         wait_for(lambda: furthest(output) >= base + ahead, running)  # noqa: B023
+        if kill == KILLS - 1:  # So that the run goes on from a checkpoint at least once.
+            wait_for(lambda: list(output.glob("checkpoints/step-????????")), running)
         if kill % 2 and base + 4 < STEPS:
             # Those of the background show for milliseconds; if none shows, the run has come to its end.
             wait_for(lambda: list(output.glob("checkpoints/*.writing")) or furthest(output) + 2 >= STEPS, running)
