@@ -111,7 +111,7 @@ def describe_param(
     # A view is checked even if nothing uses it. The default view is not, because a tensor of any shape may have it.
     if stacked or group["view"] != "as_stored":
         stored_view = group["view"]
-        if isinstance(layout, Layout) and layout.interleaved:
+        if layout.interleaved:
             stored_view = _view_of_interleaved(stored_view, layout, name=name, padding=padding, ordered=rule.ordered)
         view = bind_view(stored_view, layout.shape, name=name)
         if rule.ordered and view.kind.startswith("gate_up"):
@@ -124,7 +124,7 @@ def describe_param(
             rule=rule,
             options=tuple(sorted(rule.update_options(group).items())),
             view=view,
-            layout=layout,
+            layout=layout.everywhere,
             dtype=dtype,
             device=parameter.device,
             requested_strategy=group["strategy"],
@@ -162,7 +162,7 @@ def _check_memory(name: str, parameter: Tensor) -> None:
         )
 
 
-def _view_of_interleaved(view: Any, layout: Layout, *, name: str, padding: int, ordered: bool) -> Any:
+def _view_of_interleaved(view: Any, layout: Layout | FlatLayout, *, name: str, padding: int, ordered: bool) -> Any:
     """Translate a view of a tensor in its own order to a view of the tensor as it is stored, interleaved over ranks.
 
     Most views remain the same, because most rules do not depend on the order of rows or columns; `ordered` rules do.

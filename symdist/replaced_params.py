@@ -222,14 +222,9 @@ def carried(old: ParamSpec, new: ParamSpec, state: Mapping[str, Tensor]) -> dict
 
 
 def _cut_from(old: Layout | FlatLayout, new: Layout | FlatLayout) -> bool:
-    return old == new or (isinstance(old, Layout) and not old.splits)
+    return old == new or old.shard_group is None
 
 
 def _piece(whole: Tensor, old: Layout | FlatLayout, new: Layout | FlatLayout) -> Tensor:
     """Cut this rank's new piece from its old one, which is the whole parameter unless the layouts are equal."""
-    if old == new:
-        return whole
-    if isinstance(new, Layout):
-        return new.piece(whole)
-    start, stop = new.mine
-    return new.elements(whole.unsqueeze(0))[0, start:stop]
+    return whole if old == new else new.piece(whole)

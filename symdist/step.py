@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from symdist.decay import decay_and_subtract, decaying
-from symdist.exchange import FlatJob, Job, Plan, StepInputs, StepOutputs, StepProgress, Task, Transport, run
+from symdist.exchange import Job, Plan, StepInputs, StepOutputs, StepProgress, Task, Transport, run
 from symdist.gradients.momentum import adamw_step, advance
 from symdist.layouts import local
 from symdist.param_specs import ParamSpec
@@ -68,7 +68,7 @@ class Step:
         waves = [[self._task(job) for job in wave] for wave in plan.waves]
         run(waves, transport=transport, meanwhile=meanwhile, work=plan.work, progress=progress, timing=timing)
 
-    def _task(self, job: Job | FlatJob) -> Task:
+    def _task(self, job: Job) -> Task:
         observe_root = None
         if self._observer is not None:
             observe_root = partial(self._observer.rooted, [self._role(self._specs[i].group) for i in job.members])
@@ -107,7 +107,7 @@ class Step:
                 parts = zip(wide, before, decayed, strict=True)
                 self._observe(indices, [stepped - old + part for stepped, old, part in parts])
 
-    def _read(self, job: Job | FlatJob) -> StepInputs:
+    def _read(self, job: Job) -> StepInputs:
         directions: dict[int, Tensor] = {}
         for group, indices in self._by_group(job.members):
             states = [self._local_state(i) for i in indices]
@@ -120,7 +120,7 @@ class Step:
             states=tuple([state[name] for state in job_states] for name in job.stack.state_names),
         )
 
-    def _write(self, job: Job | FlatJob, outputs: StepOutputs) -> None:
+    def _write(self, job: Job, outputs: StepOutputs) -> None:
         """Subtract the updates and the decay from the weights, and store the rule's new state."""
         place_of = {index: place for place, index in enumerate(job.members)}
         for group, indices in self._by_group(job.members):

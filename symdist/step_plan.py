@@ -97,7 +97,13 @@ def plan_params(specs: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> Pla
     for i, spec in enumerate(specs):
         if spec.stack is not None and spec.parameter.requires_grad:
             stacks.setdefault(spec.stack, []).append(i)
-    return make_plan(stacks, names=[spec.name for spec in specs], exchange=exchange, stages=_stage_slots(specs))
+    return make_plan(
+        stacks,
+        names=[spec.name for spec in specs],
+        layouts=[spec.layout for spec in specs],
+        exchange=exchange,
+        stages=_stage_slots(specs),
+    )
 
 
 def _stage_slots(specs: Sequence[ParamSpec]) -> dict[int, StageSlot]:

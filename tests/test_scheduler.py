@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from symdist.exchange import Task, run
+from symdist.exchange.collectives.gather_scatter import Gather, Scatter
 from symdist.exchange.collectives.grid_redistribution import GridRedistribution
-from symdist.exchange.collectives.redistribution import Gather, Scatter
 from symdist.layouts import Group, cut_along
 from symdist.rules import Sum
 
@@ -59,7 +59,7 @@ def owned(events: list[str], name: str) -> Task:
         route = GridRedistribution(LAYOUT, count=1, owners=(0,))
         (whole,) = yield Gather(fields=[[torch.ones(2, 3)]], route=route, dtype=torch.float32, like=torch.empty(0))
         events.append(f"compute {name}")
-        yield Scatter(fields=[whole], route=route, dtype=torch.float32, like=torch.empty(0), shape=(2, 3))
+        yield Scatter(fields=[whole], route=route, dtype=torch.float32, like=torch.empty(0))
         events.append(f"move {name}")
 
     return Task(asking(), home=LAYOUT.group)

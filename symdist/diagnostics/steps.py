@@ -158,6 +158,4 @@ class StepMonitor:
 
 def _shares(layout: Layout | FlatLayout) -> int:
     """Return the number of ranks that a tensor is divided among."""
-    if isinstance(layout, FlatLayout):
-        return layout.group.size
     return layout.shard_group.size if layout.shard_group is not None else 1

@@ -3,9 +3,9 @@
 from symdist.exchange.collectives.progress import ExchangeError, StepProgress
 from symdist.exchange.collectives.residual_sums import StageSlot
 from symdist.exchange.collectives.transport import CountingTransport, TorchTransport, Transport
-from symdist.exchange.execution.flat_job import FlatJob
-from symdist.exchange.execution.job import Job, Stack, StepInputs, StepOutputs, Strategy
+from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.scheduler import Task, run
+from symdist.exchange.execution.stack import Stack, StepInputs, StepOutputs, Strategy
 from symdist.exchange.options import BUCKET_BYTES, ExchangeLike, ExchangeOptions
 from symdist.exchange.planning.dry_run import dry_run
 from symdist.exchange.planning.plan import Plan, make_plan
@@ -16,7 +16,6 @@ __all__ = [
     "ExchangeError",
     "ExchangeLike",
     "ExchangeOptions",
-    "FlatJob",
     "Job",
     "Plan",
     "Stack",

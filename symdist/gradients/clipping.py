@@ -8,7 +8,7 @@ from torch import Tensor
 
 from symdist.exchange import TorchTransport, Transport
 from symdist.gradients.partial_sums import bring_home, sum_up
-from symdist.layouts import FlatLayout, Group, layout_of, local, same_group
+from symdist.layouts import Group, layout_of, local, same_group
 from symdist.layouts.groups import Ranks, group_of
 
 
@@ -125,7 +125,7 @@ def _by_ranks(named: Iterable[tuple[str, Tensor]]) -> list[_ParameterGroup]:
         key = same_group(parameter)
         if key not in keys:
             layout = layout_of(parameter, name=name)
-            keys[key] = layout.group, 1 if isinstance(layout, FlatLayout) else layout.num_replicas
+            keys[key] = layout.group, layout.num_replicas
         ranks, copies = keys[key]
         if (ranks, copies) not in groups:
             totals = torch.zeros(2, dtype=torch.float64, device=parameter.device)

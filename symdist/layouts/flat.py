@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from symdist.layouts.grid import Grid, Group
-from symdist.layouts.layout import DimSplit, Layout
+from symdist.layouts.layout import DimSplit, Interleaving, Layout
 
 Range: TypeAlias = tuple[int, int, int]
 """The index of a rank in its group, and the offsets at which its elements start and stop."""
@@ -83,6 +84,21 @@ class FlatLayout:
         return self.bounds[index + 1] - self.bounds[index]
 
     @property
+    def shard_group(self) -> Group:
+        """The ranks that together hold the tensor once: all of the group."""
+        return self.group
+
+    @property
+    def num_replicas(self) -> int:
+        """The number of copies of the tensor: one."""
+        return 1
+
+    @property
+    def interleaved(self) -> tuple[Interleaving, ...]:
+        """The dimensions that are stored in another order: none."""
+        return ()
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's piece."""
         return (self.size_at(self.group.index),)
@@ -130,27 +146,17 @@ class FlatLayout:
             shape=self.shape, grid=_line(self.group), splits=(DimSplit(dim=0, axes=(0,), ranges=tuple(ranges)),)
         )
 
-    def matrix(self, elements: Tensor) -> Tensor:
-        """Reshape elements into matrices, see `matrices_of`.
+    def piece(self, whole: Tensor) -> Tensor:
+        """Cut this rank's piece from a whole tensor.
 
         Args:
-            elements: `[k, n]`, all n elements of each of k matrices.
+            whole: The whole tensor.
 
         Returns:
-            `[k, p, q]`.
+            The piece, a vector.
         """
-        return matrices_of(elements, self.shape, column_blocks=self.column_blocks)
-
-    def elements(self, matrices: Tensor) -> Tensor:
-        """Undo `matrix`.
-
-        Args:
-            matrices: `[k, p, q]`.
-
-        Returns:
-            `[k, n]`, all n elements of each of the k matrices.
-        """
-        return elements_of(matrices, column_blocks=self.column_blocks)
+        start, stop = self.mine
+        return elements_of(whole.unsqueeze(0), column_blocks=self.column_blocks)[0, start:stop]
 
 
 def matrices_of(elements: Tensor, shape: tuple[int, ...], *, column_blocks: tuple[int, ...]) -> Tensor:
@@ -184,6 +190,22 @@ def elements_of(matrices: Tensor, *, column_blocks: tuple[int, ...]) -> Tensor:
     if not column_blocks:
         return matrices.flatten(1)
     return torch.cat([block.flatten(1) for block in matrices.split(column_blocks, dim=2)], dim=1)
+
+
+def flat_among(
+    members: Iterable[int], layouts: Sequence[Layout | FlatLayout]
+) -> tuple[list[int], list[tuple[int, FlatLayout]]]:
+    """Divide parameters into those cut into blocks, and those cut into ranges of elements.
+
+    Args:
+        members: The indices of the parameters.
+        layouts: The layouts of all parameters, by index.
+
+    Returns:
+        The indices of the former, and the indices and layouts of the latter.
+    """
+    flat = [(i, layout) for i in members if isinstance(layout := layouts[i], FlatLayout)]
+    return [i for i in members if not isinstance(layouts[i], FlatLayout)], flat
 
 
 def runs_of_rows(layout: Layout) -> tuple[Range, ...]:

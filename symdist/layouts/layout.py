@@ -103,6 +103,11 @@ class Layout:
         axes = [axis for split in self.splits for axis in split.axes]
         return self.grid.group(axes) if self.grid is not None and axes else None
 
+    @property
+    def everywhere(self) -> "Layout":
+        """This layout; see `FlatLayout.everywhere`."""
+        return self
+
     @functools.cached_property
     def box(self) -> Box:
         """This rank's piece, as one range of indices per dimension."""

@@ -377,8 +377,7 @@ def _alternatives(simulated: Simulated, planned: Costs) -> list[Alternative]:
 
 def _num_shards(layout: Layout | FlatLayout) -> int:
     """Return the number of ranks that a weight is divided among."""
-    group = layout.group if isinstance(layout, FlatLayout) else layout.shard_group
-    return group.size if group is not None else 1
+    return layout.shard_group.size if layout.shard_group is not None else 1
 
 
 def _unit_flops(stack: Stack) -> float:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, FlatJob, Job, Plan, dry_run
+from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Job, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS, ranks_that_agree
 from symdist.layouts import Group, Layout
 from symdist.param_groups import with_defaults
@@ -118,20 +118,14 @@ class Simulated:
             counting.all_reduce(torch.empty(FLAGS, device="meta"), group=world)
         return dry_run(self.plan, counting, change=lambda job: self._of(job, rank, only))
 
-    def _of(self, job: Job | FlatJob, rank: int, only: set[int] | None) -> Job | None:
+    def _of(self, job: Job, rank: int, only: set[int] | None) -> Job | None:
         """Return the part of a job that belongs to the members `only`, as a rank sees it; None if there is none."""
-        assert isinstance(job, Job), "DTensors alone are simulated"
-        indices = [i for i, member in enumerate(job.members) if only is None or member in only]
-        if not indices:
+        part = job if only is None else job.only(only)
+        if part is None:
             return None
-        units = len(job.owners) // len(job.members)
-        return dataclasses.replace(
-            job,
-            stack=dataclasses.replace(job.stack, layout=self.layout(job.stack.layout, rank)),
-            members=tuple(job.members[i] for i in indices),
-            owners=tuple(owner for i in indices for owner in job.owners[i * units : (i + 1) * units]),
-            stages=tuple(job.stages[i] for i in indices) if job.stages else (),
-        )
+        layout = self.layout(part.stack.layout, rank)
+        stack = dataclasses.replace(part.stack, layout=layout)
+        return dataclasses.replace(part, stack=stack, layouts=(layout,) * len(part.members))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, FlatJob, Job, Plan, dry_run
+from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS
 from symdist.layouts import Group
 from symdist.layouts.flat import flat_bounds, flat_vector
@@ -84,24 +84,7 @@ class SimulatedFlat(Simulated):
         if only is None and self.ranks > 1:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
             counting.all_reduce(torch.empty(FLAGS, device="meta"), group=everyone)
-        return dry_run(plan, counting, change=lambda job: _of(job, only))
-
-
-def _of(job: Job | FlatJob, only: set[int] | None) -> FlatJob | None:
-    """Return the part of a job that belongs to the members `only`; None if there is none."""
-    assert isinstance(job, FlatJob)
-    if only is None:
-        return job
-    if not only & set(job.everyone):
-        return None
-    indices = [i for i, member in enumerate(job.members) if member in only]
-    reduced = dataclasses.replace(
-        job,
-        members=tuple(job.members[i] for i in indices),
-        layouts=tuple(job.layouts[i] for i in indices),
-        owners=tuple(job.owners[i] for i in indices) if job.owners else (),
-    )
-    return None if not indices and (reduced.strategy == "local" or reduced.summed) else reduced
+        return dry_run(plan, counting, change=lambda job: job if only is None else job.only(only))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symdist.exchange.collectives.redistribution import Gather, Scatter
+from symdist.exchange.collectives.gather_scatter import Gather, Scatter
 from symdist.exchange.collectives.transport import Transport
 from symdist.layouts import Group
 
@@ -66,11 +66,11 @@ def answer_scatters(
         For each request, a list per field with this rank's piece of every matrix.
     """
     likes = [request.like for request in requests]
-    routes = [(request.route, len(request.fields), request.shape) for request in requests]
+    routes = [(request.route, len(request.fields)) for request in requests]
     kept = [[request.route.kept_home(field) for field in request.fields] for request in requests]
     moving = _all_to_all(
         [_merged([request.route.sent_home(field) for field in request.fields]) for request in requests],
-        [_times(route.received_home(), fields) for route, fields, _ in routes],
+        [_times(route.received_home(), fields) for route, fields in routes],
         like=likes[0].to(requests[0].dtype),
         group=group,
         transport=transport,
@@ -79,10 +79,10 @@ def answer_scatters(
     received = yield from moving
     return [
         [
-            route.home(parts, shape=shape, like=like, kept=kept_parts)
+            route.home(parts, like=like, kept=kept_parts)
             for parts, kept_parts in zip(_fields(received.pop(0), fields), kept.pop(0), strict=True)
         ]
-        for (route, fields, shape), like in zip(routes, likes, strict=True)
+        for (route, fields), like in zip(routes, likes, strict=True)
     ]
 
 

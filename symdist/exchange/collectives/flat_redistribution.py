@@ -1,14 +1,16 @@
 """Redistribution of flat parameters: puts whole rows or matrices together from the runs of elements that ranks hold."""
 
 import bisect
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from symdist.layouts import Group
-from symdist.layouts.flat import Range
+from symdist.exchange.collectives.gather_scatter import Batch
+from symdist.layouts import Box, Group
+from symdist.layouts.flat import Range, elements_of, matrices_of
 
 
 class FlatRedistribution:
@@ -20,7 +22,13 @@ class FlatRedistribution:
     Args:
         group: The ranks that exchange runs.
         have: For each matrix, the run that each rank holds.
-        want: For each matrix, the run that each rank needs.
+        want: For each matrix, the run that each rank needs: the whole matrix, or whole rows.
+        shape: The shape of a matrix.
+        column_blocks: The widths of the column blocks that order the elements of whole matrices; none by default.
+        box: What this rank needs of every matrix that it needs anything of, which is then one batch, even of none. None
+            (default) for one batch per number of rows.
+        by_place: Whether pieces are in one batch only if they also start at the same row; False by default.
+        travels: Whether any rank sends anything; True by default.
 
     Attributes:
         held: For each matrix, the start and stop of the run that this rank holds.
@@ -35,12 +43,25 @@ class FlatRedistribution:
         Rank 0 holds elements 0 to 5 of one matrix, rank 1 elements 5 to 8; rank 0 gathers them:
 
             have, want = [((0, 0, 5), (1, 5, 8))], [owned_by(0, (2, 4))]
-            redistribution = FlatRedistribution(Group(ranks=(0, 1), index=0), have=have, want=want)
+            redistribution = FlatRedistribution(Group(ranks=(0, 1), index=0), have=have, want=want, shape=(2, 4))
             redistribution.received_pieces()  # {1: 3}
     """
 
-    def __init__(self, group: Group, *, have: Sequence[tuple[Range, ...]], want: Sequence[tuple[Range, ...]]):
+    def __init__(
+        self,
+        group: Group,
+        *,
+        have: Sequence[tuple[Range, ...]],
+        want: Sequence[tuple[Range, ...]],
+        shape: tuple[int, ...],
+        column_blocks: tuple[int, ...] = (),
+        box: Box | None = None,
+        by_place: bool = False,
+        travels: bool = True,
+    ):
         me = group.index
+        self.gathers = self.scatters = travels
+        self._shape, self._column_blocks = shape, column_blocks
         self.held = [_of(runs, me) for runs in have]
         self.wanted = [_of(runs, me) for runs in want]
         self.staying: list[tuple[int, slice, slice]] = []
@@ -60,6 +81,55 @@ class FlatRedistribution:
                     in_buffer = slice(self.size + start - needed[0], self.size + stop - needed[0])
                     self.incoming.setdefault(rank, []).append(in_buffer)
             self.size += needed[1] - needed[0]
+        self.batches: Sequence[Batch]
+        self._parts: list[list[slice]]
+        if box is None:
+            self.batches, self._parts = self._by_rows(by_place)
+        else:
+            needed_here = [i for i, (start, stop) in enumerate(self.wanted) if stop > start]
+            self.batches = [Batch(members=needed_here if math.prod(map(len, box)) else range(len(want)), box=box)]
+            self._parts = [[slice(0, self.size)]]
+
+    def _by_rows(self, by_place: bool) -> tuple[list[Batch], list[list[slice]]]:
+        """Return batches of pieces with the same number of rows, and where the pieces lie in the buffer."""
+        width = math.prod(self._shape[1:])
+        by_key: dict[tuple[int, int], dict[int, slice]] = {}
+        offset = 0
+        for matrix, (start, stop) in enumerate(self.wanted):
+            if stop > start:
+                key = (start if by_place else 0, stop - start)
+                by_key.setdefault(key, {})[matrix] = slice(offset, offset + stop - start)
+            offset += stop - start
+        rows = [range(start // width, (start + size) // width) for start, size in by_key]
+        batches = [
+            Batch(members=list(parts), box=[side, *map(range, self._shape[1:])])
+            for side, parts in zip(rows, by_key.values(), strict=True)
+        ]
+        return batches, [list(parts.values()) for parts in by_key.values()]
+
+    def stacked(self, assembled: Tensor, batch: int) -> Tensor:
+        """Return the pieces of a batch: rows, or whole matrices, `[k, *shape]`."""
+        parts = self._parts[batch]
+        if all(a.stop == b.start for a, b in itertools.pairwise(parts)):
+            elements = assembled[parts[0].start : parts[-1].stop]
+        else:
+            elements = torch.cat([assembled[part] for part in parts])
+        shape = len(self.batches[batch].members), *map(len, self.batches[batch].box)
+        if self._column_blocks:
+            elements = elements.view(shape[0], math.prod(shape[1:]))
+            return matrices_of(elements, shape[1:], column_blocks=self._column_blocks)
+        return elements.view(shape)
+
+    def unstacked(self, updates: Sequence[Tensor], *, like: Tensor) -> Tensor:
+        """Return the updates of all pieces as one vector, in the order of the result of `wholes`."""
+        flat = [elements_of(stack, column_blocks=self._column_blocks) for stack in updates]
+        if len(flat) == 1:
+            return flat[0].reshape(-1)
+        buffer = like.new_empty(self.size)
+        for pieces, parts in zip(flat, self._parts, strict=True):
+            for piece, part in zip(pieces, parts, strict=True):
+                buffer[part] = piece
+        return buffer
 
     def kept(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """Return the parts of this rank's pieces that stay on this rank.
@@ -132,14 +202,11 @@ class FlatRedistribution:
         """Return how many numbers of updates this rank receives from each rank, by group index."""
         return {rank: sum(_length(part) for _, part in parts) for rank, parts in self.outgoing.items()}
 
-    def home(
-        self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: Sequence[Tensor]
-    ) -> list[Tensor]:
+    def home(self, received: dict[int, Tensor], *, like: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
         """Put together this rank's piece of every matrix's update.
 
         Args:
             received: The data from each rank, as one vector per rank.
-            shape: Not used, as every piece has its own length.
             like: An empty tensor with the dtype and device of the result.
             kept: The result of `kept_home`.
 

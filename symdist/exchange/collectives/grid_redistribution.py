@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from symdist.exchange.collectives.gather_scatter import Batch
 from symdist.layouts import Box, Group, Layout
 
 
@@ -86,7 +87,9 @@ class GridRedistribution:
         me = self.group.index
         self.local_box = self.boxes[me]
         self._copy = layout.replica_ids
-        self.whole_here = not layout.splits
+        self._piece_shape = layout.local_shape
+        self._vectors = len(layout.shape) == 1
+        self.gathers, self.scatters = bool(layout.splits), True
 
         self.outgoing: dict[int, list[int]] = {}
         self.homing: dict[int, list[int]] = {}
@@ -116,17 +119,36 @@ class GridRedistribution:
         # Updates arrive sorted by owner, then by unit. Note the position of each unit in that order.
         order = [unit for owner in sorted(self.homing) for unit in self.homing[owner]]
         self._position = {unit: position for position, unit in enumerate(order)}
+        whole = [range(size) for size in layout.shape]
+        self.batches: Sequence[Batch] = [Batch(members=[unit // experts for unit in self.owned_units], box=whole)]
 
     @property
     def owned(self) -> int:
         """The number of units that this rank owns."""
         return len(self.owned_units)
 
-    def kept(self, pieces: Sequence[Tensor]) -> None:
-        """Return None: even units that this rank owns itself go through the send buffer."""
+    def stacked(self, assembled: Tensor, batch: int) -> Tensor:
+        """Return the units that this rank owns, `[owned, p, q]`, or `[owned, p]` if they are vectors."""
+        return assembled.squeeze(-1) if self._vectors else assembled
+
+    def unstacked(self, updates: Sequence[Tensor], *, like: Tensor) -> Tensor:
+        """Return the updates of the units that this rank owns, `[owned, p, q]`."""
+        if not updates:
+            return like.new_empty((0, *self.unit_shape))
+        return updates[0].unsqueeze(-1) if self._vectors else updates[0]
+
+    def kept(self, pieces: Sequence[Tensor]) -> Tensor | None:
+        """Return the units that this rank owns, `[owned, p, q]`, if all ranks hold all weights whole, otherwise None.
+
+        Where weights are cut, even units that this rank owns itself go through the send buffer.
+        """
+        if self.gathers:
+            return None
+        units, owned = self._units(pieces), self.outgoing.get(self.group.index, [])
+        return torch.stack([units[unit] for unit in owned]) if owned else pieces[0].new_empty((0, *self.unit_shape))
 
     def kept_home(self, updates: Tensor) -> None:
-        """Return None, for the same reason as `kept`."""
+        """Return None: all updates go through the send buffer."""
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
         """Return what this rank sends to each owner.
@@ -151,17 +173,19 @@ class GridRedistribution:
             for rank in block.sources
         }
 
-    def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: None = None) -> Tensor:
+    def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Tensor | None = None) -> Tensor:
         """Put together the units that this rank owns.
 
         Args:
             received: The data from each rank, as one vector per rank.
             like: An empty tensor with the dtype and device of the result.
-            kept: Not used.
+            kept: The result of `kept`.
 
         Returns:
             The units, `[owned, p, q]`, in the order of `owned_units`.
         """
+        if kept is not None:
+            return kept
         whole = []
         for block, num_units in self.blocks:
             if not num_units:
@@ -175,19 +199,6 @@ class GridRedistribution:
         if not whole:
             return like.new_empty((0, *self.unit_shape))
         return torch.cat(whole).to(like.dtype)
-
-    def own_wholes(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Return the units that this rank owns when every rank holds every weight whole, so nothing needs to be sent.
-
-        Args:
-            pieces: The `count` parameters, whole.
-
-        Returns:
-            The units, `[owned, p, q]`.
-        """
-        assert self.whole_here
-        units, owned = self._units(pieces), self.outgoing.get(self.group.index, [])
-        return torch.stack([units[unit] for unit in owned]) if owned else pieces[0].new_empty((0, *self.unit_shape))
 
     def sent_home(self, updates: Tensor) -> dict[int, list[Tensor]]:
         """Return what this rank sends back to each rank.
@@ -210,20 +221,18 @@ class GridRedistribution:
         piece = len(self.local_box[1]) * len(self.local_box[2])
         return {owner: len(units) * piece for owner, units in sorted(self.homing.items())}
 
-    def home(
-        self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: None = None
-    ) -> list[Tensor]:
+    def home(self, received: dict[int, Tensor], *, like: Tensor, kept: None = None) -> list[Tensor]:
         """Put together this rank's piece of every parameter's update.
 
         Args:
             received: The data from each owner, as one vector per owner.
-            shape: The local shape of a parameter.
             like: An empty tensor with the dtype and device of the result.
             kept: Not used.
 
         Returns:
-            One tensor of shape `shape` per parameter.
+            One piece per parameter.
         """
+        shape = self._piece_shape
         experts, rows, columns = self.local_box
         k = self.count
         if not self.homing:
@@ -231,7 +240,7 @@ class GridRedistribution:
         parts = [received[owner].view(-1, len(rows), len(columns)) for owner in sorted(self.homing)]
         flat = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(like.dtype)
         if len(experts) == 1:
-            return [flat[self._position[unit]].view(tuple(shape)) for unit in range(k)]
+            return [flat[self._position[unit]].view(shape) for unit in range(k)]
         order = [self._position[unit] for unit in range(k * len(experts))]
         if order != list(range(len(order))):
             flat = flat.index_select(0, torch.tensor(order, device=flat.device))

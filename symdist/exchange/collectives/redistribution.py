@@ -1,133 +1,121 @@
-"""Requests that move matrices between ranks: Gather puts them together at owners, Scatter sends updates back.
-
-They are used by the strategies "owner" and "reduce". Unlike sums and roots, these requests come from a job and not from
-its rule.
-"""
+"""Chooses the redistribution of parameters by how they are stored; also that of parameters whose rule runs in place."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from symdist.exchange.collectives.flat_redistribution import FlatRedistribution, owned_by
+from symdist.exchange.collectives.gather_scatter import Batch, Redistribution
+from symdist.exchange.collectives.grid_redistribution import GridRedistribution
+from symdist.layouts import FlatLayout, Layout
+from symdist.layouts.flat import runs_of_rows
 
-class Redistribution(Protocol):
-    """A plan of which parts of its pieces each rank sends to which rank to assemble matrices, and how updates go back.
 
-    All ranks compute it alike, so sender and receiver agree on the order of the data. The methods do not communicate.
-    Parts that stay on a rank need not be sent: `kept` returns these and `wholes` takes them; for updates, `kept_home`
-    returns them and `home` takes them. Ranks are given by group index.
+class InPlace:
+    """Moves nothing: the rule runs on the pieces as they are stored. It implements `Redistribution`.
+
+    Args:
+        compute: The layout of the matrices.
+        stored: The layouts of the parameters: the same, or that of vectors of all elements of a matrix.
     """
 
-    def kept(self, pieces: Sequence[Tensor]) -> Any:
-        """Return the parts of this rank's pieces that stay on this rank without being sent.
+    gathers = scatters = False
 
-        Args:
-            pieces: This rank's piece of every parameter.
+    def __init__(self, compute: Layout, stored: Sequence[Layout | FlatLayout]):
+        self.batches: Sequence[Batch] = [Batch(members=range(len(stored)), box=compute.box)]
+        self._shape = compute.local_shape
+        self._piece_shapes = [layout.local_shape for layout in stored]
 
-        Returns:
-            A value to pass to `wholes`.
-        """
+    def stacked(self, assembled: Tensor, batch: int) -> Tensor:
+        """Return the pieces, `[k, *shape]`."""
+        return assembled
+
+    def unstacked(self, updates: Sequence[Tensor], *, like: Tensor) -> Tensor:
+        """Return the updates, `[k, *shape]`."""
+        return updates[0]
+
+    def kept(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the pieces."""
+        return pieces
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """Return the parts of this rank's pieces that are sent.
-
-        Args:
-            pieces: This rank's piece of every parameter.
-
-        Returns:
-            The tensors to send to each rank, by group index.
-        """
+        """Return nothing to send."""
+        return {}
 
     def received_pieces(self) -> dict[int, int]:
-        """Return how many numbers this rank receives from each rank, by group index."""
+        """Return nothing to receive."""
+        return {}
 
-    def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Any) -> Tensor:
-        """Put together what this rank updates.
+    def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Sequence[Tensor]) -> Tensor:
+        """Return the pieces, `[k, *shape]`."""
+        stack = torch.stack(list(kept)) if len(kept) > 1 else kept[0].unsqueeze(0)
+        return stack.view(len(kept), *self._shape)
 
-        Args:
-            received: The data from each rank, as one vector per rank.
-            like: An empty tensor with the dtype and device of the result.
-            kept: The result of `kept`.
-
-        Returns:
-            The rows or matrices that this rank updates, in one tensor.
-        """
-
-    def kept_home(self, updates: Tensor) -> Any:
-        """Return the parts of the updates computed on this rank that stay here without being sent.
-
-        Args:
-            updates: The updates, shaped like the result of `wholes`.
-
-        Returns:
-            A value to pass to `home`.
-        """
+    def kept_home(self, updates: Tensor) -> Tensor:
+        """Return the updates."""
+        return updates
 
     def sent_home(self, updates: Tensor) -> dict[int, list[Tensor]]:
-        """Return the parts of the updates computed on this rank that are sent back.
-
-        Args:
-            updates: The updates, shaped like the result of `wholes`.
-
-        Returns:
-            The tensors to send to each rank, by group index.
-        """
+        """Return nothing to send."""
+        return {}
 
     def received_home(self) -> dict[int, int]:
-        """Return how many numbers of updates this rank receives from each rank, by group index."""
+        """Return nothing to receive."""
+        return {}
 
-    def home(self, received: dict[int, Tensor], *, shape: Sequence[int], like: Tensor, kept: Any) -> list[Tensor]:
-        """Put together this rank's piece of every matrix's update.
-
-        Args:
-            received: The data from each rank, as one vector per rank.
-            shape: The shape of a piece.
-            like: An empty tensor with the dtype and device of the result.
-            kept: The result of `kept_home`.
-
-        Returns:
-            One piece per matrix.
-        """
+    def home(self, received: dict[int, Tensor], *, like: Tensor, kept: Tensor) -> list[Tensor]:
+        """Return this rank's piece of every parameter's update."""
+        return [update.reshape(shape) for update, shape in zip(kept.unbind(0), self._piece_shapes, strict=True)]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Gather:
-    """Request to send this rank's pieces to the ranks that put the matrices together.
+def redistribution_of(
+    stored: Sequence[Layout | FlatLayout],
+    compute: Layout,
+    *,
+    strategy: str,
+    owners: Sequence[int],
+    multiple: int,
+    together: bool,
+    by_place: bool,
+    travels: bool,
+    column_blocks: tuple[int, ...],
+) -> Redistribution:
+    """Return the redistribution of parameters of one shape.
 
-    The answer is a list with one tensor per field: what this rank puts together of it.
+    Args:
+        stored: How the parameters are stored; those of flat layouts alone may be none.
+        compute: How the matrices are cut while the rule runs.
+        strategy: Where the rule runs: "local", "reduce" or "owner".
+        owners: For strategy "owner", the group index of every unit's owner.
+        multiple: How many consecutive rows must stay together.
+        together: Whether all that this rank updates is one batch, as where its rule asks other ranks.
+        by_place: Whether it matters at which row a piece starts.
+        travels: Whether any rank sends anything to complete rows or matrices.
+        column_blocks: The widths of the column blocks in which flat matrices are stored, if they are.
 
-    Attributes:
-        fields: The tensors to send. A field is a list with one tensor per parameter: the directions, the mask, or a
-            state of the rule. All fields are sent together.
-        route: Which parts go to which rank.
-        dtype: The dtype in which they are sent.
-        like: An empty tensor with the dtype and device of the answer.
+    Returns:
+        The redistribution.
     """
-
-    fields: Sequence[Sequence[Tensor]]
-    route: Redistribution
-    dtype: torch.dtype
-    like: Tensor
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Scatter:
-    """Request to send updates back to the ranks that hold the weights.
-
-    The answer is a list per field with this rank's piece of every parameter.
-
-    Attributes:
-        fields: The results computed on this rank, each shaped like the tensors that answered the Gather.
-        route: The route of the Gather, which is now taken backwards.
-        dtype: The dtype in which they are sent.
-        like: An empty tensor with the dtype and device of the answer.
-        shape: The shape of this rank's piece of a parameter.
-    """
-
-    fields: Sequence[Tensor]
-    route: Redistribution
-    dtype: torch.dtype
-    like: Tensor
-    shape: tuple[int, ...]
+    flat = [layout for layout in stored if isinstance(layout, FlatLayout)]
+    if strategy == "local" or (strategy == "reduce" and stored and not flat):
+        return InPlace(compute, stored)
+    if stored and not flat:
+        return GridRedistribution(compute, count=len(stored), owners=owners)
+    assert compute.group is not None
+    if strategy == "owner":
+        want = [owned_by(owner, layout.shape) for owner, layout in zip(owners, flat, strict=True)]
+        box = tuple(map(range, compute.shape))
+    else:
+        want = [runs_of_rows(layout.by_rows(multiple=multiple)) for layout in flat]
+        box = compute.box
+    return FlatRedistribution(
+        compute.group,
+        have=[layout.runs for layout in flat],
+        want=want,
+        shape=compute.shape,
+        column_blocks=column_blocks,
+        box=box if together else None,
+        by_place=by_place,
+        travels=travels,
+    )

@@ -1,214 +1,121 @@
-"""A job: parameters of one shape, rule, options and layout that run together with one strategy."""
+"""A job: parameters of one stack that run together with one strategy, from where they are stored to there and back."""
 
 import functools
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from symdist.exchange.collectives.grid_redistribution import GridRedistribution
-from symdist.exchange.collectives.redistribution import Gather, Scatter
-from symdist.exchange.collectives.residual_sums import StageContribution, StageRequest, StageSlot, shared
+from symdist.exchange.collectives.gather_scatter import Batch, Gather, Redistribution, Scatter
+from symdist.exchange.collectives.redistribution import redistribution_of
+from symdist.exchange.collectives.residual_sums import StageContribution, StageSlot
 from symdist.exchange.execution.scheduler import Task
-from symdist.layouts import Group
-from symdist.matrix_views import SplitKind, View
-from symdist.rules import Matrix, Rule, Sum, relayed
-from symdist.rules.linalg.inverse_root import InverseRoot
-
-T = TypeVar("T")
-Strategy: TypeAlias = Literal["local", "reduce", "owner"]
-Tensors: TypeAlias = list[Tensor]
-RootObserver: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
-"""Callback for each inverse root.
-
-It gets the root, the positions in the job's `members` of the parameters that the root belongs to, and how many ranks
-this call stands for.
-"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepInputs:
-    """This rank's pieces of a job's inputs.
-
-    Each list has one tensor per member of the job, in their order. No tensor is written to.
-
-    Attributes:
-        directions: What the rule transforms: the gradients after momentum.
-        gradients: The gradients themselves, for stacks that skip rows of zero gradient; otherwise None.
-        states: What the rule remembers between steps: one list per name in `Stack.state_names`.
-    """
-
-    directions: Tensors
-    gradients: Tensors | None = None
-    states: tuple[Tensors, ...] = ()
-
-    def fields(self, dtype: torch.dtype) -> list[Tensors]:
-        """List the fields that are sent together.
-
-        Args:
-            dtype: The dtype of the mask.
-
-        Returns:
-            The directions; then, if there are gradients, the mask, which is 1 where the gradient is not zero; then the
-            states.
-        """
-        touched = [] if self.gradients is None else [[gradient.ne(0).to(dtype) for gradient in self.gradients]]
-        return [self.directions, *touched, *self.states]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepOutputs:
-    """This rank's pieces of a job's results, shaped like its inputs.
-
-    Attributes:
-        updates: What is multiplied by the learning rate and subtracted from the weights.
-        moved: 1 where a weight may change, by weight decay included, and 0 where it may not; None if all may change.
-        states: What the rule remembers for the next step: one list per name in `Stack.state_names`.
-    """
-
-    updates: Tensors
-    moved: Tensors | None
-    states: tuple[Tensors, ...]
-
-
-ReadInputs: TypeAlias = Callable[[], StepInputs]
-WriteOutputs: TypeAlias = Callable[[StepOutputs], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stack:
-    """What parameters must have in common to run as one batch of matrices.
-
-    Attributes:
-        rule: The rule.
-        options: The rule's own options, as sorted (name, value) pairs.
-        view: How a stored tensor is seen as matrices.
-        layout: A `Layout`, or, before planning, a `FlatLayout` for parameters cut into ranges of elements.
-        dtype: The dtype of the state and of all arithmetic.
-        device: The device of this rank's pieces.
-        requested_strategy: The strategy that the user asked for, or "auto".
-        skip_zero_grad_rows: Whether rows whose gradient is exactly zero stay unchanged; False by default.
-        padding_rows: The number of rows at the end of the stored tensor that take no part and never change; 0 by
-            default. The view may show them as columns.
-    """
-
-    rule: Rule
-    options: tuple[tuple[str, Any], ...]
-    view: View
-    layout: Any
-    dtype: torch.dtype
-    device: torch.device
-    requested_strategy: str
-    skip_zero_grad_rows: bool = False
-    padding_rows: int = 0
-
-    @property
-    def like(self) -> Tensor:
-        """An empty tensor with the dtype and device of all arithmetic."""
-        return torch.empty(0, dtype=self.dtype, device=self.device)
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of a matrix without padding, as the rule gets it."""
-        return self.view.rows - (self.padding_rows if self.view.kind == "as_stored" else 0)
-
-    @property
-    def columns(self) -> int:
-        """The number of columns of a matrix without padding, as the rule gets it."""
-        return self.view.columns - (self.padding_rows if self.view.kind == "transposed" else 0)
-
-    @property
-    def admitted(self) -> tuple[str, ...]:
-        """The axes ("rows", "columns") along which matrices may be split for the rule to run with strategy "reduce"."""
-        return self.rule.splits_of(dict(self.options), self.rows, self.columns)
-
-    @functools.cached_property
-    def state_names(self) -> tuple[str, ...]:
-        """The names of what the rule remembers between steps, besides the momentum."""
-        return self.rule.remembers(dict(self.options))
-
-    @functools.cached_property
-    def coupled(self) -> bool:
-        """Whether the rule couples the matrices of a residual stage."""
-        return self.rule.couples(dict(self.options))
-
-    @property
-    def masked(self) -> bool:
-        """Whether some weights must not change, so that a mask goes with the updates."""
-        return self.skip_zero_grad_rows or self.padding_rows > 0
-
-    def made(self, fields: Sequence[Tensors]) -> StepOutputs:
-        """Sort the fields that `run_rule` returns into updates, mask and states.
-
-        Args:
-            fields: The fields, each a list with one tensor per parameter.
-
-        Returns:
-            The fields by name.
-        """
-        first = 1 + self.masked
-        return StepOutputs(updates=fields[0], moved=fields[1] if self.masked else None, states=tuple(fields[first:]))
-
-    @functools.cached_property
-    def splits(self) -> dict[SplitKind, Group]:
-        """How the layout splits the matrices ("rows", "columns", "batch" or "unaligned"), and over which ranks."""
-        # If there are several "batch" or several "unaligned" splits, one may overwrite another; nothing here depends on
-        # which of them remains.
-        return {self.view.split_kind(split): self.layout.group_of(split) for split in self.layout.splits}
-
-    def first_column(self, box: Sequence[range]) -> int:
-        """Return the column of the matrix at which a piece begins.
-
-        Args:
-            box: The range of the piece along each stored dimension.
-
-        Returns:
-            The index of the column, from 0.
-        """
-        if len(box) == 1:
-            return 0
-        match self.view.kind:
-            case "as_stored" | "heads_0":
-                return box[-1].start
-            case "transposed":
-                return box[-2].start
-        # In other views, a cut between heads or neurons leaves all columns on each rank. Rules that need to know the
-        # column do not run on other cuts.
-        return 0
+from symdist.exchange.execution.stack import (
+    ReadInputs,
+    RootObserver,
+    Stack,
+    Strategy,
+    WriteOutputs,
+    answered_locally,
+    observed,
+    run_rule,
+)
+from symdist.layouts import FlatLayout, Group, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """Some parameters of a stack, and where their rule runs.
 
+    With strategy "local" each matrix is whole where it is stored, or the layout's cuts run between matrices. With
+    "reduce", matrices stay cut, and the rule's sums run over ranks; rows that are cut are first completed on one rank
+    each, and if the rule needs nothing from other rows, it then runs `alone`. With "owner", each unit is put together
+    on its owner. A unit is an expert or a whole parameter.
+
     Attributes:
-        stack: What the parameters have in common.
-        members: The parameters, as indices in the optimizer's list.
+        stack: What the parameters have in common. Its layout is that of the matrices while the rule runs.
+        members: The parameters that this rank takes part in, as indices in the optimizer's list. For the others it has
+            nothing to send or to sum.
+        everyone: The job's parameters on all ranks, as indices in the optimizer's list.
+        layouts: How `members` are stored.
         strategy: Where the rule runs: "local", "reduce" or "owner".
-        owners: For strategy "owner", the group index of every unit's owner. A unit is an expert or a whole parameter;
-            the units of the first member come first.
-        communication_dtype: The dtype in which matrices are sent.
-        stages: The residual stages of the members, if their rule couples the matrices of a stage; otherwise empty.
+        alone: Whether each matrix, or each row, is updated by a single rank that asks no other.
+        owners: For strategy "owner", the group index of every unit's owner; the units of the first member come first.
+        multiple: How many consecutive rows must stay together; 1 by default.
+        travels: Whether any rank sends anything to complete rows or matrices of flat layouts; True by default.
+        column_blocks: The widths of the blocks of columns that flat matrices are stored in, one after another; empty if
+            they are stored without such blocks.
+        flight_bytes: How many bytes the busiest rank holds while the job is under way.
+        communication_dtype: The dtype in which pieces are sent.
+        stages: The residual stages of `everyone`, if their rule couples the matrices of a stage; otherwise empty.
     """
 
     stack: Stack
     members: tuple[int, ...]
+    everyone: tuple[int, ...]
+    layouts: tuple[Layout | FlatLayout, ...]
     strategy: Strategy
+    alone: bool
     owners: tuple[int, ...] = ()
+    multiple: int = 1
+    travels: bool = True
+    column_blocks: tuple[int, ...] = ()
+    flight_bytes: float = 0.0
     communication_dtype: torch.dtype = torch.float32
     stages: tuple[StageSlot, ...] = ()
 
-    @property
-    def everyone(self) -> tuple[int, ...]:
-        """The job's parameters on all ranks: the same as `members`, since all ranks of a job have the same ones."""
-        return self.members
-
     @functools.cached_property
-    def route(self) -> GridRedistribution:
-        """How matrices are sent to their owners and back, for strategy "owner"."""
-        return GridRedistribution(self.stack.layout, count=len(self.members), owners=self.owners)
+    def redistribution(self) -> Redistribution:
+        """How matrices get from where they are stored to where the rule runs, and updates back."""
+        return redistribution_of(
+            self.layouts,
+            self.stack.layout,
+            strategy=self.strategy,
+            owners=self.owners,
+            multiple=self.multiple,
+            together=not self.alone or bool(self.stages),
+            by_place=self.stack.padding_rows > 0,
+            travels=self.travels,
+            column_blocks=self.column_blocks,
+        )
+
+    @property
+    def along(self) -> dict[str, Group]:
+        """The axes along which the rule's sums run, and their ranks; empty unless matrices stay cut."""
+        splits = self.stack.splits if self.strategy == "reduce" and not self.alone else {}
+        return {axis: group for axis, group in splits.items() if axis != "batch"}
+
+    @property
+    def groups(self) -> set[Group]:
+        """The groups that communicate for this job in a step."""
+        moving = self.redistribution.gathers or self.redistribution.scatters
+        home = self.stack.layout.group
+        return {*self.along.values(), *((home,) if home is not None and (moving or self.stages) else ())}
+
+    def only(self, members: set[int]) -> "Job | None":
+        """Return the part of this job that belongs to some parameters.
+
+        Args:
+            members: The parameters, as indices in the optimizer's list.
+
+        Returns:
+            The job without all others; None if nothing is left that this rank takes part in.
+        """
+        indices = [i for i, member in enumerate(self.members) if member in members]
+        everyone = [i for i, member in enumerate(self.everyone) if member in members]
+        if not (indices or (everyone and self.alone and self.strategy != "local")):
+            return None
+        units = len(self.owners) // max(1, len(self.members))
+        return replace(
+            self,
+            members=tuple(self.members[i] for i in indices),
+            everyone=tuple(self.everyone[i] for i in everyone),
+            layouts=tuple(self.layouts[i] for i in indices),
+            owners=tuple(owner for i in indices for owner in self.owners[i * units : (i + 1) * units]),
+            stages=tuple(self.stages[i] for i in everyone) if self.stages else (),
+        )
 
     def task(
         self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_root: RootObserver | None = None
@@ -227,208 +134,67 @@ class Job:
         Returns:
             The task, not started yet.
         """
-        home = self.stack.layout.group
-        if self.strategy == "owner":
-            return Task(
-                written(self.stack, self._at_owners(read_inputs, observe_root), write_outputs),
-                home=home,
-                strategy="owner",
-            )
-        # All ranks with a part of a matrix report its root: one in `ranks` of the group's ranks. With this weight, a
-        # matrix counts for the whole group, as it does if only its owner reports it.
-        batch = self.stack.splits.get("batch")
-        ranks = batch.size if batch is not None else 1
-        running = written(
-            self.stack,
-            observed(self._in_place(read_inputs), observe_root, range(len(self.members)), ranks),
-            write_outputs,
-        )
+        running = self._run(read_inputs, write_outputs, observe_root)
         if self.strategy == "local" and not self.stages:
             return Task(running)
-        along: dict[str, Group] = {axis: group for axis, group in self.stack.splits.items() if axis != "batch"}
-        return Task(running, along=along, home=home, strategy=self.strategy)
+        return Task(running, along=self.along, home=self.stack.layout.group, strategy=self.strategy)
 
-    def _in_place(self, read_inputs: ReadInputs) -> Generator[Any, Any, list[Tensors]]:
-        """Update the pieces where they are, for strategies "local" and "reduce"."""
-        fields = [
-            torch.stack(field) if len(field) > 1 else field[0].unsqueeze(0)
-            for field in read_inputs().fields(self.stack.dtype)
-        ]
-        contribution = None
-        if self.stages:
-            matrices = self.stack.view.matrices(fields[0]).shape[0] // len(self.members)
-            stages = [stage for stage in self.stages for _ in range(matrices)]
-            contribution = StageContribution.of(stages, self.stages, copies=self.stack.layout.num_replicas)
-        outputs = yield from run_rule(self.stack, fields, self.stack.layout.box, contribution)
-        return [list(field.unbind(0)) for field in outputs]
-
-    def _at_owners(
-        self, read_inputs: ReadInputs, observe_root: RootObserver | None
-    ) -> Generator[Any, Any, list[Tensors]]:
-        """Put the units together at their owners, update them there, and send the updates back."""
-        stack, route = self.stack, self.route
+    def _run(
+        self, read_inputs: ReadInputs, write_outputs: WriteOutputs, observe_root: RootObserver | None
+    ) -> Generator[Any, Any, None]:
+        """Bring the matrices to where the rule runs, update them, and bring the updates back."""
+        way, dtype, like = self.redistribution, self.communication_dtype, self.stack.like
         # A rank that holds only a part of a row cannot tell whether the whole row's gradient is zero, so the mask is
         # sent too.
-        fields = read_inputs().fields(stack.dtype)
-        if route.whole_here:
-            wholes = [route.own_wholes(field) for field in fields]
+        fields = read_inputs().fields(self.stack.dtype)
+        if way.gathers:
+            assembled = yield Gather(fields=fields, route=way, dtype=dtype, like=like)
         else:
-            wholes = yield Gather(fields=fields, route=route, dtype=self.communication_dtype, like=stack.like)
+            assembled = [way.wholes({}, like=like, kept=way.kept(field)) for field in fields]
         del fields
-        outputs = [wholes[0]] * (1 + stack.masked + len(stack.state_names))
-        # A rank that owns no unit still takes part in the residual-stage sums.
-        if route.owned or self.stages:
-            if len(stack.layout.shape) == 1:
-                wholes = [whole.squeeze(-1) for whole in wholes]
-            experts = len(self.owners) // len(self.members)
-            units = [unit // experts for unit in route.owned_units]
-            contribution = None
-            if self.stages:
-                owned_stages = [self.stages[unit] for unit in units for _ in range(stack.view.count // experts)]
-                contribution = StageContribution.of(owned_stages, self.stages, copies=1)
-            running = run_rule(stack, wholes, [range(size) for size in stack.layout.shape], contribution)
-            outputs = yield from answered_locally(observed(running, observe_root, units, route.group.size))
-            if len(stack.layout.shape) == 1:
-                outputs = [tensor.unsqueeze(-1) for tensor in outputs]
-        del wholes
-        return (
-            yield Scatter(
-                fields=outputs,
-                route=route,
-                dtype=self.communication_dtype,
-                like=stack.like,
-                shape=stack.layout.local_shape,
+        updated = yield from self._updated(assembled, observe_root)
+        del assembled
+        if way.scatters:
+            outputs = yield Scatter(fields=updated, route=way, dtype=dtype, like=like)
+        else:
+            outputs = [way.home({}, like=like, kept=way.kept_home(field)) for field in updated]
+        del updated
+        # Write at once, so that the updates are freed while other tasks are still under way.
+        write_outputs(self.stack.made(outputs))
+
+    def _updated(self, assembled: list[Tensor], observe_root: RootObserver | None) -> Generator[Any, Any, list[Tensor]]:
+        """Run the rule on what this rank updates, batch by batch."""
+        stack, way = self.stack, self.redistribution
+        results: list[list[Tensor]] = []
+        for i, batch in enumerate(way.batches):
+            # A rank that owns no matrix still takes part in residual-stage sums.
+            if not (batch.members or self.stages):
+                continue
+            pieces = [way.stacked(field, i) for field in assembled]
+            running = observed(
+                run_rule(stack, pieces, batch.box, self._contribution(pieces[0], batch)),
+                observe_root,
+                batch.members,
+                self._ranks_a_report,
             )
-        )
+            results.append((yield from answered_locally(running) if self.alone else running))
+        fields = 1 + stack.masked + len(stack.state_names)
+        return [way.unstacked([result[i] for result in results], like=stack.like) for i in range(fields)]
 
+    def _contribution(self, pieces: Tensor, batch: Batch) -> StageContribution | None:
+        """Return the part that the matrices of a batch have in residual-stage sums."""
+        if not self.stages:
+            return None
+        stage_of = dict(zip(self.everyone, self.stages, strict=True))
+        matrices = self.stack.view.matrices(pieces).shape[0] // max(1, len(batch.members))
+        stages = [stage_of[self.members[i]] for i in batch.members for _ in range(matrices)]
+        return StageContribution.of(stages, self.stages, copies=1 if self.alone else self.stack.layout.num_replicas)
 
-def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype in which a stack's matrices are sent.
-
-    If the rule remembers something, it is sent along with the matrices and must not be rounded; the dtype is then the
-    stack's own.
-
-    Args:
-        stack: The stack.
-        communication_dtype: The dtype that the user chose; None for the stack's own.
-
-    Returns:
-        The dtype.
-    """
-    return stack.dtype if communication_dtype is None or stack.state_names else communication_dtype
-
-
-def written(
-    stack: Stack, running: Generator[Any, Any, list[Tensors]], write_outputs: WriteOutputs
-) -> Generator[Any, Any, None]:
-    """Wrap a running rule so that its results are handed to `write_outputs`.
-
-    Args:
-        stack: The stack whose rule is running.
-        running: The running rule; it returns fields as `run_rule` does, each split by parameter.
-        write_outputs: Called with the results as soon as the rule ends.
-
-    Returns:
-        The wrapped rule, which returns nothing.
-    """
-    # Write at once, so that the updates are freed while other tasks are still under way.
-    write_outputs(stack.made((yield from running)))
-
-
-def answered_locally(running: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Wrap a rule that runs on whole matrices: all its requests except residual-stage sums are answered on this rank.
-
-    Args:
-        running: The running rule.
-
-    Returns:
-        The wrapped rule, which yields nothing but residual-stage sums.
-    """
-
-    def relay(request: Any) -> Generator[Any, Any, Any]:
-        return (yield request) if isinstance(request, StageRequest) else request.answer_locally()
-
-    return relayed(running, relay)
-
-
-def observed(
-    running: Generator[Any, Any, T], observe_root: RootObserver | None, members: Sequence[int], ranks: float
-) -> Generator[Any, Any, T]:
-    """Wrap a running rule so that every inverse root is also handed to a callback.
-
-    Args:
-        running: The running rule.
-        observe_root: The callback; None to return the rule as it is.
-        members: Passed to the callback: the positions in the job's `members` of the parameters that run.
-        ranks: Passed to the callback: how many ranks each call stands for.
-
-    Returns:
-        The wrapped rule, with the same result.
-    """
-    if observe_root is None:
-        return running
-
-    def relay(request: Any) -> Generator[Any, Any, Any]:
-        answer = yield request
-        if isinstance(answer, InverseRoot):
-            observe_root(answer, members, ranks)
-        return answer
-
-    return relayed(running, relay)
-
-
-def run_rule(
-    stack: Stack, fields: Sequence[Tensor], box: Sequence[range], contribution: StageContribution | None = None
-) -> Generator[Any, Any, list[Tensor]]:
-    """Run the rule of a stack on pieces or on whole matrices.
-
-    This is a generator: it yields the rule's requests, and is sent their answers.
-
-    Args:
-        stack: The stack whose rule to run.
-        fields: The fields of `StepInputs.fields`, each stacked over n parameters: `[n, *stored shape]`.
-        box: The range that the pieces cover along each stored dimension.
-        contribution: This job's contribution to residual-stage sums, if the rule couples the matrices of a stage; None
-            by default.
-
-    Returns:
-        The fields for `Stack.made`, in the shape of the input fields: the update, the mask if the stack has one, and
-        the new states.
-    """
-    shape = tuple(fields[0].shape)
-    values, *others = [stack.view.matrices(field) for field in fields]
-    touched = others.pop(0).ne(0) if stack.skip_zero_grad_rows else None
-    real = _real(stack, box, values)
-    if real is not None:
-        values = values * real
-    matrix = Matrix(
-        values=values,
-        rows=stack.rows,
-        columns=stack.columns,
-        real=real if stack.view.kind == "as_stored" else None,
-        first_column=stack.first_column(box),
-        state=dict(zip(stack.state_names, others, strict=True)),
-        places=None if contribution is None else contribution.places,
-    )
-    running = stack.rule.update(matrix, **dict(stack.options))
-    update = yield from running if contribution is None else shared(running, contribution)
-    update, state = update if isinstance(update, tuple) else (update, {})
-    outputs = [update]
-    if stack.masked:
-        moved = real
-        if touched is not None:
-            count = yield Sum(values=touched.sum(-1, keepdim=True).to(update.dtype), across="columns")
-            moved = count.ne(0).to(update.dtype) * (1 if real is None else real)
-        assert moved is not None
-        outputs = [update * moved, moved.expand_as(update)]
-    outputs += [state[name] for name in stack.state_names]
-    return [stack.view.to_stored(field, shape) for field in outputs]
-
-
-def _real(stack: Stack, box: Sequence[range], values: Tensor) -> Tensor | None:
-    """Return 1 for real rows (or columns) of the matrix and 0 for padding, to broadcast; None without padding."""
-    if not stack.padding_rows:
-        return None
-    index = torch.arange(box[0].start, box[0].stop, device=values.device)
-    real = (index < stack.layout.shape[0] - stack.padding_rows).to(values.dtype)
-    return real[:, None] if stack.view.kind == "as_stored" else real[None, :]
+    @property
+    def _ranks_a_report(self) -> int:
+        """How many ranks each report of a root stands for, so that a matrix counts for the whole group."""
+        if self.alone and self.stack.layout.group is not None:
+            return self.stack.layout.group.size
+        # All ranks with a part of a matrix report its root.
+        batch = self.stack.splits.get("batch")
+        return 1 if batch is None else batch.size

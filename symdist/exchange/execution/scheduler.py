@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 
 from symdist.exchange.collectives.all_to_all import answer_gathers, answer_scatters
+from symdist.exchange.collectives.gather_scatter import Gather, Scatter
 from symdist.exchange.collectives.progress import ExchangeError, PendingCollective, StepProgress
-from symdist.exchange.collectives.redistribution import Gather, Scatter
 from symdist.exchange.collectives.reduce import answer_shared, answer_sums
 from symdist.exchange.collectives.residual_sums import StageRequest, answer_stages
 from symdist.exchange.collectives.transport import Handle, Transport

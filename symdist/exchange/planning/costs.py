@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from symdist.exchange.collectives.grid_redistribution import canonical_shape
 from symdist.exchange.collectives.triangles import packed_size
-from symdist.exchange.execution.job import Stack
+from symdist.exchange.execution.stack import Stack
 from symdist.matrix_views import View
 from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, StageSum
 from symdist.rules.linalg.orthonormal import OPERATIONS

@@ -3,22 +3,19 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 
 import torch
 
 from symdist.exchange.collectives.transport import CountingTransport
-from symdist.exchange.execution.flat_job import FlatJob
-from symdist.exchange.execution.job import Job, StepInputs
+from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.scheduler import Task, run
+from symdist.exchange.execution.stack import StepInputs
 from symdist.exchange.planning.plan import Plan
 from symdist.layouts import Group
 
-AnyJob: TypeAlias = Job | FlatJob
-
 
 def dry_run(
-    plan: Plan, counting: CountingTransport, *, change: Callable[[AnyJob], AnyJob | None] = lambda job: job
+    plan: Plan, counting: CountingTransport, *, change: Callable[[Job], Job | None] = lambda job: job
 ) -> dict[Group, list[float]]:
     """Run the jobs of a plan on meta tensors.
 
@@ -39,7 +36,7 @@ def dry_run(
         >>> dry_run(plan, counting)
     """
 
-    def task(job: AnyJob) -> Task | None:
+    def task(job: Job) -> Task | None:
         changed = change(job)
         if changed is None:
             return None
@@ -56,9 +53,8 @@ def dry_run(
     return run([wave for wave in waves if wave], transport=counting, meanwhile=meanwhile, work=plan.work)
 
 
-def _pieces(job: AnyJob) -> StepInputs:
+def _pieces(job: Job) -> StepInputs:
     """Return meta tensors in the shapes of this rank's pieces of a job."""
-    layouts = job.layouts if isinstance(job, FlatJob) else [job.stack.layout] * len(job.members)
-    pieces = [torch.empty(layout.local_shape, dtype=job.stack.dtype, device="meta") for layout in layouts]
+    pieces = [torch.empty(layout.local_shape, dtype=job.stack.dtype, device="meta") for layout in job.layouts]
     gradients = pieces if job.stack.skip_zero_grad_rows else None
     return StepInputs(directions=pieces, gradients=gradients, states=tuple(pieces for _ in job.stack.state_names))

@@ -15,8 +15,8 @@ import torch
 
 from symdist.exchange.collectives.balance import balance
 from symdist.exchange.collectives.residual_sums import StagePlan
-from symdist.exchange.execution.flat_job import FlatJob
-from symdist.exchange.execution.job import Stack, Strategy, travels_as
+from symdist.exchange.execution.job import Job
+from symdist.exchange.execution.stack import Stack, Strategy, travels_as
 from symdist.exchange.planning.costs import FLOPS_PER_BYTE, shard_cost, unit_cost, unit_flops, units_of
 from symdist.layouts import Group
 from symdist.layouts.flat import FlatLayout
@@ -65,21 +65,21 @@ class _Kind:
 
 
 def plan_flat(
-    stacks: Mapping[Stack, Sequence[int]],
+    stacks: Mapping[Stack, Cut],
     *,
     names: Sequence[str],
     budget: float,
     communication_dtype: torch.dtype | None,
     work: dict[Group, list[float]],
     stages: StagePlan,
-) -> list[FlatJob]:
+) -> list[Job]:
     """Plan the stacks whose layouts are flat.
 
     All matrices of residual stages run at owners; a matrix that is whole on one rank is owned by that rank. Nothing is
     sent: every rank computes this for itself, with the same result for jobs that involve several ranks.
 
     Args:
-        stacks: By stack, the indices of its parameters.
+        stacks: By stack, the indices and layouts of its parameters.
         names: The names of all parameters, by index.
         budget: How many bytes a job may hold on a rank.
         communication_dtype: The dtype in which matrices are sent; None for the stack's own.
@@ -94,17 +94,10 @@ def plan_flat(
     """
     kinds: dict[tuple[Stack, tuple[int, ...]], _Kind] = {}
     for stack, members in stacks.items():
-        assert isinstance(stack.layout, FlatLayout)
-        everywhere, column_blocks = (
-            dataclasses.replace(stack, layout=stack.layout.everywhere),
-            stack.layout.column_blocks,
-        )
-        kind = kinds.setdefault(
-            (everywhere, column_blocks), _Kind(stack=everywhere, name=names[members[0]], column_blocks=column_blocks)
-        )
-        (kind.whole if stack.layout.sole_owner is not None and not column_blocks else kind.cut).extend(
-            (i, stack.layout) for i in members
-        )
+        for i, layout in members:
+            blocks = layout.column_blocks
+            kind = kinds.setdefault((stack, blocks), _Kind(stack=stack, name=names[i], column_blocks=blocks))
+            (kind.whole if layout.sole_owner is not None and not blocks else kind.cut).append((i, layout))
     for kind in kinds.values():
         # In model order, so that the parameters of one wave are cut over many ranks and not all over the same few.
         kind.whole.sort(key=lambda item: item[0])
@@ -118,7 +111,7 @@ def plan_flat(
     for kind, strategy in chosen:
         _add_work(kind, strategy, work.setdefault(kind.group, [0.0] * kind.group.size))
     owners = _owners([kind for kind, strategy in chosen if strategy == "owner"], work)
-    jobs: list[FlatJob] = []
+    jobs: list[Job] = []
     for kind, strategy in chosen:
         dtype = travels_as(kind.stack, communication_dtype)
         jobs += _whole_jobs(kind, budget)
@@ -128,9 +121,9 @@ def plan_flat(
                 kind.stack, part, owners | kind.owners, math.inf if kind.stack.coupled else budget, dtype
             )
             jobs += [
-                dataclasses.replace(job, stages=stages.of(job.everyone), column_blocks=kind.column_blocks)
-                if kind.stack.coupled
-                else job
+                dataclasses.replace(
+                    job, stages=stages.of(job.everyone) if kind.stack.coupled else (), column_blocks=kind.column_blocks
+                )
                 for job in part_jobs
             ]
         if strategy == "reduce":
@@ -323,7 +316,7 @@ def _owners(kinds: list[_Kind], work: dict[Group, list[float]]) -> dict[int, int
     return owners
 
 
-def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
+def _whole_jobs(kind: _Kind, budget: float) -> list[Job]:
     """Return the jobs of the matrices that are whole on this rank; other ranks need not know of them."""
     local = [(i, layout) for i, layout in kind.whole if layout.sole_owner == kind.group.index]
     size = 4.0 * _num_fields(kind.stack) * math.prod(kind.stack.layout.shape) * kind.stack.dtype.itemsize
@@ -333,9 +326,10 @@ def _whole_jobs(kind: _Kind, budget: float) -> list[FlatJob]:
 
 def _owner_jobs(
     stack: Stack, parameters: Cut, owners: Mapping[int, int], budget: float, dtype: torch.dtype
-) -> list[FlatJob]:
+) -> list[Job]:
     """Return the jobs of parameters that run at owners, within the budget."""
     size = _num_fields(stack) * math.prod(stack.layout.shape)
+    assert stack.layout.group is not None
     this_rank = stack.layout.group.index
     jobs = []
     for cut, flight in _cut_in_waves(stack, parameters, budget, {i: {owners[i]: 7.0 * size} for i, _ in parameters}):
@@ -345,7 +339,7 @@ def _owner_jobs(
     return jobs
 
 
-def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
+def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[Job]:
     """Return the jobs of parameters that run on completed rows, within the budget."""
     multiple = kind.multiple
     alone: Cut = []
@@ -358,13 +352,13 @@ def _row_jobs(kind: _Kind, budget: float, dtype: torch.dtype) -> list[FlatJob]:
     jobs = []
     for cut, flight in _cut_in_waves(kind.stack, alone, budget, {}):
         members = [(i, layout) for i, layout in cut if _held_here(layout) or _rows_here(layout, multiple)]
-        job = _job(kind.stack, members, "reduce", everyone=cut, flight=flight, dtype=dtype, multiple=multiple)
-        jobs.append(dataclasses.replace(job, alone=True))
+        jobs.append(_job(kind.stack, members, "reduce", everyone=cut, flight=flight, dtype=dtype, multiple=multiple))
     for layout, cut in by_layout.items():
         stack = _rows_stack(kind, layout)
         summed = {i: dict.fromkeys(range(kind.group.size), 6.0 * _summed(stack)) for i, _ in cut}
         for part, flight in _cut_in_waves(stack, cut, budget, summed):
-            jobs.append(_job(stack, part, "reduce", flight=flight, dtype=dtype, multiple=multiple))
+            job = _job(stack, part, "reduce", flight=flight, dtype=dtype, multiple=multiple)
+            jobs.append(dataclasses.replace(job, alone=False))
     return jobs
 
 
@@ -420,18 +414,19 @@ def _job(
     flight: float = 0.0,
     dtype: torch.dtype = torch.float32,
     multiple: int = 1,
-) -> FlatJob:
+) -> Job:
     """Make a job of parameters, and work out whether any rank has something to send."""
     everyone = members if everyone is None else everyone
     travels = strategy == "owner" or any(
         bound % (layout.width * multiple) for _, layout in everyone for bound in layout.bounds
     )
-    return FlatJob(
+    return Job(
         stack=stack,
         members=tuple(i for i, _ in members),
         everyone=tuple(i for i, _ in everyone),
         layouts=tuple(layout for _, layout in members),
         strategy=strategy,
+        alone=True,
         multiple=multiple,
         travels=travels,
         flight_bytes=flight,

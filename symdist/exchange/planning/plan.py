@@ -13,12 +13,13 @@ import torch
 
 from symdist.exchange.collectives.balance import balance
 from symdist.exchange.collectives.residual_sums import StagePlan, StageSlot
-from symdist.exchange.execution.flat_job import FlatJob
-from symdist.exchange.execution.job import Job, Stack, Strategy, travels_as
+from symdist.exchange.execution.job import Job
+from symdist.exchange.execution.stack import Stack, Strategy, travels_as
 from symdist.exchange.options import ExchangeOptions
 from symdist.exchange.planning.costs import FLOPS_PER_BYTE, Axis, shard_cost, unit_cost, unit_flops, units_of
 from symdist.exchange.planning.flat_plan import plan_flat
-from symdist.layouts import FlatLayout, Group
+from symdist.layouts import FlatLayout, Group, Layout
+from symdist.layouts.flat import flat_among
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,12 @@ class Plan:
             take them during the step.
     """
 
-    local: list[Job | FlatJob]
-    waves: list[list[Job | FlatJob]]
+    local: list[Job]
+    waves: list[list[Job]]
     work: dict[Group, list[float]] = field(default_factory=dict)
 
     @property
-    def jobs(self) -> list[Job | FlatJob]:
+    def jobs(self) -> list[Job]:
         """All jobs: first the local ones, then those of each wave."""
         return self.local + [job for wave in self.waves for job in wave]
 
@@ -48,16 +49,7 @@ class Plan:
 
     def groups(self) -> set[Group]:
         """Return all groups that communicate in a step."""
-        groups: set[Group] = set()
-        for job in self.jobs:
-            if job.strategy == "owner" or (isinstance(job, FlatJob) and job.strategy == "reduce"):
-                assert job.stack.layout.group is not None
-                groups.add(job.stack.layout.group)
-            elif job.strategy == "reduce":
-                groups |= set(_cut(job.stack).values())
-            if job.stages and job.stack.layout.group is not None:
-                groups.add(job.stack.layout.group)
-        return groups
+        return {group for job in self.jobs for group in job.groups}
 
     def strategies(self) -> dict[int, Strategy]:
         """Return the strategy of every parameter, by its index in the optimizer's list."""
@@ -68,6 +60,7 @@ def make_plan(
     stacks: Mapping[Stack, Sequence[int]],
     *,
     names: Sequence[str],
+    layouts: Sequence[Layout | FlatLayout],
     exchange: ExchangeOptions,
     stages: Mapping[int, StageSlot] | None = None,
 ) -> Plan:
@@ -80,6 +73,7 @@ def make_plan(
     Args:
         stacks: By stack, the indices of its parameters, in an order that is the same on all ranks that hold them.
         names: The names of all parameters, by index.
+        layouts: How all parameters are stored, by index.
         exchange: Gives the budget, and the dtype in which matrices are sent (see `travels_as`).
         stages: The residual stage of every parameter whose rule couples the matrices of a stage; all matrices of a
             stage are in one wave. None by default.
@@ -91,7 +85,9 @@ def make_plan(
         ValueError: If a parameter's layout does not admit its group's `strategy`; the message names the parameter.
 
     Example:
-        >>> plan = make_plan({stack: [0, 1]}, names=["w0", "w1"], exchange=ExchangeOptions())
+        >>> plan = make_plan(
+        ...     {stack: [0, 1]}, names=["w0", "w1"], layouts=[stack.layout] * 2, exchange=ExchangeOptions()
+        ... )
         >>> plan.strategies()
     """
     jobs: list[Job] = []
@@ -100,9 +96,10 @@ def make_plan(
     budget = exchange.bucket_bytes // 2
     sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
     stage_plan = StagePlan.cut(stages or {}, sizes, budget=budget)
-    flat = {stack: members for stack, members in stacks.items() if isinstance(stack.layout, FlatLayout)}
-    for stack, members in stacks.items():
-        if stack in flat:
+    flat: dict[Stack, list[tuple[int, FlatLayout]]] = {}
+    for stack, all_members in stacks.items():
+        members, flat[stack] = flat_among(all_members, layouts)
+        if not members:
             continue
         dtype = travels_as(stack, exchange.communication_dtype)
         strategy = _choose(stack, len(members), dtype, name=names[members[0]])
@@ -110,19 +107,23 @@ def make_plan(
             parts = stage_plan.parts(members, lambda member: member)
         else:
             step = max(1, int(budget // max(1.0, _flight_bytes(stack, strategy))))
-            parts = [list(members[start : start + step]) for start in range(0, len(members), step)]
+            parts = [members[start : start + step] for start in range(0, len(members), step)]
         jobs += [
             Job(
                 stack=stack,
                 members=tuple(part),
+                everyone=tuple(part),
+                layouts=(stack.layout,) * len(part),
                 strategy=strategy,
+                alone=strategy == "owner",
+                flight_bytes=len(part) * _flight_bytes(stack, strategy),
                 communication_dtype=dtype,
                 stages=stage_plan.of(part) if stack.coupled else (),
             )
             for part in parts
         ]
     work = _work_in_place(jobs)
-    all_jobs: list[Job | FlatJob] = [
+    all_jobs: list[Job] = [
         *_with_owners(jobs, work),
         *plan_flat(
             flat,
@@ -147,7 +148,7 @@ def possible_strategies(stack: Stack) -> list[Strategy]:
     """Return the strategies that a stack's rule, view and layout admit.
 
     Args:
-        stack: A stack whose layout is a `Layout`, not a `FlatLayout`.
+        stack: A stack of parameters that are not cut into ranges of elements.
 
     Returns:
         The strategies; at least one.
@@ -222,32 +223,27 @@ def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
     return sent + (count * cost.flops + roots) / FLOPS_PER_BYTE
 
 
-def _waves(jobs: list[Job | FlatJob], budget: int, stages: StagePlan) -> list[list[Job | FlatJob]]:
+def _waves(jobs: list[Job], budget: int, stages: StagePlan) -> list[list[Job]]:
     """Fill waves with jobs of the same ranks, within the budget, in an order that all ranks agree on."""
-    by_ranks: dict[tuple[int, ...], list[Job | FlatJob]] = {}
+    by_ranks: dict[tuple[int, ...], list[Job]] = {}
     for job in jobs:
         group = job.stack.layout.group
         by_ranks.setdefault(() if group is None else group.ranks, []).append(job)
-    waves: list[list[Job | FlatJob]] = []
+    waves: list[list[Job]] = []
     for ranks in sorted(by_ranks):
         room = 0.0
-        wave: list[Job | FlatJob] = []
-        coupled: dict[int, list[Job | FlatJob]] = {}
+        wave: list[Job] = []
+        coupled: dict[int, list[Job]] = {}
         for job in by_ranks[ranks]:
             if job.stages:
                 coupled.setdefault(stages.wave(job.stages), []).append(job)
                 continue
-            size = (
-                job.flight_bytes
-                if isinstance(job, FlatJob)
-                else len(job.members) * _flight_bytes(job.stack, job.strategy)
-            )
-            if not wave or size > room:
+            if not wave or job.flight_bytes > room:
                 wave = []
                 waves.append(wave)
                 room = budget
             wave.append(job)
-            room -= size
+            room -= job.flight_bytes
         waves += [coupled[i] for i in sorted(coupled)]
     return waves
 
