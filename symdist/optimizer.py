@@ -56,6 +56,8 @@ class SymDist(torch.optim.Optimizer):
     Raises:
         TypeError: If no group's rule has a keyword.
         ValueError: Naming the group or parameter and the remedy, if anything cannot run exactly as asked.
+        PlanError: Of `symdist.exchange`, on all ranks, if ranks that must run the same collectives plan different ones,
+            as where their recipes differ.
 
     Example:
         >>> SymDist(model.named_parameters(), rule="muon", lr=1e-2, weight_decay=0.1)
@@ -99,7 +101,7 @@ class SymDist(torch.optim.Optimizer):
         defaults = {**({} if rule is None else {"rule": rule}), **({} if lr is None else {"lr": lr}), **options}
         self._constructed = False
         super().__init__(groups, defaults_for(groups, defaults))
-        self.plan()
+        self._planner.agree(self._specs)
         self._constructed = True
         warn_of_narrow_weights(self._specs)
         # Schedulers that cycle momentum look for it here, and write it to every group.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch.distributed.tensor import DTensor
 
-from symdist.exchange import ExchangeOptions, Plan, Stack, StageSlot, Transport, make_plan
+from symdist.exchange import ExchangeOptions, Plan, Stack, StageSlot, Transport, check_agreement, lines_of, make_plan
 from symdist.gradients.nonfinite import ranks_that_agree
 from symdist.layouts import Group
 from symdist.param_specs import ParamSpec
@@ -64,6 +64,21 @@ class StepPlanner:
             self.transport.prepare(plan.groups() | ({self.peers} if self.peers is not None else set()))
             self._plan, self._trainable = plan, trainable
         return self._plan
+
+    def agree(self, specs: Sequence[ParamSpec]) -> None:
+        """Compare the plans of all ranks, which must call it together, as they do at construction.
+
+        Args:
+            specs: All parameters of the optimizer.
+
+        Raises:
+            PlanError: On all ranks, if ranks that must run the same collectives have planned different ones.
+            ValueError: As `plan`.
+        """
+        plan = self.plan(specs)
+        if self.peers is not None and self.peers.size > 1:
+            lines = lines_of(plan, [spec.name for spec in specs])
+            check_agreement(lines, peers=self.peers, transport=self.transport)
 
     def forget(self) -> None:
         """Make the next plan anew, because parameters were added or replaced."""

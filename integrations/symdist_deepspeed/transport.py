@@ -46,6 +46,10 @@ class Staged:
         """See `Transport`."""
         self._inner.prepare(groups)
 
+    def gather_objects(self, value: Any, *, group: Group) -> list[Any]:
+        """See `Transport`."""
+        return self._inner.gather_objects(value, group=group)
+
     def all_reduce(self, buffer: Tensor, *, group: Group) -> "_Staging":
         """See `Transport`."""
         copy = buffer.to(self._device, copy=True)

@@ -7,6 +7,7 @@ from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.scheduler import Task, run
 from symdist.exchange.execution.stack import Stack, StepInputs, StepOutputs, Strategy
 from symdist.exchange.options import BUCKET_BYTES, ExchangeLike, ExchangeOptions
+from symdist.exchange.planning.agreement import PlanError, check_agreement, lines_of
 from symdist.exchange.planning.dry_run import dry_run
 from symdist.exchange.planning.plan import Plan, make_plan
 
@@ -18,6 +19,7 @@ __all__ = [
     "ExchangeOptions",
     "Job",
     "Plan",
+    "PlanError",
     "Stack",
     "StageSlot",
     "StepInputs",
@@ -27,7 +29,9 @@ __all__ = [
     "Task",
     "TorchTransport",
     "Transport",
+    "check_agreement",
     "dry_run",
+    "lines_of",
     "make_plan",
     "run",
 ]

@@ -7,7 +7,7 @@ transport.
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +41,17 @@ class Transport(Protocol):
 
         Args:
             groups: The groups that communicate in a step.
+        """
+
+    def gather_objects(self, value: Any, *, group: Group) -> list[Any]:
+        """Gather a value from every rank and wait for it; not used in a step.
+
+        Args:
+            value: This rank's value, which must pickle.
+            group: The ranks that take part.
+
+        Returns:
+            The values, in rank order.
         """
 
     def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
@@ -118,6 +129,12 @@ class TorchTransport:
         for group in sorted(groups, key=lambda group: group.ranks):
             if group.size > 1:
                 self._handle(group)
+
+    def gather_objects(self, value: Any, *, group: Group) -> list[Any]:
+        """See `Transport`."""
+        values: list[Any] = [None] * group.size
+        dist.all_gather_object(values, value, group=self._handle(group))
+        return values
 
     def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
         """See `Transport`."""
@@ -240,6 +257,10 @@ class CountingTransport:
         """See `Transport`."""
         if self.inner is not None:
             self.inner.prepare(groups)
+
+    def gather_objects(self, value: Any, *, group: Group) -> list[Any]:
+        """See `Transport`. It is not recorded; without a transport to run it, all values are this rank's."""
+        return self.inner.gather_objects(value, group=group) if self.inner else [value] * group.size
 
     def _record(self, kind: str, group: Group, sent: float) -> None:
         self.log.append(CollectiveRecord(kind=kind, size=group.size, sent=sent))
