@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
-from symdist.layouts import local
+from symdist.layouts import FlatLayout, Group, group_from, local
 from tests.grids import Way
 from tests.ranks import Ranks
 
@@ -29,8 +29,9 @@ has
 
 - `shape`, and `copies`, so many of one group; `group`, its options; `seed`;
 - `on`, the axes of the mesh that it lies on, and `cuts`, `[[axis of those, dimension], …]`, or None for a plain tensor;
+- instead of `cuts`, `bounds`: where each rank's run of elements ends, of a tensor that lies flat on all ranks;
 - `gradients`, one a step: "drawn", "rows" (every third row is zero), "zero", "none" (on all ranks), or
-  `["hole", axis, index]` (none on the ranks at that index of the axis).
+  `["hole", axis, index]` (none on the ranks at that index of the axis; of a flat tensor, on the rank of that index).
 """
 
 
@@ -53,7 +54,10 @@ def gradient_alone(case: Case, parameter: Case, copy: int, step: int) -> Tensor 
     """What all ranks' gradients are together."""
     kind = parameter["gradients"][step - 1]
     gradient = drawn(parameter, copy, step)
-    if kind[0] == "hole":
+    if kind[0] == "hole" and "bounds" in parameter:
+        bounds = [0, *parameter["bounds"]]
+        gradient.view(-1)[bounds[kind[2]] : bounds[kind[2] + 1]] = 0
+    elif kind[0] == "hole":
         way = way_of(case, parameter)
         for coordinate in itertools.product(*map(range, way.mesh)):
             if coordinate[kind[1]] == kind[2]:
@@ -65,6 +69,7 @@ def trained(
     case: Case,
     place: Callable[[Case, Tensor], Tensor],
     gradient: Callable[[Case, int, int], Tensor | None],
+    ranks: Group | None = None,
     **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and strategies by name after the steps; a strategy that a case cannot have gives way to "auto"."""
@@ -77,6 +82,9 @@ def trained(
             weights.append((parameter, copy, weight))
             named.append((f"{i}.{copy}", weight))
         group = {"params": named, **parameter["group"]}
+        if "bounds" in parameter and ranks is not None:
+            bounds = 0, *parameter["bounds"]
+            group["layouts"] = [FlatLayout(shape=tuple(parameter["shape"]), group=ranks, bounds=bounds)] * len(named)
         try:
             SymDist([dict(group)], **options)
         except ValueError as error:
@@ -97,8 +105,12 @@ def on_ranks(mesh: DeviceMesh, case: Case) -> tuple[dict[str, Tensor], dict[str,
     """This rank's pieces, and where the rules ran."""
     coordinate = mesh.get_coordinate()
     assert coordinate is not None
+    ranks = group_from(mesh)
 
     def place(parameter: Case, tensor: Tensor) -> Tensor:
+        if "bounds" in parameter:
+            bounds = [0, *parameter["bounds"]]
+            return tensor.reshape(-1)[bounds[ranks.index] : bounds[ranks.index + 1]]
         if parameter["cuts"] is None:
             return tensor
         names = tuple((mesh.mesh_dim_names or ())[axis] for axis in parameter["on"])
@@ -106,10 +118,18 @@ def on_ranks(mesh: DeviceMesh, case: Case) -> tuple[dict[str, Tensor], dict[str,
 
     def gradient(parameter: Case, copy: int, step: int) -> Tensor | None:
         kind = parameter["gradients"][step - 1]
-        missing = kind == "none" or (kind[0] == "hole" and coordinate[parameter["on"][kind[1]]] == kind[2])
+        at = (
+            ranks.index
+            if "bounds" in parameter
+            else coordinate[parameter["on"][kind[1]]]
+            if kind[0] == "hole"
+            else None
+        )
+        missing = kind == "none" or (kind[0] == "hole" and at == kind[2])
         return None if missing else place(parameter, drawn(parameter, copy, step))
 
-    return trained(case, place, gradient, replicate_group=mesh if case["replicas"] else None)
+    replicas = mesh if case["replicas"] else None
+    return trained(case, place, gradient, ranks, process_group=mesh, replicate_group=replicas)
 
 
 def alone(case: Case) -> dict[str, Tensor]:
@@ -128,6 +148,10 @@ def errors(case: Case, results: list[tuple[dict[str, Tensor], dict[str, str]]]) 
     for name, expected in alone(case).items():
         i, copy = map(int, name.split("."))
         parameter = case["parameters"][i]
+        if "bounds" in parameter:
+            whole = torch.cat([weights[name] for weights, _ in results]).view(parameter["shape"])
+            found[name] = _distance(whole, expected, drawn(parameter, copy, 0))
+            continue
         # The pieces of every copy of the submesh, in its own order.
         copies: dict[tuple[int, ...], list[Tensor]] = {}
         for coordinate, (weights, _) in zip(itertools.product(*map(range, case["mesh"])), results, strict=True):
@@ -139,10 +163,13 @@ def errors(case: Case, results: list[tuple[dict[str, Tensor], dict[str, str]]]) 
             assert all(torch.equal(piece, pieces[0]) for piece in pieces), "replicas differ"
         cut = parameter["cuts"] is not None
         whole = way_of(case, parameter).whole(pieces, tuple(parameter["shape"])) if cut else pieces[0]
-        moved = float((expected - drawn(parameter, copy, 0)).norm())
-        away = float((whole - expected).norm())
-        found[name] = away / moved if moved else math.inf * away if away else 0.0
+        found[name] = _distance(whole, expected, drawn(parameter, copy, 0))
     return found
+
+
+def _distance(whole: Tensor, expected: Tensor, start: Tensor) -> float:
+    moved, away = float((expected - start).norm()), float((whole - expected).norm())
+    return away / moved if moved else math.inf * away if away else 0.0
 
 
 def wrong(many: Ranks, case: Case, bound: float = BOUND) -> tuple[list[str], dict[str, str]]:

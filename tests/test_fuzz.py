@@ -1,5 +1,6 @@
 """Random parameters, layouts, rules, views and gradients in one optimizer: sharded equals the single process."""
 
+import math
 import os
 import subprocess
 import sys
@@ -90,6 +91,10 @@ RULES = st.one_of(
         **MOMENTUM,
     ),
     told("adamw", centered=CENTERED, betas=one_of([0.9, 0.95], [0.0, 0.5])),
+    told("normuon", NUMERICS, beta2=one_of(0.5, 0.95), **MOMENTUM),
+    told("aurora", NUMERICS, iterations=one_of(1, 3), **MOMENTUM),
+    told("scion", norm=one_of("spectral", "sign", "row", "row_rms"), radius=one_of(1.0, 3.0), **MOMENTUM),
+    told("aro", base=one_of("sinkhorn", "row_norm", "adam"), **MOMENTUM),
 )
 COMMON = st.fixed_dictionaries(
     {
@@ -120,7 +125,7 @@ def shapes_and_views(draw: st.DrawFn, dims: int) -> tuple[list[int], Options]:
             p, view = heads * unit, {"view": {"heads": heads, "dim": 0}}
         case "heads_1":
             q, view = heads * unit, {"view": {"heads": heads, "dim": 1}}
-        case "as_stored" if dims == 2 and p > 1:
+        case "as_stored" | "transposed" if dims == 2 and p > 1:
             view["padding_rows"] = draw(one_of(0, 0, 1, p - 1))
     return [draw(st.integers(1, 9)), p, q][3 - dims :], view
 
@@ -141,8 +146,12 @@ def cuts(draw: st.DrawFn, sizes: tuple[int, ...], dims: int) -> list[tuple[int, 
 @st.composite
 def parameters(draw: st.DrawFn, mesh: tuple[int, ...], steps: int) -> Case:
     group = draw(RULES) | draw(COMMON)
-    dims = draw(one_of(2, 3) if group["rule"] != "adamw" else one_of(1, 2, 3))
+    flat = draw(st.integers(0, 2)) == 0
+    dims = draw(one_of(*((1,) if group["rule"] == "adamw" else ()), 2, *(() if flat else (3,))))
     shape, view = draw(shapes_and_views(dims))
+    if group["rule"] == "aro" and str(view.get("view")).startswith("gate_up"):
+        view = {}  # It depends on the order of columns, which such a view changes.
+    ranks, size = math.prod(mesh), math.prod(shape)
     on = draw(st.sets(st.sampled_from(range(len(mesh))), min_size=1)) if draw(CENTERED) else range(len(mesh))
     sizes = tuple(mesh[axis] for axis in sorted(on))
     plain = draw(st.integers(0, 5)) == 0
@@ -150,10 +159,14 @@ def parameters(draw: st.DrawFn, mesh: tuple[int, ...], steps: int) -> Case:
     kinds: list[Any] = ["drawn", "drawn", "drawn", "rows", "zero", "none"]
     # Ranks with copies of one piece lack its gradient together, so holes run along the axes that cut.
     kinds += [["hole", axis, index] for axis, _ in cut or () for index in {0, sizes[axis] - 1}]
+    where: Case = {"on": sorted(on), "cuts": cut}
+    if flat:
+        kinds = [*kinds[:6], ["hole", 0, 0], ["hole", 0, ranks - 1]]
+        ends = draw(st.lists(one_of(0, size, draw(st.integers(0, size))), min_size=ranks - 1, max_size=ranks - 1))
+        where = {"on": list(range(len(mesh))), "cuts": None, "bounds": [*sorted(ends), size]}
     return {
         "shape": shape,
-        "on": sorted(on),
-        "cuts": cut,
+        **where,
         "copies": draw(one_of(1, 1, 2, 3)),
         "seed": draw(st.integers(0, 999)),
         "group": group | view,
@@ -184,7 +197,9 @@ def check(many: Ranks, case: Case) -> list[str]:
     kinds = ["example", str(case["mesh"]), *strategies.values()]
     for parameter in case["parameters"]:
         kinds += ["submesh"] * (len(parameter["on"]) < len(case["mesh"]))
-        kinds += ["parameter", parameter["group"]["rule"], "plain" if parameter["cuts"] is None else "cut"]
+        way = "flat" if "bounds" in parameter else "plain" if parameter["cuts"] is None else "cut"
+        padded = ["padding", f"{way} padding"] if parameter["group"].get("padding_rows") else []
+        kinds += ["parameter", parameter["group"]["rule"], way, *padded]
         kinds += [kind if isinstance(kind, str) else "hole" for kind in parameter["gradients"]]
     return kinds
 
@@ -228,8 +243,9 @@ def test_sharded_equals_the_single_process(many: Ranks) -> None:
         "row_norm",
         "right_spectral",
     ]
-    kinds += ["left_spectral", "polar", "hybrid", "muon", "adamw"]
-    assert {kind: seen[kind] for kind in kinds if seen[kind] < 20} == {}
+    kinds += ["left_spectral", "polar", "hybrid", "muon", "adamw", "normuon", "aurora", "scion", "aro"]
+    assert {kind: seen[kind] for kind in [*kinds, "flat", "padding"] if seen[kind] < 20} == {}
+    assert {kind: seen[kind] for kind in ("flat padding", "cut padding", "plain padding") if not seen[kind]} == {}
 
 
 CASE: Case = {
