@@ -101,7 +101,7 @@ class SymDist(torch.optim.Optimizer):
         defaults = {**({} if rule is None else {"rule": rule}), **({} if lr is None else {"lr": lr}), **options}
         self._constructed = False
         super().__init__(groups, defaults_for(groups, defaults))
-        self._planner.agree(self._specs)
+        self._compare_plans()
         self._constructed = True
         warn_of_narrow_weights(self._specs)
         # Schedulers that cycle momentum look for it here, and write it to every group.
@@ -282,6 +282,9 @@ class SymDist(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Refuse to be copied, because process groups cannot be."""
         raise TypeError("SymDist cannot be copied or pickled; build another and load_state_dict into it")
+
+    def _compare_plans(self) -> None:
+        self._planner.agree(self._specs)
 
     def _follow(self, *, at_step: bool = False) -> None:
         """Take over parameters that were replaced or sharded anew; ValueError on all ranks if that is not possible."""

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
-from symdist.exchange import CountingTransport, TorchTransport
-from symdist.exchange.planning import flat_plan
+from symdist.exchange import CountingTransport, Hardware, TorchTransport
 from symdist.layouts import FlatLayout, group_from
 from symdist.layouts.flat import flat_bounds, flat_vector
 from tests.cases import CASES, LR, STEPS, tensors
@@ -85,12 +84,8 @@ def put_together(pieces: list[Tensor], given: dict[str, Any]) -> Tensor:
 
 def train_sending(mesh: DeviceMesh, way: str, dtype: torch.dtype) -> tuple[dict, dict]:
     """The same where sending costs nothing, so that whole matrices go to whoever has least to do."""
-    dear = flat_plan.FLOPS_PER_BYTE
-    flat_plan.FLOPS_PER_BYTE = 1e-12
-    try:
-        return train(mesh, way, dtype, {})
-    finally:
-        flat_plan.FLOPS_PER_BYTE = dear
+    free = Hardware(bandwidth=1e15, flops=1e3, model_flops=1e3)
+    return train(mesh, way, dtype, {"exchange": {"hardware": free}})
 
 
 def train(mesh: DeviceMesh, way: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[dict, dict]:

@@ -48,6 +48,9 @@ class Slow:
         time.sleep(self.random.random() * self.seconds if self.random.random() < 0.3 else 0)
         return self.inner
 
+    def gather_objects(self, value: Any, *, group: Group) -> list[Any]:
+        return self._late().gather_objects(value, group=group)
+
     def all_reduce(self, buffer: Tensor, *, group: Group) -> Handle:
         return self._late().all_reduce(buffer, group=group)
 

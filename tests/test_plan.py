@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from symdist.exchange import CountingTransport
+from symdist.exchange import HARDWARE, CountingTransport, ExchangeOptions, Hardware
 from symdist.tools.cli import main
-from symdist.tools.plan import parse_mesh, plan_step, smaller_meshes
+from symdist.tools.plan import StepPlan, parse_mesh, plan_step, smaller_meshes
 from symdist.tools.simulate import simulate
 from tests import plan_ranks
 from tests.ranks import Ranks
@@ -84,8 +84,8 @@ def test_a_plan_adds_up() -> None:
     assert found.busiest.sent == max(sent)
     assert found.mean_sent == pytest.approx(sum(sent) / 4)
     assert 1 <= found.balance < 1.2
-    assert found.communication_seconds == pytest.approx(found.busiest.sent / found.machine.bandwidth)
-    assert found.compute_seconds == pytest.approx(found.busiest.flops / found.machine.flops)
+    assert found.communication_seconds == pytest.approx(found.busiest.sent / found.hardware.bandwidth)
+    assert found.compute_seconds == pytest.approx(found.busiest.flops / found.hardware.flops)
     assert 0 < found.share < 1
     ours, gathered, exchanged, adamw = found.alternatives
     assert ours.sent < gathered.sent
@@ -184,3 +184,30 @@ def test_what_cannot_be_planned_is_refused_in_a_line(
 def test_meshes_are_halved_along_data_parallelism() -> None:
     assert smaller_meshes({"dp_shard": 8, "tp": 2}) == [{"dp_shard": 2, "tp": 2}, {"dp_shard": 4, "tp": 2}]
     assert smaller_meshes({"tp": 3}) == []
+
+
+def test_the_hardware_decides_strategies_and_gives_times() -> None:
+    def planned(hardware: object) -> StepPlan:
+        mesh = {"dp_replicate": 2, "dp_shard": 2}
+        return plan_step("olmoe-tiny", "olmoe", mesh=mesh, exchange={"hardware": hardware})
+
+    slow, fast = (Hardware(bandwidth=b, flops=60e12, model_flops=400e12) for b in (1e6, 1e15))
+    moved = [sum(role.strategies.get("owner", 0) for role in planned(speed).roles) for speed in (slow, fast)]
+    assert moved[0] == 0 < moved[1]
+    h100, b200 = planned("h100"), planned("b200")
+    assert h100.hardware == HARDWARE["h100"]
+    assert b200.model_seconds == pytest.approx(h100.model_seconds * 400 / 900)
+
+
+@pytest.mark.parametrize(
+    ("hardware", "words"),
+    [("h1000", "'h1000' must be one of 'h100'"), ({"bandwidth": 1}, "must be one of"), (None, "must be one of")],
+)
+def test_unknown_hardware_is_refused(hardware: object, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        ExchangeOptions.of({"hardware": hardware})
+
+
+def test_speeds_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="bandwidth=0 must be positive"):
+        Hardware(bandwidth=0, flops=1, model_flops=1)

@@ -125,6 +125,7 @@ class DeepSpeedSymDist(torch.optim.Optimizer):
             process_group=dist.group.WORLD,
             transport=transport_for([optimized.tensor for optimized in tensors]),
         )
+        self._symdist.compare_plans()
         self._rates = list(rates.values())
         self._set_rates()
         relink()

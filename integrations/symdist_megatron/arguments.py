@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from symdist.exchange import BUCKET_BYTES
+from symdist.exchange import BUCKET_BYTES, HARDWARE
 from symdist.routing.recipes import parse_overrides
 
 NAME = "symdist"
@@ -63,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default=BUCKET_BYTES,
         help="limit on the communication buffers of a rank during a step, in bytes; 1 GiB by default",
     )
+    group.add_argument(
+        "--symdist-hardware",
+        choices=tuple(HARDWARE),
+        default="h100",
+        help="what a rank can do, by which the strategy of each rule is chosen",
+    )
     return parser
 
 
@@ -89,5 +95,6 @@ def options_of(args: Any, *, vocabulary: int | None) -> Mapping[str, Any]:
         "exchange": {
             "communication_dtype": args.symdist_communication_dtype,
             "bucket_bytes": args.symdist_bucket_bytes,
+            "hardware": args.symdist_hardware,
         },
     }

@@ -103,6 +103,7 @@ class JointStep:
             # Ranks that hold the same parameters all fail, but other pipeline stages do not know of it yet.
             failure = str(error)
         _agree_to_begin(failure, trains)
+        self.symdist.compare_plans()
         self._release()
         self._tied_sync = _TiedEmbeddingSync(self._bound, self.symdist.strategies(), shared)
 

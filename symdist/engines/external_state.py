@@ -62,6 +62,16 @@ class ExternalStateSymDist(SymDist):
         """Return the engine's name for each state of a piece."""
         return self._slots[id(piece)]
 
+    def compare_plans(self) -> None:
+        """Raise PlanError on all ranks if ranks that must run the same collectives plan different ones; all call it.
+
+        Adapters call it after construction, once all ranks know that it succeeded on all.
+        """
+        super()._compare_plans()
+
+    def _compare_plans(self) -> None:
+        """Do nothing: a rank whose construction fails would leave the others waiting."""
+
     def _follow(self, *, at_step: bool = False) -> None:
         """Do nothing: the adapter itself moves the pieces along with the engine's tensors."""
 

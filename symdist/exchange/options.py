@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from symdist.exchange.hardware import Hardware
+
 BUCKET_BYTES = 1 << 30
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
@@ -25,9 +27,11 @@ class ExchangeOptions:
             something are always sent in the dtype of the state.
         bucket_bytes: Bound on the buffers of all waves in flight on a rank, in bytes; 1 GiB by default. Lower it if a
             step runs out of memory: collectives then become smaller and more numerous.
+        hardware: What the ranks can do, by which strategies are chosen: "h100" (default), "h200", "b200", "mi300x" or
+            "cpu", or a `Hardware`. Give one if the network is far slower or faster than 400 Gb/s a rank.
 
     Raises:
-        ValueError: For any other dtype, or a `bucket_bytes` that is not a positive whole number.
+        ValueError: For any other dtype or hardware, or a `bucket_bytes` that is not a positive whole number.
 
     Example:
         >>> SymDist(groups, exchange=ExchangeOptions(communication_dtype=torch.bfloat16))
@@ -35,6 +39,7 @@ class ExchangeOptions:
 
     communication_dtype: Any = None
     bucket_bytes: int = BUCKET_BYTES
+    hardware: Any = "h100"
 
     def __post_init__(self) -> None:
         dtype = self.communication_dtype
@@ -49,6 +54,7 @@ class ExchangeOptions:
         if isinstance(size, bool) or not isinstance(size, int | float) or size < 1 or size != int(size):
             raise ValueError(f"bucket_bytes={size!r} must be a positive whole number of bytes")
         object.__setattr__(self, "bucket_bytes", int(size))
+        object.__setattr__(self, "hardware", Hardware.of(self.hardware))
 
     @classmethod
     def of(cls, options: ExchangeLike) -> ExchangeOptions:

@@ -6,7 +6,7 @@ classes and of their fields are the help texts of the command.
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, cast
 
@@ -69,12 +69,14 @@ class Plan:
     """Data type in which matrices are sent to their owners and back."""
     bucket_mb: float = 1000.0
     """Megabytes of communication buffers in use at a time."""
-    bandwidth: float = 50.0
-    """Network bandwidth per rank, in GB/s."""
-    tflops: float = 60.0
-    """Speed of the optimizer's float32 matrix products, in Tflop/s."""
-    model_tflops: float = 400.0
-    """Achieved speed of forward and backward, in Tflop/s."""
+    hardware: Literal["h100", "h200", "b200", "mi300x", "cpu"] = "h100"
+    """What a rank can do, by which strategies are chosen and times estimated."""
+    bandwidth: float | None = None
+    """Network bandwidth per rank, in GB/s, if not the hardware's."""
+    tflops: float | None = None
+    """Achieved speed of the optimizer's float32 matrix products, in Tflop/s, if not the hardware's."""
+    model_tflops: float | None = None
+    """Achieved speed of forward and backward, in Tflop/s, if not the hardware's."""
     tokens: int = 16384
     """Tokens per data-parallel rank and step."""
     compare: bool = False
@@ -86,22 +88,28 @@ class Plan:
 
     def run(self) -> None:
         """Print the tables, and write the requested files."""
-        from symdist.exchange import ExchangeOptions
+        from symdist.exchange import ExchangeOptions, Hardware
         from symdist.routing.recipes import load_recipe, parse_overrides
-        from symdist.tools.plan import Machine, StepPlan, parse_mesh, plan_step, smaller_meshes
+        from symdist.tools.plan import StepPlan, parse_mesh, plan_step, smaller_meshes
         from symdist.tools.plan_tables import alternatives_table, draw, plan_table, summary
 
         recipe = load_recipe(self.recipe).adjusted(lr=self.lr, overrides=parse_overrides(self.override))
-        machine = Machine(
-            bandwidth=self.bandwidth * 1e9,
-            flops=self.tflops * 1e12,
-            model_flops=self.model_tflops * 1e12,
-            tokens=self.tokens,
-        )
+        given = {
+            name: value * scale
+            for name, value, scale in (
+                ("bandwidth", self.bandwidth, 1e9),
+                ("flops", self.tflops, 1e12),
+                ("model_flops", self.model_tflops, 1e12),
+            )
+            if value is not None
+        }
+        hardware = replace(Hardware.of(self.hardware), **given)
         if self.bucket_mb <= 0:
             raise ValueError(f"bucket_mb={self.bucket_mb} must be positive")
         exchange = ExchangeOptions(
-            communication_dtype=self.communication_dtype, bucket_bytes=max(1, int(self.bucket_mb * 1e6))
+            communication_dtype=self.communication_dtype,
+            bucket_bytes=max(1, int(self.bucket_mb * 1e6)),
+            hardware=hardware,
         )
 
         def planned(mesh: dict[str, int]) -> StepPlan:
@@ -110,7 +118,7 @@ class Plan:
                 recipe,
                 mesh=mesh,
                 zero=self.zero,
-                machine=machine,
+                tokens=self.tokens,
                 exchange=exchange,
                 alternatives=self.compare,
             )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch.utils.flop_counter import FlopCounterMode
 
 from symdist.diagnostics.memory import peak_bytes
-from symdist.exchange import CountingTransport, ExchangeLike, Stack
+from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Hardware, Stack
 from symdist.exchange.planning.costs import unit_cost, units_of
 from symdist.layouts import FlatLayout, Group, Layout
 from symdist.routing.recipes import RecipeLike
@@ -27,23 +27,6 @@ if TYPE_CHECKING:
 
 _SHORT = {"dp": "dp_shard"}
 _ORDER = ("dp_replicate", "dp_shard", "ep", "tp")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What a rank can do, for estimates of time. The defaults are the order of an H100 with a 400 Gb/s network.
-
-    Attributes:
-        bandwidth: Bytes per second that a rank sends; 50e9 by default.
-        flops: Operations per second of the optimizer's float32 matrix products; 60e12 by default.
-        model_flops: Operations per second of forward and backward, as achieved; 400e12 by default.
-        tokens: Tokens per data-parallel rank and step; 16384 by default.
-    """
-
-    bandwidth: float = 50e9
-    flops: float = 60e12
-    model_flops: float = 400e12
-    tokens: int = 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +106,8 @@ class StepPlan:
         communication_seconds: Estimated time of the optimizer's communication.
         compute_seconds: Estimated time of the optimizer's matrix products.
         model_seconds: Estimated time of forward and backward.
-        machine: The speeds used for these estimates.
+        hardware: The speeds used for these estimates.
+        tokens: Tokens per data-parallel rank and step.
         alternatives: The estimated costs of other ways of stepping the same matrices; empty unless requested.
     """
 
@@ -141,7 +125,8 @@ class StepPlan:
     communication_seconds: float
     compute_seconds: float
     model_seconds: float
-    machine: Machine
+    hardware: Hardware
+    tokens: int
     alternatives: list[Alternative]
 
     @property
@@ -210,7 +195,7 @@ def plan_step(
     mesh: Mapping[str, int],
     zero: int | None = None,
     built: Mapping[str, Any] | None = None,
-    machine: Machine | None = None,
+    tokens: int = 16384,
     exchange: ExchangeLike = None,
     alternatives: bool = False,
 ) -> StepPlan:
@@ -227,8 +212,9 @@ def plan_step(
         zero: A ZeRO stage (1, 2 or 3), to store the weights in its partitions instead of in FSDP2 shards. The mesh then
             has `dp_shard` only. None by default.
         built: Further keyword arguments of `symdist.tools.models.build`. None by default.
-        machine: The speeds for the estimates of time. By default, those of `Machine()`.
+        tokens: Tokens per data-parallel rank and step, for the estimate of the model's time; 16384 by default.
         exchange: How matrices travel between ranks: `ExchangeOptions` or a mapping of its keys. None for the defaults.
+            Its hardware chooses the strategies and gives the estimates of time.
         alternatives: Whether to estimate other ways of stepping the same matrices, too. False by default.
 
     Returns:
@@ -241,7 +227,8 @@ def plan_step(
         >>> plan = plan_step("olmoe-1b-7b", "olmoe", mesh={"dp_shard": 64})
         >>> plan.busiest.sent, plan.share
     """
-    machine = machine or Machine()
+    exchange = ExchangeOptions.of(exchange)
+    hardware = exchange.hardware
     with simulate_on(
         model,
         recipe,
@@ -256,7 +243,6 @@ def plan_step(
         sender = max(costs_by_rank, key=lambda rank: (costs_by_rank[rank].sent, -rank))
         busiest = _most(costs_by_rank.values())
         mean = sum(work) / len(work)
-        tokens = machine.tokens / simulated.mesh.get("tp", 1)
         return StepPlan(
             model=str(model),
             recipe=str(recipe) if isinstance(recipe, str | Path) else getattr(recipe, "name", "given"),
@@ -269,13 +255,15 @@ def plan_step(
             waves=len(simulated.plan.waves),
             balance=max(work) / mean if mean else 1.0,
             indivisible=simulated.plan.largest_unit / mean if mean else 1.0,
-            communication_seconds=busiest.sent / machine.bandwidth,
-            compute_seconds=busiest.flops / machine.flops,
+            communication_seconds=busiest.sent / hardware.bandwidth,
+            compute_seconds=busiest.flops / hardware.flops,
             model_seconds=6
             * active_parameters(cast("PreTrainedModel", simulated.model))
             * tokens
-            / machine.model_flops,
-            machine=machine,
+            / simulated.mesh.get("tp", 1)
+            / hardware.model_flops,
+            hardware=hardware,
+            tokens=tokens,
             alternatives=_alternatives(simulated, busiest) if alternatives else [],
         )
 

@@ -49,7 +49,7 @@ def summary(plan: StepPlan) -> list[str]:
     Returns:
         The lines.
     """
-    machine = plan.machine
+    hardware = plan.hardware
     ranks = "all ranks" if plan.looked_at == plan.ranks else f"{plan.looked_at} of {plan.ranks:,} ranks looked at"
     milliseconds = [
         f"{seconds * 1e3:,.2f} ms" for seconds in (plan.communication_seconds, plan.compute_seconds, plan.model_seconds)
@@ -59,8 +59,8 @@ def summary(plan: StepPlan) -> list[str]:
         "role alone, on the rank that sends most; roles share collectives.",
         f"{plan.waves} waves. Work of the busiest rank over the mean: {plan.balance:.3f}; no assignment of whole "
         f"matrices can go below {max(1.0, plan.indivisible):.3f}.",
-        f"At {machine.bandwidth / 1e9:g} GB/s, {machine.flops / 1e12:g} Tflop/s (float32 products) and "
-        f"{machine.model_flops / 1e12:g} Tflop/s achieved on {machine.tokens:,} tokens a data-parallel rank: "
+        f"At {hardware.bandwidth / 1e9:g} GB/s, {hardware.flops / 1e12:g} Tflop/s (float32 products) and "
+        f"{hardware.model_flops / 1e12:g} Tflop/s achieved on {plan.tokens:,} tokens a data-parallel rank: "
         f"communication {milliseconds[0]}, compute {milliseconds[1]}, forward and backward {milliseconds[2]}; "
         f"the optimizer takes {plan.share:.1%} of a step if nothing overlaps.",
     ]

@@ -145,7 +145,7 @@ def test_the_command_line(worlds: Worlds) -> None:
             "overrides": {"router": {"rule": "left_spectral"}, "head": {"lr": 0.1}},
             "vocabulary": 37,
             "nonfinite": "raise",
-            "exchange": {"communication_dtype": None, "bucket_bytes": 1 << 30},
+            "exchange": {"communication_dtype": None, "bucket_bytes": 1 << 30, "hardware": "h100"},
         },
     }
     (found,) = worlds(1).run(1, RANKS + "command_line", ["--optimizer", "symdist"])

@@ -1,6 +1,7 @@
 """Compares the plans of all ranks, so that ranks that disagree get an error in place of a hang."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -59,8 +60,13 @@ def lines_of(plan: Plan, names: Sequence[str]) -> Lines:
         waves[ranks] += 1  # Between two waves of one group, each rank may have others of other groups.
         for job in wave:
             lines.setdefault(ranks, []).append(f"wave {waves[ranks]}: {_described(job)}")
-            lines[ranks] += [f"wave {waves[ranks]}: {names[i]}" for i in job.everyone]
+            lines[ranks] += [f"wave {waves[ranks]}: {_named(names[i])}" for i in job.everyone]
     return lines
+
+
+def _named(name: str) -> str:
+    """Return a parameter's name; one that it got for want of any is its number, which may differ between ranks."""
+    return "a parameter without a name" if re.match(r"param_\d+\b", name) else name
 
 
 def _digest(lines: object) -> str:

@@ -18,11 +18,6 @@ from symdist.rules.linalg.orthonormal import OPERATIONS
 
 Axis: TypeAlias = Literal["rows", "columns"]
 
-# How many FLOPs a rank does in the time it takes to send one byte: the order of magnitude of an H100 in fp32 with 50
-# GB/s links, and of a CPU core with a fast loopback. Only the choice of strategies depends on it, and that choice is
-# seldom close.
-FLOPS_PER_BYTE = 1000.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class RuleCost:

@@ -17,7 +17,8 @@ from symdist.exchange.collectives.balance import balance
 from symdist.exchange.collectives.residual_sums import StagePlan
 from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.stack import Stack, Strategy, travels_as
-from symdist.exchange.planning.costs import FLOPS_PER_BYTE, shard_cost, unit_cost, unit_flops, units_of
+from symdist.exchange.hardware import Hardware
+from symdist.exchange.planning.costs import shard_cost, unit_cost, unit_flops, units_of
 from symdist.layouts import Group
 from symdist.layouts.flat import FlatLayout
 
@@ -70,6 +71,7 @@ def plan_flat(
     names: Sequence[str],
     budget: float,
     communication_dtype: torch.dtype | None,
+    hardware: Hardware,
     work: dict[Group, list[float]],
     stages: StagePlan,
 ) -> list[Job]:
@@ -83,6 +85,7 @@ def plan_flat(
         names: The names of all parameters, by index.
         budget: How many bytes a job may hold on a rank.
         communication_dtype: The dtype in which matrices are sent; None for the stack's own.
+        hardware: The speeds by which strategies are chosen.
         work: By group, the FLOPs that each rank already has; those of these stacks are added in place.
         stages: The residual stages and their waves.
 
@@ -106,8 +109,8 @@ def plan_flat(
     for kind in coupled:
         kind.owners |= {i: layout.sole_owner for i, layout in kind.whole if layout.sole_owner is not None}
         kind.sent, kind.whole = kind.whole, []
-    _lighten([kind for kind in kinds.values() if not kind.stack.coupled], work)
-    chosen = [(kind, _choose(kind, communication_dtype)) for kind in kinds.values()]
+    _lighten([kind for kind in kinds.values() if not kind.stack.coupled], work, hardware)
+    chosen = [(kind, _choose(kind, communication_dtype, hardware)) for kind in kinds.values()]
     for kind, strategy in chosen:
         _add_work(kind, strategy, work.setdefault(kind.group, [0.0] * kind.group.size))
     owners = _owners([kind for kind, strategy in chosen if strategy == "owner"], work)
@@ -136,7 +139,7 @@ def _work(stack: Stack) -> float:
     return units_of(stack) * unit_flops(stack)
 
 
-def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
+def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]], hardware: Hardware) -> None:
     """Move whole matrices from the busiest ranks to the least loaded ones, if sending them costs less than their work.
 
     Partitions have equal numbers of elements but not equal work: a rank that holds only an embedding has almost none.
@@ -148,7 +151,7 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
             * _num_fields(kind.stack)
             * math.prod(kind.stack.layout.shape)
             * kind.stack.dtype.itemsize
-            * FLOPS_PER_BYTE
+            * hardware.flops_per_byte
         )
         cost = _work(kind.stack)
         movable = kind.stack.requested_strategy == "auto" and cost > 4 * sent
@@ -180,7 +183,7 @@ def _lighten(kinds: list[_Kind], work: Mapping[Group, Sequence[float]]) -> None:
             kind.owners[i] = idlest
 
 
-def _choose(kind: _Kind, communication_dtype: torch.dtype | None) -> Strategy:
+def _choose(kind: _Kind, communication_dtype: torch.dtype | None, hardware: Hardware) -> Strategy:
     """Choose the strategy for the parameters that are cut; "local" if there are none."""
     requested = kind.stack.requested_strategy
     if not kind.cut:
@@ -200,7 +203,7 @@ def _choose(kind: _Kind, communication_dtype: torch.dtype | None) -> Strategy:
     if all(_alone(_rows_stack(kind, layout)) for _, layout in kind.cut):
         return "reduce"
     dtype = travels_as(kind.stack, communication_dtype)
-    return "reduce" if _reduce_cost(kind) <= _owner_cost(kind, dtype) else "owner"
+    return "reduce" if _reduce_cost(kind, hardware) <= _owner_cost(kind, dtype, hardware) else "owner"
 
 
 def _rows_stack(kind: _Kind, layout: FlatLayout) -> Stack:
@@ -228,7 +231,7 @@ def _alone(rows: Stack) -> bool:
     return not any(summed.values())
 
 
-def _reduce_cost(kind: _Kind) -> float:
+def _reduce_cost(kind: _Kind, hardware: Hardware) -> float:
     """Return the cost of any rank in bytes: every sum runs over all ranks, whether or not they hold the matrix."""
     total = 0.0
     ranks = kind.group.size
@@ -238,11 +241,11 @@ def _reduce_cost(kind: _Kind) -> float:
         rule_cost = shard_cost(rows, rows.layout.largest_shape, axes)
         sent = 2 * count * sum(rule_cost.summed.values()) * (ranks - 1) / ranks * kind.stack.dtype.itemsize
         roots = rule_cost.root_flops * -(-count // ranks)
-        total += sent + (count * rule_cost.flops + roots) / FLOPS_PER_BYTE
+        total += sent + (count * rule_cost.flops + roots) / hardware.flops_per_byte
     return total
 
 
-def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
+def _owner_cost(kind: _Kind, dtype: torch.dtype, hardware: Hardware) -> float:
     """Return the cost of the busiest rank in bytes.
 
     It adds up its ranges that are sent to owners, the updates it sends back for what it owns, and its FLOPs converted
@@ -250,7 +253,7 @@ def _owner_cost(kind: _Kind, dtype: torch.dtype) -> float:
     """
     size = _num_fields(kind.stack) * math.prod(kind.stack.layout.shape)
     rule_cost = unit_cost(kind.stack)
-    work = units_of(kind.stack) * (rule_cost.flops + rule_cost.root_flops) / FLOPS_PER_BYTE
+    work = units_of(kind.stack) * (rule_cost.flops + rule_cost.root_flops) / hardware.flops_per_byte
     costs = [0.0] * kind.group.size
     for layout, count in Counter(layout for _, layout in kind.cut).items():
         candidates = _candidates(layout)

@@ -15,8 +15,9 @@ from symdist.exchange.collectives.balance import balance
 from symdist.exchange.collectives.residual_sums import StagePlan, StageSlot
 from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.stack import Stack, Strategy, travels_as
+from symdist.exchange.hardware import Hardware
 from symdist.exchange.options import ExchangeOptions
-from symdist.exchange.planning.costs import FLOPS_PER_BYTE, Axis, shard_cost, unit_cost, unit_flops, units_of
+from symdist.exchange.planning.costs import Axis, shard_cost, unit_cost, unit_flops, units_of
 from symdist.exchange.planning.flat_plan import plan_flat
 from symdist.layouts import FlatLayout, Group, Layout
 from symdist.layouts.flat import flat_among
@@ -74,7 +75,8 @@ def make_plan(
         stacks: By stack, the indices of its parameters, in an order that is the same on all ranks that hold them.
         names: The names of all parameters, by index.
         layouts: How all parameters are stored, by index.
-        exchange: Gives the budget, and the dtype in which matrices are sent (see `travels_as`).
+        exchange: Gives the budget, the speeds by which strategies are chosen, and the dtype in which matrices are sent
+            (see `travels_as`).
         stages: The residual stage of every parameter whose rule couples the matrices of a stage; all matrices of a
             stage are in one wave. None by default.
 
@@ -102,7 +104,7 @@ def make_plan(
         if not members:
             continue
         dtype = travels_as(stack, exchange.communication_dtype)
-        strategy = _choose(stack, len(members), dtype, name=names[members[0]])
+        strategy = _choose(stack, len(members), dtype, exchange.hardware, name=names[members[0]])
         if stack.coupled:
             parts = stage_plan.parts(members, lambda member: member)
         else:
@@ -130,6 +132,7 @@ def make_plan(
             names=names,
             budget=budget,
             communication_dtype=exchange.communication_dtype,
+            hardware=exchange.hardware,
             work=work,
             stages=stage_plan,
         ),
@@ -162,7 +165,7 @@ def possible_strategies(stack: Stack) -> list[Strategy]:
     return [*strategies, "owner"] if stack.layout.group is not None else strategies
 
 
-def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name: str) -> Strategy:
+def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, hardware: Hardware, *, name: str) -> Strategy:
     """Return the strategy that the user chose, or the cheapest possible one if that is "auto"."""
     possible = possible_strategies(stack)
     if stack.requested_strategy != "auto":
@@ -173,9 +176,9 @@ def _choose(stack: Stack, count: int, communication_dtype: torch.dtype, *, name:
             )
         return stack.requested_strategy
     costs: dict[Strategy, Callable[[], float]] = {
-        "local": lambda: count * _operations(stack) / FLOPS_PER_BYTE,
-        "reduce": lambda: _reduce_cost(stack, count, _cut(stack)),
-        "owner": lambda: _owner_cost(stack, count, communication_dtype),
+        "local": lambda: count * _operations(stack) / hardware.flops_per_byte,
+        "reduce": lambda: _reduce_cost(stack, count, _cut(stack), hardware),
+        "owner": lambda: _owner_cost(stack, count, communication_dtype, hardware),
     }
     return min(possible, key=lambda strategy: costs[strategy]()) if len(possible) > 1 else possible[0]
 
@@ -188,7 +191,7 @@ def _operations(stack: Stack) -> float:
     return cost.flops + cost.root_flops
 
 
-def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> float:
+def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype, hardware: Hardware) -> float:
     """Return the cost of the busiest rank in bytes.
 
     It adds up the pieces sent to owners, the updates sent to every copy of the weight, and the FLOPs converted to
@@ -207,10 +210,10 @@ def _owner_cost(stack: Stack, count: int, communication_dtype: torch.dtype) -> f
     cost = unit_cost(stack)
     return (numbers_out + numbers_back) * communication_dtype.itemsize + owned_units * (
         cost.flops + cost.root_flops
-    ) / FLOPS_PER_BYTE
+    ) / hardware.flops_per_byte
 
 
-def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
+def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group], hardware: Hardware) -> float:
     """Return the cost of the busiest rank in bytes: the sums over the ranks, and the FLOPs converted to bytes."""
     cost = shard_cost(stack, stack.layout.largest_shape, tuple(cut))
     sent = sum(
@@ -220,7 +223,7 @@ def _reduce_cost(stack: Stack, count: int, cut: Mapping[Axis, Group]) -> float:
     ranks = max(group.size for group in cut.values())
     matrices = count * stack.view.count
     roots = cost.root_flops * count * -(-matrices // ranks) / matrices
-    return sent + (count * cost.flops + roots) / FLOPS_PER_BYTE
+    return sent + (count * cost.flops + roots) / hardware.flops_per_byte
 
 
 def _waves(jobs: list[Job], budget: int, stages: StagePlan) -> list[list[Job]]:
