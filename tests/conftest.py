@@ -9,7 +9,7 @@ import pytest
 
 from tests.gate import check_patterns, left_out
 from tests.grids import GRIDS
-from tests.processes import warm_start
+from tests.processes import end_with_parent, warm_start
 from tests.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With --all, let the run that loses ranks lose more of them, unless told how many."""
+    """With --all, let the run that loses ranks lose more of them, unless told how many. Workers end with the run."""
+    if hasattr(config, "workerinput"):
+        end_with_parent()
     if config.getoption("--all"):
         os.environ.setdefault("SYMDIST_TEST_KILLS", "4")
 

@@ -12,6 +12,7 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parent.parent
 # What most ranks need. Not megatron.core: its stand-ins on the CPU must come first, and are not for the others.
 PRELOADED = (
+    "tests.forked_from",
     *("torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.utils.tensorboard"),
     *("transformers", "symdist", "symdist.tools.models", "launch.loop.training", "launch.engines.fsdp.training"),
     *("deepspeed", "tests.ranks", "tests.parity"),

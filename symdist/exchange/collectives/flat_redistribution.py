@@ -132,25 +132,11 @@ class FlatRedistribution:
         return buffer
 
     def kept(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """Return the parts of this rank's pieces that stay on this rank.
-
-        Args:
-            pieces: This rank's piece of every matrix, each a vector.
-
-        Returns:
-            One vector per entry of `staying`.
-        """
+        """Return the parts of this rank's pieces that stay here: a vector per entry of `staying`."""
         return [pieces[matrix][part] for matrix, part, _ in self.staying]
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """Return the parts of this rank's pieces that are sent to other ranks.
-
-        Args:
-            pieces: This rank's piece of every matrix, each a vector.
-
-        Returns:
-            The vectors to send to each rank, by group index.
-        """
+        """Return the parts of this rank's pieces that are sent to other ranks, as vectors."""
         return {rank: [pieces[matrix][part] for matrix, part in parts] for rank, parts in self.outgoing.items()}
 
     def received_pieces(self) -> dict[int, int]:
@@ -158,16 +144,7 @@ class FlatRedistribution:
         return {rank: sum(map(_length, parts)) for rank, parts in self.incoming.items()}
 
     def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """Put together all the runs that this rank needs.
-
-        Args:
-            received: The data from each rank, as one vector per rank.
-            like: An empty tensor with the dtype and device of the result.
-            kept: The result of `kept`.
-
-        Returns:
-            One vector of `size` elements: the runs, matrix after matrix.
-        """
+        """Put together the runs that this rank needs: a vector of `size` elements, matrix after matrix."""
         buffer = like.new_empty(self.size)
         for (_, _, in_buffer), part in zip(self.staying, kept, strict=True):
             buffer[in_buffer] = part
@@ -177,25 +154,11 @@ class FlatRedistribution:
         return buffer
 
     def kept_home(self, updates: Tensor) -> list[Tensor]:
-        """Return the parts of the updates that this rank computed and that stay on it.
-
-        Args:
-            updates: The updates, a vector in the order of the result of `wholes`.
-
-        Returns:
-            One vector per entry of `staying`.
-        """
+        """Return the parts of the updates that stay here: a vector per entry of `staying`."""
         return [updates[in_buffer] for _, _, in_buffer in self.staying]
 
     def sent_home(self, updates: Tensor) -> dict[int, list[Tensor]]:
-        """Return the parts of the updates that this rank sends back to other ranks.
-
-        Args:
-            updates: The updates, a vector in the order of the result of `wholes`.
-
-        Returns:
-            The vectors to send to each rank, by group index.
-        """
+        """Return the parts of the updates that go back to other ranks, as vectors."""
         return {rank: [updates[in_buffer] for in_buffer in parts] for rank, parts in self.incoming.items()}
 
     def received_home(self) -> dict[int, int]:
@@ -203,16 +166,7 @@ class FlatRedistribution:
         return {rank: sum(_length(part) for _, part in parts) for rank, parts in self.outgoing.items()}
 
     def home(self, received: dict[int, Tensor], *, like: Tensor, kept: Sequence[Tensor]) -> list[Tensor]:
-        """Put together this rank's piece of every matrix's update.
-
-        Args:
-            received: The data from each rank, as one vector per rank.
-            like: An empty tensor with the dtype and device of the result.
-            kept: The result of `kept_home`.
-
-        Returns:
-            One vector per matrix, as long as the run that this rank holds of it.
-        """
+        """Put together this rank's piece of every matrix's update: vectors as long as the runs that it holds."""
         by_matrix: list[list[tuple[int, Tensor]]] = [[] for _ in self.held]
         for (matrix, part, _), tensor in zip(self.staying, kept, strict=True):
             by_matrix[matrix].append((part.start, tensor))

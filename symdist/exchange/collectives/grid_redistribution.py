@@ -151,14 +151,7 @@ class GridRedistribution:
         """Return None: all updates go through the send buffer."""
 
     def sent_pieces(self, pieces: Sequence[Tensor]) -> dict[int, list[Tensor]]:
-        """Return what this rank sends to each owner.
-
-        Args:
-            pieces: This rank's pieces of the `count` parameters.
-
-        Returns:
-            For each owner, by group index, this rank's piece of every unit to send.
-        """
+        """Return this rank's piece of every unit to send, by owner."""
         if not self.outgoing:
             return {}
         units = self._units(pieces)
@@ -174,16 +167,7 @@ class GridRedistribution:
         }
 
     def wholes(self, received: dict[int, Tensor], *, like: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Put together the units that this rank owns.
-
-        Args:
-            received: The data from each rank, as one vector per rank.
-            like: An empty tensor with the dtype and device of the result.
-            kept: The result of `kept`.
-
-        Returns:
-            The units, `[owned, p, q]`, in the order of `owned_units`.
-        """
+        """Put together the units that this rank owns: `[owned, p, q]`, in the order of `owned_units`."""
         if kept is not None:
             return kept
         whole = []
@@ -201,14 +185,7 @@ class GridRedistribution:
         return torch.cat(whole).to(like.dtype)
 
     def sent_home(self, updates: Tensor) -> dict[int, list[Tensor]]:
-        """Return what this rank sends back to each rank.
-
-        Args:
-            updates: The updates of the units that this rank owns, `[owned, p, q]`.
-
-        Returns:
-            For each rank, by group index, a list with its piece of these updates.
-        """
+        """Return each rank's piece of the updates of the units that this rank owns."""
         sent = {}
         for rank, (experts, rows, columns) in enumerate(self.boxes):
             owned = self._block_of.get((experts.start, experts.stop))
@@ -222,16 +199,7 @@ class GridRedistribution:
         return {owner: len(units) * piece for owner, units in sorted(self.homing.items())}
 
     def home(self, received: dict[int, Tensor], *, like: Tensor, kept: None = None) -> list[Tensor]:
-        """Put together this rank's piece of every parameter's update.
-
-        Args:
-            received: The data from each owner, as one vector per owner.
-            like: An empty tensor with the dtype and device of the result.
-            kept: Not used.
-
-        Returns:
-            One piece per parameter.
-        """
+        """Put together this rank's piece of every parameter's update."""
         shape = self._piece_shape
         experts, rows, columns = self.local_box
         k = self.count
