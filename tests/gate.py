@@ -85,6 +85,7 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/launch/test_pretrain_megatron.py::test_a_checkpoint_is_gone_on_from_at_another_layout": (),
     "tests/launch/test_survival.py::test_four_ranks_go_on_as_two_and_under_tensor_parallelism": ("2 * tp 2",),
     "tests/launch/test_survival.py::test_a_full_disk_does_not_end_the_run": ("background",),
+    "tests/launch/test_full_disk.py::test_full_disk_loses_no_step_under": (),
     "tests/launch/test_survival.py::test_it_goes_back_only_so_often": (),
     "tests/launch/test_survival.py::test_a_run_that_only_ever_leaves_out_steps_ends": (),
     "tests/launch/test_nodes.py::test_a_run_on_two_nodes_survives_the_loss_of_one": (),
