@@ -6,7 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from tests.launch.warm_ranks import run_warm
 from tests.processes import agent_ends_with_parent
@@ -61,6 +65,20 @@ def warm(module: str, *arguments: str, ranks: int = 2) -> subprocess.CompletedPr
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+
+
+@contextmanager
+def mounted(folder: Path, *, size: str) -> Iterator[Path]:
+    """A disk of a size, at a new folder; the test is skipped where none can be made."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small disk can be made here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def trained(output: Path) -> dict[int, tuple[float, float]]:

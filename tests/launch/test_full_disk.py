@@ -4,12 +4,11 @@ import importlib.util
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.launch.runs import lines, options, trained, warm, write_corpus
+from tests.launch.runs import lines, mounted, options, trained, warm, write_corpus
 
 STEPS, EVERY = 12, 4
 ENGINES = {
@@ -18,25 +17,8 @@ ENGINES = {
 }
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Makes a disk of so many bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def mount(size: int) -> Path:
-        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        mounted = subprocess.run(command, capture_output=True, text=True)
-        if mounted.returncode:
-            pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
-        return folder
-
-    yield mount
-    subprocess.run(["umount", "-l", str(folder)], check=False, stderr=subprocess.DEVNULL)
-
-
 @pytest.mark.parametrize("engine", ENGINES)
-def test_full_disk_loses_no_step_under(engine: str, tmp_path: Path, disk: Callable[[int], Path]) -> None:
+def test_full_disk_loses_no_step_under(engine: str, tmp_path: Path) -> None:
     package, module = ENGINES[engine]
     if importlib.util.find_spec(package.partition(".")[0]) is None or importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
@@ -55,22 +37,22 @@ def test_full_disk_loses_no_step_under(engine: str, tmp_path: Path, disk: Callab
     assert done.returncode == 0, done.stderr
     newest = whole / "checkpoints" / f"step-{STEPS:08d}"
     size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
-    small = disk(size * 3 // 2)
-    output.mkdir()
-    (output / "checkpoints").symlink_to(small)
-    done = run(output)
-    # The last one could not be written either, and that is not to go unnoticed.
-    assert done.returncode != 0
-    # A line for each rank that could not write.
-    said = re.search(r"error: cannot write .*; \S+ [kM]?B were free there", done.stderr, re.DOTALL)
-    assert said, done.stderr[-3000:]
-    assert trained(output) == trained(whole)
-    events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
-    assert len([event for event in events if event["event"] == "save_failed"]) == STEPS // EVERY - 1
-    assert [path.name for path in small.glob("step-*")] == [f"step-{EVERY:08d}"]
-    subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
-    done = run(output, "--resume", "auto")
-    assert done.returncode == 0, done.stderr
-    assert f"resumed at step {EVERY}" in done.stderr
-    assert trained(output) == trained(whole)
-    assert [line["step"] for line in lines(output) if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    with mounted(tmp_path / "disk", size=str(size * 3 // 2)) as small:
+        output.mkdir()
+        (output / "checkpoints").symlink_to(small)
+        done = run(output)
+        # The last one could not be written either, and that is not to go unnoticed.
+        assert done.returncode != 0
+        # A line for each rank that could not write.
+        said = re.search(r"error: cannot write .*; \S+ [kM]?B were free there", done.stderr, re.DOTALL)
+        assert said, done.stderr[-3000:]
+        assert trained(output) == trained(whole)
+        events = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+        assert len([event for event in events if event["event"] == "save_failed"]) == STEPS // EVERY - 1
+        assert [path.name for path in small.glob("step-*")] == [f"step-{EVERY:08d}"]
+        subprocess.run(["mount", "-o", "remount,size=100m", str(small)], check=True)
+        done = run(output, "--resume", "auto")
+        assert done.returncode == 0, done.stderr
+        assert f"resumed at step {EVERY}" in done.stderr
+        assert trained(output) == trained(whole)
+        assert [line["step"] for line in lines(output) if line["kind"] == "train"] == list(range(1, STEPS + 1))

@@ -20,7 +20,7 @@ import pytest
 from launch.checkpoints.directory import newest_first, verify_sizes
 from launch.data import write_shard
 from launch.loop.loss_spikes import SpikeJudge
-from tests.launch.runs import ROOT, environment, run_fsdp, torchrun, trained, validated, write_corpus
+from tests.launch.runs import ROOT, environment, mounted, run_fsdp, torchrun, trained, validated, write_corpus
 from tests.processes import agent_ends_with_parent
 
 # How often a run loses a rank; twenty times takes some minutes.
@@ -250,15 +250,8 @@ def test_a_rank_that_stands_still_ends_the_run_with_what_it_was_at(corpus: Path,
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder with room for one checkpoint, but not for two."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(folder)], capture_output=True, text=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be made here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "disk", size="1600k") as folder:
+        yield folder
 
 
 @pytest.mark.parametrize("more", [(), ("--no-background-checkpoints",)], ids=["background", "foreground"])

@@ -34,10 +34,12 @@ def check_agreement(lines: Lines, *, peers: Group, transport: Transport) -> None
     """
     by_rank = transport.gather_objects({ranks: _digest(text) for ranks, text in lines.items()}, group=peers)
     digests = dict(zip(peers.ranks, by_rank, strict=True))
-    for ranks in sorted({ranks for held in by_rank for ranks in held}, key=tuple):
-        if len({digests[rank].get(ranks) for rank in ranks}) > 1:
+    for ranks in sorted({ranks for of_rank in by_rank for ranks in of_rank}, key=tuple):
+        # Where `process_group=` names fewer ranks than a layout, the others have no part in this.
+        held = [rank for rank in ranks if rank in digests]
+        if len({digests[rank].get(ranks) for rank in held}) > 1:
             texts = dict(zip(peers.ranks, transport.gather_objects(lines.get(ranks, []), group=peers), strict=True))
-            raise PlanError(_difference({rank: texts[rank] for rank in ranks}))
+            raise PlanError(_difference({rank: texts[rank] for rank in held}))
 
 
 def lines_of(plan: Plan, names: Sequence[str]) -> Lines:
