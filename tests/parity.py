@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from symdist import SymDist
-from symdist.exchange.planning.plan import possible_strategies
+from symdist.exchange import ExchangeOptions
+from symdist.exchange.planning.kinds import kinds_of, possible_strategies
 from symdist.layouts import group_from, local
 from symdist.param_groups import with_defaults
 from symdist.param_specs import describe_param
@@ -29,9 +30,10 @@ def possible(weight: Tensor, group: dict[str, Any], replicas: DeviceMesh | None)
     """The strategies that a group on such a weight admits."""
     ranks = None if replicas is None else group_from(replicas)
     full = with_defaults({**group, "lr": LR, "param_names": ["w"], "strategy": "owner"})
-    stack = describe_param(weight, name="w", index=0, group=full, replicas=ranks).stack
-    assert stack is not None
-    found = {"auto", *possible_strategies(stack)}
+    spec = describe_param(weight, name="w", index=0, group=full, replicas=ranks)
+    assert spec.stack is not None
+    (kind,) = kinds_of({spec.stack: [0]}, names=["w"], layouts=[spec.layout], exchange=ExchangeOptions())
+    found = {"auto", *possible_strategies(kind)}
     # What treats every number by itself is local wherever it lies.
     plain = describe_param(weight, name="w", index=0, group=full | {"strategy": "local"}, replicas=ranks).stack is None
     return found | {"local"} if plain else found

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -99,6 +99,62 @@ class FlatLayout:
         return ()
 
     @property
+    def completed(self) -> bool:
+        """Whether pieces consist of whole rows and columns; if not, ranks first complete the rows that are cut."""
+        return False
+
+    @property
+    def units(self) -> int:
+        """How many parts of the tensor may each have an owner: one."""
+        return 1
+
+    @functools.cached_property
+    def held(self) -> dict[int, int]:
+        """How many elements the ranks of `group` hold, by index; ranks that hold none are left out."""
+        return {rank: stop - start for rank, start, stop in self.runs}
+
+    @property
+    def loads(self) -> dict[int, int]:
+        """What each rank holds, in elements, for sums over tensors of which the largest counts: `held`."""
+        return self.held
+
+    def loads_of(self, owners: Sequence[int]) -> dict[int, float]:
+        """Return what the owners of the tensor hold of it, in elements.
+
+        Args:
+            owners: The owner of the tensor, as an index in `group`.
+
+        Returns:
+            The elements by owner.
+        """
+        return {owner: float(math.prod(self.shape)) for owner in owners}
+
+    @functools.cached_property
+    def candidates(self) -> list[int]:
+        """The ranks that may own the tensor: those that hold at least half as much of it as any other.
+
+        As owners they receive least.
+        """
+        most = max(self.held.values())
+        return [rank for rank, size in self.held.items() if 2 * size >= most]
+
+    def cuts_rows(self, multiple: int) -> bool:
+        """Return whether rows, or blocks of as many rows, are cut between ranks.
+
+        Args:
+            multiple: The number of rows that must stay together as a block.
+        """
+        return any(bound % (self.width * multiple) for bound in self.bounds)
+
+    def takes_part(self, owners: Sequence[int] = ()) -> bool:
+        """Return whether this rank holds or owns any of the tensor; if not, it need not know of it.
+
+        Args:
+            owners: The owner of the tensor, as an index in `group`; empty (default) if it has none.
+        """
+        return self.group.index in self.held or self.group.index in owners
+
+    @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's piece."""
         return (self.size_at(self.group.index),)
@@ -190,22 +246,6 @@ def elements_of(matrices: Tensor, *, column_blocks: tuple[int, ...]) -> Tensor:
     if not column_blocks:
         return matrices.flatten(1)
     return torch.cat([block.flatten(1) for block in matrices.split(column_blocks, dim=2)], dim=1)
-
-
-def flat_among(
-    members: Iterable[int], layouts: Sequence[Layout | FlatLayout]
-) -> tuple[list[int], list[tuple[int, FlatLayout]]]:
-    """Divide parameters into those cut into blocks, and those cut into ranges of elements.
-
-    Args:
-        members: The indices of the parameters.
-        layouts: The layouts of all parameters, by index.
-
-    Returns:
-        The indices of the former, and the indices and layouts of the latter.
-    """
-    flat = [(i, layout) for i in members if isinstance(layout := layouts[i], FlatLayout)]
-    return [i for i in members if not isinstance(layouts[i], FlatLayout)], flat
 
 
 def runs_of_rows(layout: Layout) -> tuple[Range, ...]:

@@ -108,6 +108,71 @@ class Layout:
         """This layout; see `FlatLayout.everywhere`."""
         return self
 
+    @property
+    def completed(self) -> bool:
+        """Whether every row on a rank is as long as the layout says; see `FlatLayout.completed`."""
+        return True
+
+    @property
+    def column_blocks(self) -> tuple[int, ...]:
+        """Empty; see `FlatLayout`."""
+        return ()
+
+    @property
+    def sole_owner(self) -> None:
+        """None: even ranks that hold nothing take part."""
+        return None
+
+    @property
+    def units(self) -> int:
+        """How many parts of the tensor may each have an owner: its experts if it is 3-D, otherwise 1."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @functools.cached_property
+    def held(self) -> dict[int, int]:
+        """How many elements the ranks of `group` hold, by index; ranks that hold none are left out."""
+        return {rank: size for rank, box in enumerate(self.boxes) if (size := numel(box))}
+
+    @functools.cached_property
+    def loads(self) -> dict[int, int]:
+        """The elements of the largest piece, under one key: ranks hold about the same of every tensor of a layout."""
+        return {0: math.prod(self.largest_shape)}
+
+    def loads_of(self, owners: Sequence[int]) -> dict[int, float]:
+        """Return what the owners of the tensor hold of it, in elements, under the key of `loads`.
+
+        Args:
+            owners: The owner of every unit; all ranks own about the same of all tensors of a layout.
+
+        Returns:
+            The share of one rank.
+        """
+        return {0: math.prod(self.shape) / len(self.boxes)}
+
+    @functools.cached_property
+    def candidates(self) -> list[int]:
+        """The ranks that may own the tensor, as indices in `group`: all."""
+        return list(range(len(self.boxes)))
+
+    def cuts_rows(self, multiple: int) -> bool:
+        """Return False: blocks that cut rows are not completed."""
+        return False
+
+    def takes_part(self, owners: Sequence[int] = ()) -> bool:
+        """Return True: a rank that holds nothing writes an empty piece."""
+        return True
+
+    def by_rows(self, *, multiple: int = 1) -> "Layout":
+        """Return this layout, since its pieces are blocks already; see `FlatLayout.by_rows`.
+
+        Args:
+            multiple: Has no effect.
+
+        Returns:
+            `self`.
+        """
+        return self
+
     @functools.cached_property
     def box(self) -> Box:
         """This rank's piece, as one range of indices per dimension."""

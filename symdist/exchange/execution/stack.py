@@ -1,6 +1,7 @@
 """A stack: what parameters have in common to run as one batch of matrices, and how its rule runs on pieces of them."""
 
 import functools
+import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -13,6 +14,7 @@ from symdist.layouts import Group, Layout
 from symdist.matrix_views import SplitKind, View
 from symdist.rules import Matrix, Rule, Sum, relayed
 from symdist.rules.linalg.inverse_root import InverseRoot
+from symdist.rules.registry import MatrixAxis
 
 T = TypeVar("T")
 Strategy: TypeAlias = Literal["local", "reduce", "owner"]
@@ -118,6 +120,11 @@ class Stack:
         return self.view.columns - (self.padding_rows if self.view.kind == "transposed" else 0)
 
     @property
+    def numel(self) -> int:
+        """The number of elements of a stored tensor, with padding."""
+        return math.prod(self.layout.shape)
+
+    @property
     def admitted(self) -> tuple[str, ...]:
         """The axes ("rows", "columns") along which matrices may be split for the rule to run with strategy "reduce"."""
         return self.rule.splits_of(dict(self.options), self.rows, self.columns)
@@ -155,6 +162,11 @@ class Stack:
         # If there are several "batch" or several "unaligned" splits, one may overwrite another; nothing here depends on
         # which of them remains.
         return {self.view.split_kind(split): self.layout.group_of(split) for split in self.layout.splits}
+
+    @property
+    def cut(self) -> dict[MatrixAxis, Group]:
+        """The axes along which the matrices themselves are cut, and the ranks along each."""
+        return {axis: group for axis, group in self.splits.items() if axis == "rows" or axis == "columns"}
 
     def first_column(self, box: Sequence[range]) -> int:
         """Return the column of the matrix at which a piece begins.

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,8 +15,7 @@ from symdist.exchange.execution.stack import Stack
 from symdist.matrix_views import View
 from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, StageSum
 from symdist.rules.linalg.orthonormal import OPERATIONS
-
-Axis: TypeAlias = Literal["rows", "columns"]
+from symdist.rules.registry import MatrixAxis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +28,12 @@ class RuleCost:
         root_flops: The floating-point operations of roots and QRs, which one rank does for all.
     """
 
-    summed: Mapping[Axis, float]
+    summed: Mapping[MatrixAxis, float]
     flops: float
     root_flops: float
 
 
-def shard_cost(stack: Stack, shape: tuple[int, ...], axes: Collection[Axis] = ()) -> RuleCost:
+def shard_cost(stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAxis] = ()) -> RuleCost:
     """Return the cost of a stack's rule on a stored piece.
 
     Args:
@@ -90,14 +89,14 @@ def _measure(
     counts: tuple[int, int],
     dtype: torch.dtype,
     shape: tuple[int, ...],
-    axes: frozenset[Axis],
+    axes: frozenset[MatrixAxis],
 ) -> RuleCost:
     """Run a rule on a meta tensor of the given stored shape, and count what it computes and sums."""
     values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
     state = dict.fromkeys(rule.remembers(dict(options)), values)
     matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
     running = rule.update(matrix, **dict(options))
-    summed: dict[Axis, float] = dict.fromkeys(axes, 0.0)
+    summed: dict[MatrixAxis, float] = dict.fromkeys(axes, 0.0)
     root_flops = 0.0
     answer: Any = None
     with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
