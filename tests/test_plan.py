@@ -131,6 +131,29 @@ def test_the_documents_figures_are_those_of_their_command() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("model", "recipe", "mesh", "zero"),
+    [
+        ("olmoe-1b-7b", "small-moe", {"dp_shard": 64}, None),
+        ("olmoe-tiny", "muon", {"dp_replicate": 2, "dp_shard": 2}, None),
+        ("olmoe-tiny", "olmoe", {"dp_shard": 2, "tp": 2}, None),
+        ("qwen3-moe-tiny", "aro", {"dp_shard": 2, "ep": 2}, None),
+        ("qwen3-0.6b", "normuon", {"dp_shard": 4}, 1),
+        ("gemma3-1b", "gemma3", {"dp_shard": 16}, 3),
+    ],
+)
+def test_the_estimate_of_memory_is_what_a_step_holds(
+    model: str, recipe: str, mesh: dict[str, int], zero: int | None
+) -> None:
+    with simulate_on(model, recipe, mesh=mesh, zero=zero) as planned:
+        held, estimated = [], []
+        for rank in sorted({0, 1, planned.ranks - 1}):
+            step = partial(planned.step, CountingTransport(), rank=rank)
+            held.append(peak_bytes(step, device="meta"))
+            estimated.append(planned.on_rank(rank).peak_bytes)
+    assert max(estimated) == pytest.approx(max(held), rel=0.2)
+
+
 @pytest.mark.parametrize(("model", "ranks"), [("olmoe-1b-7b", 64), ("qwen3-0.6b", 8)])
 def test_buffers_stay_within_the_budget(model: str, ranks: int) -> None:
     waves = []

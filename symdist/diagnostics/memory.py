@@ -34,7 +34,7 @@ def peak_bytes(function: Callable[[], object], *, device: torch.device | str = "
     device = torch.device(device)
     if device.type == "cuda":
         return _peak_of_allocator(function, device)
-    with _Watch(device.type) as watch:
+    with TensorWatch(device.type) as watch:
         function()
     return watch.peak
 
@@ -48,14 +48,22 @@ def _peak_of_allocator(function: Callable[[], object], device: torch.device) -> 
     return torch.cuda.max_memory_allocated(device) - before
 
 
-class _Watch(TorchDispatchMode):
-    """Tracks storages from the operation that returns them until they are released."""
+class TensorWatch(TorchDispatchMode):
+    """Tracks storages from the operation that returns them until they are released, as `peak_bytes` does.
+
+    Args:
+        device_type: The type of the device whose storages count.
+
+    Attributes:
+        alive: The bytes of what was created under this mode and is not released yet.
+        peak: The largest `alive` so far.
+    """
 
     def __init__(self, device_type: str):
         super().__init__()
         self.peak = 0
+        self.alive = 0
         self._device_type = device_type
-        self._alive = 0
         # Weak references, so that tracking keeps nothing alive; by identity, since addresses are reused.
         self._known = WeakIdKeyDictionary()
 
@@ -84,5 +92,5 @@ class _Watch(TorchDispatchMode):
                     yield storage
 
     def _grow(self, size: int) -> None:
-        self._alive += size
-        self.peak = max(self.peak, self._alive)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)

@@ -37,8 +37,9 @@ def answer_gathers(
         group=group,
         transport=transport,
     )
-    # The send buffer holds a copy of everything that is sent, so the pieces can be freed.
-    del requests
+    for request in requests:
+        # The job holds this list, too; once the send buffer holds a copy, what was in it can be freed.
+        request.fields.clear()
     received = yield from moving
     return [
         [
@@ -75,7 +76,9 @@ def answer_scatters(
         group=group,
         transport=transport,
     )
-    del requests
+    for request in requests:
+        # The job holds this list, too; once the send buffer holds a copy, what was in it can be freed.
+        request.fields.clear()
     received = yield from moving
     return [
         [

@@ -144,13 +144,13 @@ class Gather:
 
     Attributes:
         fields: The tensors to send. A field is a list with one tensor per parameter: the directions, the mask, or a
-            state of the rule. All fields are sent together.
+            state of the rule. All fields are sent together. The list is emptied once they are on their way.
         route: Which parts go to which rank.
         dtype: The dtype in which they are sent.
         like: An empty tensor with the dtype and device of the answer.
     """
 
-    fields: Sequence[Sequence[Tensor]]
+    fields: list[list[Tensor]]
     route: Redistribution
     dtype: torch.dtype
     like: Tensor
@@ -163,13 +163,14 @@ class Scatter:
     The answer is a list per field with this rank's piece of every parameter.
 
     Attributes:
-        fields: The results computed on this rank, each shaped like the tensors that answered the Gather.
+        fields: The results computed on this rank, each shaped like the tensors that answered the Gather. The list is
+            emptied once they are on their way.
         route: The route of the Gather, which is now taken backwards.
         dtype: The dtype in which they are sent.
         like: An empty tensor with the dtype and device of the answer.
     """
 
-    fields: Sequence[Tensor]
+    fields: list[Tensor]
     route: Redistribution
     dtype: torch.dtype
     like: Tensor

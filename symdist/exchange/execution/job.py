@@ -1,8 +1,8 @@
 """A job: parameters of one stack that run together with one strategy, from where they are stored to there and back."""
 
 import functools
-from collections.abc import Generator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Job:
         travels: Whether any rank sends anything to complete rows or matrices of flat layouts; True by default.
         column_blocks: The widths of the blocks of columns that flat matrices are stored in, one after another; empty if
             they are stored without such blocks.
-        flight_bytes: How many bytes the busiest rank holds while the job is under way.
+        held: How many bytes the busiest rank holds for the job, by phase; see `planning.buffers`. Empty by default.
         communication_dtype: The dtype in which pieces are sent.
         stages: The residual stages of `everyone`, if their rule couples the matrices of a stage; otherwise empty.
     """
@@ -62,7 +62,7 @@ class Job:
     multiple: int = 1
     travels: bool = True
     column_blocks: tuple[int, ...] = ()
-    flight_bytes: float = 0.0
+    held: Mapping[str, float] = field(default_factory=dict)
     communication_dtype: torch.dtype = torch.float32
     stages: tuple[StageSlot, ...] = ()
 
@@ -151,14 +151,14 @@ class Job:
             assembled = yield Gather(fields=fields, route=way, dtype=dtype, like=like)
         else:
             assembled = [way.wholes({}, like=like, kept=way.kept(field)) for field in fields]
-        del fields
+            fields.clear()
         updated = yield from self._updated(assembled, observe_root)
-        del assembled
+        assembled.clear()
         if way.scatters:
             outputs = yield Scatter(fields=updated, route=way, dtype=dtype, like=like)
         else:
             outputs = [way.home({}, like=like, kept=way.kept_home(field)) for field in updated]
-        del updated
+            updated.clear()
         # Write at once, so that the updates are freed while other tasks are still under way.
         write_outputs(self.stack.made(outputs))
 

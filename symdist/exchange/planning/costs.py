@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from symdist.diagnostics.memory import TensorWatch
 from symdist.exchange.collectives.grid_redistribution import canonical_shape
 from symdist.exchange.collectives.triangles import packed_size
 from symdist.exchange.execution.stack import Stack
@@ -26,11 +27,16 @@ class RuleCost:
         summed: By axis, how many numbers are summed over the ranks along it; a Gram counts as its triangle.
         flops: The floating-point operations without those of roots and QRs.
         root_flops: The floating-point operations of roots and QRs, which one rank does for all.
+        peak: How many numbers the rule holds at most at a time, besides what it is given; its result is among them.
+            If axes are given, roots and QRs take no memory here, since another rank may do them.
+        waiting: How many numbers it holds when it first asks other ranks.
     """
 
     summed: Mapping[MatrixAxis, float]
     flops: float
     root_flops: float
+    peak: float
+    waiting: float
 
 
 def shard_cost(stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAxis] = ()) -> RuleCost:
@@ -97,29 +103,42 @@ def _measure(
     matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
     running = rule.update(matrix, **dict(options))
     summed: dict[MatrixAxis, float] = dict.fromkeys(axes, 0.0)
-    root_flops = 0.0
-    answer: Any = None
-    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
+    root_flops = counted = waiting = 0.0
+
+    def run_rule() -> object:
+        nonlocal root_flops, counted, waiting
+        answer: Any = None
         while True:
             try:
                 request = running.send(answer)
-            except StopIteration:
-                break
+            except StopIteration as stop:
+                return stop.value
+            before = counter.get_total_flops()
+            numbers = request.values.nbytes / dtype.itemsize if not isinstance(request, Root) else 0.0
             if isinstance(request, Root):
                 b, d = request.gram.shape[:2]
-                norm = request.gram.new_empty(b, 1, 1)
-                answer = InverseRoot(request.gram, norms=(norm, norm)).of_larger(request.unit)
                 root_flops += b * request.numerics.operations(d)
                 numbers = b * packed_size(d)
             elif isinstance(request, Orthonormal):
-                answer = request.values
-                root_flops += answer.shape[0] * request.operations()
-                numbers = answer.numel()
+                root_flops += request.values.shape[0] * request.operations()
+            if axes and isinstance(request, Root):
+                norm = request.gram.new_empty(b, 1, 1)
+                answer = InverseRoot(request.gram, norms=(norm, norm)).of_larger(request.unit)
             else:
-                answer = request.values
-                numbers = request.values.nbytes / dtype.itemsize
+                answer = request.values if axes else request.answer_locally()
+            counted += counter.get_total_flops() - before
             # A residual-stage sum is shared by many matrices, so it is not counted for a single one.
             across = None if isinstance(request, StageSum) else request.across
             for axis in axes:
                 summed[axis] += numbers if across in (axis, "all") else 0
-    return RuleCost(summed=summed, flops=counter.get_total_flops(), root_flops=root_flops)
+            waiting = waiting or watch.alive
+
+    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter, TensorWatch("meta") as watch:
+        run_rule()
+    return RuleCost(
+        summed=summed,
+        flops=counter.get_total_flops() - counted,
+        root_flops=root_flops,
+        peak=watch.peak / dtype.itemsize,
+        waiting=waiting / dtype.itemsize,
+    )

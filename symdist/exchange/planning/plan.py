@@ -11,6 +11,7 @@ from symdist.exchange.collectives.residual_sums import StagePlan, StageSlot
 from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.stack import Stack, Strategy
 from symdist.exchange.options import ExchangeOptions
+from symdist.exchange.planning.buffers import peak_of
 from symdist.exchange.planning.costs import unit_flops
 from symdist.exchange.planning.kinds import choose_strategy, kinds_of
 from symdist.exchange.planning.owners import choose_owners, lighten, work_in_place
@@ -42,6 +43,11 @@ class Plan:
     def largest_unit(self) -> float:
         """The FLOPs of the costliest unit that one rank must update by itself; 0 if there is none."""
         return max((unit_flops(job.stack) for job in self.jobs if job.strategy != "reduce"), default=0.0)
+
+    @property
+    def peak_bytes(self) -> float:
+        """About how many bytes the busiest rank holds at most at a time; see `planning.buffers`."""
+        return peak_of([[job.held for job in wave] for wave in self.waves], [job.held for job in self.local])
 
     def groups(self) -> set[Group]:
         """Return all groups that communicate in a step."""

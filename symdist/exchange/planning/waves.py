@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from symdist.exchange.collectives.residual_sums import StagePlan
 from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.stack import Stack, Strategy
-from symdist.exchange.planning.costs import shard_cost
+from symdist.exchange.planning.buffers import PHASES, Held, held_for, share_of_budget, total
 from symdist.exchange.planning.kinds import Kind, Members
 from symdist.layouts import FlatLayout, Layout
 
@@ -56,7 +56,7 @@ def _jobs(
     multiple = kind.multiple if strategy == "reduce" else 1
     jobs = []
     for together in stages.parts(members, lambda item: item[0]) if coupled else [members]:
-        for everyone, flight in _parts(kind, together, strategy, stack, budget=float("inf") if coupled else budget):
+        for everyone, held in _parts(kind, together, strategy, stack, budget=float("inf") if coupled else budget):
             owners = {i: kind.owners[i] if strategy == "owner" else () for i, _ in everyone}
             here = [(i, layout) for i, layout in everyone if not alone or layout.takes_part(owners[i])]
             indices = tuple(i for i, _ in everyone)
@@ -72,7 +72,7 @@ def _jobs(
                     multiple=multiple,
                     travels=strategy == "owner" or any(layout.cuts_rows(multiple) for _, layout in everyone),
                     column_blocks=kind.column_blocks,
-                    flight_bytes=flight,
+                    held=held,
                     communication_dtype=kind.dtype,
                     stages=stages.of(indices) if coupled else (),
                 )
@@ -82,50 +82,26 @@ def _jobs(
 
 def _parts(
     kind: Kind, members: Members, strategy: Strategy, stack: Stack, *, budget: float
-) -> list[tuple[Members, float]]:
+) -> list[tuple[Members, Held]]:
     """Split parameters, in order, into parts that fit the busiest rank's budget.
 
-    Each part comes with the bytes that the busiest rank holds for it. All ranks must split the parameters into the same
+    Each part comes with what the busiest rank holds for it. All ranks must split the parameters into the same
     parts.
     """
     parts: list[Members] = []
-    flights: list[float] = []
-    loads: dict[int, float] = {}
+    loads: list[dict[int, Held]] = []
     for i, layout in members:
-        needed = _needed(kind, layout, strategy, stack, kind.owners.get(i, ()))
-        if not parts or any(loads.get(rank, 0.0) + size > budget for rank, size in needed.items()):
+        needed = held_for(kind, layout, strategy, stack, kind.owners.get(i, ()))
+        if not parts or any(
+            share_of_budget(total([loads[-1].get(rank, {}), held])) > budget for rank, held in needed.items()
+        ):
             parts.append([])
-            flights.append(0.0)
-            loads = {}
+            loads.append({})
         parts[-1].append((i, layout))
-        for rank, size in needed.items():
-            loads[rank] = loads.get(rank, 0.0) + size
-            flights[-1] = max(flights[-1], loads[rank])
-    return list(zip(parts, flights, strict=True))
-
-
-def _needed(kind, layout, strategy, stack, owners):
-    s = kind.fields - 1
-    summed = 0.0
-    if strategy == "reduce":
-        rows = kind.in_place(layout)
-        summed = sum(shard_cost(rows, rows.layout.largest_shape, tuple(rows.cut)).summed.values())
-    if layout.completed:
-        if strategy != "owner":
-            needed = {0: (4.0 + 3 * s) * layout.loads[0] + 6 * summed}
-        else:
-            needed = {0: kind.fields * (2 * layout.loads[0] + (6 + layout.num_replicas) * layout.loads_of(owners)[0])}
-    elif strategy == "local":
-        needed = {0: 4.0 * kind.fields * stack.numel}
-    else:
-        needed = {rank: 6.0 * kind.fields * n for rank, n in layout.loads.items()}
-        if strategy == "owner":
-            for rank, n in layout.loads_of(owners).items():
-                needed[rank] = needed.get(rank, 0) + 7 * kind.fields * n
-        elif summed:
-            for rank in range(kind.group.size):
-                needed[rank] = needed.get(rank, 0) + 6 * summed
-    return {rank: n * stack.dtype.itemsize for rank, n in needed.items()}
+        for rank, held in needed.items():
+            loads[-1][rank] = total([loads[-1].get(rank, {}), held])
+    busiest: list[Held] = [{phase: max(held[phase] for held in load.values()) for phase in PHASES} for load in loads]
+    return list(zip(parts, busiest, strict=True))
 
 
 def waves_of(jobs: Iterable[Job], *, budget: float, stages: StagePlan) -> list[list[Job]]:
@@ -146,17 +122,16 @@ def waves_of(jobs: Iterable[Job], *, budget: float, stages: StagePlan) -> list[l
     waves: list[list[Job]] = []
     for ranks in sorted(by_ranks):
         room = 0.0
-        wave: list[Job] = []
         coupled: dict[int, list[Job]] = {}
         for job in by_ranks[ranks]:
             if job.stages:
                 coupled.setdefault(stages.wave(job.stages), []).append(job)
                 continue
-            if not wave or job.flight_bytes > room:
-                wave = []
-                waves.append(wave)
+            needed = share_of_budget(job.held)
+            if needed > room or not room:
+                waves.append([])
                 room = budget
-            wave.append(job)
-            room -= job.flight_bytes
+            waves[-1].append(job)
+            room -= needed
         waves += [coupled[i] for i in sorted(coupled)]
     return waves
