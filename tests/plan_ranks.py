@@ -19,9 +19,11 @@ def on_the_wire(
     communication_dtype: torch.dtype | None,
     bucket_bytes: int,
 ) -> list[tuple[str, int, float]]:
-    """Kind, group size and bytes sent of every collective that this rank starts in a step on a mesh of all ranks."""
-    assert math.prod(sizes.values()) == dist.get_world_size()
-    grid = init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    """Kind, group size and bytes sent of every collective that this rank starts in a step on a mesh of these sizes."""
+    assert math.prod(sizes.values()) == mesh.size()
+    # A line of ranks is a mesh of `dp_shard`, whatever its name; others are made of all ranks.
+    line = mesh.size() < dist.get_world_size()
+    grid = mesh if line else init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     sharded = shard(build(model, seed=0), grid)
     optimizer = build_optimizer(
         sharded, recipe, exchange={"communication_dtype": communication_dtype, "bucket_bytes": bucket_bytes}

@@ -1,12 +1,15 @@
 """A plan says beforehand what a step then does: every collective of every rank, to the byte; and costs, on any mesh."""
 
 import json
+import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import HARDWARE, CountingTransport, ExchangeOptions, Hardware
 from symdist.tools.cli import main
 from symdist.tools.plan import StepPlan, parse_mesh, plan_step, smaller_meshes
@@ -16,7 +19,7 @@ from tests.ranks import Ranks
 
 MESHES = ("dp=4", "dp=2,tp=2", "dp_replicate=2,dp=2", "dp=2,ep=2")
 CASES = [(model, mesh) for model in ("olmoe-tiny", "qwen3-moe-tiny") for mesh in MESHES]
-CASES += [("olmoe-tiny", "tp=4"), ("qwen3-moe-tiny", "ep=2,tp=2")]
+CASES += [("olmoe-tiny", "tp=4"), ("qwen3-moe-tiny", "ep=2,tp=2"), ("olmoe-tiny", "dp=3")]
 ALL_WAVES = 1 << 30
 
 
@@ -40,7 +43,8 @@ def expected(model: str, recipe: str, mesh: str, communication_dtype: torch.dtyp
 def test_the_wire_carries_what_the_plan_says(ranks: Ranks, model: str, mesh: str) -> None:
     sizes = parse_mesh(mesh)
     planned = expected(model, "small-moe", mesh, None, ALL_WAVES)
-    assert ranks.run(4, plan_ranks.on_the_wire, model, "small-moe", sizes, None, ALL_WAVES) == planned
+    world = math.prod(sizes.values())
+    assert ranks.run(world, plan_ranks.on_the_wire, model, "small-moe", sizes, None, ALL_WAVES) == planned
     assert sum(sent for of_rank in planned for _, _, sent in of_rank) > 0
 
 
@@ -145,12 +149,12 @@ def test_the_documents_figures_are_those_of_their_command() -> None:
 def test_the_estimate_of_memory_is_what_a_step_holds(
     model: str, recipe: str, mesh: dict[str, int], zero: int | None
 ) -> None:
-    with simulate_on(model, recipe, mesh=mesh, zero=zero) as planned:
+    with simulate(model, recipe, mesh=mesh, zero=zero) as planned:
         held, estimated = [], []
         for rank in sorted({0, 1, planned.ranks - 1}):
+            estimated.append(planned.on_rank(rank).peak_bytes)
             step = partial(planned.step, CountingTransport(), rank=rank)
             held.append(peak_bytes(step, device="meta"))
-            estimated.append(planned.on_rank(rank).peak_bytes)
     assert max(estimated) == pytest.approx(max(held), rel=0.2)
 
 
@@ -181,9 +185,28 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("extra", ["", " --no-distributed-optimizer"])
+def test_a_megatron_job_is_planned_by_its_sizes(extra: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main(f"plan --model qwen3-moe-tiny --megatron tp=2,pp=2,ep=2,etp=1,dp=4{extra}".split())
+    shown = capsys.readouterr().out
+    assert "qwen3-moe-tiny, recipe small-moe, tp 2 × pp 2 × ep 2 × etp 1 × dp 4" in shown
+    assert "the most of all ranks" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ("--megatron tp=8,dp=1", "8 tensor-parallel ranks do not divide the 4 key and value heads"),
+        ("--megatron tp=2,pp=9", "pp=9 stages are more than the 4 layers"),
+        ("--megatron tp=1,ep=16,dp=16", "ep=16 does not divide the 8 experts"),
+        ("--megatron tp=1,ep=4,dp=2", "etp × ep = 1 × 4 does not divide"),
+        ("--megatron tp=2,etp=1,dp=2", "etp=1 without ep must be tp=2"),
+        ("--megatron tp=6,ep=2,etp=4,dp=4", "overlap unevenly"),
+        ("--megatron tp=2,dp=0", "dp=0 must be positive"),
+        ("--megatron fsdp=2", "'fsdp=2' should be NAME=SIZE"),
+        ("--megatron dp=2 --mesh dp=2", "either --mesh"),
+        ("--megatron dp=2 --zero 1", "leave these out"),
+        ("", "either --mesh"),
         ("--mesh dp=4,pp=2", "'pp=2' should be NAME=SIZE"),
         ("--mesh dp=0", "'dp=0' should be NAME=SIZE"),
         ("--mesh dp=4,dp_shard=2", "'dp_shard=2' should be NAME=SIZE, with each name once"),

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 
-from symdist.layouts import DimSplit, FlatLayout, Grid, Layout
+from symdist.engines.agreement import gather
+from symdist.layouts.rank_grid import find_rank_grid
 from symdist_deepspeed.layout import Block, OptimizedTensor, ranks_of
 
 _META = "ds_autotp_universal_checkpoint_meta"
@@ -112,59 +112,29 @@ def with_blocks(engine: Any, tensors: list[OptimizedTensor], names: Mapping[int,
     handle = tensor_parallel_group(engine)
     if handle is None:
         return tensors
-    tensor_parallel = ranks_of(handle)
-    data_parallel = ranks_of(engine.seq_data_parallel_group)
+    rank_grid = find_rank_grid(engine.seq_data_parallel_group, handle)
     world = ranks_of(None)
-    # For each tensor-parallel rank, the data-parallel ranks that hold the same block.
-    replicas: list[Any] = [None] * tensor_parallel.size
-    dist.all_gather_object(replicas, list(data_parallel.ranks), group=handle)
-    if sorted(rank for column in replicas for rank in column) != list(world.ranks):
+    if rank_grid.everyone.ranks != world.ranks:
         raise ValueError(
-            f"the {world.size} ranks are not a grid of {data_parallel.size} data-parallel × {tensor_parallel.size} "
+            f"the {world.size} ranks are not a grid of {rank_grid.data.size} data-parallel × {rank_grid.across.size} "
             "tensor-parallel ranks; symdist supports no other parallelism next to tensor parallelism"
         )
-    local_bounds = [part.bounds for optimized in tensors for part in optimized.parts]
-    all_bounds: list[Any] = [None] * tensor_parallel.size
-    dist.all_gather_object(all_bounds, local_bounds, group=handle)
-    grid = Grid(
-        sizes=(data_parallel.size, tensor_parallel.size),
-        ranks=tuple(replicas[t][d] for d in range(data_parallel.size) for t in range(tensor_parallel.size)),
-        position=data_parallel.index * tensor_parallel.size + tensor_parallel.index,
-        handles=(data_parallel.handle, handle),
-    )
-    rank_order = tuple(rank for column in replicas for rank in column)
+    all_bounds = gather([part.bounds for optimized in tensors for part in optimized.parts], handle)
     result = []
     index = 0
     for optimized in tensors:
         parts = []
         for part in optimized.parts:
-            cut = cut_of(part.parameter, ranks=tensor_parallel.size, name=names[id(part.parameter)])
+            cut = cut_of(part.parameter, ranks=rank_grid.across.size, name=names[id(part.parameter)])
             block = None
             if cut is not None:
-                block_bounds = [all_bounds[t][index] for t in range(tensor_parallel.size)]
-                block = _block(cut, grid, block_bounds if part.bounds is not None else None, rank_order)
+                layout = rank_grid.copies(cut.shape, cut=cut.dim, sizes=cut.sizes)
+                flat = None
+                if part.bounds is not None:
+                    bounds = [of_rank[index] or () for of_rank in all_bounds]
+                    flat = rank_grid.ranges(cut.shape, cut=cut.dim, sizes=cut.sizes, bounds=bounds)
+                block = Block(layout=layout, flat=flat)
             parts.append(replace(part, block=block))
             index += 1
         result.append(replace(optimized, parts=parts))
     return result
-
-
-def _block(cut: Cut, grid: Grid, bounds: list[tuple[int, ...]] | None, rank_order: tuple[int, ...]) -> Block:
-    ends = [sum(cut.sizes[: i + 1]) for i in range(len(cut.sizes))]
-    ranges = tuple((end - size, end) for end, size in zip(ends, cut.sizes, strict=True))
-    layout = Layout(shape=cut.shape, grid=grid, splits=(DimSplit(dim=cut.dim, axes=(1,), ranges=ranges),))
-    flat = None
-    if bounds is not None:
-        joined = [0]
-        for of_block in bounds:
-            joined += [joined[-1] - of_block[0] + bound for bound in of_block[1:]]
-        world = layout.group
-        assert world is not None
-        flat = FlatLayout(
-            shape=cut.shape,
-            group=world,
-            bounds=tuple(joined),
-            rank_order=tuple(world.ranks.index(rank) for rank in rank_order),
-            column_blocks=cut.sizes if cut.dim == 1 and len(cut.shape) == 2 else (),
-        )
-    return Block(layout=layout, flat=flat)

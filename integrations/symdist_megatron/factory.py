@@ -16,12 +16,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from symdist.exchange import ExchangeLike
 from symdist.gradients.nonfinite import NonFinite
+from symdist.layouts.rank_grid import find_rank_grid
 from symdist.routing.recipes import RecipeLike
 from symdist_megatron.joint_step import JointStep
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options, check_features
 from symdist_megatron.peaks import follow_schedulers
-from symdist_megatron.rank_grid import RankGrids, find_rank_grid
+from symdist_megatron.rank_grids import RankGrids
 from symdist_megatron.routing import Routing, route_model
 from symdist_megatron.wrappers import SymDistChain, SymDistDistributedOptimizer, SymDistLayerWise, stepped_by
 

@@ -11,10 +11,11 @@ from torch import Tensor
 from symdist.engines.agreement import gather, gather_unless_failed
 from symdist.engines.bound_tensors import BoundTensor
 from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
+from symdist.layouts.rank_grid import RankGrid
 from symdist_megatron.layout import HeldRange, MatrixShard, shard_of
 from symdist_megatron.optimizer import MegatronSymDist
 from symdist_megatron.options import Options
-from symdist_megatron.rank_grid import RankGrid, RankGrids
+from symdist_megatron.rank_grids import RankGrids
 from symdist_megatron.routing import Routing, UnitAssignment
 
 

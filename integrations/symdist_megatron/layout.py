@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from symdist.layouts import DimSplit, FlatLayout, Layout
+from symdist.layouts import FlatLayout, Layout
+from symdist.layouts.rank_grid import RankGrid
+from symdist.layouts.strided_slice import joined, put_back
 from symdist.param_specs import coordinate_wise
-from symdist_megatron.matrix_specs import MatrixSpec
-from symdist_megatron.rank_grid import RankGrid
-from symdist_megatron.strided_slice import joined, put_back
+from symdist.routing.fused_weights import MatrixSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,49 +112,10 @@ def shard_of(unit: MatrixSpec, rank_grid: RankGrid, held: HeldRange, options: Ma
     Returns:
         The shard, which is yet to be bound to a tensor.
     """
-    rank = rank_grid.across.index if unit.cut is not None else 0
-    at = rank * unit.size
-    low = min(max(held.low - unit.base, 0), unit.size)
-    high = min(max(held.high - unit.base, 0), unit.size)
-    numel = unit.strided_slice.between(at + low, at + high)
+    at, numel = unit.elements(rank_grid, held.low, held.high)
     layout: Layout | FlatLayout
     if coordinate_wise(options):
         layout = Layout(shape=(numel,))
-    elif held.bounds is None:
-        layout = _whole(unit, rank_grid, copies=held.copies)
     else:
-        layout = _flat(unit, rank_grid, held.bounds)
+        layout = unit.layout(rank_grid, held.bounds, alone=not held.copies)
     return MatrixShard(name=unit.name, unit=unit, layout=layout, held=held, at=at)
-
-
-def _whole(unit: MatrixSpec, rank_grid: RankGrid, *, copies: bool) -> Layout:
-    grid = rank_grid.grid if copies else rank_grid.tensor_grid
-    if unit.cut is None or grid is None:
-        return Layout(shape=unit.shape, grid=grid)
-    ends = [sum(unit.widths[: i + 1]) for i in range(len(unit.widths))]
-    ranges = tuple((end - width, end) for end, width in zip(ends, unit.widths, strict=True))
-    split = DimSplit(dim=unit.cut, axes=(len(grid.sizes) - 1,), ranges=ranges)
-    return Layout(shape=unit.shape, grid=grid, splits=(split,))
-
-
-def _flat(unit: MatrixSpec, rank_grid: RankGrid, bounds: tuple[int, ...]) -> FlatLayout:
-    """Lay out ranges of the memory of all tensor-parallel ranks, one rank after another."""
-
-    def bounds_in_part(rank: int) -> list[int]:
-        start = rank * unit.size
-        offsets = (min(max(bound - unit.base, 0), unit.size) for bound in bounds)
-        return [unit.strided_slice.between(start, start + offset) for offset in offsets]
-
-    if unit.cut is None:
-        return FlatLayout(shape=unit.shape, group=rank_grid.data, bounds=tuple(bounds_in_part(0)))
-    joined_bounds = [0]
-    for rank in range(rank_grid.across.size):
-        first = joined_bounds[-1]
-        joined_bounds += [first + bound for bound in bounds_in_part(rank)[1:]]
-    return FlatLayout(
-        shape=unit.shape,
-        group=rank_grid.everyone,
-        bounds=tuple(joined_bounds),
-        rank_order=rank_grid.rank_order,
-        column_blocks=unit.widths if unit.cut == 1 else (),
-    )

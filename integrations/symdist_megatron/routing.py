@@ -9,10 +9,11 @@ from torch import nn
 from symdist.engines.agreement import gather_unless_failed
 from symdist.param_groups import with_defaults
 from symdist.param_specs import coordinate_wise
+from symdist.routing.fused_weights import MatrixSpec
 from symdist.routing.route import check_patterns, route_sites
-from symdist_megatron.matrix_specs import MatrixSpec, ParamSpec, describe
+from symdist_megatron.matrix_specs import ParamSpec, describe
 from symdist_megatron.options import Options, Scaled, scaled
-from symdist_megatron.rank_grid import RankGrids
+from symdist_megatron.rank_grids import RankGrids
 
 _VOCABULARIES = ("embedding", "tied_embedding", "head")
 

@@ -16,6 +16,7 @@ from launch.loop.config import Config
 from launch.records.run_log import already_finished, check_folder
 from symdist.routing.recipes import Recipe
 from symdist.rules import get_rule
+from symdist.tools.megatron import MegatronMesh
 from symdist.tools.plan import plan_step
 from symdist.tools.plan_tables import plan_table, summary
 from symdist.tools.preview import Preview, preview
@@ -56,7 +57,10 @@ def dry_run(config: Config) -> None:
         "vocabulary": config.data.vocabulary,
         "overrides": config.model_settings(),
     }
-    routing = preview(config.model, recipe, built=model_options, **(layout or {"mesh": {"dp_shard": 1}}))
+    # A Megatron job is shown as one process would have it, since each of its ranks has only some of the parameters.
+    alone = layout is None or isinstance(layout["mesh"], MegatronMesh)
+    shown: Mapping[str, Any] = {"mesh": {"dp_shard": 1}} if layout is None or alone else layout
+    routing = preview(config.model, recipe, built=model_options, **shown)
     say(*(f"checkpoints: {line}" for line in _checkpoints(config, _checkpoint_bytes(routing))))
     say(route_table(routing, title=f"{config.model}, recipe {recipe.name}", fold=True))
     if layout is None:
@@ -65,7 +69,8 @@ def dry_run(config: Config) -> None:
             "job to see them."
         )
         return
-    say(totals(routing), *_plan(config, recipe, model_options, layout))
+    say("Strategies on these ranks, by role:" if alone else totals(routing))
+    say(*_plan(config, recipe, model_options, layout))
     say("nothing was started")
 
 

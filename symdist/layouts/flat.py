@@ -1,5 +1,6 @@
 """Layouts of weights stored as ranges of one long vector, such as ZeRO partitions and flat data-parallel buffers."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -184,6 +185,17 @@ class FlatLayout:
     def everywhere(self) -> Layout:
         """The layout in which each of these ranks holds the whole tensor, as an owner does once it has assembled it."""
         return Layout(shape=self.shape, grid=_line(self.group))
+
+    def at(self, index: int) -> "FlatLayout":
+        """Return the layout as another rank sees it.
+
+        Args:
+            index: The other rank's index in `group`.
+
+        Returns:
+            The layout.
+        """
+        return dataclasses.replace(self, group=Group(ranks=self.group.ranks, index=index))
 
     def by_rows(self, *, multiple: int = 1) -> Layout:
         """Return the nearest layout in which every rank holds whole rows.

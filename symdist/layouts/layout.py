@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,12 +148,12 @@ class Layout:
         Returns:
             The share of one rank.
         """
-        return {0: math.prod(self.shape) / len(self.boxes)}
+        return {0: math.prod(self.shape) / len(self.candidates)}
 
     @functools.cached_property
     def candidates(self) -> list[int]:
         """The ranks that may own the tensor, as indices in `group`: all."""
-        return list(range(len(self.boxes)))
+        return list(range(1 if self.group is None else self.group.size))
 
     def cuts_rows(self, multiple: int) -> bool:
         """Return False: blocks that cut rows are not completed."""
@@ -194,7 +195,7 @@ class Layout:
         free = [axis for axis in range(len(self.grid.sizes)) if axis not in cut]
         return [tuple(self.grid.coordinate(position)[axis] for axis in free) for position in self.grid.order]
 
-    @property
+    @functools.cached_property
     def num_replicas(self) -> int:
         """The number of copies of the tensor."""
         return len(set(self.replica_ids))
@@ -268,11 +269,24 @@ def cut_along(
         >>> cut_along((5, 2), dim=0, sizes=(3, 2), ranks=(0, 1), index=1).local_shape
         (2, 2)
     """
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    assert ends[-1] == shape[dim], "the blocks must cover the dimension"
-    ranges = tuple((end - size, end) for end, size in zip(ends, sizes, strict=True))
+    assert sum(sizes) == shape[dim], "the blocks must cover the dimension"
     grid = Grid(sizes=(len(ranks),), ranks=tuple(ranks), position=index, handles=(handle,))
-    return Layout(shape=tuple(shape), grid=grid, splits=(DimSplit(dim=dim, axes=(0,), ranges=ranges),))
+    return Layout(shape=tuple(shape), grid=grid, splits=(blocks(dim, sizes),))
+
+
+def blocks(dim: int, sizes: Sequence[int], *, axis: int = 0) -> DimSplit:
+    """Return the cut of a dimension into consecutive blocks.
+
+    Args:
+        dim: The dimension.
+        sizes: The size of the block at each coordinate along `axis`.
+        axis: The grid axis; the first by default.
+
+    Returns:
+        The cut.
+    """
+    ends = list(itertools.accumulate(sizes))
+    return DimSplit(dim=dim, axes=(axis,), ranges=tuple(zip([0, *ends], ends, strict=False)))
 
 
 def numel(box: Box) -> int:

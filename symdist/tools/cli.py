@@ -55,8 +55,12 @@ class Plan:
 
     model: str
     """A preset, or a TOML file of the same form."""
-    mesh: str
+    mesh: str | None = None
     """Sizes of dp_replicate, dp_shard (or dp), ep and tp, as in dp=64,tp=8."""
+    megatron: str | None = None
+    """In place of a mesh, the sizes of a Megatron job: tp, pp, ep, etp and dp, as in tp=8,pp=4,ep=8,dp=64."""
+    distributed_optimizer: bool = True
+    """Whether Megatron's distributed optimizer divides the state among data-parallel ranks."""
     zero: Literal[1, 2, 3] | None = None
     """ZeRO stage whose partitions hold the weights instead of FSDP2 shards; the mesh then has dp only."""
     recipe: str = "small-moe"
@@ -90,6 +94,7 @@ class Plan:
         """Print the tables, and write the requested files."""
         from symdist.exchange import ExchangeOptions, Hardware
         from symdist.routing.recipes import load_recipe, parse_overrides
+        from symdist.tools.megatron import MegatronMesh
         from symdist.tools.plan import StepPlan, parse_mesh, plan_step, smaller_meshes
         from symdist.tools.plan_tables import alternatives_table, draw, plan_table, summary
 
@@ -112,7 +117,7 @@ class Plan:
             hardware=hardware,
         )
 
-        def planned(mesh: dict[str, int]) -> StepPlan:
+        def planned(mesh: dict[str, int] | MegatronMesh) -> StepPlan:
             return plan_step(
                 self.model,
                 recipe,
@@ -123,12 +128,20 @@ class Plan:
                 alternatives=self.compare,
             )
 
-        mesh = parse_mesh(self.mesh)
+        if (self.mesh is None) == (self.megatron is None):
+            raise ValueError("give either --mesh dp=… or --megatron tp=…,dp=…")
+        if self.megatron is not None and (self.zero is not None or self.picture is not None):
+            raise ValueError("--megatron goes with neither --zero nor --picture; leave these out")
+        mesh: dict[str, int] | MegatronMesh
+        if self.megatron is not None:
+            mesh = MegatronMesh.parse(self.megatron, distributed=self.distributed_optimizer)
+        else:
+            mesh = parse_mesh(str(self.mesh))
         plan = planned(mesh)
         _show(plan_table(plan), *summary(plan), *([alternatives_table(plan)] if self.compare else []))
         if self.json is not None:
             plan.write(self.json)
-        if self.picture is not None:
+        if self.picture is not None and isinstance(mesh, dict):
             draw([*map(planned, smaller_meshes(mesh)), plan], self.picture)
 
 

@@ -15,12 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Hardware, Stack
 from symdist.exchange.planning.costs import unit_cost, units_of
-from symdist.layouts import FlatLayout, Group, Layout
+from symdist.layouts import FlatLayout, Layout
 from symdist.routing.recipes import RecipeLike
 from symdist.rules.linalg.orthonormal import OPERATIONS
+from symdist.tools.megatron import MegatronMesh
 from symdist.tools.models import active_parameters
-from symdist.tools.simulate import Simulated
-from symdist.tools.simulate_flat import simulate_on
+from symdist.tools.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -192,7 +192,7 @@ def plan_step(
     model: str | Path,
     recipe: RecipeLike,
     *,
-    mesh: Mapping[str, int],
+    mesh: Mapping[str, int] | MegatronMesh,
     zero: int | None = None,
     built: Mapping[str, Any] | None = None,
     tokens: int = 16384,
@@ -203,12 +203,13 @@ def plan_step(
 
     The step runs on meta tensors as each of four to sixteen ranks would run it, among them the one with most work. All
     rules, requests and collectives of `SymDist.step` run with the same arithmetic and shapes, but nothing is stored or
-    sent. No process group may be open in this process, unless `zero` is given.
+    sent. For a mesh, no process group may be open in this process.
 
     Args:
         model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
         recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
-        mesh: The sizes by name of mesh dimension, such as `{"dp_shard": 64, "tp": 8}`; see `parse_mesh`.
+        mesh: The sizes by name of mesh dimension, such as `{"dp_shard": 64, "tp": 8}`, see `parse_mesh`; or the ranks
+            of a Megatron job.
         zero: A ZeRO stage (1, 2 or 3), to store the weights in its partitions instead of in FSDP2 shards. The mesh then
             has `dp_shard` only. None by default.
         built: Further keyword arguments of `symdist.tools.models.build`. None by default.
@@ -229,7 +230,7 @@ def plan_step(
     """
     exchange = ExchangeOptions.of(exchange)
     hardware = exchange.hardware
-    with simulate_on(
+    with simulate(
         model,
         recipe,
         mesh=mesh,
@@ -237,7 +238,7 @@ def plan_step(
         built=built,
         exchange=exchange,
     ) as simulated:
-        work = _by_rank(simulated, simulated.step(CountingTransport()))
+        work = simulated.work()
         looked_at = _sample(work, most=_ranks_to_look_at(simulated))
         costs_by_rank = {rank: _costs(simulated, rank) for rank in looked_at}
         sender = max(costs_by_rank, key=lambda rank: (costs_by_rank[rank].sent, -rank))
@@ -246,7 +247,7 @@ def plan_step(
         return StepPlan(
             model=str(model),
             recipe=str(recipe) if isinstance(recipe, str | Path) else getattr(recipe, "name", "given"),
-            mesh=dict(mesh) if zero is None else {f"ZeRO-{zero}": simulated.ranks},
+            mesh=dict(simulated.parallel),
             ranks=simulated.ranks,
             looked_at=len(costs_by_rank),
             roles=_roles(simulated, sender),
@@ -260,7 +261,7 @@ def plan_step(
             model_seconds=6
             * active_parameters(cast("PreTrainedModel", simulated.model))
             * tokens
-            / simulated.mesh.get("tp", 1)
+            / (simulated.parallel.get("tp", 1) * simulated.parallel.get("pp", 1))
             / hardware.model_flops,
             hardware=hardware,
             tokens=tokens,
@@ -270,6 +271,7 @@ def plan_step(
 
 def _costs(simulated: Simulated, rank: int, only: set[int] | None = None) -> Costs:
     counting = CountingTransport()
+    simulated.on_rank(rank)  # What planning takes is no part of the step.
     with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as flops:
         peak = peak_bytes(lambda: simulated.step(counting, rank=rank, only=only), device="meta")
     return Costs(sent=counting.sent, collectives=counting.collectives, flops=flops.get_total_flops(), peak_bytes=peak)
@@ -283,15 +285,6 @@ def _most(costs: Iterable[Costs]) -> Costs:
         flops=max(cost.flops for cost in all_costs),
         peak_bytes=max(cost.peak_bytes for cost in all_costs),
     )
-
-
-def _by_rank(simulated: Simulated, work_of: Mapping[Group, list[float]]) -> list[float]:
-    """Return the operations of every rank in a step."""
-    work = [0.0] * simulated.ranks
-    for group, loads in work_of.items():
-        for rank in range(simulated.ranks):
-            work[rank] += loads[simulated.place_in(group, rank)]
-    return work
 
 
 def _ranks_to_look_at(simulated: Simulated) -> int:
@@ -313,16 +306,16 @@ def _sample(work: Sequence[float], *, most: int) -> list[int]:
 
 
 def _roles(simulated: Simulated, rank: int) -> list[RoleCosts]:
-    strategies = simulated.plan.strategies()
+    specs, strategies = simulated.specs(rank), simulated.on_rank(rank).strategies()
     members: dict[str, set[int]] = {}
-    for i, member in enumerate(simulated.members):
+    for i, member in enumerate(specs):
         members.setdefault(simulated.groups[member.group]["role"], set()).add(i)
     return [
         RoleCosts(
             role=role,
-            rules=tuple(sorted({simulated.members[i].rule.name for i in indices})),
+            rules=tuple(sorted({specs[i].rule.name for i in indices})),
             parameters=len(indices),
-            weights=sum(math.prod(simulated.members[i].layout.shape) for i in indices),
+            weights=sum(math.prod(specs[i].layout.shape) for i in indices),
             strategies=dict(sorted(Tally(strategies.get(i, "local") for i in indices).items())),
             costs=_costs(simulated, rank, indices),
         )

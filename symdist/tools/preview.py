@@ -10,7 +10,7 @@ from typing import Any
 from symdist.assignment import Assignment, assignment
 from symdist.exchange import CountingTransport
 from symdist.routing.recipes import RecipeLike
-from symdist.tools.simulate_flat import simulate_on
+from symdist.tools.simulate import simulate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def preview(
         >>> routing = preview("olmoe-tiny", "small-moe", mesh={"dp_shard": 2})
         >>> [(parameter.name, parameter.strategy) for parameter in routing.parameters]
     """
-    with simulate_on(model, recipe, mesh=mesh, zero=zero, built=built) as simulated:
+    with simulate(model, recipe, mesh=mesh, zero=zero, built=built) as simulated:
         counting = CountingTransport()
         simulated.step(counting)
         strategies = simulated.plan.strategies()

@@ -1,100 +1,112 @@
-"""Simulates a model that is sharded over ranks which do not exist, and a step of its optimizer on any of them."""
+"""Simulates a model on ranks which do not exist, and a step of its optimizer on any of them."""
 
 from __future__ import annotations
 
 import bisect
-import dataclasses
+import functools
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Job, Plan, dry_run
-from symdist.gradients.nonfinite import FLAGS, ranks_that_agree
-from symdist.layouts import Group, Layout
+from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Plan, dry_run
+from symdist.gradients.nonfinite import FLAGS
+from symdist.layouts import Group, Layout, layout_of
+from symdist.layouts.flat import flat_bounds, flat_vector
 from symdist.param_groups import with_defaults
-from symdist.param_specs import ParamSpec, describe_param
-from symdist.routing.recipes import RecipeLike
+from symdist.param_specs import ParamSpec, describe_param, flat_parts
+from symdist.routing.recipes import RecipeLike, load_recipe
 from symdist.routing.route import route
 from symdist.step_plan import plan_params
+from symdist.tools.megatron import MegatronMesh, megatron_weights
 from symdist.tools.models import build, shard
+from symdist.tools.weights import Weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# DeepSpeed pads a group of parameters to a multiple of this number times the number of ranks.
+_ALIGN = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """A model on a mesh, of which this process is rank 0.
+    """A model on ranks that do not exist.
 
     Attributes:
         model: The model, on the meta device.
-        mesh: The sizes by name of mesh dimension.
+        mesh: The sizes by name of mesh dimension, along which all groups lie. Ranks are numbered in row-major order.
+        parallel: The sizes by the names that users of the engine know.
         groups: The param groups, with all options filled in.
-        members: The descriptions of the optimizer's parameters.
-        plan: The optimizer's plan on rank 0.
+        weights: What the optimizer's parameters are, on any rank.
+        exchange: How matrices travel between ranks.
     """
 
     model: nn.Module
     mesh: Mapping[str, int]
+    parallel: Mapping[str, int]
     groups: list[dict[str, Any]]
-    members: list[ParamSpec]
-    plan: Plan
-    _layouts: dict[tuple[int, int], Layout] = field(default_factory=dict, repr=False)
-    _sets: dict[tuple[int, ...], frozenset[int]] = field(default_factory=dict, repr=False)
+    weights: Sequence[Weight]
+    exchange: ExchangeOptions
+    _plans: dict[int, Plan] = field(default_factory=dict, repr=False)
 
     @property
     def ranks(self) -> int:
-        """The number of ranks of the mesh."""
+        """The number of ranks."""
         return math.prod(self.mesh.values())
 
-    def layout(self, layout: Layout, rank: int) -> Layout:
-        """Return a layout of rank 0 as another rank sees it, with that rank's own piece.
+    @functools.cached_property
+    def members(self) -> list[ParamSpec]:
+        """The descriptions of the optimizer's parameters on rank 0."""
+        return self.specs(0)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """The optimizer's plan on rank 0."""
+        return plan_params(self.members, exchange=self.exchange)
+
+    def specs(self, rank: int) -> list[ParamSpec]:
+        """Describe the optimizer's parameters on a rank.
 
         Args:
-            layout: The layout on rank 0.
-            rank: The other rank.
-
-        Returns:
-            The layout on the other rank.
-        """
-        if layout.group is None:
-            return layout
-        key = id(layout), rank
-        if key not in self._layouts:
-            # Cache the layouts, since many jobs share one and large ones are slow to make, but of one rank at a time.
-            if any(other != rank for _, other in self._layouts):
-                self._layouts.clear()
-            self._layouts[key] = layout.at(self.place_in(layout.group, rank))
-        return self._layouts[key]
-
-    def place_in(self, group: Group, rank: int) -> int:
-        """Return the index of a rank in its own group that corresponds to a group of rank 0.
-
-        Args:
-            group: A group that contains rank 0.
             rank: The rank.
 
         Returns:
-            The index. The rank's group runs along the same mesh dimensions as `group`.
+            The descriptions.
         """
-        remainder, stride = rank, self.ranks
-        place = 0
-        for size in self.mesh.values():
-            stride //= size
-            coordinate, remainder = divmod(remainder, stride)
-            # Rank 0's group extends along this dimension if it contains the next rank in it.
-            if size > 1 and stride in self._members_of(group):
-                place += coordinate * stride
-        return bisect.bisect_left(group.ranks, place)
+        specs = []
+        for weight in self.weights:
+            layout = weight.layout(rank)
+            if layout is not None:
+                piece = torch.empty(layout.local_shape, device="meta", requires_grad=True)
+                group = self.groups[weight.group]
+                specs.append(describe_param(piece, name=weight.name, index=weight.group, group=group, layout=layout))
+        return specs
 
-    def _members_of(self, group: Group) -> frozenset[int]:
-        return self._sets.setdefault(group.ranks, frozenset(group.ranks))
+    def on_rank(self, rank: int) -> Plan:
+        """Return the optimizer's plan on a rank.
+
+        Args:
+            rank: The rank.
+
+        Returns:
+            The plan.
+        """
+        if rank == 0:
+            return self.plan
+        if rank not in self._plans:
+            # Those of one rank at a time, since plans for thousands of ranks are large.
+            self._plans.clear()
+            self._plans[rank] = plan_params(self.specs(rank), exchange=self.exchange)
+        return self._plans[rank]
 
     def step(
         self, counting: CountingTransport, *, rank: int = 0, only: set[int] | None = None
@@ -107,44 +119,81 @@ class Simulated:
         Args:
             counting: Records what the rank sends.
             rank: The rank; 0 by default.
-            only: The indices of the members to step; None (default) for all.
+            only: The indices of the rank's parameters to step; None (default) for all.
 
         Returns:
             The operations of every rank, by group.
         """
-        parameters = [member.parameter for member in self.members]
-        world = ranks_that_agree(parameters, [])
-        if only is None and world is not None and world.size > 1:
-            counting.all_reduce(torch.empty(FLAGS, device="meta"), group=world)
-        return dry_run(self.plan, counting, change=lambda job: self._of(job, rank, only))
+        if only is None and self.ranks > 1:
+            everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
+            counting.all_reduce(torch.empty(FLAGS, device="meta"), group=everyone)
+        return dry_run(self.on_rank(rank), counting, change=lambda job: job if only is None else job.only(only))
 
-    def _of(self, job: Job, rank: int, only: set[int] | None) -> Job | None:
-        """Return the part of a job that belongs to the members `only`, as a rank sees it; None if there is none."""
-        part = job if only is None else job.only(only)
-        if part is None:
-            return None
-        layout = self.layout(part.stack.layout, rank)
-        stack = dataclasses.replace(part.stack, layout=layout)
-        return dataclasses.replace(part, stack=stack, layouts=(layout,) * len(part.members))
+    def work(self) -> list[float]:
+        """Return the operations of every rank in a step.
+
+        Ranks that differ only in their position within groups of the same form share them.
+        """
+        work = [0.0] * self.ranks
+        stage = self.ranks // self.mesh.get("pp", 1)
+        for first in range(0, self.ranks, stage):
+            for group, loads in self.step(CountingTransport(), rank=first).items():
+                for rank in range(first, first + stage):
+                    work[rank] += loads[self.place_in(group, rank)]
+        return work
+
+    def place_in(self, group: Group, rank: int) -> int:
+        """Return the index of a rank in its own group that corresponds to another rank's group.
+
+        Args:
+            group: A group that begins at the first rank of a pipeline stage.
+            rank: A rank of that stage.
+
+        Returns:
+            The index. The rank's group runs along the same mesh dimensions as `group`.
+        """
+        return _place_in(group.ranks, rank, tuple(self.mesh.values()))
+
+
+def _place_in(ranks: tuple[int, ...], rank: int, sizes: tuple[int, ...]) -> int:
+    members = _as_set(ranks)
+    first = place = ranks[0]
+    remainder, stride = rank, math.prod(sizes)
+    for size in sizes:
+        stride //= size
+        coordinate, remainder = divmod(remainder, stride)
+        # The group extends along this dimension if it contains the next rank in it.
+        if size > 1 and first + stride in members:
+            place += coordinate * stride
+    return bisect.bisect_left(ranks, place)
+
+
+@functools.lru_cache(maxsize=64)
+def _as_set(ranks: tuple[int, ...]) -> frozenset[int]:
+    return frozenset(ranks)
 
 
 @contextmanager
 def simulate(
-    model: str | Path,
+    model: str | Path | nn.Module,
     recipe: RecipeLike,
     *,
-    mesh: Mapping[str, int],
+    mesh: Mapping[str, int] | MegatronMesh,
+    zero: int | None = None,
     built: Mapping[str, Any] | None = None,
     exchange: ExchangeLike = None,
 ) -> Iterator[Simulated]:
-    """Shard a model over a mesh and route it, without creating weights.
+    """Place a model on ranks and route it, without creating weights.
 
-    No process group may be open in this process. A fake one is open until the context ends.
+    For a mesh of FSDP2, tensor and expert parallelism, no process group may be open in this process; a fake one is open
+    until the context ends.
 
     Args:
-        model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
+        model: A preset, the path of a TOML file (see `symdist.tools.models.build`), or a module on the meta device.
         recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
-        mesh: The sizes by name of mesh dimension; see `symdist.tools.models.shard`.
+        mesh: The sizes by name of mesh dimension, see `symdist.tools.models.shard`; or the ranks of a Megatron job.
+        zero: A ZeRO stage (1, 2 or 3), whose partitions then hold the weights; the mesh has `dp_shard` only. None
+            (default) for FSDP2's shards.
         built: Further keyword arguments of `symdist.tools.models.build`. None by default.
         exchange: How matrices travel between ranks: `ExchangeOptions` or a mapping of its keys. None for the defaults.
 
@@ -152,7 +201,8 @@ def simulate(
         The simulated model.
 
     Raises:
-        ValueError: If `build`, `shard`, `route` or `SymDist` would refuse the model, recipe or mesh.
+        ValueError: If `build`, `shard`, `route` or `SymDist` would refuse the model, recipe or mesh, or for another
+            ZeRO stage or a stage with other mesh dimensions.
 
     Example:
         >>> counting = CountingTransport()
@@ -160,24 +210,89 @@ def simulate(
         ...     simulated.step(counting, rank=63)
         >>> counting.collectives, counting.sent
     """
+    module = model if isinstance(model, nn.Module) else build(model, device="meta", **(built or {}))
+    placed = functools.partial(Simulated, model=module, exchange=ExchangeOptions.of(exchange))
+    if isinstance(mesh, MegatronMesh):
+        groups, weights = megatron_weights(module, load_recipe(recipe), mesh)
+        yield placed(mesh=mesh.sizes, parallel=mesh.title, groups=groups, weights=weights)
+    elif zero is not None:
+        groups, weights = _zero_weights(module, recipe, stage=zero, mesh=mesh)
+        yield placed(mesh=mesh, parallel={f"ZeRO-{zero}": mesh["dp_shard"]}, groups=groups, weights=weights)
+    else:
+        with _fake_ranks(math.prod(mesh.values())):
+            grid = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
+            sharded = shard(cast("PreTrainedModel", module), grid, layouts_only=True)
+            groups = [with_defaults(group) for group in route(sharded, recipe)]
+            weights = _mesh_weights(groups, tuple(mesh.values()))
+            yield placed(mesh=mesh, parallel=mesh, groups=groups, weights=weights)
+
+
+@contextmanager
+def _fake_ranks(ranks: int) -> Iterator[None]:
     # Not a public class, but only this process group has a size without other processes.
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    ranks = math.prod(mesh.values())
     # Opening a process group replaces sys.excepthook, and closing it does not restore it.
     hook = sys.excepthook
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        grid = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
-        sharded = shard(build(model, device="meta", **(built or {})), grid, layouts_only=True)
-        groups = [with_defaults(group) for group in route(sharded, recipe)]
-        members = [
-            describe_param(parameter, name=name, index=i, group=group)
-            for i, group in enumerate(groups)
-            for name, parameter in zip(group["param_names"], group["params"], strict=True)
-        ]
-        plan = plan_params(members, exchange=ExchangeOptions.of(exchange))
-        yield Simulated(model=sharded, mesh=dict(mesh), groups=groups, members=members, plan=plan)
+        yield
     finally:
         dist.destroy_process_group()
         sys.excepthook = hook
+
+
+def _mesh_weights(groups: Sequence[Mapping[str, Any]], sizes: tuple[int, ...]) -> list[Weight]:
+    """Return the weights of groups of DTensors, and of plain tensors that every rank has."""
+
+    @functools.lru_cache(maxsize=64)
+    def at(layout: Layout, rank: int) -> Layout:
+        return layout if layout.group is None else layout.at(_place_in(layout.group.ranks, rank, sizes))
+
+    weights = []
+    for i, group in enumerate(groups):
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            layout = layout_of(parameter, name=name)
+            assert isinstance(layout, Layout)
+            weights.append(Weight(name=name, group=i, layout=functools.partial(at, layout)))
+    return weights
+
+
+def _zero_weights(
+    module: nn.Module, recipe: RecipeLike, *, stage: int, mesh: Mapping[str, int]
+) -> tuple[list[dict[str, Any]], list[Weight]]:
+    """Return the param groups and weights of a model in ZeRO partitions.
+
+    Stages 1 and 2 join all parameters with the same number of state tensors and the same schedule into one vector, and
+    divide that. Stage 3 divides each parameter.
+    """
+    if stage not in (1, 2, 3):
+        raise ValueError(f"zero={stage} must be a ZeRO stage that partitions something: 1, 2 or 3")
+    if set(mesh) != {"dp_shard"}:
+        raise ValueError(
+            f"zero={stage}: ZeRO partitions over data-parallel ranks only, but mesh is {dict(mesh)}; give dp=… only"
+        )
+    ranks = mesh["dp_shard"]
+    loaded = load_recipe(recipe)
+    routed = [with_defaults(group) for group in route(module, loaded)]
+    kinds = [loaded.kind_of(group["role"], group["rule"]) for group in routed]
+    order = list(dict.fromkeys(kinds))
+    # Sort the groups as an engine does: one vector after another.
+    groups = [group for kind in order for group, of_group in zip(routed, kinds, strict=True) if of_group == kind]
+    sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
+    if stage == 3:
+        bounds = {name: flat_bounds(0, size, part=-(-size // ranks), ranks=ranks) for name, size in sizes.items()}
+    else:
+        bounds = {}
+        for kind in order:
+            of_kind = {name for g, k in zip(routed, kinds, strict=True) if k == kind for name in g["param_names"]}
+            names = [name for name in sizes if name in of_kind]
+            vector = flat_vector([sizes[name] for name in names], ranks=ranks, align=_ALIGN)
+            bounds.update(zip(names, vector, strict=True))
+    weights = []
+    for i, group in enumerate(groups):
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            everyone = Group(ranks=tuple(range(ranks)), index=0)
+            for part, layout, _ in flat_parts(name, tuple(parameter.shape), group, bounds=bounds[name], ranks=everyone):
+                weights.append(Weight(name=part, group=i, layout=layout.at))
+    return groups, weights

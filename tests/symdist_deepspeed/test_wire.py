@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from symdist.exchange import CountingTransport
-from symdist.tools.simulate_flat import simulate_flat
+from symdist.tools.simulate import simulate
 from tests.ranks import Ranks
 from tests.symdist_deepspeed import language
 
@@ -16,7 +16,7 @@ Worlds = Callable[[int], Ranks]
 @pytest.mark.parametrize(("stage", "world"), [(1, 3), (2, 4), (3, 2), (3, 3)])
 def test_the_plan_is_what_is_sent(worlds: Worlds, stage: int, world: int, recipe: str) -> None:
     results = worlds(world).run(world, language.counted, language.config(stage, recipe))
-    with simulate_flat(language.meta_model(), recipe, stage=stage, ranks=world) as simulated:
+    with simulate(language.meta_model(), recipe, mesh={"dp_shard": world}, zero=stage) as simulated:
         for rank, log in enumerate(results):
             planned = CountingTransport()
             simulated.step(planned, rank=rank)

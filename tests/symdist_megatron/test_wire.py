@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 
+from symdist.exchange import CountingTransport
+from symdist.tools.megatron import MegatronMesh
+from symdist.tools.models import build
+from symdist.tools.simulate import simulate
 from tests.ranks import Ranks
 from tests.symdist_megatron.cases import recipe
 from tests.symdist_megatron.how import How
@@ -25,13 +29,47 @@ LAYOUTS: dict[str, How] = {
 }
 
 
-@pytest.mark.parametrize("case", [0, 3])
+def model_of(how: How) -> Any:
+    """The same model, as `transformers` has it."""
+    settings = {
+        "hidden_size": how.hidden,
+        "num_hidden_layers": how.layers,
+        "num_attention_heads": how.heads,
+        "num_key_value_heads": how.groups,
+        "head_dim": how.kv_channels,
+        "intermediate_size": how.ffn,
+        "moe_intermediate_size": how.ffn // 2,
+        "num_experts": how.experts,
+        "decoder_sparse_step": 2,
+        "tie_word_embeddings": how.tied,
+    }
+    return build("qwen3-moe-tiny", vocabulary=37, overrides=settings, device="meta")
+
+
+@pytest.mark.parametrize("case", [0, 1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_plan_is_what_is_sent(worlds: Worlds, layout: str, case: int) -> None:
-    found = worlds(4).run(4, COUNTED, LAYOUTS[layout], recipe(case), {"vocabulary": 37})
+    how = LAYOUTS[layout]
+    found = worlds(4).run(4, COUNTED, how, recipe(case), {"vocabulary": 37})
     for planned, started in found:
         assert planned == started
     assert all(started for _, started in found)
+    data = 4 // (how.tp * how.pp)
+    mesh = MegatronMesh(
+        tp=how.tp,
+        pp=how.pp,
+        ep=how.ep,
+        etp=how.etp,
+        dp=data,
+        distributed=how.distributed,
+        bucket=None,
+        vocabulary_multiple=how.vocabulary // how.tp,
+    )
+    with simulate(model_of(how), recipe(case), mesh=mesh) as simulated:
+        for rank, (_, started) in enumerate(found):
+            counting = CountingTransport()
+            simulated.step(counting, rank=rank)
+            assert [(moved.kind, moved.size, moved.sent) for moved in counting.log] == started
 
 
 @pytest.mark.parametrize("layout", ["tp2 dp2", "tp2 dp2, distributed"])

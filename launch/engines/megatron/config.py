@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.engines.megatron.shape import Shape, shape_of
 from launch.loop.config import Config
+from symdist.tools.megatron import MegatronMesh
 from symdist.tools.models import build
 
 
@@ -56,8 +57,19 @@ class MegatronRun(Config):
             )
 
     def simulated(self, ranks: int) -> dict[str, Any] | None:
-        """Return None, since only Megatron itself knows how it lays out its buffers."""
-        return None
+        """See `Config`."""
+        stage = ranks // self.pipeline_parallel
+        mesh = MegatronMesh(
+            tp=self.tensor_parallel,
+            pp=self.pipeline_parallel,
+            ep=self.expert_parallel,
+            etp=self.expert_tensor,
+            dp=stage // self.tensor_parallel,
+            distributed=self.distributed_optimizer,
+            bucket=0 if self.overlap else None,
+            vocabulary_multiple=self.make_vocab_size_divisible_by // self.tensor_parallel,
+        )
+        return {"mesh": mesh}
 
     @property
     def expert_tensor(self) -> int:

@@ -107,7 +107,8 @@ def kinds_of(
         dtype = travels_as(stack, exchange.communication_dtype)
         # In model order, so that the parameters of one wave are cut over many ranks and not all over the same few.
         for i in sorted(members):
-            layout = layouts[i]
+            # Equal layouts may be one object each, and large ones are slow to work with.
+            layout = stack.layout if layouts[i] == stack.layout else layouts[i]
             blocks, owner = layout.column_blocks, layout.sole_owner
             kind = kinds.setdefault(
                 (stack, blocks), Kind(stack=stack, name=names[i], column_blocks=blocks, dtype=dtype)

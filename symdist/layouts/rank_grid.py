@@ -1,4 +1,4 @@
-"""Find the ranks that hold a Megatron parameter: data-parallel ranks times tensor-parallel ranks."""
+"""Layouts of weights that tensor parallelism cuts into blocks; data-parallel ranks hold copies or ranges of these."""
 
 import functools
 from collections.abc import Sequence
@@ -7,7 +7,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from symdist.layouts import Grid, Group, ascending
+from symdist.layouts.flat import FlatLayout
+from symdist.layouts.grid import Grid, Group
+from symdist.layouts.groups import ascending
+from symdist.layouts.layout import Layout, blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,45 +49,50 @@ class RankGrid:
         index = {rank: i for i, rank in enumerate(self.everyone.ranks)}
         return tuple(index[rank] for column in self.columns for rank in column)
 
-
-@dataclass(frozen=True, kw_only=True)
-class RankGrids:
-    """The rank grids of dense parameters and of experts.
-
-    Attributes:
-        dense: The ranks of dense parameters.
-        expert: The ranks of experts.
-        expert_rank: This rank's index in its expert-parallel group.
-    """
-
-    dense: RankGrid
-    expert: RankGrid
-    expert_rank: int
-
-    def of(self, parameter: Any, *, expert: bool) -> RankGrid:
-        """Return the ranks that hold a parameter.
-
-        Without expert parallelism, Megatron reduces the gradients of experts over the same ranks as all others.
+    def copies(self, shape: tuple[int, ...], *, cut: int | None, sizes: Sequence[int], alone: bool = False) -> Layout:
+        """Return the layout of a tensor whose blocks are the same on all data-parallel ranks.
 
         Args:
-            parameter: The parameter.
-            expert: Whether it belongs to an expert.
+            shape: The whole tensor's shape.
+            cut: The dimension that tensor parallelism cuts; None if every rank holds the whole tensor.
+            sizes: The size of each tensor-parallel rank's block along `cut`.
+            alone: Whether other data-parallel ranks are to be left out. False by default.
 
         Returns:
-            Its rank grid.
+            The layout.
         """
-        return self.expert if expert and not getattr(parameter, "allreduce", True) else self.dense
+        grid = self.tensor_grid if alone else self.grid
+        if cut is None or grid is None:
+            return Layout(shape=shape, grid=grid)
+        return Layout(shape=shape, grid=grid, splits=(blocks(cut, sizes, axis=len(grid.sizes) - 1),))
 
-    def tensor_ranks(self, *, expert: bool) -> int:
-        """Return the number of ranks over which tensor parallelism cuts a matrix.
+    def ranges(
+        self, shape: tuple[int, ...], *, cut: int | None, sizes: Sequence[int], bounds: Sequence[Sequence[int]]
+    ) -> FlatLayout:
+        """Return the layout of a tensor whose blocks are cut into ranges of elements over the data-parallel ranks.
 
         Args:
-            expert: Whether the matrix belongs to an expert.
+            shape: The whole tensor's shape.
+            cut: As for `copies`.
+            sizes: As for `copies`.
+            bounds: For each tensor-parallel rank, the offsets in its block at which the ranges of its data-parallel
+                ranks meet; see `FlatLayout`. If `cut` is None, those of the first are taken.
 
         Returns:
-            The number of ranks.
+            The layout, which puts the memory of all tensor-parallel ranks one after another.
         """
-        return (self.expert if expert else self.dense).across.size
+        if cut is None:
+            return FlatLayout(shape=shape, group=self.data, bounds=tuple(bounds[0]))
+        joined = [0]
+        for of_block in bounds:
+            joined += [joined[-1] - of_block[0] + bound for bound in of_block[1:]]
+        return FlatLayout(
+            shape=shape,
+            group=self.everyone,
+            bounds=tuple(joined),
+            rank_order=self.rank_order,
+            column_blocks=tuple(sizes) if cut == 1 and len(shape) == 2 else (),
+        )
 
 
 def find_rank_grid(data: Any, across: Any) -> RankGrid:
@@ -108,7 +116,7 @@ def find_rank_grid(data: Any, across: Any) -> RankGrid:
     if len(set(ranks)) != data_group.size * tensor_group.size:
         raise ValueError(
             f"symdist: the data-parallel groups {columns} of tensor-parallel ranks {tensor_group.ranks} overlap or "
-            "differ in size; initialize Megatron's process groups so that they form a grid"
+            "differ in size; initialize the process groups so that they form a grid"
         )
     return RankGrid(data=data_group, across=tensor_group, columns=tuple(map(tuple, columns)))
 

@@ -1,6 +1,7 @@
 """Select parts of a parameter's memory, such as the q in a fused q, k and v, or the gates among gates and ups."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,23 @@ class StridedSlice:
             The number of elements.
         """
         return self._before(high) - self._before(low)
+
+    def bounds(self, of_part: Sequence[int], *, base: int, size: int, ranks: int) -> list[list[int]]:
+        """Return where the ranges of data-parallel ranks meet among the selected elements.
+
+        The stretches lie in the same place of the part of a parameter that each tensor-parallel rank holds.
+
+        Args:
+            of_part: The offsets at which the ranges meet in every part, from 0 to its end.
+            base: The offset in every part of the first stretch.
+            size: The number of elements of all stretches in a part.
+            ranks: The number of tensor-parallel ranks.
+
+        Returns:
+            For each tensor-parallel rank, the offsets, counted from the first selected element of the first rank on.
+        """
+        offsets = [min(max(bound - base, 0), size) for bound in of_part]
+        return [[self.between(0, rank * size + offset) for offset in offsets] for rank in range(ranks)]
 
     def parts(self, tensor: Tensor, *, at: int) -> list[Tensor]:
         """Return views of the selected elements of a vector.
