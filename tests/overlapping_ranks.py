@@ -63,6 +63,9 @@ class Slow:
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: list[int], sent: list[int], group: Group) -> Handle:
         return self._late().all_to_all(out, buffer, received=received, sent=sent, group=group)
 
+    def broadcast(self, buffer: Tensor, *, group: Group) -> Handle:
+        return self._late().broadcast(buffer, group=group)
+
 
 @functools.cache
 def mesh_of(lane: Lane) -> DeviceMesh | None:

@@ -51,6 +51,9 @@ class Recording:
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: Any, sent: Any, group: Group) -> Handle:
         return self._start("move")
 
+    def broadcast(self, buffer: Tensor, *, group: Group) -> Handle:
+        return self._start("broadcast")
+
 
 def owned(events: list[str], name: str) -> Task:
     """What an owner's job does: pieces there, a computation, the update back."""

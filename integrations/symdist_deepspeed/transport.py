@@ -76,6 +76,11 @@ class Staged:
         handle = self._inner.all_to_all(copy, staged, received=received, sent=sent, group=group)
         return _Staging(handle=handle, out=out, copy=copy)
 
+    def broadcast(self, buffer: Tensor, *, group: Group) -> "_Staging":
+        """See `Transport`."""
+        copy = buffer.to(self._device, copy=True)
+        return _Staging(handle=self._inner.broadcast(copy, group=group), out=buffer, copy=copy)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Staging:

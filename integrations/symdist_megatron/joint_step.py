@@ -11,6 +11,8 @@ from torch import Tensor
 from symdist.engines.agreement import gather, gather_unless_failed
 from symdist.engines.bound_tensors import BoundTensor
 from symdist.engines.external_state import ENGINE_STATE_NAMES, ExternalStateSymDist, slots
+from symdist.exchange import CountingTransport, Transport
+from symdist.layouts import ascending
 from symdist.layouts.rank_grid import RankGrid
 from symdist_megatron.layout import HeldRange, MatrixShard, shard_of
 from symdist_megatron.optimizer import MegatronSymDist
@@ -168,8 +170,18 @@ class JointStep:
         self._counted += 1
         for base in self._bases:
             base.count(self._counted)
-        self._tied_sync.agree()
+        self._tied_sync.agree(self.symdist.transport)
         return True
+
+    def trace_collectives(self) -> CountingTransport:
+        """Record the collectives of a step on this rank, without communicating.
+
+        Returns:
+            The transport that recorded them.
+        """
+        counting = self.symdist.trace_collectives()
+        self._tied_sync.agree(counting)
+        return counting
 
     def _bind(
         self, base: MegatronSymDist, item: OptimizedTensor, rank_grid: RankGrid, routed: Sequence[UnitAssignment]
@@ -235,10 +247,10 @@ class _TiedEmbeddingSync:
     """
 
     def __init__(self, bound: Sequence[_MegatronTensor], strategies: Mapping[str, str], group: Any):
-        self._group = group
         self._tensors: list[Tensor] = []
         if group is None or dist.get_world_size(group) == 1:
             return
+        self._group = ascending(group)
         shared = [tensor for tensor in bound if getattr(tensor.parameter, "shared_embedding", False)]
         summed = any(strategies[shard.name] != "local" for tensor in shared for shard in tensor.shards)
         sizes = [tensor.tensor.numel() for tensor in shared]
@@ -253,10 +265,10 @@ class _TiedEmbeddingSync:
             )
         self._tensors = [tensor.tensor for tensor in shared if tensor.tensor.numel()]
 
-    def agree(self) -> None:
+    def agree(self, transport: Transport) -> None:
         """Send the first stage's weights to the others."""
         for tensor in self._tensors:
-            dist.broadcast(tensor.detach(), src=dist.get_process_group_ranks(self._group)[0], group=self._group)
+            transport.broadcast(tensor.detach().view(-1), group=self._group).wait()
 
 
 def _agree_to_begin(failure: str | None, trains: bool) -> None:

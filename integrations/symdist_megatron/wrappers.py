@@ -187,7 +187,7 @@ class SymDistChain(ChainedOptimizer):
         Returns:
             The transport that recorded every collective in order, with the bytes it sends.
         """
-        return self.joint_step.symdist.trace_collectives()
+        return self.joint_step.trace_collectives()
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:

@@ -207,16 +207,22 @@ def megatron_weights(model: nn.Module, recipe: Recipe, mesh: MegatronMesh) -> tu
                 routed = {**routed, "padding_rows": padding}
             group_of.update(dict.fromkeys(routed["param_names"], len(groups)))
             groups.append(with_defaults(routed))
-    weights = [
-        Weight(
-            name=matrix.name,
-            group=group_of[matrix.name],
-            layout=functools.partial(_layout, mesh, parameter, matrix, bounds, groups[group_of[matrix.name]]),
-        )
-        for parameter, matrix, bounds in held
-    ]
-    order = list(dict.fromkeys(weight.group for weight in weights))
-    return groups, sorted(weights, key=lambda weight: order.index(weight.group))
+    weights = []
+    for stage in range(mesh.pp):
+        of_stage = [
+            Weight(
+                name=matrix.name,
+                group=group_of[matrix.name],
+                layout=functools.partial(_layout, mesh, parameter, matrix, bounds, groups[group_of[matrix.name]]),
+                copies=functools.partial(_copies, mesh) if parameter.alone else None,
+            )
+            for parameter, matrix, bounds in held
+            if parameter.stage == stage
+        ]
+        # One group after another, as they first occur on the stage.
+        order = list(dict.fromkeys(weight.group for weight in of_stage))
+        weights += sorted(of_stage, key=lambda weight: order.index(weight.group))
+    return groups, weights
 
 
 def _layout(
@@ -237,6 +243,13 @@ def _layout(
         low, high = (0, parameter.numel) if bounds is None else bounds[grid.data.index :][:2]
         return Layout(shape=(matrix.elements(grid, low, high)[1],))
     return matrix.layout(grid, bounds)
+
+
+def _copies(mesh: MegatronMesh, rank: int) -> Group:
+    """Return the ranks of the first and the last stage that hold the same piece of a tied embedding."""
+    stage = mesh.tp * mesh.dp
+    first = rank % stage
+    return Group(ranks=(first, first + (mesh.pp - 1) * stage), index=int(rank >= stage))
 
 
 @functools.lru_cache(maxsize=16)

@@ -127,7 +127,15 @@ class Simulated:
         if only is None and self.ranks > 1:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
             counting.all_reduce(torch.empty(FLAGS, device="meta"), group=everyone)
-        return dry_run(self.on_rank(rank), counting, change=lambda job: job if only is None else job.only(only))
+        plan = self.on_rank(rank)
+        work = dry_run(plan, counting, change=lambda job: job if only is None else job.only(only))
+        strategies = plan.strategies()
+        held = [(weight, layout) for weight in self.weights if (layout := weight.layout(rank)) is not None]
+        for i, (weight, layout) in enumerate(held):
+            if weight.copies is not None and strategies.get(i, "local") != "local" and (only is None or i in only):
+                # Sums on several stages may differ in the last digit, so the first stage sends its copy.
+                counting.broadcast(torch.empty(layout.local_shape, device="meta"), group=weight.copies(rank))
+        return work
 
     def work(self) -> list[float]:
         """Return the operations of every rank in a step.

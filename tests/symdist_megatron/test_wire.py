@@ -24,6 +24,9 @@ LAYOUTS: dict[str, How] = {
     "tp2 ep2": replace(HOW, tp=2, ep=2),
     "ep2 dp2, distributed": replace(HOW, ep=2, distributed=True),
     "pp2 dp2, distributed": replace(HOW, pp=2, distributed=True),
+    "pp2 dp2, tied": replace(HOW, pp=2, tied=True),
+    "pp2 tp2, tied": replace(HOW, pp=2, tp=2, etp=2, tied=True),
+    "pp2 dp2, tied, distributed": replace(HOW, pp=2, tied=True, distributed=True),
     "dp4": HOW,
     "dp4, distributed": replace(HOW, distributed=True),
 }

@@ -1,4 +1,4 @@
-"""The part of torch.distributed that an optimizer step uses: four asynchronous collectives on flat buffers.
+"""The part of torch.distributed that an optimizer step uses: five asynchronous collectives on flat buffers.
 
 `TorchTransport` runs the collectives. `CountingTransport` records them, and runs them only if it wraps another
 transport.
@@ -103,6 +103,17 @@ class Transport(Protocol):
             The handle to wait on.
         """
 
+    def broadcast(self, buffer: Tensor, *, group: Group) -> Handle:
+        """Replace `buffer` by that of the group's first rank.
+
+        Args:
+            buffer: `[n]`, overwritten on all other ranks.
+            group: The ranks that take part.
+
+        Returns:
+            The handle to wait on.
+        """
+
 
 class TorchTransport:
     """Runs the collectives with torch.distributed, on any backend.
@@ -151,6 +162,10 @@ class TorchTransport:
     def all_to_all(self, out: Tensor, buffer: Tensor, *, received: list[int], sent: list[int], group: Group) -> Handle:
         """See `Transport`."""
         return dist.all_to_all_single(out, buffer, received, sent, group=self._handle(group), async_op=True)
+
+    def broadcast(self, buffer: Tensor, *, group: Group) -> Handle:
+        """See `Transport`."""
+        return dist.broadcast(buffer, src=group.ranks[0], group=self._handle(group), async_op=True)
 
     def _handle(self, group: Group) -> dist.ProcessGroup:
         if group.ranks not in self._handles:
@@ -286,3 +301,8 @@ class CountingTransport:
         if self.inner is None:
             return _Done()
         return self.inner.all_to_all(out, buffer, received=received, sent=sent, group=group)
+
+    def broadcast(self, buffer: Tensor, *, group: Group) -> Handle:
+        """See `Transport`."""
+        self._record("broadcast", group, buffer.nbytes if group.index == 0 else 0)
+        return self.inner.broadcast(buffer, group=group) if self.inner else _Done()
