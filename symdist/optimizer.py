@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from symdist.assignment import Assignment, assignment
 from symdist.exchange import CountingTransport, Plan, StepProgress, Strategy, TorchTransport, Transport, dry_run
 from symdist.exchange.options import ExchangeLike, ExchangeOptions
-from symdist.gradients.nonfinite import FLAGS, NonFinite
+from symdist.gradients.nonfinite import FLAGS, NonFinite, share
 from symdist.gradients.ready import ready_gradients
 from symdist.layouts.groups import Ranks, group_of
 from symdist.param_groups import ParamGroup, as_groups, check_unchanged, defaults_for, read_group
@@ -265,9 +265,8 @@ class SymDist(torch.optim.Optimizer):
 
         Gradients that are placed differently from their weights would need further collectives.
         """
-        plan, counting, peers = self.plan(), CountingTransport(), self._planner.peers
-        if peers is not None and peers.size > 1:
-            counting.all_reduce(torch.empty(FLAGS, device="meta"), group=peers)
+        plan, counting = self.plan(), CountingTransport()
+        share(torch.empty(FLAGS, device="meta"), self._planner.peers, counting)
         dry_run(plan, counting)
         return counting
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import torch
+
 HardwareLike: TypeAlias = "Hardware | str"
 
 
@@ -14,8 +16,10 @@ class Hardware:
 
     Attributes:
         bandwidth: Bytes per second that it sends.
-        flops: Operations per second of the optimizer's float32 matrix products.
+        flops: Operations per second of matrix products in float32. In float64 they are taken to be half as fast.
         model_flops: Operations per second of forward and backward.
+        half_flops: Operations per second of the optimizer's matrix products in float16 and bfloat16; None (default) if
+            they are as fast as those in float32.
 
     Raises:
         ValueError: If a speed is not positive.
@@ -29,16 +33,33 @@ class Hardware:
     bandwidth: float
     flops: float
     model_flops: float
+    half_flops: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("bandwidth", "flops", "model_flops"):
-            if not getattr(self, name) > 0:
+        for name in ("bandwidth", "flops", "model_flops", "half_flops"):
+            if (name != "half_flops" or self.half_flops is not None) and not getattr(self, name) > 0:
                 raise ValueError(f"hardware: {name}={getattr(self, name)!r} must be positive")
 
     @property
     def flops_per_byte(self) -> float:
-        """The operations that a rank does in the time it takes to send one byte, by which strategies are chosen."""
+        """The float32 operations that a rank does in the time it takes to send one byte.
+
+        Strategies are chosen by it.
+        """
         return self.flops / self.bandwidth
+
+    def speed(self, dtype: torch.dtype) -> float:
+        """Return the operations per second of the optimizer's matrix products in a dtype.
+
+        Args:
+            dtype: The dtype of the matrices.
+
+        Returns:
+            The operations per second.
+        """
+        if dtype.itemsize < 4:
+            return self.half_flops or self.flops
+        return self.flops if dtype.itemsize == 4 else self.flops / 2
 
     @classmethod
     def of(cls, hardware: HardwareLike) -> Hardware:
@@ -61,12 +82,13 @@ class Hardware:
         return HARDWARE[hardware]
 
 
-# 0.9 of the makers' dense float32 peak, 0.4 of the bfloat16 peak: 67 and 989 Tflop/s (H100 and H200 SXM), 75 and 2,250
-# (B200), 163 and 1,307 (MI300X); one 400 Gb/s port for each. "cpu" is the order of one core with a fast loopback.
+# 0.9 of the makers' dense float32 peak, 0.4 of the bfloat16 peak for the model and 0.8 for large products alone: 67 and
+# 989 Tflop/s (H100 and H200 SXM), 75 and 2,250 (B200), 163 and 1,307 (MI300X); one 400 Gb/s port for each. "cpu" is the
+# order of one core with a fast loopback.
 HARDWARE = {
-    "h100": Hardware(bandwidth=50e9, flops=60e12, model_flops=400e12),
-    "h200": Hardware(bandwidth=50e9, flops=60e12, model_flops=400e12),
-    "b200": Hardware(bandwidth=50e9, flops=67e12, model_flops=900e12),
-    "mi300x": Hardware(bandwidth=50e9, flops=147e12, model_flops=520e12),
-    "cpu": Hardware(bandwidth=2e9, flops=50e9, model_flops=25e9),
+    "h100": Hardware(bandwidth=50e9, flops=60e12, model_flops=400e12, half_flops=800e12),
+    "h200": Hardware(bandwidth=50e9, flops=60e12, model_flops=400e12, half_flops=800e12),
+    "b200": Hardware(bandwidth=50e9, flops=67e12, model_flops=900e12, half_flops=1800e12),
+    "mi300x": Hardware(bandwidth=50e9, flops=147e12, model_flops=520e12, half_flops=1050e12),
+    "cpu": Hardware(bandwidth=2e9, flops=50e9, model_flops=25e9, half_flops=150e9),
 }

@@ -102,10 +102,21 @@ def agree(
     flags = torch.stack(
         [~_all_finite(gradients, device), *torch.tensor([elsewhere, has_gradient], device=device)]
     ).float()
-    if world is not None and world.size > 1:
-        transport.all_reduce(flags, group=world).wait()
+    share(flags, world, transport)
     broken, misplaced, present = flags.tolist()
     return Agreed(finite=not broken, elsewhere=bool(misplaced), any=bool(present))
+
+
+def share(flags: Tensor, world: Group | None, transport: Transport) -> None:
+    """Add up the flags of all ranks, in place; plans call it with empty ones.
+
+    Args:
+        flags: `[FLAGS]`.
+        world: The ranks that must agree; None if this rank trains alone.
+        transport: The transport that runs the all-reduce.
+    """
+    if world is not None and world.size > 1:
+        transport.all_reduce(flags, group=world).wait()
 
 
 def zeroed(gradient: Tensor) -> Tensor:

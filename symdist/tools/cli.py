@@ -79,6 +79,8 @@ class Plan:
     """Network bandwidth per rank, in GB/s, if not the hardware's."""
     tflops: float | None = None
     """Achieved speed of the optimizer's float32 matrix products, in Tflop/s, if not the hardware's."""
+    half_tflops: float | None = None
+    """Achieved speed of the optimizer's products in float16 and bfloat16, in Tflop/s, if not the hardware's."""
     model_tflops: float | None = None
     """Achieved speed of forward and backward, in Tflop/s, if not the hardware's."""
     tokens: int = 16384
@@ -104,6 +106,7 @@ class Plan:
             for name, value, scale in (
                 ("bandwidth", self.bandwidth, 1e9),
                 ("flops", self.tflops, 1e12),
+                ("half_flops", self.half_tflops, 1e12),
                 ("model_flops", self.model_tflops, 1e12),
             )
             if value is not None

@@ -10,14 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from torch.utils.flop_counter import FlopCounterMode
-
 from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Hardware, Stack
 from symdist.exchange.planning.costs import unit_cost, units_of
+from symdist.exchange.planning.operations import OperationCounter
 from symdist.layouts import FlatLayout, Layout
 from symdist.routing.recipes import RecipeLike
-from symdist.rules.linalg.orthonormal import OPERATIONS
 from symdist.tools.megatron import MegatronMesh
 from symdist.tools.models import active_parameters
 from symdist.tools.simulate import Simulated, simulate
@@ -37,12 +35,14 @@ class Costs:
         sent: Bytes the rank sends.
         collectives: The number of collectives it starts.
         flops: Operations of its matrix products and decompositions.
+        compute_seconds: The time that these take.
         peak_bytes: Bytes of temporary memory at the peak.
     """
 
     sent: float
     collectives: int
     flops: float
+    compute_seconds: float
     peak_bytes: int
 
 
@@ -255,9 +255,9 @@ def plan_step(
             mean_sent=sum(costs.sent for costs in costs_by_rank.values()) / len(costs_by_rank),
             waves=len(simulated.plan.waves),
             balance=max(work) / mean if mean else 1.0,
-            indivisible=simulated.plan.largest_unit / mean if mean else 1.0,
+            indivisible=simulated.plan.largest_unit(hardware) / mean if mean else 1.0,
             communication_seconds=busiest.sent / hardware.bandwidth,
-            compute_seconds=busiest.flops / hardware.flops,
+            compute_seconds=busiest.compute_seconds,
             model_seconds=6
             * active_parameters(cast("PreTrainedModel", simulated.model))
             * tokens
@@ -272,9 +272,15 @@ def plan_step(
 def _costs(simulated: Simulated, rank: int, only: set[int] | None = None) -> Costs:
     counting = CountingTransport()
     simulated.on_rank(rank)  # What planning takes is no part of the step.
-    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as flops:
+    with OperationCounter(simulated.exchange.hardware) as counted:
         peak = peak_bytes(lambda: simulated.step(counting, rank=rank, only=only), device="meta")
-    return Costs(sent=counting.sent, collectives=counting.collectives, flops=flops.get_total_flops(), peak_bytes=peak)
+    return Costs(
+        sent=counting.sent,
+        collectives=counting.collectives,
+        flops=counted.operations,
+        compute_seconds=counted.seconds,
+        peak_bytes=peak,
+    )
 
 
 def _most(costs: Iterable[Costs]) -> Costs:
@@ -283,6 +289,7 @@ def _most(costs: Iterable[Costs]) -> Costs:
         sent=max(cost.sent for cost in all_costs),
         collectives=max(cost.collectives for cost in all_costs),
         flops=max(cost.flops for cost in all_costs),
+        compute_seconds=max(cost.compute_seconds for cost in all_costs),
         peak_bytes=max(cost.peak_bytes for cost in all_costs),
     )
 
@@ -334,7 +341,7 @@ def _alternatives(simulated: Simulated, planned: Costs) -> list[Alternative]:
         shards = _num_shards(member.layout)
         role = simulated.groups[member.group]["role"]
         matrices += shards > 1
-        all_work += _unit_flops(member.stack) * units_of(member.stack)
+        all_work += _unit_flops(simulated, member.stack) * units_of(member.stack)
         gathered += math.prod(member.layout.shape) * 4 * (shards - 1) / shards
         if role not in ("embedding", "tied_embedding", "head", "router"):
             by_shape.setdefault((member.layout.shape, shards), []).append(member.stack)
@@ -342,7 +349,7 @@ def _alternatives(simulated: Simulated, planned: Costs) -> list[Alternative]:
         # Matrices go in batches of one per rank, the last batch padded, and travel in bfloat16 both ways.
         batches = -(-len(stacks) // shards)
         exchanged += 2 * batches * math.prod(shape) * 2 * (shards - 1) / shards
-        shared_work += batches * _unit_flops(stacks[0]) * units_of(stacks[0])
+        shared_work += batches * _unit_flops(simulated, stacks[0]) * units_of(stacks[0])
     return [
         Alternative(name="this plan", sent=planned.sent, collectives=planned.collectives, flops=planned.flops),
         Alternative(name="all-gather of every matrix", sent=gathered, collectives=matrices, flops=all_work),
@@ -361,6 +368,6 @@ def _num_shards(layout: Layout | FlatLayout) -> int:
     return layout.shard_group.size if layout.shard_group is not None else 1
 
 
-def _unit_flops(stack: Stack) -> float:
-    cost = unit_cost(stack)
+def _unit_flops(simulated: Simulated, stack: Stack) -> float:
+    cost = unit_cost(stack, hardware=simulated.exchange.hardware)
     return cost.flops + cost.root_flops

@@ -59,7 +59,8 @@ def summary(plan: StepPlan) -> list[str]:
         "role alone, on the rank that sends most; roles share collectives.",
         f"{plan.waves} waves. Work of the busiest rank over the mean: {plan.balance:.3f}; no assignment of whole "
         f"matrices can go below {max(1.0, plan.indivisible):.3f}.",
-        f"At {hardware.bandwidth / 1e9:g} GB/s, {hardware.flops / 1e12:g} Tflop/s (float32 products) and "
+        f"At {hardware.bandwidth / 1e9:g} GB/s, {hardware.flops / 1e12:g} Tflop/s (float32 products; "
+        f"{(hardware.half_flops or hardware.flops) / 1e12:g} in bfloat16) and "
         f"{hardware.model_flops / 1e12:g} Tflop/s achieved on {plan.tokens:,} tokens a data-parallel rank: "
         f"communication {milliseconds[0]}, compute {milliseconds[1]}, forward and backward {milliseconds[2]}; "
         f"the optimizer takes {plan.share:.1%} of a step if nothing overlaps.",

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Plan, dry_run
-from symdist.gradients.nonfinite import FLAGS
+from symdist.gradients.nonfinite import FLAGS, share
 from symdist.layouts import Group, Layout, layout_of
 from symdist.layouts.flat import flat_bounds, flat_vector
 from symdist.param_groups import with_defaults
@@ -124,9 +124,9 @@ class Simulated:
         Returns:
             The operations of every rank, by group.
         """
-        if only is None and self.ranks > 1:
+        if only is None:
             everyone = Group(ranks=tuple(range(self.ranks)), index=rank)
-            counting.all_reduce(torch.empty(FLAGS, device="meta"), group=everyone)
+            share(torch.empty(FLAGS, device="meta"), everyone, counting)
         plan = self.on_rank(rank)
         work = dry_run(plan, counting, change=lambda job: job if only is None else job.only(only))
         strategies = plan.strategies()

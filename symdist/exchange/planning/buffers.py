@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from symdist.exchange.execution.stack import Stack, Strategy
-from symdist.exchange.planning.costs import shard_cost, unit_cost, units_of
+from symdist.exchange.planning.costs import unit_cost, units_of
 from symdist.exchange.planning.kinds import Kind
 from symdist.layouts import FlatLayout, Layout
 
@@ -101,7 +101,7 @@ def held_for(
     whole = strategy == "owner" or (strategy == "local" and not layout.completed)
     in_place = strategy != "owner" and (strategy == "local" or layout.completed)
     rows = stack if whole else kind.in_place(layout)
-    cost = unit_cost(rows) if whole else shard_cost(rows, rows.layout.largest_shape, tuple(rows.cut))
+    cost = unit_cost(rows, hardware=kind.hardware) if whole else kind.cost_of(rows)
     elements = stack.numel / units_of(stack) if whole else math.prod(rows.layout.largest_shape)
     updated: Mapping[int, float] = layout.loads_of(owners) if strategy == "owner" else layout.loads
     numbers: dict[int, dict[Size, float]] = {}

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from symdist.diagnostics.memory import TensorWatch
 from symdist.exchange.collectives.grid_redistribution import canonical_shape
 from symdist.exchange.collectives.triangles import packed_size
 from symdist.exchange.execution.stack import Stack
+from symdist.exchange.hardware import Hardware
+from symdist.exchange.planning.operations import OperationCounter
 from symdist.matrix_views import View
 from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, StageSum
-from symdist.rules.linalg.orthonormal import OPERATIONS
 from symdist.rules.registry import MatrixAxis
 
 
@@ -23,10 +23,12 @@ from symdist.rules.registry import MatrixAxis
 class RuleCost:
     """The cost of a rule on one piece of a parameter.
 
+    Operations are those in float32 that take the same time.
+
     Attributes:
         summed: By axis, how many numbers are summed over the ranks along it; a Gram counts as its triangle.
-        flops: The floating-point operations without those of roots and QRs.
-        root_flops: The floating-point operations of roots and QRs, which one rank does for all.
+        flops: The operations without those of roots and QRs.
+        root_flops: The operations of roots and QRs, which one rank does for all.
         peak: How many numbers the rule holds at most at a time, besides what it is given; its result is among them.
             If axes are given, roots and QRs take no memory here, since another rank may do them.
         waiting: How many numbers it holds when it first asks other ranks.
@@ -39,45 +41,50 @@ class RuleCost:
     waiting: float
 
 
-def shard_cost(stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAxis] = ()) -> RuleCost:
+def shard_cost(
+    stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAxis] = (), *, hardware: Hardware
+) -> RuleCost:
     """Return the cost of a stack's rule on a stored piece.
 
     Args:
         stack: The stack whose rule is measured.
         shape: The shape of the stored piece.
         axes: The matrix axes along which other ranks hold the rest of the matrix; none by default.
+        hardware: The speeds by which operations in other dtypes are converted.
 
     Returns:
         The cost.
     """
     # The layout is not passed on, since the cache must not keep process groups alive.
     counts = stack.rows, stack.columns
-    return _measure(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes))
+    return _measure(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes), hardware)
 
 
-def unit_cost(stack: Stack) -> RuleCost:
+def unit_cost(stack: Stack, *, hardware: Hardware) -> RuleCost:
     """Return the cost of a stack's rule on one whole unit: an expert of a 3-D parameter, otherwise a whole parameter.
 
     Args:
         stack: The stack whose rule is measured.
+        hardware: As for `shard_cost`.
 
     Returns:
         The cost.
     """
     shape = stack.layout.shape
-    return shard_cost(stack, (1, *shape[1:]) if len(shape) == 3 else shape)
+    return shard_cost(stack, (1, *shape[1:]) if len(shape) == 3 else shape, hardware=hardware)
 
 
-def unit_flops(stack: Stack) -> float:
+def unit_flops(stack: Stack, *, hardware: Hardware) -> float:
     """Return the FLOPs of a stack's rule on one whole unit, including roots and QRs.
 
     Args:
         stack: The stack whose rule is measured.
+        hardware: As for `shard_cost`.
 
     Returns:
         The FLOPs, with one added per element.
     """
-    cost = unit_cost(stack)
+    cost = unit_cost(stack, hardware=hardware)
     # One FLOP per element is added, because even a rule without matrix products costs a pass over the elements.
     return cost.flops + cost.root_flops + math.prod(stack.layout.shape) / units_of(stack)
 
@@ -96,6 +103,7 @@ def _measure(
     dtype: torch.dtype,
     shape: tuple[int, ...],
     axes: frozenset[MatrixAxis],
+    hardware: Hardware,
 ) -> RuleCost:
     """Run a rule on a meta tensor of the given stored shape, and count what it computes and sums."""
     values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
@@ -113,7 +121,7 @@ def _measure(
                 request = running.send(answer)
             except StopIteration as stop:
                 return stop.value
-            before = counter.get_total_flops()
+            before = counter.seconds
             numbers = request.values.nbytes / dtype.itemsize if not isinstance(request, Root) else 0.0
             if isinstance(request, Root):
                 b, d = request.gram.shape[:2]
@@ -126,18 +134,18 @@ def _measure(
                 answer = InverseRoot(request.gram, norms=(norm, norm)).of_larger(request.unit)
             else:
                 answer = request.values if axes else request.answer_locally()
-            counted += counter.get_total_flops() - before
+            counted += counter.seconds - before
             # A residual-stage sum is shared by many matrices, so it is not counted for a single one.
             across = None if isinstance(request, StageSum) else request.across
             for axis in axes:
                 summed[axis] += numbers if across in (axis, "all") else 0
             waiting = waiting or watch.alive
 
-    with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter, TensorWatch("meta") as watch:
+    with OperationCounter(hardware) as counter, TensorWatch("meta") as watch:
         run_rule()
     return RuleCost(
         summed=summed,
-        flops=counter.get_total_flops() - counted,
+        flops=(counter.seconds - counted) * hardware.flops,
         root_flops=root_flops,
         peak=watch.peak / dtype.itemsize,
         waiting=waiting / dtype.itemsize,

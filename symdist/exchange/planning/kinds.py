@@ -14,7 +14,7 @@ import torch
 from symdist.exchange.execution.stack import Stack, Strategy, travels_as
 from symdist.exchange.hardware import Hardware
 from symdist.exchange.options import ExchangeOptions
-from symdist.exchange.planning.costs import shard_cost, unit_cost, units_of
+from symdist.exchange.planning.costs import RuleCost, shard_cost, unit_cost, units_of
 from symdist.layouts import FlatLayout, Group, Layout
 
 Members: TypeAlias = list[tuple[int, Layout | FlatLayout]]
@@ -32,6 +32,7 @@ class Kind:
         name: The name of the first parameter, for error messages.
         column_blocks: The widths of the blocks of columns that are stored one after another; empty without such blocks.
         dtype: The dtype in which matrices are sent.
+        hardware: The speeds of the ranks.
         whole: The parameters that are whole on one rank and updated there, unknown to all others.
         cut: All other parameters, which run as `strategy` says.
         sent: The parameters that are whole on one rank but run at an owner, to even out the load or for their stage.
@@ -43,6 +44,7 @@ class Kind:
     name: str
     column_blocks: tuple[int, ...]
     dtype: torch.dtype
+    hardware: Hardware
     whole: Members = field(default_factory=list)
     cut: Members = field(default_factory=list)
     sent: Members = field(default_factory=list)
@@ -80,7 +82,11 @@ class Kind:
             return True
         if rows.skip_zero_grad_rows and "columns" in rows.cut:
             return False
-        return not any(shard_cost(rows, rows.layout.largest_shape, tuple(rows.cut)).summed.values())
+        return not any(self.cost_of(rows).summed.values())
+
+    def cost_of(self, rows: Stack) -> RuleCost:
+        """Return the cost of the rule on the largest piece of a parameter that `in_place` has returned the stack of."""
+        return shard_cost(rows, rows.layout.largest_shape, tuple(rows.cut), hardware=self.hardware)
 
 
 def kinds_of(
@@ -96,7 +102,7 @@ def kinds_of(
         stacks: By stack, the indices of its parameters.
         names: The names of all parameters, by index.
         layouts: How all parameters are stored, by index.
-        exchange: Gives the dtype in which matrices are sent.
+        exchange: Gives the dtype in which matrices are sent, and the hardware.
 
     Returns:
         The kinds, in the order of the stacks; matrices that are whole on one rank are in its `whole`, or, if they
@@ -110,9 +116,11 @@ def kinds_of(
             # Equal layouts may be one object each, and large ones are slow to work with.
             layout = stack.layout if layouts[i] == stack.layout else layouts[i]
             blocks, owner = layout.column_blocks, layout.sole_owner
-            kind = kinds.setdefault(
-                (stack, blocks), Kind(stack=stack, name=names[i], column_blocks=blocks, dtype=dtype)
-            )
+            if (stack, blocks) not in kinds:
+                kinds[stack, blocks] = Kind(
+                    stack=stack, name=names[i], column_blocks=blocks, dtype=dtype, hardware=exchange.hardware
+                )
+            kind = kinds[stack, blocks]
             if owner is None or blocks:
                 kind.cut.append((i, layout))
             elif stack.coupled:
@@ -145,12 +153,11 @@ def possible_strategies(kind: Kind) -> list[Strategy]:
     return [*strategies, "owner"] if kind.group is not None else strategies
 
 
-def choose_strategy(kind: Kind, hardware: Hardware) -> Strategy:
+def choose_strategy(kind: Kind) -> Strategy:
     """Return the strategy that the user chose, or the cheapest possible one if that is "auto".
 
     Args:
         kind: The parameters.
-        hardware: The speeds by which strategies are compared.
 
     Returns:
         The strategy of the parameters in `cut`; "local" if there are none.
@@ -172,10 +179,10 @@ def choose_strategy(kind: Kind, hardware: Hardware) -> Strategy:
         )
     if len(possible) == 1 or all(kind.alone(layout) for _, layout in kind.cut):
         return possible[0]
-    return possible[0] if _cost_in_place(kind, hardware) <= _cost_at_owners(kind, hardware) else "owner"
+    return possible[0] if _cost_in_place(kind) <= _cost_at_owners(kind) else "owner"
 
 
-def _cost_in_place(kind: Kind, hardware: Hardware) -> float:
+def _cost_in_place(kind: Kind) -> float:
     """Return the cost in bytes: the sums over the ranks, and the FLOPs converted to bytes.
 
     It is that of any rank: sums run over all ranks, whether or not they hold the matrix.
@@ -183,7 +190,7 @@ def _cost_in_place(kind: Kind, hardware: Hardware) -> float:
     total = 0.0
     for layout, count in Counter(layout for _, layout in kind.cut).items():
         rows = kind.in_place(layout)
-        cost = shard_cost(rows, rows.layout.largest_shape, tuple(rows.cut))
+        cost = kind.cost_of(rows)
         total += sum(
             2 * count * cost.summed[axis] * (group.size - 1) / group.size * rows.dtype.itemsize
             for axis, group in rows.cut.items()
@@ -191,24 +198,24 @@ def _cost_in_place(kind: Kind, hardware: Hardware) -> float:
         ranks = max((group.size for group in rows.cut.values()), default=1)
         matrices = count * rows.view.count
         roots = cost.root_flops * count * -(-matrices // ranks) / matrices
-        total += (count * cost.flops + roots) / hardware.flops_per_byte
+        total += (count * cost.flops + roots) / kind.hardware.flops_per_byte
     return total
 
 
-def _cost_at_owners(kind: Kind, hardware: Hardware) -> float:
+def _cost_at_owners(kind: Kind) -> float:
     """Return the cost of the busiest rank in bytes.
 
     It adds up its pieces that are sent to owners, the updates it sends to every copy of what it owns, and its FLOPs
     converted to bytes.
     """
-    cost = unit_cost(kind.stack)
+    cost = unit_cost(kind.stack, hardware=kind.hardware)
     costs: dict[int, float] = {}
     for layout, count in Counter(layout for _, layout in kind.cut).items():
         units = count * layout.units
         owned = -(-units // len(layout.candidates))
         # If there are fewer units than candidates, only the first few candidates own one.
         owners = set(layout.candidates[:units])
-        work = units_of(kind.stack) / layout.units * (cost.flops + cost.root_flops) / hardware.flops_per_byte
+        work = units_of(kind.stack) / layout.units * (cost.flops + cost.root_flops) / kind.hardware.flops_per_byte
         size = kind.stack.numel / layout.units
         copies = layout.num_replicas
         for rank, held in layout.held.items():

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 
 from symdist.exchange.collectives.balance import balance
-from symdist.exchange.hardware import Hardware
 from symdist.exchange.planning.costs import unit_cost, unit_flops, units_of
 from symdist.exchange.planning.kinds import Kind
 from symdist.layouts import FlatLayout, Group, Layout
@@ -39,7 +38,7 @@ def work_in_place(kinds: Sequence[Kind]) -> Work:
                 loads[rank] += unit
         if kind.strategy == "owner":
             continue
-        cost = unit_cost(kind.stack)
+        cost = unit_cost(kind.stack, hardware=kind.hardware)
         roots = cost.root_flops if kind.strategy == "local" else 0.0
         flops = units_of(kind.stack) * (cost.flops + roots) / kind.stack.numel
         for layout, count in Counter(layout for _, layout in kind.cut).items():
@@ -48,7 +47,7 @@ def work_in_place(kinds: Sequence[Kind]) -> Work:
     return work
 
 
-def lighten(kinds: Sequence[Kind], work: Work, hardware: Hardware) -> None:
+def lighten(kinds: Sequence[Kind], work: Work) -> None:
     """Move whole matrices from the busiest ranks to the least loaded ones, if sending them costs less than their work.
 
     Partitions have equal numbers of elements but not equal work: a rank that holds only an embedding has almost none.
@@ -56,11 +55,10 @@ def lighten(kinds: Sequence[Kind], work: Work, hardware: Hardware) -> None:
     Args:
         kinds: The parameters; what is moved goes from `whole` to `sent`, with its new owner in `owners`.
         work: The work of the ranks, updated in place.
-        hardware: The speeds by which sending and work are compared.
     """
     by_group: dict[Group, dict[int, list[_Movable]]] = {}
     for kind in kinds:
-        sent = 2 * kind.fields * kind.stack.numel * kind.stack.dtype.itemsize * hardware.flops_per_byte
+        sent = 2 * kind.fields * kind.stack.numel * kind.stack.dtype.itemsize * kind.hardware.flops_per_byte
         if kind.group is None or kind.stack.requested_strategy != "auto" or _work(kind) <= 4 * sent:
             continue
         for i, layout in kind.whole:
@@ -125,4 +123,4 @@ def choose_owners(kinds: Sequence[Kind], work: Work) -> None:
 
 def _work(kind: Kind) -> float:
     """Return the FLOPs of the rule on a whole parameter, including all its units."""
-    return units_of(kind.stack) * unit_flops(kind.stack)
+    return units_of(kind.stack) * unit_flops(kind.stack, hardware=kind.hardware)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from symdist.exchange.collectives.residual_sums import StagePlan, StageSlot
 from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.stack import Stack, Strategy
+from symdist.exchange.hardware import Hardware
 from symdist.exchange.options import ExchangeOptions
 from symdist.exchange.planning.buffers import peak_of
 from symdist.exchange.planning.costs import unit_flops
@@ -39,10 +40,14 @@ class Plan:
         """All jobs: first the local ones, then those of each wave."""
         return self.local + [job for wave in self.waves for job in wave]
 
-    @property
-    def largest_unit(self) -> float:
-        """The FLOPs of the costliest unit that one rank must update by itself; 0 if there is none."""
-        return max((unit_flops(job.stack) for job in self.jobs if job.strategy != "reduce"), default=0.0)
+    def largest_unit(self, hardware: Hardware) -> float:
+        """Return the FLOPs of the costliest unit that one rank must update by itself; 0 if there is none.
+
+        Args:
+            hardware: The speeds of the ranks.
+        """
+        stacks = {job.stack for job in self.jobs if job.strategy != "reduce"}
+        return max((unit_flops(stack, hardware=hardware) for stack in stacks), default=0.0)
 
     @property
     def peak_bytes(self) -> float:
@@ -100,9 +105,9 @@ def make_plan(
     stage_plan = StagePlan.cut(stages or {}, sizes, budget=budget)
     kinds = kinds_of(stacks, names=names, layouts=layouts, exchange=exchange)
     for kind in kinds:
-        kind.strategy = choose_strategy(kind, exchange.hardware)
+        kind.strategy = choose_strategy(kind)
     work = work_in_place(kinds)
-    lighten(kinds, work, exchange.hardware)
+    lighten(kinds, work)
     choose_owners(kinds, work)
     jobs = [job for kind in kinds for job in jobs_of(kind, budget=budget, stages=stage_plan)]
     local = [job for job in jobs if job.strategy == "local" and not job.stages]
