@@ -1,19 +1,18 @@
 """Answers Gather and Scatter requests with one all-to-all for all requests: pieces to owners, and updates back."""
 
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from symdist.exchange.collectives.gather_scatter import Gather, Scatter
-from symdist.exchange.collectives.transport import Transport
+from symdist.exchange.collectives.transport import Handle, Transport
 from symdist.layouts import Group
 
 
 def answer_gathers(
     requests: Sequence[Gather], *, group: Group, transport: Transport
-) -> Generator[Any, None, list[list[Tensor]]]:
+) -> Generator[Handle, None, list[list[Tensor]]]:
     """Send pieces to their owners and put the matrices together there: the answer to Gather requests.
 
     This is a generator: it yields the handle of the all-to-all, and its caller resumes it once the wait on that handle
@@ -52,7 +51,7 @@ def answer_gathers(
 
 def answer_scatters(
     requests: Sequence[Scatter], *, group: Group, transport: Transport
-) -> Generator[Any, None, list[list[list[Tensor]]]]:
+) -> Generator[Handle, None, list[list[list[Tensor]]]]:
     """Send every rank its pieces of the updates that the owners computed: the answer to Scatter requests.
 
     This is a generator like `answer_gathers`. All ranks of `group` must call it, with the requests of the same jobs in
@@ -111,7 +110,7 @@ def _all_to_all(
     like: Tensor,
     group: Group,
     transport: Transport,
-) -> Generator[Any, None, list[dict[int, Tensor]]]:
+) -> Generator[Handle, None, list[dict[int, Tensor]]]:
     """Run one all-to-all for several requests.
 
     Args:

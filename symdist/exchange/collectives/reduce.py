@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from symdist.exchange.collectives.balance import balance
-from symdist.exchange.collectives.transport import Transport
+from symdist.exchange.collectives.transport import Handle, Transport
 from symdist.exchange.collectives.triangles import pack, packed_size, unpack
 from symdist.layouts import Group
 from symdist.rules import InverseRoot, Orthonormal, Root, Sum, inverse_root
@@ -21,7 +21,9 @@ from symdist.rules.linalg.orthonormal import orthonormal
 _PADDING = 1.25
 
 
-def answer_sums(requests: Sequence[Sum], *, group: Group, transport: Transport) -> Generator[Any, None, list[Tensor]]:
+def answer_sums(
+    requests: Sequence[Sum], *, group: Group, transport: Transport
+) -> Generator[Handle, None, list[Tensor]]:
     """Answer Sum requests with one all-reduce.
 
     This is a generator: it yields the handle of the all-reduce, and its caller resumes it once the wait on that handle
@@ -118,7 +120,7 @@ class _OrthonormalWork:
 
 def answer_shared(
     requests: Sequence[Root | Orthonormal], *, group: Group, transport: Transport, loads: list[float] | None = None
-) -> Generator[Any, None, list[Any]]:
+) -> Generator[Handle, None, list[Any]]:
     """Answer Root and Orthonormal requests, with each matrix processed on only one rank.
 
     A reduce-scatter sums the matrices, each rank processes those it owns, and an all-gather distributes the results.
@@ -234,7 +236,7 @@ def _slots(sizes: list[int], owners: list[int], ranks: int, *, aligned: bool) ->
 
 def _to_owners(
     chunk: Tensor, slots: _Slots, *, group: Group, transport: Transport
-) -> Generator[Any, None, dict[int, Tensor]]:
+) -> Generator[Handle, None, dict[int, Tensor]]:
     """Return the complete units that this rank owns, by unit, from the summed chunks of all ranks."""
     me, base = group.index, group.index * slots.chunk
     if slots.aligned:
@@ -260,7 +262,7 @@ def _to_owners(
 
 def _from_owners(
     answers: dict[int, Tensor], slots: _Slots, *, like: Tensor, group: Group, transport: Transport
-) -> Generator[Any, None, Tensor]:
+) -> Generator[Handle, None, Tensor]:
     """Return this rank's chunk of the answers, from the answers that all owners computed."""
     me, base = group.index, group.index * slots.chunk
     chunk = like.new_zeros(slots.chunk)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from symdist.exchange.collectives.reduce import answer_shared, answer_sums
-from symdist.exchange.collectives.transport import Transport
+from symdist.exchange.collectives.transport import Handle, Transport
 from symdist.layouts import Group
 from symdist.rules import Orthonormal, Places, StageSum, Sum, relayed
 
@@ -181,7 +181,7 @@ def answer_stages(
     group: Group | None,
     transport: Transport,
     loads: list[float] | None = None,
-) -> Generator[Any, None, list[Tensor]]:
+) -> Generator[Handle, None, list[Tensor]]:
     """Sum each residual stage over this rank's matrices, then over the ranks.
 
     If the requests ask for it, each sum is also orthonormalised, by one rank. This is a generator: it yields the handle

@@ -18,7 +18,6 @@ from symdist.exchange.execution.stack import (
     Stack,
     Strategy,
     WriteOutputs,
-    answered_locally,
     observed,
     run_rule,
 )
@@ -177,7 +176,7 @@ class Job:
                 batch.members,
                 self._ranks_a_report,
             )
-            results.append((yield from answered_locally(running) if self.alone else running))
+            results.append((yield from running))
         fields = 1 + stack.masked + len(stack.state_names)
         return [way.unstacked([result[i] for result in results], like=stack.like) for i in range(fields)]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from symdist.exchange.collectives.residual_sums import StageContribution, StageRequest, shared
+from symdist.exchange.collectives.residual_sums import StageContribution, shared
 from symdist.layouts import Group, Layout
 from symdist.matrix_views import SplitKind, View
 from symdist.rules import Matrix, Rule, Sum, relayed
@@ -203,22 +203,6 @@ def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.d
         The dtype.
     """
     return stack.dtype if communication_dtype is None or stack.state_names else communication_dtype
-
-
-def answered_locally(running: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-    """Wrap a rule that runs on whole matrices: all its requests except residual-stage sums are answered on this rank.
-
-    Args:
-        running: The running rule.
-
-    Returns:
-        The wrapped rule, which yields nothing but residual-stage sums.
-    """
-
-    def relay(request: Any) -> Generator[Any, Any, Any]:
-        return (yield request) if isinstance(request, StageRequest) else request.answer_locally()
-
-    return relayed(running, relay)
 
 
 def observed(
