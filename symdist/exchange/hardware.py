@@ -20,6 +20,7 @@ class Hardware:
         model_flops: Operations per second of forward and backward.
         half_flops: Operations per second of the optimizer's matrix products in float16 and bfloat16; None (default) if
             they are as fast as those in float32.
+        latency: Seconds that a collective takes even if it moves nothing; 20 µs by default.
 
     Raises:
         ValueError: If a speed is not positive.
@@ -34,11 +35,14 @@ class Hardware:
     flops: float
     model_flops: float
     half_flops: float | None = None
+    latency: float = 20e-6
 
     def __post_init__(self) -> None:
         for name in ("bandwidth", "flops", "model_flops", "half_flops"):
             if (name != "half_flops" or self.half_flops is not None) and not getattr(self, name) > 0:
                 raise ValueError(f"hardware: {name}={getattr(self, name)!r} must be positive")
+        if not self.latency >= 0:
+            raise ValueError(f"hardware: latency={self.latency!r} must not be negative")
 
     @property
     def flops_per_byte(self) -> float:
@@ -90,5 +94,5 @@ HARDWARE = {
     "h200": Hardware(bandwidth=50e9, flops=60e12, model_flops=400e12, half_flops=800e12),
     "b200": Hardware(bandwidth=50e9, flops=67e12, model_flops=900e12, half_flops=1800e12),
     "mi300x": Hardware(bandwidth=50e9, flops=147e12, model_flops=520e12, half_flops=1050e12),
-    "cpu": Hardware(bandwidth=2e9, flops=50e9, model_flops=25e9, half_flops=150e9),
+    "cpu": Hardware(bandwidth=2e9, flops=50e9, model_flops=25e9, half_flops=150e9, latency=200e-6),
 }

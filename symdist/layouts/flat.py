@@ -275,6 +275,22 @@ def runs_of_rows(layout: Layout) -> tuple[Range, ...]:
     return tuple(sorted(runs, key=lambda run: run[1]))
 
 
+def rows_of_team(layout: Layout, team: int) -> tuple[Range, ...]:
+    """Return the ranges of elements that the ranks of a team hold of a matrix.
+
+    Args:
+        layout: A layout that cuts the rows over the ranks of every team.
+        team: The number of the team.
+
+    Returns:
+        The ranges with the ranks that hold them, in order of offset.
+    """
+    width = math.prod(layout.shape[1:])
+    (split,) = layout.splits
+    first = team * len(split.ranges)
+    return tuple((first + i, a * width, b * width) for i, (a, b) in enumerate(split.ranges))
+
+
 def flat_vector(sizes: list[int], *, ranks: int, align: int = 1) -> list[tuple[int, ...]]:
     """Compute the bounds of tensors that lie one after another in a vector divided equally among ranks.
 

@@ -256,7 +256,7 @@ def plan_step(
             waves=len(simulated.plan.waves),
             balance=max(work) / mean if mean else 1.0,
             indivisible=simulated.plan.largest_unit(hardware) / mean if mean else 1.0,
-            communication_seconds=busiest.sent / hardware.bandwidth,
+            communication_seconds=busiest.sent / hardware.bandwidth + busiest.collectives * hardware.latency,
             compute_seconds=busiest.compute_seconds,
             model_seconds=6
             * active_parameters(cast("PreTrainedModel", simulated.model))

@@ -145,7 +145,11 @@ class Simulated:
         work = [0.0] * self.ranks
         stage = self.ranks // self.mesh.get("pp", 1)
         for first in range(0, self.ranks, stage):
+            # What a team does counts for its members already, roots included.
+            teams = {job.stack.layout.shard_group for job in self.on_rank(first).jobs if job.team}
             for group, loads in self.step(CountingTransport(), rank=first).items():
+                if group in teams:
+                    continue
                 for rank in range(first, first + stage):
                     work[rank] += loads[self.place_in(group, rank)]
         return work

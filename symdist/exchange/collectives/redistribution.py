@@ -9,7 +9,7 @@ from symdist.exchange.collectives.flat_redistribution import FlatRedistribution,
 from symdist.exchange.collectives.gather_scatter import Batch, Redistribution
 from symdist.exchange.collectives.grid_redistribution import GridRedistribution
 from symdist.layouts import FlatLayout, Layout
-from symdist.layouts.flat import runs_of_rows
+from symdist.layouts.flat import rows_of_team, runs_of_rows
 
 
 class InPlace:
@@ -80,6 +80,7 @@ def redistribution_of(
     by_place: bool,
     travels: bool,
     column_blocks: tuple[int, ...],
+    team: bool = False,
 ) -> Redistribution:
     """Return the redistribution of parameters of one shape.
 
@@ -87,12 +88,13 @@ def redistribution_of(
         stored: How the parameters are stored; those of flat layouts alone may be none.
         compute: How the matrices are cut while the rule runs.
         strategy: Where the rule runs: "local", "reduce" or "owner".
-        owners: For strategy "owner", the group index of every unit's owner.
+        owners: For strategy "owner", the owner of every unit: the group index of a rank, or the number of a team.
         multiple: How many consecutive rows must stay together.
         together: Whether all that this rank updates is one batch, as where its rule asks other ranks.
         by_place: Whether it matters at which row a piece starts.
         travels: Whether any rank sends anything to complete rows or matrices.
         column_blocks: The widths of the column blocks in which flat matrices are stored, if they are.
+        team: Whether owners are teams of ranks, over which `compute` cuts a unit; False by default.
 
     Returns:
         The redistribution.
@@ -101,9 +103,13 @@ def redistribution_of(
     if strategy == "local" or (strategy == "reduce" and stored and not flat):
         return InPlace(compute, stored)
     if stored and not flat:
-        return GridRedistribution(compute, count=len(stored), owners=owners)
+        layout = next(layout for layout in stored if isinstance(layout, Layout))
+        return GridRedistribution(layout, count=len(stored), owners=owners, team=compute if team else None)
     assert compute.group is not None
-    if strategy == "owner":
+    if team:
+        want = [rows_of_team(compute, owner) for owner in owners]
+        box = compute.box
+    elif strategy == "owner":
         want = [owned_by(owner, layout.shape) for owner, layout in zip(owners, flat, strict=True)]
         box = tuple(map(range, compute.shape))
     else:

@@ -31,7 +31,7 @@ class Job:
     With strategy "local" each matrix is whole where it is stored, or the layout's cuts run between matrices. With
     "reduce", matrices stay cut, and the rule's sums run over ranks; rows that are cut are first completed on one rank
     each, and if the rule needs nothing from other rows, it then runs `alone`. With "owner", each unit is put together
-    on its owner. A unit is an expert or a whole parameter.
+    on its owner: one rank, or a team of ranks with a block each. A unit is an expert or a whole parameter.
 
     Attributes:
         stack: What the parameters have in common. Its layout is that of the matrices while the rule runs.
@@ -41,7 +41,10 @@ class Job:
         layouts: How `members` are stored.
         strategy: Where the rule runs: "local", "reduce" or "owner".
         alone: Whether each matrix, or each row, is updated by a single rank that asks no other.
-        owners: For strategy "owner", the group index of every unit's owner; the units of the first member come first.
+        owners: For strategy "owner", the owner of every unit: the group index of a rank, or the number of a team. The
+            units of the first member come first.
+        team: Whether owners are teams of ranks, over which the stack's layout cuts units: the rule then runs as with
+            "reduce" within each team. False by default.
         multiple: How many consecutive rows must stay together; 1 by default.
         travels: Whether any rank sends anything to complete rows or matrices of flat layouts; True by default.
         column_blocks: The widths of the blocks of columns that flat matrices are stored in, one after another; empty if
@@ -58,6 +61,7 @@ class Job:
     strategy: Strategy
     alone: bool
     owners: tuple[int, ...] = ()
+    team: bool = False
     multiple: int = 1
     travels: bool = True
     column_blocks: tuple[int, ...] = ()
@@ -75,6 +79,7 @@ class Job:
             owners=self.owners,
             multiple=self.multiple,
             together=not self.alone or bool(self.stages),
+            team=self.team,
             by_place=self.stack.padding_rows > 0,
             travels=self.travels,
             column_blocks=self.column_blocks,
@@ -83,7 +88,7 @@ class Job:
     @property
     def along(self) -> dict[str, Group]:
         """The axes along which the rule's sums run, and their ranks; empty unless matrices stay cut."""
-        splits = self.stack.splits if self.strategy == "reduce" and not self.alone else {}
+        splits = self.stack.splits if (self.strategy == "reduce" or self.team) and not self.alone else {}
         return {axis: group for axis, group in splits.items() if axis != "batch"}
 
     @property
@@ -166,8 +171,8 @@ class Job:
         stack, way = self.stack, self.redistribution
         results: list[list[Tensor]] = []
         for i, batch in enumerate(way.batches):
-            # A rank that owns no matrix still takes part in residual-stage sums.
-            if not (batch.members or self.stages):
+            # A rank that owns no matrix still takes part in residual-stage sums; and a team, in the rounds of others.
+            if not (batch.members or self.stages or self.team):
                 continue
             pieces = [way.stacked(field, i) for field in assembled]
             running = observed(
@@ -194,6 +199,10 @@ class Job:
         """How many ranks each report of a root stands for, so that a matrix counts for the whole group."""
         if self.alone and self.stack.layout.group is not None:
             return self.stack.layout.group.size
+        if self.team and self.stack.layout.group is not None and self.stack.layout.shard_group is not None:
+            # Each rank of a team reports the same root, unless they have different heads.
+            reports = 1 if "batch" in self.stack.splits else self.stack.layout.shard_group.size
+            return self.stack.layout.group.size // reports
         # All ranks with a part of a matrix report its root.
         batch = self.stack.splits.get("batch")
         return 1 if batch is None else batch.size

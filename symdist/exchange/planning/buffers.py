@@ -104,6 +104,9 @@ def held_for(
     cost = unit_cost(rows, hardware=kind.hardware) if whole else kind.cost_of(rows)
     elements = stack.numel / units_of(stack) if whole else math.prod(rows.layout.largest_shape)
     updated: Mapping[int, float] = layout.loads_of(owners) if strategy == "owner" else layout.loads
+    if kind.team is not None and strategy == "owner" and not layout.completed:
+        ranks = kind.team_size
+        updated = {owner * ranks + i: share / ranks for owner, share in updated.items() for i in range(ranks)}
     numbers: dict[int, dict[Size, float]] = {}
     for key in {**layout.loads, **updated}:
         held, size = layout.loads.get(key, 0), updated.get(key, 0.0)

@@ -5,7 +5,7 @@ Costs are those of the busiest rank, in the time it takes to send one byte, sinc
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -15,7 +15,11 @@ from symdist.exchange.execution.stack import Stack, Strategy, travels_as
 from symdist.exchange.hardware import Hardware
 from symdist.exchange.options import ExchangeOptions
 from symdist.exchange.planning.costs import RuleCost, shard_cost, unit_cost, units_of
-from symdist.layouts import FlatLayout, Group, Layout
+from symdist.layouts import FlatLayout, Grid, Group, Layout
+from symdist.layouts.layout import blocks
+
+_ROUNDS = 6
+"""The collectives that a rule needs to run by sums: at least one for sums, and four for roots of few matrices."""
 
 Members: TypeAlias = list[tuple[int, Layout | FlatLayout]]
 """Parameters, by their indices in the optimizer's list, with the layouts they are stored in."""
@@ -37,7 +41,8 @@ class Kind:
         cut: All other parameters, which run as `strategy` says.
         sent: The parameters that are whole on one rank but run at an owner, to even out the load or for their stage.
         strategy: Where `cut` runs.
-        owners: The owners of the units of each parameter, by parameter index.
+        team: The layout of a unit over teams of ranks, if teams own the units of `cut`; otherwise None.
+        owners: The owners of the units of each parameter, by parameter index: ranks, or the numbers of teams.
     """
 
     stack: Stack
@@ -49,6 +54,7 @@ class Kind:
     cut: Members = field(default_factory=list)
     sent: Members = field(default_factory=list)
     strategy: Strategy = "local"
+    team: Layout | None = None
     owners: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
@@ -68,6 +74,71 @@ class Kind:
     def fields(self) -> int:
         """How many tensors of a matrix go to its owner and back: the direction, and what the rule remembers."""
         return 1 + len(self.stack.state_names)
+
+    @property
+    def team_size(self) -> int:
+        """The number of ranks that own a unit together."""
+        return 1 if self.team is None or self.team.shard_group is None else self.team.shard_group.size
+
+    @property
+    def in_team(self) -> Stack:
+        """The stack as its rule runs within a team, or at a single owner."""
+        return self.stack if self.team is None else dataclasses.replace(self.stack, layout=self.team)
+
+    def possible_teams(self, sizes: Sequence[int]) -> Iterator[Layout]:
+        """Yield the layouts by which teams can own units.
+
+        Args:
+            sizes: The numbers of ranks that a team may have; each divides the number of ranks.
+
+        Yields:
+            Layouts that cut a unit's rows or columns over each team.
+        """
+        group, shape = self.group, self.stack.layout.shape
+        if group is None or len(shape) < 2 or self.column_blocks or self.stack.coupled:
+            return
+        flat = not all(layout.completed for _, layout in self.cut)
+        multiple = self.stack.view.unit if self.stack.view.kind not in ("as_stored", "transposed") else 1
+        for size in sizes:
+            for dim in (len(shape) - 2, len(shape) - 1):
+                count, rest = divmod(shape[dim] // multiple, size)
+                # Ranges of elements are whole rows.
+                if not count or shape[dim] % multiple or (flat and dim > 0):
+                    continue
+                grid = Grid(
+                    sizes=(group.size // size, size),
+                    ranks=group.ranks,
+                    position=group.index,
+                    handles=(group.handle, group.handle),
+                )
+                widths = [(count + (i < rest)) * multiple for i in range(size)]
+                team = Layout(shape=shape, grid=grid, splits=(blocks(dim, widths, axis=1),))
+                stack = dataclasses.replace(self.stack, layout=team)
+                if "unaligned" not in stack.splits and set(stack.cut) <= set(stack.admitted):
+                    yield team
+
+    def time_at_owner(self, team: Layout | None) -> float:
+        """Return the seconds that a unit takes its owner: pieces come, the rule runs, updates go.
+
+        Args:
+            team: The layout over a team that owns it; None for a single rank.
+        """
+        hardware, stack = self.hardware, self.stack
+        layout = self.cut[0][1] if self.cut else self.sent[0][1]
+        size = 1 if team is None or team.shard_group is None else team.shard_group.size
+        # What it sends; the pieces come at the same time.
+        sent = self.fields * stack.numel / layout.units / size * layout.num_replicas * self.dtype.itemsize
+        if team is None:
+            cost = unit_cost(stack, hardware=hardware)
+            flops = units_of(stack) / layout.units * (cost.flops + cost.root_flops)
+            return sent / hardware.bandwidth + flops / hardware.flops
+        rows = dataclasses.replace(stack, layout=team)
+        cost = shard_cost(rows, (1, *team.largest_shape[-2:])[-len(team.shape) :], tuple(rows.cut), hardware=hardware)
+        sums = 2 * sum(cost.summed.values()) * (size - 1) / size * stack.dtype.itemsize
+        matrices = max(1, stack.view.count // layout.units)
+        roots = cost.root_flops * (-(-matrices // size) / matrices if rows.cut else 1.0)
+        rounds = _ROUNDS * hardware.latency if rows.cut else 0.0
+        return (sent + sums) / hardware.bandwidth + (cost.flops + roots) / hardware.flops + rounds
 
     def in_place(self, layout: Layout | FlatLayout) -> Stack:
         """Return the stack as its rule runs on a parameter where it is stored, once cut rows are completed."""

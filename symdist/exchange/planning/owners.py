@@ -14,6 +14,9 @@ Work = dict[Group, list[float]]
 _EVEN = 1.02
 """`lighten` stops when the load of the busiest rank is at most this many times the mean."""
 
+_FALL = 0.9
+"""Teams are formed if they bring the time of the busiest rank to this share or less."""
+
 
 def work_in_place(kinds: Sequence[Kind]) -> Work:
     """Return the work of the ranks on all matrices for which the rank is known before owners are chosen.
@@ -88,6 +91,38 @@ def lighten(kinds: Sequence[Kind], work: Work) -> None:
 _Movable = tuple[float, int, Kind, Layout | FlatLayout]
 
 
+def form_teams(kinds: Sequence[Kind], work: Work) -> None:
+    """Let teams of ranks own units where there are fewer units than ranks and one unit takes most of the time.
+
+    A team cuts a unit into blocks, and runs the rule on them by sums, as with strategy "reduce". Teams are formed if
+    the time of the busiest rank falls by a tenth or more.
+
+    Args:
+        kinds: The parameters, with their strategies; `team` is filled in.
+        work: The work of the ranks so far.
+    """
+    by_group: dict[Group, list[Kind]] = {}
+    for kind in kinds:
+        if kind.strategy == "owner" and kind.group is not None:
+            by_group.setdefault(kind.group, []).append(kind)
+    for group, owned in by_group.items():
+        most = group.size // sum(layout.units for kind in owned for _, layout in [*kind.cut, *kind.sent])
+        sizes = [size for size in (2**i for i in range(1, most.bit_length())) if group.size % size == 0]
+        alone = {id(kind): kind.time_at_owner(None) for kind in owned}
+        best: dict[int, tuple[float, Layout | None]] = {id(kind): (alone[id(kind)], None) for kind in owned}
+        for kind in owned:
+            for team in kind.possible_teams(sizes):
+                best[id(kind)] = min(best[id(kind)], (kind.time_at_owner(team), team), key=lambda timed: timed[0])
+        fixed = max(work[group]) / owned[0].hardware.flops
+        before, after = (fixed + max(times) for times in (alone.values(), [time for time, _ in best.values()]))
+        if after > _FALL * before:
+            continue
+        for kind in owned:
+            # Only those that a single rank would be slower at than the busiest rank now is.
+            if fixed + alone[id(kind)] > after:
+                kind.team = best[id(kind)][1]
+
+
 def choose_owners(kinds: Sequence[Kind], work: Work) -> None:
     """Choose the owner of every unit of the parameters that run at owners.
 
@@ -95,7 +130,7 @@ def choose_owners(kinds: Sequence[Kind], work: Work) -> None:
     are thus assigned to ranks in turn, so that each wave is balanced about as well as the whole step.
 
     Args:
-        kinds: The parameters, with their strategies; their `owners` are filled in.
+        kinds: The parameters, with their strategies and teams; their `owners` are filled in.
         work: The work of the ranks, updated in place.
     """
     by_group: dict[Group, list[tuple[float, Kind, int, Layout | FlatLayout]]] = {}
@@ -109,16 +144,30 @@ def choose_owners(kinds: Sequence[Kind], work: Work) -> None:
         loads = work[group]
         anywhere: list[tuple[float, Kind, int, Layout | FlatLayout]] = []
         for unit in sorted(units, key=lambda unit: -unit[0]):
-            cost, kind, i, layout = unit
-            if 2 * len(layout.candidates) > group.size:
+            _, kind, i, layout = unit
+            size = kind.team_size
+            if size == 1 and 2 * len(layout.candidates) > group.size:
                 anywhere.append(unit)
                 continue
-            owner = min(layout.candidates, key=lambda rank: (loads[rank], rank))
-            loads[owner] += cost
+            candidates = layout.candidates if size == 1 else range(group.size // size)
+            owner = min(candidates, key=lambda owner: (max(loads[owner * size : (owner + 1) * size]), owner))
+            _add_unit(kind, layout, loads, range(owner * size, (owner + 1) * size))
             kind.owners[i] = (*kind.owners.get(i, ()), owner)
         parts = balance([cost for cost, *_ in anywhere], parts=group.size, loads=loads)
         for (_, kind, i, _), part in zip(anywhere, parts, strict=True):
             kind.owners[i] = (*kind.owners.get(i, ()), part)
+
+
+def _add_unit(kind: Kind, layout: Layout | FlatLayout, loads: list[float], ranks: range) -> None:
+    """Add a unit to the loads of its owner; of a team, only one rank takes the root of each matrix."""
+    cost = unit_cost(kind.stack, hardware=kind.hardware)
+    share = units_of(kind.stack) / layout.units
+    matrices = len(ranks) if kind.team is None or not kind.in_team.cut else kind.stack.view.count // layout.units
+    roots = share * cost.root_flops
+    for rank in ranks:
+        loads[rank] += (_work(kind) / layout.units - roots) / len(ranks)
+    for _ in range(matrices):
+        loads[min(ranks, key=loads.__getitem__)] += roots / matrices
 
 
 def _work(kind: Kind) -> float:

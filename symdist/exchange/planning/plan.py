@@ -15,7 +15,7 @@ from symdist.exchange.options import ExchangeOptions
 from symdist.exchange.planning.buffers import peak_of
 from symdist.exchange.planning.costs import unit_flops
 from symdist.exchange.planning.kinds import choose_strategy, kinds_of
-from symdist.exchange.planning.owners import choose_owners, lighten, work_in_place
+from symdist.exchange.planning.owners import choose_owners, form_teams, lighten, work_in_place
 from symdist.exchange.planning.waves import jobs_of, waves_of
 from symdist.layouts import FlatLayout, Group, Layout
 
@@ -108,6 +108,7 @@ def make_plan(
         kind.strategy = choose_strategy(kind)
     work = work_in_place(kinds)
     lighten(kinds, work)
+    form_teams(kinds, work)
     choose_owners(kinds, work)
     jobs = [job for kind in kinds for job in jobs_of(kind, budget=budget, stages=stage_plan)]
     local = [job for job in jobs if job.strategy == "local" and not job.stages]

@@ -24,8 +24,11 @@ def jobs_of(kind: Kind, *, budget: float, stages: StagePlan) -> list[Job]:
     """
     whole = [(i, layout) for i, layout in kind.whole if layout.takes_part()]
     jobs = _jobs(kind, whole, "local", kind.stack, budget=budget, stages=stages)
-    owned = [*kind.sent, *(kind.cut if kind.strategy == "owner" else [])]
-    jobs += _jobs(kind, owned, "owner", kind.stack, budget=budget, stages=stages)
+    together = kind.cut if kind.strategy == "owner" else []
+    if kind.team is not None:
+        jobs += _jobs(kind, together, "owner", kind.in_team, budget=budget, stages=stages, alone=False)
+        together = []
+    jobs += _jobs(kind, [*kind.sent, *together], "owner", kind.stack, budget=budget, stages=stages)
     if kind.strategy != "owner":
         alone = [(i, layout) for i, layout in kind.cut if kind.alone(layout)]
         jobs += _jobs(kind, alone, kind.strategy, kind.stack, budget=budget, stages=stages)
@@ -68,6 +71,7 @@ def _jobs(
                     layouts=tuple(layout for _, layout in here),
                     strategy=strategy,
                     alone=alone,
+                    team=strategy == "owner" and not alone,
                     owners=tuple(itertools.chain.from_iterable(owners[i] for i, _ in here)),
                     multiple=multiple,
                     travels=strategy == "owner" or any(layout.cuts_rows(multiple) for _, layout in everyone),
