@@ -22,6 +22,7 @@ from symdist import SymDist, build_optimizer, route
 from symdist.routing.recipes import load, load_recipe, parse_overrides, recipe_names
 from symdist.rules import get_rule, registry, rule_names
 from symdist.tools.cli import Plan, Route, _parse
+from symdist.tools.megatron import MegatronMesh
 from symdist.tools.models import build, names
 from symdist.tools.plan import parse_mesh
 from tests import docs_ranks, sharded
@@ -284,7 +285,7 @@ def check_symdist(words: list[str]) -> None:
         assert command.model in names()
         assert load_recipe(command.recipe).adjusted(lr=command.lr, overrides=parse_overrides(command.override))
     if isinstance(command, Plan):
-        assert parse_mesh(command.mesh)
+        assert parse_mesh(command.mesh) if command.mesh else MegatronMesh.parse(command.megatron)
 
 
 def check_module(words: list[str]) -> None:

@@ -186,12 +186,28 @@ def test_the_command_writes_what_it_shows(tmp_path: Path, capsys: pytest.Capture
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_products_in_bfloat16_are_timed_at_their_own_speed() -> None:
+    hardware = Hardware(bandwidth=1e9, flops=1e9, model_flops=1e9, half_flops=4e9)
+    found = [
+        plan_step(
+            "olmoe-tiny",
+            {"matrix": {"rule": "muon", "lr": 0.1, "precision": precision}, "default": {"rule": "adamw", "lr": 0.1}},
+            mesh={"dp_shard": 4},
+            exchange={"hardware": hardware},
+        ).busiest
+        for precision in ("float32", "bfloat16")
+    ]
+    assert found[0].compute_seconds == pytest.approx(found[0].flops / 1e9)
+    assert found[1].compute_seconds == pytest.approx(found[1].flops / 4e9)
+
+
 @pytest.mark.parametrize("extra", ["", " --no-distributed-optimizer"])
 def test_a_megatron_job_is_planned_by_its_sizes(extra: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(f"plan --model qwen3-moe-tiny --megatron tp=2,pp=2,ep=2,etp=1,dp=4{extra}".split())
     shown = capsys.readouterr().out
     assert "qwen3-moe-tiny, recipe small-moe, tp 2 × pp 2 × ep 2 × etp 1 × dp 4" in shown
     assert "the most of all ranks" in shown
+    assert "for what its pipeline stage has" in shown
 
 
 @pytest.mark.parametrize(

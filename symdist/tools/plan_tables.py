@@ -51,15 +51,17 @@ def summary(plan: StepPlan) -> list[str]:
     """
     hardware = plan.hardware
     ranks = "all ranks" if plan.looked_at == plan.ranks else f"{plan.looked_at} of {plan.ranks:,} ranks looked at"
+    stage = ", for what its pipeline stage has" if plan.mesh.get("pp", 1) > 1 else ""
     milliseconds = [
         f"{seconds * 1e3:,.2f} ms" for seconds in (plan.communication_seconds, plan.compute_seconds, plan.model_seconds)
     ]
     return [
         f"The step's row is the most of {ranks}; they send {in_bytes(plan.mean_sent)} on average. A role's row is that "
-        "role alone, on the rank that sends most; roles share collectives.",
-        f"{plan.waves} waves. Work of the busiest rank over the mean: {plan.balance:.3f}; no assignment of whole "
-        f"matrices can go below {max(1.0, plan.indivisible):.3f}.",
-        f"At {hardware.bandwidth / 1e9:g} GB/s, {hardware.flops / 1e12:g} Tflop/s (float32 products; "
+        f"role alone, on the rank that sends most{stage}; roles share collectives.",
+        f"{plan.waves} waves. Work of the busiest rank over the mean: {plan.balance:.3f}; if single ranks own all "
+        f"matrices, it cannot go below {max(1.0, plan.indivisible):.3f}.",
+        f"At {hardware.bandwidth / 1e9:g} GB/s and {hardware.latency * 1e6:g} µs a collective, "
+        f"{hardware.flops / 1e12:g} Tflop/s (float32 products; "
         f"{(hardware.half_flops or hardware.flops) / 1e12:g} in bfloat16) and "
         f"{hardware.model_flops / 1e12:g} Tflop/s achieved on {plan.tokens:,} tokens a data-parallel rank: "
         f"communication {milliseconds[0]}, compute {milliseconds[1]}, forward and backward {milliseconds[2]}; "

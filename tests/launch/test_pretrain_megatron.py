@@ -12,6 +12,7 @@ import pytest
 from launch.engines.megatron import entry
 from launch.engines.megatron.config import MegatronRun
 from launch.loop.config import parse_as
+from launch.loop.dry_run import dry_run
 from symdist.tools.report import report
 from symdist.tools.run_log import read_run
 from tests.launch.runs import ROOT, finished, lines, options, stop, trained, validated, warm, write_corpus
@@ -208,6 +209,19 @@ def test_configs_are_for_two_nodes_of_eight() -> None:
     assert told["olmoe"].batch * told["olmoe"].sequence == 163_840
     assert told["gpt-oss"].batch * told["gpt-oss"].sequence == 65_536
     assert (told["olmoe"].steps, told["gpt-oss"].steps) == (30_000, 60_000)
+
+
+def test_a_dry_run_shows_the_plan_of_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NNODES", "1")
+    monkeypatch.setenv("NPROC", "8")
+    options = "--model qwen3-moe-tiny --recipe olmoe --tensor-parallel 2 --pipeline-parallel 2 --expert-parallel 2"
+    dry_run(parse_as(MegatronRun, [*options.split(), "--expert-tensor-parallel", "1", "--output", str(tmp_path / "r")]))
+    shown = capsys.readouterr().out
+    assert "model.layers.*.self_attn.q_proj.weight" in shown
+    assert "tp 2 × pp 2 × ep 2 × etp 1 × dp 2" in shown
+    assert "nothing was started" in shown
 
 
 def test_configs_become_megatrons() -> None:

@@ -170,3 +170,19 @@ def peak_of(waves: Sequence[Sequence[Held]], local: Sequence[Held]) -> float:
         peaks.append(after["out"] + before["back"] + max(wave["joined"], wave["updated"] + rule, wave["back"]))
         peaks.append(after["out"] + before["home"] + wave["back"])
     return max(peaks)
+
+
+def coupled_bytes(stack: Stack) -> float:
+    """Return about how many bytes a parameter of a residual stage holds on a rank while it is under way.
+
+    They are its share of the weight, and of what its stage sends out and gets back.
+
+    Args:
+        stack: The parameter's stack.
+
+    Returns:
+        The bytes.
+    """
+    ranks = 1 if stack.layout.group is None else stack.layout.group.size
+    share = 8.0 * (1 + len(stack.state_names)) * stack.numel / ranks
+    return (share + 4.0 * stack.rows * min(stack.rows, stack.columns)) * stack.dtype.itemsize

@@ -155,6 +155,19 @@ class Kind:
             return False
         return not any(self.cost_of(rows).summed.values())
 
+    @property
+    def summed_bytes(self) -> float:
+        """What any rank sends for the sums of the parameters in `cut`, if these run in place."""
+        total = 0.0
+        for layout, count in Counter(layout for _, layout in self.cut).items():
+            rows = self.in_place(layout)
+            summed = self.cost_of(rows).summed
+            total += sum(
+                2 * count * summed[axis] * (group.size - 1) / group.size * rows.dtype.itemsize
+                for axis, group in rows.cut.items()
+            )
+        return total
+
     def cost_of(self, rows: Stack) -> RuleCost:
         """Return the cost of the rule on the largest piece of a parameter that `in_place` has returned the stack of."""
         return shard_cost(rows, rows.layout.largest_shape, tuple(rows.cut), hardware=self.hardware)
@@ -258,14 +271,10 @@ def _cost_in_place(kind: Kind) -> float:
 
     It is that of any rank: sums run over all ranks, whether or not they hold the matrix.
     """
-    total = 0.0
+    total = kind.summed_bytes
     for layout, count in Counter(layout for _, layout in kind.cut).items():
         rows = kind.in_place(layout)
         cost = kind.cost_of(rows)
-        total += sum(
-            2 * count * cost.summed[axis] * (group.size - 1) / group.size * rows.dtype.itemsize
-            for axis, group in rows.cut.items()
-        )
         ranks = max((group.size for group in rows.cut.values()), default=1)
         matrices = count * rows.view.count
         roots = cost.root_flops * count * -(-matrices // ranks) / matrices

@@ -113,7 +113,7 @@ def form_teams(kinds: Sequence[Kind], work: Work) -> None:
         for kind in owned:
             for team in kind.possible_teams(sizes):
                 best[id(kind)] = min(best[id(kind)], (kind.time_at_owner(team), team), key=lambda timed: timed[0])
-        fixed = max(work[group]) / owned[0].hardware.flops
+        fixed = max(work[group]) / owned[0].hardware.flops + _sent(kinds, group)
         before, after = (fixed + max(times) for times in (alone.values(), [time for time, _ in best.values()]))
         if after > _FALL * before:
             continue
@@ -121,6 +121,19 @@ def form_teams(kinds: Sequence[Kind], work: Work) -> None:
             # Only those that a single rank would be slower at than the busiest rank now is.
             if fixed + alone[id(kind)] > after:
                 kind.team = best[id(kind)][1]
+
+
+def _sent(kinds: Sequence[Kind], group: Group) -> float:
+    """Return the seconds that a rank sends sums, and its pieces to owners."""
+    seconds = 0.0
+    for kind in kinds:
+        if kind.group == group:
+            # Of blocks, the busiest rank holds the largest; ranges even out over all parameters.
+            held = sum(layout.loads[0] if layout.completed else kind.stack.numel / group.size for _, layout in kind.cut)
+            pieces = kind.fields * held * kind.dtype.itemsize
+            sent = pieces if kind.strategy == "owner" else kind.summed_bytes if kind.strategy == "reduce" else 0.0
+            seconds += sent / kind.hardware.bandwidth
+    return seconds
 
 
 def choose_owners(kinds: Sequence[Kind], work: Work) -> None:
@@ -153,9 +166,13 @@ def choose_owners(kinds: Sequence[Kind], work: Work) -> None:
             owner = min(candidates, key=lambda owner: (max(loads[owner * size : (owner + 1) * size]), owner))
             _add_unit(kind, layout, loads, range(owner * size, (owner + 1) * size))
             kind.owners[i] = (*kind.owners.get(i, ()), owner)
-        parts = balance([cost for cost, *_ in anywhere], parts=group.size, loads=loads)
-        for (_, kind, i, _), part in zip(anywhere, parts, strict=True):
+        # Roots of sums go to the least loaded ranks during the step, so room is left for them.
+        roots = [root for kind in kinds if kind.group == group for root in _roots(kind)]
+        parts = balance([*(cost for cost, *_ in anywhere), *roots], parts=group.size, loads=loads)
+        for (_, kind, i, _), part in zip(anywhere, parts, strict=False):
             kind.owners[i] = (*kind.owners.get(i, ()), part)
+        for root, part in zip(roots, parts[len(anywhere) :], strict=True):
+            loads[part] -= root
 
 
 def _add_unit(kind: Kind, layout: Layout | FlatLayout, loads: list[float], ranks: range) -> None:
@@ -168,6 +185,19 @@ def _add_unit(kind: Kind, layout: Layout | FlatLayout, loads: list[float], ranks
         loads[rank] += (_work(kind) / layout.units - roots) / len(ranks)
     for _ in range(matrices):
         loads[min(ranks, key=loads.__getitem__)] += roots / matrices
+
+
+def _roots(kind: Kind) -> list[float]:
+    """Return the FLOPs of every root that the ranks of the group take for all, each on one of them."""
+    if kind.strategy != "reduce":
+        return []
+    roots = []
+    for layout, count in Counter(layout for _, layout in kind.cut).items():
+        rows = kind.in_place(layout)
+        if kind.group in rows.cut.values():
+            matrices = count * kind.stack.view.count
+            roots += [count * kind.cost_of(rows).root_flops / matrices] * matrices
+    return [root for root in roots if root]
 
 
 def _work(kind: Kind) -> float:

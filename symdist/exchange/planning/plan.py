@@ -3,7 +3,6 @@
 Costs are those of the busiest rank, since all others wait for it.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +11,7 @@ from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.stack import Stack, Strategy
 from symdist.exchange.hardware import Hardware
 from symdist.exchange.options import ExchangeOptions
-from symdist.exchange.planning.buffers import peak_of
+from symdist.exchange.planning.buffers import coupled_bytes, peak_of
 from symdist.exchange.planning.costs import unit_flops
 from symdist.exchange.planning.kinds import choose_strategy, kinds_of
 from symdist.exchange.planning.owners import choose_owners, form_teams, lighten, work_in_place
@@ -101,7 +100,7 @@ def make_plan(
     # Half of the bound for each wave, since waves overlap: besides the wave being computed, the next one is being sent
     # out while the previous one is being sent back.
     budget = exchange.bucket_bytes // 2
-    sizes = {i: _coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
+    sizes = {i: coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
     stage_plan = StagePlan.cut(stages or {}, sizes, budget=budget)
     kinds = kinds_of(stacks, names=names, layouts=layouts, exchange=exchange)
     for kind in kinds:
@@ -114,13 +113,3 @@ def make_plan(
     local = [job for job in jobs if job.strategy == "local" and not job.stages]
     others = [job for job in jobs if job.strategy != "local" or job.stages]
     return Plan(local=local, waves=waves_of(others, budget=budget, stages=stage_plan), work=work)
-
-
-def _coupled_bytes(stack: Stack) -> float:
-    """Return about how many bytes a parameter of a residual stage holds on a rank while it is under way.
-
-    They are its share of the weight, and of what its stage sends out and gets back.
-    """
-    ranks = 1 if stack.layout.group is None else stack.layout.group.size
-    share = 8.0 * (1 + len(stack.state_names)) * math.prod(stack.layout.shape) / ranks
-    return (share + 4.0 * stack.rows * min(stack.rows, stack.columns)) * stack.dtype.itemsize
