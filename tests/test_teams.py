@@ -40,11 +40,9 @@ def test_a_team_gets_the_result_of_one_process(many: Ranks, case: str, way: str)
     assert distance(case, in_blocks(many, way)[case][0]) < 1e-9
 
 
-def test_teams_of_every_size_were_formed(many: Ranks) -> None:
-    sizes = {way: set().union(*(sizes for _, sizes in in_blocks(many, way).values())) for way in LAYOUTS}
-    assert {4, 8} <= sizes["shard1 on 8"] | sizes["shard0 on 4"]
-    assert 2 in sizes["shard0 on 6"]
-    assert sizes["replicated on 3"] == {1}
+def test_teams_were_formed(many: Ranks) -> None:
+    sizes = {size for _, of_case in in_blocks(many, "shard0 on 4").values() for size in of_case}
+    assert sizes == {1, 2, 4}
 
 
 @pytest.mark.parametrize("case", FLAT)

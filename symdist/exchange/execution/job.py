@@ -1,8 +1,8 @@
 """A job: parameters of one stack that run together with one strategy, from where they are stored to there and back."""
 
 import functools
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class Job:
         travels: Whether any rank sends anything to complete rows or matrices of flat layouts; True by default.
         column_blocks: The widths of the blocks of columns that flat matrices are stored in, one after another; empty if
             they are stored without such blocks.
-        held: How many bytes the busiest rank holds for the job, by phase; see `planning.buffers`. Empty by default.
+        weigh: Returns how many bytes the busiest rank holds for the job, by phase; see `planning.buffers`. By default,
+            it returns nothing.
         communication_dtype: The dtype in which pieces are sent.
         stages: The residual stages of `everyone`, if their rule couples the matrices of a stage; otherwise empty.
     """
@@ -65,7 +66,7 @@ class Job:
     multiple: int = 1
     travels: bool = True
     column_blocks: tuple[int, ...] = ()
-    held: Mapping[str, float] = field(default_factory=dict)
+    weigh: Callable[[], Mapping[str, float]] = dict
     communication_dtype: torch.dtype = torch.float32
     stages: tuple[StageSlot, ...] = ()
 
@@ -84,6 +85,11 @@ class Job:
             travels=self.travels,
             column_blocks=self.column_blocks,
         )
+
+    @functools.cached_property
+    def held(self) -> Mapping[str, float]:
+        """What `weigh` returns."""
+        return self.weigh()
 
     @property
     def along(self) -> dict[str, Group]:

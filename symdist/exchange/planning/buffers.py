@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from symdist.exchange.execution.stack import Stack, Strategy
-from symdist.exchange.planning.costs import unit_cost, units_of
+from symdist.exchange.planning.costs import shard_memory, unit_shape
 from symdist.exchange.planning.kinds import Kind
 from symdist.layouts import FlatLayout, Layout
 
@@ -101,8 +101,10 @@ def held_for(
     whole = strategy == "owner" or (strategy == "local" and not layout.completed)
     in_place = strategy != "owner" and (strategy == "local" or layout.completed)
     rows = stack if whole else kind.in_place(layout)
-    cost = unit_cost(rows, hardware=kind.hardware) if whole else kind.cost_of(rows)
-    elements = stack.numel / units_of(stack) if whole else math.prod(rows.layout.largest_shape)
+    shape = unit_shape(stack) if whole else rows.layout.largest_shape
+    memory = shard_memory(rows, shape, () if whole else tuple(rows.cut))
+    summed = 0.0 if whole else sum(kind.cost_of(rows).summed.values())
+    elements = math.prod(shape)
     updated: Mapping[int, float] = layout.loads_of(owners) if strategy == "owner" else layout.loads
     if kind.team is not None and strategy == "owner" and not layout.completed:
         ranks = kind.team_size
@@ -114,9 +116,9 @@ def held_for(
             "piece": kind.fields * held,
             "whole": kind.fields * size,
             "copies": (kind.fields + stack.masked) * size * layout.num_replicas,
-            "rule": cost.peak / elements * size,
-            "waiting": cost.waiting / elements * size,
-            "summed": sum(cost.summed.values()) if held else 0.0,
+            "rule": memory.peak / elements * size,
+            "waiting": memory.waiting / elements * size,
+            "summed": summed if held else 0.0,
         }
     table = MOVED if strategy == "owner" else IN_PLACE if in_place else (*ROWS, *_SUMS)
     return {key: _bytes(sizes, table, kind, stack) for key, sizes in numbers.items()}

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from symdist.exchange.execution.stack import Stack
 from symdist.exchange.hardware import Hardware
 from symdist.exchange.planning.operations import OperationCounter
 from symdist.matrix_views import View
-from symdist.rules import InverseRoot, Matrix, Orthonormal, Root, Rule, StageSum
+from symdist.rules import Asking, InverseRoot, Matrix, Orthonormal, Request, Root, Rule, StageSum
 from symdist.rules.registry import MatrixAxis
 
 
@@ -29,14 +29,23 @@ class RuleCost:
         summed: By axis, how many numbers are summed over the ranks along it; a Gram counts as its triangle.
         flops: The operations without those of roots and QRs.
         root_flops: The operations of roots and QRs, which one rank does for all.
-        peak: How many numbers the rule holds at most at a time, besides what it is given; its result is among them.
-            If axes are given, roots and QRs take no memory here, since another rank may do them.
-        waiting: How many numbers it holds when it first asks other ranks.
     """
 
     summed: Mapping[MatrixAxis, float]
     flops: float
     root_flops: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleMemory:
+    """What a rule holds on one piece of a parameter, besides what it is given, in numbers.
+
+    Attributes:
+        peak: The most at a time; its result is among them. If it asks other ranks, roots and QRs take no memory here,
+            since another rank may do them.
+        waiting: What it holds when it first asks.
+    """
+
     peak: float
     waiting: float
 
@@ -57,7 +66,22 @@ def shard_cost(
     """
     # The layout is not passed on, since the cache must not keep process groups alive.
     counts = stack.rows, stack.columns
-    return _measure(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes), hardware)
+    return _cost(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes), hardware)
+
+
+def shard_memory(stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAxis] = ()) -> RuleMemory:
+    """Return what a stack's rule holds on a stored piece.
+
+    Args:
+        stack: The stack whose rule is measured.
+        shape: The shape of the stored piece.
+        axes: The matrix axes along which other ranks hold the rest of the matrix; none by default.
+
+    Returns:
+        The memory.
+    """
+    counts = stack.rows, stack.columns
+    return _memory(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, bool(axes))
 
 
 def unit_cost(stack: Stack, *, hardware: Hardware) -> RuleCost:
@@ -70,8 +94,13 @@ def unit_cost(stack: Stack, *, hardware: Hardware) -> RuleCost:
     Returns:
         The cost.
     """
+    return shard_cost(stack, unit_shape(stack), hardware=hardware)
+
+
+def unit_shape(stack: Stack) -> tuple[int, ...]:
+    """Return the stored shape of one whole unit."""
     shape = stack.layout.shape
-    return shard_cost(stack, (1, *shape[1:]) if len(shape) == 3 else shape, hardware=hardware)
+    return (1, *shape[1:]) if len(shape) == 3 else shape
 
 
 def unit_flops(stack: Stack, *, hardware: Hardware) -> float:
@@ -95,7 +124,7 @@ def units_of(stack: Stack) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _measure(
+def _cost(
     rule: Rule,
     options: tuple[tuple[str, Any], ...],
     view: View,
@@ -106,47 +135,84 @@ def _measure(
     hardware: Hardware,
 ) -> RuleCost:
     """Run a rule on a meta tensor of the given stored shape, and count what it computes and sums."""
+    summed: dict[MatrixAxis, float] = dict.fromkeys(axes, 0.0)
+    root_flops = 0.0
+
+    def answered(request: Request) -> Any:
+        nonlocal root_flops
+        numbers = 0.0
+        if isinstance(request, Root):
+            b, d = request.gram.shape[:2]
+            root_flops += b * request.numerics.operations(d)
+            numbers = b * packed_size(d)
+        else:
+            numbers = request.values.nbytes / dtype.itemsize
+        if isinstance(request, Orthonormal):
+            root_flops += request.values.shape[0] * request.operations()
+        # A residual-stage sum is shared by many matrices, so it is not counted for a single one.
+        across = None if isinstance(request, StageSum) else request.across
+        for axis in axes:
+            summed[axis] += numbers if across in (axis, "all") else 0
+        return _given(request)
+
+    running = _started(rule, options, view, counts, dtype, shape)
+    with OperationCounter(hardware) as counter:
+        _run(running, answered)
+    return RuleCost(summed=summed, flops=counter.seconds * hardware.flops, root_flops=root_flops)
+
+
+@functools.lru_cache(maxsize=4096)
+def _memory(
+    rule: Rule,
+    options: tuple[tuple[str, Any], ...],
+    view: View,
+    counts: tuple[int, int],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    asks: bool,
+) -> RuleMemory:
+    """Run a rule on a meta tensor of the given stored shape, and watch what it holds."""
+    waiting: list[int] = []
+
+    def answered(request: Request) -> Any:
+        waiting.append(watch.alive)
+        return _given(request) if asks else request.answer_locally()
+
+    running = _started(rule, options, view, counts, dtype, shape)
+    with TensorWatch("meta") as watch:
+        _run(running, answered)
+    return RuleMemory(peak=watch.peak / dtype.itemsize, waiting=(waiting or [0])[0] / dtype.itemsize)
+
+
+def _given(request: Request) -> Any:
+    """Return an answer of the right shape that nothing is computed for."""
+    if isinstance(request, Root):
+        norm = request.gram.new_empty(request.gram.shape[0], 1, 1)
+        return InverseRoot(request.gram, norms=(norm, norm)).of_larger(request.unit)
+    return request.values
+
+
+def _started(
+    rule: Rule,
+    options: tuple[tuple[str, Any], ...],
+    view: View,
+    counts: tuple[int, int],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+) -> Asking:
+    """Start a rule on a meta tensor of the given stored shape."""
     values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
     state = dict.fromkeys(rule.remembers(dict(options)), values)
     matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
-    running = rule.update(matrix, **dict(options))
-    summed: dict[MatrixAxis, float] = dict.fromkeys(axes, 0.0)
-    root_flops = counted = waiting = 0.0
+    return rule.update(matrix, **dict(options))
 
-    def run_rule() -> object:
-        nonlocal root_flops, counted, waiting
-        answer: Any = None
-        while True:
-            try:
-                request = running.send(answer)
-            except StopIteration as stop:
-                return stop.value
-            before = counter.seconds
-            numbers = request.values.nbytes / dtype.itemsize if not isinstance(request, Root) else 0.0
-            if isinstance(request, Root):
-                b, d = request.gram.shape[:2]
-                root_flops += b * request.numerics.operations(d)
-                numbers = b * packed_size(d)
-            elif isinstance(request, Orthonormal):
-                root_flops += request.values.shape[0] * request.operations()
-            if axes and isinstance(request, Root):
-                norm = request.gram.new_empty(b, 1, 1)
-                answer = InverseRoot(request.gram, norms=(norm, norm)).of_larger(request.unit)
-            else:
-                answer = request.values if axes else request.answer_locally()
-            counted += counter.seconds - before
-            # A residual-stage sum is shared by many matrices, so it is not counted for a single one.
-            across = None if isinstance(request, StageSum) else request.across
-            for axis in axes:
-                summed[axis] += numbers if across in (axis, "all") else 0
-            waiting = waiting or watch.alive
 
-    with OperationCounter(hardware) as counter, TensorWatch("meta") as watch:
-        run_rule()
-    return RuleCost(
-        summed=summed,
-        flops=(counter.seconds - counted) * hardware.flops,
-        root_flops=root_flops,
-        peak=watch.peak / dtype.itemsize,
-        waiting=waiting / dtype.itemsize,
-    )
+def _run(running: Asking, answered: Callable[[Request], Any]) -> object:
+    """Run a rule to its end; `answered` answers its requests."""
+    answer: Any = None
+    while True:
+        try:
+            request = running.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        answer = answered(request)

@@ -3,6 +3,7 @@
 Costs are those of the busiest rank, since all others wait for it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +18,9 @@ from symdist.exchange.planning.kinds import choose_strategy, kinds_of
 from symdist.exchange.planning.owners import choose_owners, form_teams, lighten, work_in_place
 from symdist.exchange.planning.waves import jobs_of, waves_of
 from symdist.layouts import FlatLayout, Group, Layout
+
+_LARGEST = 100.0
+"""A step holds far less than this many times the weights, so that smaller models need no buffers worked out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,9 @@ def make_plan(
     """
     # Half of the bound for each wave, since waves overlap: besides the wave being computed, the next one is being sent
     # out while the previous one is being sent back.
-    budget = exchange.bucket_bytes // 2
+    budget: float = exchange.bucket_bytes // 2
+    if _LARGEST * sum(stack.numel * stack.dtype.itemsize * len(members) for stack, members in stacks.items()) <= budget:
+        budget = math.inf
     sizes = {i: coupled_bytes(stack) for stack, members in stacks.items() if stack.coupled for i in members}
     stage_plan = StagePlan.cut(stages or {}, sizes, budget=budget)
     kinds = kinds_of(stacks, names=names, layouts=layouts, exchange=exchange)

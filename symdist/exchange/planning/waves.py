@@ -1,7 +1,9 @@
 """Divides the parameters of a kind into jobs, and jobs into waves, so that what is under way fits a budget."""
 
+import functools
 import itertools
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 
 from symdist.exchange.collectives.residual_sums import StagePlan
 from symdist.exchange.execution.job import Job
@@ -59,7 +61,7 @@ def _jobs(
     multiple = kind.multiple if strategy == "reduce" else 1
     jobs = []
     for together in stages.parts(members, lambda item: item[0]) if coupled else [members]:
-        for everyone, held in _parts(kind, together, strategy, stack, budget=float("inf") if coupled else budget):
+        for everyone, held in _parts(kind, together, strategy, stack, budget=math.inf if coupled else budget):
             owners = {i: kind.owners[i] if strategy == "owner" else () for i, _ in everyone}
             here = [(i, layout) for i, layout in everyone if not alone or layout.takes_part(owners[i])]
             indices = tuple(i for i, _ in everyone)
@@ -76,7 +78,7 @@ def _jobs(
                     multiple=multiple,
                     travels=strategy == "owner" or any(layout.cuts_rows(multiple) for _, layout in everyone),
                     column_blocks=kind.column_blocks,
-                    held=held,
+                    weigh=held,
                     communication_dtype=kind.dtype,
                     stages=stages.of(indices) if coupled else (),
                 )
@@ -86,26 +88,37 @@ def _jobs(
 
 def _parts(
     kind: Kind, members: Members, strategy: Strategy, stack: Stack, *, budget: float
-) -> list[tuple[Members, Held]]:
+) -> list[tuple[Members, Callable[[], Held]]]:
     """Split parameters, in order, into parts that fit the busiest rank's budget.
 
-    Each part comes with what the busiest rank holds for it. All ranks must split the parameters into the same
-    parts.
+    Each part comes with what the busiest rank holds for it, worked out when it is asked for. All ranks must split the
+    parameters into the same parts.
     """
+
+    def held_of(part: Members) -> dict[int, Held]:
+        loads: dict[int, Held] = {}
+        for i, layout in part:
+            for rank, held in held_for(kind, layout, strategy, stack, kind.owners.get(i, ())).items():
+                loads[rank] = total([loads[rank], held]) if rank in loads else held
+        return loads
+
+    def busiest(part: Members) -> Held:
+        loads = held_of(part).values()
+        return {phase: max(held[phase] for held in loads) for phase in PHASES}
+
+    if budget == math.inf:
+        return [(members, functools.partial(busiest, members))]
     parts: list[Members] = []
-    loads: list[dict[int, Held]] = []
-    for i, layout in members:
-        needed = held_for(kind, layout, strategy, stack, kind.owners.get(i, ()))
-        if not parts or any(
-            share_of_budget(total([loads[-1].get(rank, {}), held])) > budget for rank, held in needed.items()
-        ):
+    loads: dict[int, Held] = {}
+    for member in members:
+        needed = held_of([member])
+        added = {rank: total([loads[rank], held]) if rank in loads else held for rank, held in needed.items()}
+        if not parts or any(share_of_budget(held) > budget for held in added.values()):
             parts.append([])
-            loads.append({})
-        parts[-1].append((i, layout))
-        for rank, held in needed.items():
-            loads[-1][rank] = total([loads[-1].get(rank, {}), held])
-    busiest: list[Held] = [{phase: max(held[phase] for held in load.values()) for phase in PHASES} for load in loads]
-    return list(zip(parts, busiest, strict=True))
+            loads, added = {}, needed
+        parts[-1].append(member)
+        loads |= added
+    return [(part, functools.partial(busiest, part)) for part in parts]
 
 
 def waves_of(jobs: Iterable[Job], *, budget: float, stages: StagePlan) -> list[list[Job]]:
@@ -113,7 +126,7 @@ def waves_of(jobs: Iterable[Job], *, budget: float, stages: StagePlan) -> list[l
 
     Args:
         jobs: The jobs that communicate.
-        budget: How many bytes a wave may hold on a rank.
+        budget: How many bytes a wave may hold on a rank; infinite for one wave for each group of ranks.
         stages: The residual stages; all jobs of a stage are in one wave.
 
     Returns:
@@ -131,7 +144,7 @@ def waves_of(jobs: Iterable[Job], *, budget: float, stages: StagePlan) -> list[l
             if job.stages:
                 coupled.setdefault(stages.wave(job.stages), []).append(job)
                 continue
-            needed = share_of_budget(job.held)
+            needed = 0.0 if budget == math.inf else share_of_budget(job.held)
             if needed > room or not room:
                 waves.append([])
                 room = budget
