@@ -258,15 +258,14 @@ def _mesh_weights(groups: Sequence[Mapping[str, Any]], sizes: tuple[int, ...]) -
     """Return the weights of groups of DTensors, and of plain tensors that every rank has."""
 
     @functools.lru_cache(maxsize=64)
-    def at(layout: Layout, rank: int) -> Layout:
+    def at(layout: Layout | FlatLayout, rank: int) -> Layout | FlatLayout:
         return layout if layout.group is None else layout.at(_place_in(layout.group.ranks, rank, sizes))
 
     weights = []
     for i, group in enumerate(groups):
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            layout = layout_of(parameter, name=name)
-            assert isinstance(layout, Layout)
-            weights.append(Weight(name=name, group=i, layout=functools.partial(at, layout)))
+            layout = functools.partial(at, layout_of(parameter, name=name))
+            weights.append(Weight(name=name, group=i, layout=layout))
     return weights
 
 
