@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from symdist.exchange import CountingTransport, ExchangeLike, ExchangeOptions, Plan, dry_run
 from symdist.gradients.nonfinite import FLAGS, share
-from symdist.layouts import Group, Layout, layout_of
+from symdist.layouts import FlatLayout, Group, Layout, layout_of
 from symdist.layouts.flat import flat_bounds, flat_vector
 from symdist.param_groups import with_defaults
 from symdist.param_specs import ParamSpec, describe_param, flat_parts
