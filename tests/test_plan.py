@@ -12,6 +12,8 @@ import torch
 from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import HARDWARE, CountingTransport, ExchangeOptions, Hardware
 from symdist.tools.cli import main
+from symdist.tools.megatron import MegatronMesh
+from symdist.tools.models import build
 from symdist.tools.plan import StepPlan, parse_mesh, plan_step, smaller_meshes
 from symdist.tools.simulate import simulate
 from tests import plan_ranks
@@ -201,6 +203,31 @@ def test_products_in_bfloat16_are_timed_at_their_own_speed() -> None:
     assert found[1].compute_seconds == pytest.approx(found[1].flops / 4e9)
 
 
+ONE = MegatronMesh(vocabulary_multiple=1)
+
+
+@pytest.mark.parametrize(
+    "model", ["gpt-oss-tiny", "gemma3-tiny", "deepseek-v3-tiny", "olmoe-tiny", "qwen3-tiny", "qwen3-moe-tiny"]
+)
+def test_a_megatron_job_passes_no_weight_over(model: str) -> None:
+    whole = build(model, device="meta")
+    with simulate(whole, "small-moe", mesh=ONE) as simulated:
+        found = sum(math.prod(spec.layout.shape) for spec in simulated.specs(0))
+        biases = [group for group in simulated.groups if group["role"] == "router_bias"]
+    assert found == sum(parameter.numel() for parameter in whole.parameters())
+    assert len(biases) == (model == "gpt-oss-tiny")
+
+
+def test_a_megatron_job_with_an_unknown_weight_is_refused() -> None:
+    whole = build("qwen3-tiny", device="meta")
+    with torch.device("meta"):
+        whole.model.layers[1].self_attn.indexer = torch.nn.Linear(4, 4)
+    words = r"not known how a Megatron job holds self_attn\.indexer\.weight"
+    recipe = {"default": {"rule": "adamw", "lr": 0.1}}
+    with pytest.raises(ValueError, match=words), simulate(whole, recipe, mesh=ONE):
+        pass
+
+
 @pytest.mark.parametrize("extra", ["", " --no-distributed-optimizer"])
 def test_a_megatron_job_is_planned_by_its_sizes(extra: str, capsys: pytest.CaptureFixture[str]) -> None:
     main(f"plan --model qwen3-moe-tiny --megatron tp=2,pp=2,ep=2,etp=1,dp=4{extra}".split())
@@ -222,6 +249,7 @@ def test_a_megatron_job_is_planned_by_its_sizes(extra: str, capsys: pytest.Captu
         ("--megatron tp=2,dp=0", "dp=0 must be positive"),
         ("--megatron fsdp=2", "'fsdp=2' should be NAME=SIZE"),
         ("--megatron dp=2 --mesh dp=2", "either --mesh"),
+        ("--mesh dp=2 --no-distributed-optimizer", "is for --megatron"),
         ("--megatron dp=2 --zero 1", "leave these out"),
         ("", "either --mesh"),
         ("--mesh dp=4,pp=2", "'pp=2' should be NAME=SIZE"),

@@ -135,6 +135,8 @@ class Plan:
             raise ValueError("give either --mesh dp=… or --megatron tp=…,dp=…")
         if self.megatron is not None and (self.zero is not None or self.picture is not None):
             raise ValueError("--megatron goes with neither --zero nor --picture; leave these out")
+        if self.megatron is None and not self.distributed_optimizer:
+            raise ValueError("--no-distributed-optimizer is for --megatron; give that too, or leave this out")
         mesh: dict[str, int] | MegatronMesh
         if self.megatron is not None:
             mesh = MegatronMesh.parse(self.megatron, distributed=self.distributed_optimizer)

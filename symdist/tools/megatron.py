@@ -24,7 +24,7 @@ from symdist.param_specs import coordinate_wise
 from symdist.routing.fused_weights import MatrixSpec, matrices_of
 from symdist.routing.recipes import Recipe
 from symdist.routing.route import route_sites
-from symdist.routing.sites import ParamSite
+from symdist.routing.sites import ParamSite, find_sites
 from symdist.tools.weights import Weight
 
 if TYPE_CHECKING:
@@ -298,8 +298,10 @@ def _parameters(model: nn.Module, recipe: Recipe, mesh: MegatronMesh) -> Iterato
     config: Any = model.config
     layers: dict[int, dict[str, tuple[int, ...]]] = {}
     others: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
+    sites: dict[str, ParamSite] = {}
+    for name, (parameter, site) in find_sites(model).items():
         if found := re.search(r"\.layers\.(\d+)\.(.+)", name):
+            sites[found[2]] = site
             layers.setdefault(int(found[1]), {})[found[2]] = tuple(parameter.shape)
         else:
             others[name] = tuple(parameter.shape)
@@ -308,6 +310,8 @@ def _parameters(model: nn.Module, recipe: Recipe, mesh: MegatronMesh) -> Iterato
     describe = functools.partial(_described, recipe, mesh)
     last = mesh.pp - 1
     (embedding,) = (shape for name, shape in others.items() if "embed" in name)
+    if unknown := [name for name in others if not re.search(r"embed|lm_head|\.norm\.weight$", name)]:
+        raise ValueError(_unknown(unknown))
     vocabulary = (_padded(embedding[0], mesh.vocabulary_multiple * mesh.tp) // mesh.tp, embedding[1])
     shared = config.tie_word_embeddings and mesh.pp > 1
     site = ParamSite(role="tied_embedding" if config.tie_word_embeddings else "embedding")
@@ -315,7 +319,7 @@ def _parameters(model: nn.Module, recipe: Recipe, mesh: MegatronMesh) -> Iterato
     yield describe(word, vocabulary, site, cut=0, vocabulary=True, alone=shared)
     for i, shapes in sorted(layers.items()):
         stage = i * mesh.pp // len(layers)
-        for name, shape, more in _of_layer(shapes, config, mesh):
+        for name, shape, more in _of_layer(shapes, sites, config, mesh):
             yield describe(f"decoder.layers.{i}.{name}", shape, stage=stage, **more)
     yield describe("decoder.final_layernorm.weight", embedding[1:], ParamSite(role="norm"), stage=last)
     if shared:
@@ -358,15 +362,39 @@ def _described(
 _Described: TypeAlias = tuple[str, tuple[int, ...], dict[str, Any]]
 
 
-def _of_layer(shapes: Mapping[str, tuple[int, ...]], config: Any, mesh: MegatronMesh) -> Iterator[_Described]:
+def _unknown(names: Sequence[str]) -> str:
+    return (
+        f"megatron: it is not known how a Megatron job holds {', '.join(names[:3])}; plan this model with --mesh or "
+        "--zero, or call optimizer.trace_collectives() in the job"
+    )
+
+
+# The matrices of a layer that `_attention`, `_feed_forward` and `_of_layer` tell of.
+_MATRICES = (
+    r"self_attn\.(q|k|v|o|q_a|q_b|kv_b)_proj\.weight|self_attn\.kv_a_proj_with_mqa\.weight|mlp\.(gate|router)\.weight|"
+    r"mlp\.(shared_experts\.)?(gate|up|down)_proj\.weight|mlp\.experts\.(gate_up|down)_proj(_bias)?"
+)
+_LAST = "post_feedforward_layernorm"
+_VECTORS = ("input_layernorm", "self_attn.", "post_attention_layernorm", "pre_feedforward_layernorm", "mlp.")
+
+
+def _of_layer(
+    shapes: Mapping[str, tuple[int, ...]], sites: Mapping[str, ParamSite], config: Any, mesh: MegatronMesh
+) -> Iterator[_Described]:
     """Yield the name, the shape on a rank and what `_described` is told of each parameter of a layer."""
     hidden = config.hidden_size
     vectors = [(name, shape) for name, shape in shapes.items() if len(shape) == 1]
+    if unknown := [
+        name
+        for name, shape in shapes.items()
+        if not (re.fullmatch(_MATRICES, name) if len(shape) > 1 else name.startswith((*_VECTORS, _LAST)))
+    ]:
+        raise ValueError(_unknown(unknown))
 
     def norms(*words: str) -> Iterator[_Described]:
         for name, shape in vectors:
             if name.startswith(words):
-                yield name, shape, {"site": ParamSite(role="norm")}
+                yield name, shape, {"site": sites[name]}
 
     yield from norms("input_layernorm")
     yield from _attention({name.removeprefix("self_attn."): shape for name, shape in shapes.items()}, config, mesh)
@@ -379,15 +407,19 @@ def _of_layer(shapes: Mapping[str, tuple[int, ...]], config: Any, mesh: Megatron
         if count % mesh.ep:
             raise ValueError(f"megatron: ep={mesh.ep} does not divide the {count} experts")
         yield "mlp.router.weight", router, {"site": ParamSite(role="router")}
-        yield from norms("mlp.")
         inner = math.prod(shapes["mlp.experts.down_proj"]) // count // hidden
         for expert in range(count):
             for name, shape, more in _mlp(
                 "expert", f"mlp.experts.local_experts.{expert}", inner, hidden, mesh.expert_tp
             ):
                 yield name, shape, {**more, "expert": expert, "experts": count}
+            for name in ("mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"):
+                if name in shapes:
+                    holder = f"{name}[{expert}]"
+                    yield holder, shapes[name][1:], {"site": sites[name], "expert": expert, "experts": count}
+    yield from norms("mlp.")
     yield from _feed_forward(shapes, "mlp.shared_experts", hidden, mesh)
-    yield from norms("post_feedforward_layernorm")
+    yield from norms(_LAST)
 
 
 def _attention(shapes: Mapping[str, tuple[int, ...]], config: Any, mesh: MegatronMesh) -> Iterator[_Described]:

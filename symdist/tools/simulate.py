@@ -130,6 +130,8 @@ class Simulated:
         plan = self.on_rank(rank)
         work = dry_run(plan, counting, change=lambda job: job if only is None else job.only(only))
         strategies = plan.strategies()
+        if not any(weight.copies for weight in self.weights):
+            return work
         held = [(weight, layout) for weight in self.weights if (layout := weight.layout(rank)) is not None]
         for i, (weight, layout) in enumerate(held):
             if weight.copies is not None and strategies.get(i, "local") != "local" and (only is None or i in only):

@@ -133,6 +133,13 @@ class GridRedistribution:
             self.blocks.append((_Block(experts=range(start, stop), sources=sources), len(in_block)))
             self._block_of[start, stop] = slice(self.owned, self.owned + len(in_block))
             self.owned_units += in_block
+        # Found once, since there may be thousands of ranks.
+        self._homes: list[tuple[int, tuple[slice, slice, slice]]] = []
+        for rank, (held_experts, _, _) in enumerate(self.boxes):
+            units = self._block_of.get((held_experts.start, held_experts.stop))
+            held = self._held_of(rank, self._mine)
+            if units is not None and units.start < units.stop and _numel(held):
+                self._homes.append((rank, (units, *_within(held, self._mine))))
         # Updates arrive sorted by owner, then by unit. Note the position of each unit in that order. All ranks of a
         # team return the same units.
         order = dict.fromkeys(unit for owner in sorted(self.homing) for unit in self.homing[owner])
@@ -218,13 +225,7 @@ class GridRedistribution:
 
     def sent_home(self, updates: Tensor) -> dict[int, list[Tensor]]:
         """Return each rank's piece of the updates of the units that this rank owns."""
-        sent = {}
-        for rank, (experts, _, _) in enumerate(self.boxes):
-            owned = self._block_of.get((experts.start, experts.stop))
-            held = self._held_of(rank, self._mine)
-            if owned is not None and owned.start < owned.stop and _numel(held):
-                sent[rank] = [updates[(owned, *_within(held, self._mine))]]
-        return sent
+        return {rank: [updates[inside]] for rank, inside in self._homes}
 
     def received_home(self) -> dict[int, int]:
         """Return how many numbers of updates come from each owner, by group index."""

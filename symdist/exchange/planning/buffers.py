@@ -42,9 +42,9 @@ class Buffer:
 
 
 def _send(name: str, phase: Phase, of: Size) -> Buffer:
-    return Buffer(
-        name=name, why="a copy to send, so that what it is a copy of can be freed", phases=(phase,), of=of, travels=True
-    )
+    why = "a copy to send, so that what it is a copy of can be freed"
+    # Sums have the dtype of the state.
+    return Buffer(name=name, why=why, phases=(phase,), of=of, travels=of != "summed")
 
 
 MOVED = (

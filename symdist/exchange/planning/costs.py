@@ -140,11 +140,10 @@ def _cost(
 
     def answered(request: Request) -> Any:
         nonlocal root_flops
-        numbers = 0.0
         if isinstance(request, Root):
             b, d = request.gram.shape[:2]
             root_flops += b * request.numerics.operations(d)
-            numbers = b * packed_size(d)
+            numbers = float(b * packed_size(d))
         else:
             numbers = request.values.nbytes / dtype.itemsize
         if isinstance(request, Orthonormal):

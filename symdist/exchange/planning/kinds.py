@@ -124,7 +124,7 @@ class Kind:
             team: The layout over a team that owns it; None for a single rank.
         """
         hardware, stack = self.hardware, self.stack
-        layout = self.cut[0][1] if self.cut else self.sent[0][1]
+        layout = self.cut[0][1]
         size = 1 if team is None or team.shard_group is None else team.shard_group.size
         # What it sends; the pieces come at the same time.
         sent = self.fields * stack.numel / layout.units / size * layout.num_replicas * self.dtype.itemsize
