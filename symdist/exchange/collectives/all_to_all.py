@@ -36,9 +36,7 @@ def answer_gathers(
         group=group,
         transport=transport,
     )
-    for request in requests:
-        # The job holds this list, too; once the send buffer holds a copy, what was in it can be freed.
-        request.fields.clear()
+    _let_go(requests)
     received = yield from moving
     return [
         [
@@ -75,9 +73,7 @@ def answer_scatters(
         group=group,
         transport=transport,
     )
-    for request in requests:
-        # The job holds this list, too; once the send buffer holds a copy, what was in it can be freed.
-        request.fields.clear()
+    _let_go(requests)
     received = yield from moving
     return [
         [
@@ -86,6 +82,12 @@ def answer_scatters(
         ]
         for (route, fields), like in zip(routes, likes, strict=True)
     ]
+
+
+def _let_go(requests: Sequence[Gather] | Sequence[Scatter]) -> None:
+    """Empty the lists of fields, which jobs hold as well, so that what is in them is freed once it is sent."""
+    for request in requests:
+        request.fields.clear()
 
 
 def _merged(fields: list[dict[int, list[Tensor]]]) -> dict[int, list[Tensor]]:

@@ -64,9 +64,7 @@ def shard_cost(
     Returns:
         The cost.
     """
-    # The layout is not passed on, since the cache must not keep process groups alive.
-    counts = stack.rows, stack.columns
-    return _cost(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, frozenset(axes), hardware)
+    return _cost(_Piece.of(stack, shape), frozenset(axes), hardware)
 
 
 def shard_memory(stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAxis] = ()) -> RuleMemory:
@@ -80,8 +78,7 @@ def shard_memory(stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAx
     Returns:
         The memory.
     """
-    counts = stack.rows, stack.columns
-    return _memory(stack.rule, stack.options, stack.view, counts, stack.dtype, shape, bool(axes))
+    return _memory(_Piece.of(stack, shape), bool(axes))
 
 
 def unit_cost(stack: Stack, *, hardware: Hardware) -> RuleCost:
@@ -123,18 +120,49 @@ def units_of(stack: Stack) -> int:
     return canonical_shape(stack.layout.shape)[0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Piece:
+    """What a rule's cost on a stored piece depends on.
+
+    The layout is no part of it, since caches must not keep process groups alive.
+    """
+
+    rule: Rule
+    options: tuple[tuple[str, Any], ...]
+    view: View
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def of(stack: Stack, shape: tuple[int, ...]) -> "_Piece":
+        return _Piece(
+            rule=stack.rule,
+            options=stack.options,
+            view=stack.view,
+            rows=stack.rows,
+            columns=stack.columns,
+            dtype=stack.dtype,
+            shape=shape,
+        )
+
+    def started(self) -> Asking:
+        """Start the rule on a meta tensor."""
+        options = dict(self.options)
+        values = self.view.matrices(torch.empty((1, *self.shape), dtype=self.dtype, device="meta"))
+        state = dict.fromkeys(self.rule.remembers(options), values)
+        matrix = Matrix(values=values, rows=self.rows, columns=self.columns, state=state)
+        return self.rule.update(matrix, **options)
+
+
 @functools.lru_cache(maxsize=4096)
 def _cost(
-    rule: Rule,
-    options: tuple[tuple[str, Any], ...],
-    view: View,
-    counts: tuple[int, int],
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
+    piece: _Piece,
     axes: frozenset[MatrixAxis],
     hardware: Hardware,
 ) -> RuleCost:
-    """Run a rule on a meta tensor of the given stored shape, and count what it computes and sums."""
+    """Run a rule on a meta tensor, and count what it computes and sums."""
     summed: dict[MatrixAxis, float] = dict.fromkeys(axes, 0.0)
     root_flops = 0.0
 
@@ -145,7 +173,7 @@ def _cost(
             root_flops += b * request.numerics.operations(d)
             numbers = float(b * packed_size(d))
         else:
-            numbers = request.values.nbytes / dtype.itemsize
+            numbers = request.values.nbytes / piece.dtype.itemsize
         if isinstance(request, Orthonormal):
             root_flops += request.values.shape[0] * request.operations()
         # A residual-stage sum is shared by many matrices, so it is not counted for a single one.
@@ -154,7 +182,7 @@ def _cost(
             summed[axis] += numbers if across in (axis, "all") else 0
         return _given(request)
 
-    running = _started(rule, options, view, counts, dtype, shape)
+    running = piece.started()
     with OperationCounter(hardware) as counter:
         _run(running, answered)
     return RuleCost(summed=summed, flops=counter.seconds * hardware.flops, root_flops=root_flops)
@@ -162,25 +190,20 @@ def _cost(
 
 @functools.lru_cache(maxsize=4096)
 def _memory(
-    rule: Rule,
-    options: tuple[tuple[str, Any], ...],
-    view: View,
-    counts: tuple[int, int],
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
+    piece: _Piece,
     asks: bool,
 ) -> RuleMemory:
-    """Run a rule on a meta tensor of the given stored shape, and watch what it holds."""
+    """Run a rule on a meta tensor, and watch what it holds."""
     waiting: list[int] = []
 
     def answered(request: Request) -> Any:
         waiting.append(watch.alive)
         return _given(request) if asks else request.answer_locally()
 
-    running = _started(rule, options, view, counts, dtype, shape)
+    running = piece.started()
     with TensorWatch("meta") as watch:
         _run(running, answered)
-    return RuleMemory(peak=watch.peak / dtype.itemsize, waiting=(waiting or [0])[0] / dtype.itemsize)
+    return RuleMemory(peak=watch.peak / piece.dtype.itemsize, waiting=(waiting or [0])[0] / piece.dtype.itemsize)
 
 
 def _given(request: Request) -> Any:
@@ -189,21 +212,6 @@ def _given(request: Request) -> Any:
         norm = request.gram.new_empty(request.gram.shape[0], 1, 1)
         return InverseRoot(request.gram, norms=(norm, norm)).of_larger(request.unit)
     return request.values
-
-
-def _started(
-    rule: Rule,
-    options: tuple[tuple[str, Any], ...],
-    view: View,
-    counts: tuple[int, int],
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-) -> Asking:
-    """Start a rule on a meta tensor of the given stored shape."""
-    values = view.matrices(torch.empty((1, *shape), dtype=dtype, device="meta"))
-    state = dict.fromkeys(rule.remembers(dict(options)), values)
-    matrix = Matrix(values=values, rows=counts[0], columns=counts[1], state=state)
-    return rule.update(matrix, **dict(options))
 
 
 def _run(running: Asking, answered: Callable[[Request], Any]) -> object:
