@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from symdist.exchange import Stack
+from symdist.hardware import hardware_of
 from symdist.layouts import FlatLayout, Group, Layout, layout_of, local
 from symdist.matrix_views import bind_view
 from symdist.routing.residual_stream import ResidualStage, residual_stage
@@ -127,6 +128,7 @@ def describe_param(
             layout=layout.everywhere,
             dtype=dtype,
             device=parameter.device,
+            hardware=hardware_of(parameter.device),
             requested_strategy=group["strategy"],
             skip_zero_grad_rows=skip,
             padding_rows=padding,

@@ -69,10 +69,10 @@ class Step:
         run(waves, transport=transport, meanwhile=meanwhile, work=plan.work, progress=progress, timing=timing)
 
     def _task(self, job: Job) -> Task:
-        observe_root = None
+        observe_polar = None
         if self._observer is not None:
-            observe_root = partial(self._observer.rooted, [self._role(self._specs[i].group) for i in job.members])
-        task = job.task(partial(self._read, job), partial(self._write, job), observe_root=observe_root)
+            observe_polar = partial(self._observer.factored, [self._role(self._specs[i].group) for i in job.members])
+        task = job.task(partial(self._read, job), partial(self._write, job), observe_polar=observe_polar)
         task.names = [self._specs[i].name for i in job.members]
         return task
 

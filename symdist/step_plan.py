@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch.distributed.tensor import DTensor
 
@@ -111,7 +112,10 @@ def plan_params(specs: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> Pla
     stacks: dict[Stack, list[int]] = {}
     for i, spec in enumerate(specs):
         if spec.stack is not None and spec.parameter.requires_grad:
-            stacks.setdefault(spec.stack, []).append(i)
+            stack = spec.stack
+            if exchange.hardware_given or stack.device.type == "meta":
+                stack = replace(stack, hardware=exchange.hardware)
+            stacks.setdefault(stack, []).append(i)
     return make_plan(
         stacks,
         names=[spec.name for spec in specs],

@@ -1,6 +1,7 @@
 """What ranks run for the tests of plans: one step of a model on a mesh, watched on the wire."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -8,7 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from symdist import build_optimizer
 from symdist.diagnostics.collective_counter import CollectiveCounter
+from symdist.exchange import HARDWARE
 from symdist.tools.models import build, shard
+
+# No precision is faster than another, so that the meta tensors of a plan take that of the ranks' device.
+EVEN = replace(HARDWARE["h100"], half_flops=None)
 
 
 def on_the_wire(
@@ -25,9 +30,8 @@ def on_the_wire(
     line = mesh.size() < dist.get_world_size()
     grid = mesh if line else init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     sharded = shard(build(model, seed=0), grid)
-    optimizer = build_optimizer(
-        sharded, recipe, exchange={"communication_dtype": communication_dtype, "bucket_bytes": bucket_bytes}
-    )
+    exchange = {"communication_dtype": communication_dtype, "bucket_bytes": bucket_bytes, "hardware": EVEN}
+    optimizer = build_optimizer(sharded, recipe, exchange=exchange)
     for parameter in sharded.parameters():
         parameter.grad = torch.ones_like(parameter)
     with CollectiveCounter() as wire:

@@ -38,7 +38,8 @@ def group_of(case: dict) -> dict:
             if given["order"] == "row_then_polar":
                 group["alpha"] = given["alpha"]
         case "MuonHeadsPolarExpress":
-            group |= {"rule": "muon", "nesterov": given["nesterov"], "precision": given["precision"]}
+            group |= {"rule": "muon", "nesterov": given["nesterov"]}
+            group["precision"] = "published" if given["precision"] == "bfloat16" else given["precision"]
             heads = given["head_layout"]
             if heads is not None:
                 group["view"] = {"heads": heads["num_heads"], "dim": 0 if heads["layout"] == "qkv" else 1}

@@ -23,6 +23,7 @@ MESHES = ("dp=4", "dp=2,tp=2", "dp_replicate=2,dp=2", "dp=2,ep=2")
 CASES = [(model, mesh) for model in ("olmoe-tiny", "qwen3-moe-tiny") for mesh in MESHES]
 CASES += [("olmoe-tiny", "tp=4"), ("qwen3-moe-tiny", "ep=2,tp=2"), ("olmoe-tiny", "dp=3")]
 ALL_WAVES = 1 << 30
+EVEN = plan_ranks.EVEN
 
 
 def expected(model: str, recipe: str, mesh: str, communication_dtype: torch.dtype | None, bucket_bytes: int) -> list:
@@ -32,7 +33,7 @@ def expected(model: str, recipe: str, mesh: str, communication_dtype: torch.dtyp
         model,
         recipe,
         mesh=parse_mesh(mesh),
-        exchange={"communication_dtype": communication_dtype, "bucket_bytes": bucket_bytes},
+        exchange={"communication_dtype": communication_dtype, "bucket_bytes": bucket_bytes, "hardware": EVEN},
     ) as planned:
         for rank in range(planned.ranks):
             counting = CountingTransport()
@@ -92,7 +93,8 @@ def test_a_plan_adds_up() -> None:
     assert 1 <= found.balance < 1.2
     waiting = found.busiest.collectives * found.hardware.latency
     assert found.communication_seconds == pytest.approx(found.busiest.sent / found.hardware.bandwidth + waiting)
-    assert found.compute_seconds == pytest.approx(found.busiest.flops / found.hardware.flops)
+    seconds = found.busiest.flops / found.hardware.flops
+    assert found.hardware.flops / found.hardware.half_flops * seconds <= found.compute_seconds < seconds
     assert 0 < found.share < 1
     ours, gathered, exchanged, adamw = found.alternatives
     assert ours.sent < gathered.sent
@@ -103,9 +105,9 @@ def test_a_plan_adds_up() -> None:
 @pytest.mark.parametrize("model", ["qwen3-0.6b", "gemma3-1b", "olmoe-1b-7b", "gpt-oss-small"])
 @pytest.mark.parametrize("ranks", [8, 64, 512])
 def test_owners_are_balanced_on_the_papers_models(model: str, ranks: int) -> None:
-    found = plan_step(
-        model, {"gemma3-1b": "gemma3", "qwen3-0.6b": "qwen3"}.get(model, "olmoe"), mesh={"dp_shard": ranks}
-    )
+    recipe = {"gemma3-1b": "gemma3", "qwen3-0.6b": "qwen3"}.get(model, "olmoe")
+    # Where products are slow; where they are fast, sending a matrix away to even out the work can cost more than it.
+    found = plan_step(model, recipe, mesh={"dp_shard": ranks}, exchange={"hardware": EVEN})
     # Where one matrix is more than a rank's share, nothing that keeps it whole is better balanced.
     assert found.balance <= max(1.1, found.indivisible * 1.001)
 
@@ -292,7 +294,7 @@ def test_the_hardware_decides_strategies_and_gives_times() -> None:
 
 @pytest.mark.parametrize(
     ("hardware", "words"),
-    [("h1000", "'h1000' must be one of 'h100'"), ({"bandwidth": 1}, "must be one of"), (None, "must be one of")],
+    [("h1000", "'h1000' must be one of 'h100'"), ({"bandwidth": 1}, "must be one of")],
 )
 def test_unknown_hardware_is_refused(hardware: object, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):

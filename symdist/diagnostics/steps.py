@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from symdist.layouts import FlatLayout, Layout
-from symdist.rules.linalg.inverse_root import InverseRoot
 
 Sums = dict[str, list[float]]
 
@@ -87,20 +86,19 @@ class StepMonitor:
             self._add(f"update_rms/{role}", step, shares, real)
             self._add(f"weight_rms/{role}", weight, shares, real)
 
-    def rooted(self, roles: Sequence[str], root: InverseRoot, members: Sequence[int], ranks: float) -> None:
-        """Record an inverse root of a Gram matrix, which contains the nuclear norms. The optimizer calls this.
+    def factored(self, roles: Sequence[str], nuclear: Tensor, members: Sequence[int], ranks: float) -> None:
+        """Record the nuclear norms of matrices whose polar factors were computed. The optimizer calls this.
 
         Args:
             roles: The roles of the parameters of a job.
-            root: The inverse root, of one or several matrices per member.
+            nuclear: `[b]`, the norms of one or several matrices per member; see `symdist.rules.Factored.nuclear`.
             members: The indices in `roles` of the parameters whose matrices these are, in order.
-            ranks: For how many ranks this rank computed the root: the weight of its values in the mean.
+            ranks: How many ranks this call stands for: the weight of its values in the mean.
         """
         if not members:
             return
-        nuclear_norms = root.nuclear.flatten().view(len(members), -1)
         self._measured = True
-        for member, values in zip(members, nuclear_norms, strict=True):
+        for member, values in zip(members, nuclear.view(len(members), -1), strict=True):
             self._nuclear.setdefault(roles[member], []).append((values, float(ranks)))
 
     def summary(self, gather: Callable[[Any], list[Any]] | None = None) -> dict[str, float]:

@@ -6,11 +6,11 @@ from symdist.exchange.collectives.transport import CountingTransport, TorchTrans
 from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.scheduler import Task, run
 from symdist.exchange.execution.stack import Stack, StepInputs, StepOutputs, Strategy
-from symdist.exchange.hardware import HARDWARE, Hardware
 from symdist.exchange.options import BUCKET_BYTES, ExchangeLike, ExchangeOptions
 from symdist.exchange.planning.agreement import PlanError, check_agreement, lines_of
 from symdist.exchange.planning.dry_run import dry_run
 from symdist.exchange.planning.plan import Plan, make_plan
+from symdist.hardware import HARDWARE, Hardware
 
 __all__ = [
     "BUCKET_BYTES",

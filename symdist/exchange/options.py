@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 import torch
 
-from symdist.exchange.hardware import Hardware
+from symdist.hardware import Hardware
 
 BUCKET_BYTES = 1 << 30
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
@@ -27,8 +27,9 @@ class ExchangeOptions:
             something are always sent in the dtype of the state.
         bucket_bytes: Bound on the buffers of all waves in flight on a rank, in bytes; 1 GiB by default. Lower it if a
             step runs out of memory: collectives then become smaller and more numerous.
-        hardware: What the ranks can do, by which strategies are chosen: "h100" (default), "h200", "b200", "mi300x" or
-            "cpu", or a `Hardware`. Give one if the network is far slower or faster than 400 Gb/s a rank.
+        hardware: What the ranks can do, by which strategies and precisions are chosen: "h100", "h200", "b200", "mi300x"
+            or "cpu", or a `Hardware`. By default, strategies are those of "h100", and precisions follow from the device
+            of the weights. Give one if the network is far slower or faster than 400 Gb/s a rank.
 
     Raises:
         ValueError: For any other dtype or hardware, or a `bucket_bytes` that is not a positive whole number.
@@ -39,7 +40,8 @@ class ExchangeOptions:
 
     communication_dtype: Any = None
     bucket_bytes: int = BUCKET_BYTES
-    hardware: Any = "h100"
+    hardware: Any = None
+    hardware_given: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         dtype = self.communication_dtype
@@ -54,7 +56,8 @@ class ExchangeOptions:
         if isinstance(size, bool) or not isinstance(size, int | float) or size < 1 or size != int(size):
             raise ValueError(f"bucket_bytes={size!r} must be a positive whole number of bytes")
         object.__setattr__(self, "bucket_bytes", int(size))
-        object.__setattr__(self, "hardware", Hardware.of(self.hardware))
+        object.__setattr__(self, "hardware_given", self.hardware is not None)
+        object.__setattr__(self, "hardware", Hardware.of("h100" if self.hardware is None else self.hardware))
 
     @classmethod
     def of(cls, options: ExchangeLike) -> ExchangeOptions:
@@ -75,7 +78,7 @@ class ExchangeOptions:
             raise ValueError(
                 f"exchange={options!r} must be an ExchangeOptions, or a mapping from its option names to values"
             )
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls) if one.init]
         unknown = sorted(set(options or {}) - set(known))
         if unknown:
             raise ValueError(f"exchange knows no option {', '.join(map(repr, unknown))}; it knows {', '.join(known)}")

@@ -4,11 +4,12 @@ from symdist.rules import adamw, aro, aurora, hybrid, muon, normuon, row_norm, s
 from symdist.rules.linalg.inverse_root import InverseRoot, Numerics, inverse_root
 from symdist.rules.matrix import Matrix, Places, center_rows
 from symdist.rules.registry import ACCUMULATOR_STATE, Rule, get_rule, rule, rule_names
-from symdist.rules.requests import Asking, Orthonormal, Request, Root, StageSum, Sum, relayed, run_locally
+from symdist.rules.requests import Asking, Factored, Orthonormal, Request, Root, StageSum, Sum, relayed, run_locally
 
 __all__ = [
     "ACCUMULATOR_STATE",
     "Asking",
+    "Factored",
     "InverseRoot",
     "Matrix",
     "Numerics",

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from symdist.rules.linalg.inverse_root import Method
+from symdist.rules.linalg.precision import check_precision
 from symdist.rules.matrix import Matrix
-from symdist.rules.muon import AdjustLr, Precision, check_precision, lr_adjustment, muon_polar, muon_splits
+from symdist.rules.muon import AdjustLr, MuonPrecision, lr_adjustment, muon_polar, muon_splits
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking, Sum
 from symdist.rules.row_norm import unit_rows
@@ -36,7 +37,7 @@ def aurora(
     method: Method = "polar_express",
     ns_steps: int = 0,
     damping: float = 0.0,
-    precision: Precision = "float32",
+    precision: MuonPrecision = "auto",
 ) -> Asking:
     """Aurora, for tall matrices: `U = s·polar(D·M)`, with D chosen so that all rows of U have nearly the same length.
 
@@ -61,9 +62,13 @@ def aurora(
             for "newton_schulz". More steps bring smaller singular values closer to one.
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
-        precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
-            matrix itself, which is how Muon usually runs on accelerators. Split matrices are then always sent to
-            owners, and `method` "exact" and `damping` are not available.
+        precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
+            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
+            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
+            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
+            and damping above 1e-8 need "float32", and "auto" takes it then.
+            "published" is bfloat16 with every product rounded separately, for comparison with published runs; split
+            matrices are then always sent to owners.
 
     Returns:
         The update U, in the shape of `matrix.values`.

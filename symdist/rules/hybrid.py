@@ -5,18 +5,19 @@ from typing import Any, Literal
 
 import torch
 
-from symdist.rules.linalg.inverse_root import Method, Numerics
+from symdist.rules.linalg.inverse_root import Method
+from symdist.rules.linalg.precision import Precision
 from symdist.rules.matrix import Matrix, center_rows
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking
 from symdist.rules.row_norm import Eps, unit_rows
-from symdist.rules.spectral import Scale, Side, check_scale, polar_factor, scaled, spectral_splits
+from symdist.rules.spectral import Scale, Side, check_spectral, numerics_of, polar_factor, scaled, spectral_splits
 
 _NOISE = 100.0
 
 
 def _check(options: Mapping[str, Any]) -> None:
-    check_scale(options)
+    check_spectral(options)
     if options["order"] == "polar_then_row" and options["alpha"] is not None:
         raise ValueError(
             "alpha has no effect with order='polar_then_row' (the row normalisation cancels it); "
@@ -37,6 +38,7 @@ def hybrid(
     method: Method = "polar_express",
     ns_steps: int = 0,
     damping: float = 1e-8,
+    precision: Precision = "auto",
 ) -> Asking:
     """Row normalisation and the polar map in turn: `U = ν^α·polar(X)`, `X = D(M)·M`, `ν = ‖X‖_*`; or `U = D(Q)·Q`.
 
@@ -63,6 +65,11 @@ def hybrid(
             for "newton_schulz". More steps bring smaller singular values closer to one.
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
+        precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
+            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
+            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
+            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
+            and damping above 1e-8 need "float32", and "auto" takes it then.
 
     Returns:
         The update U, in the shape of `matrix.values`.
@@ -70,16 +77,25 @@ def hybrid(
     Example:
         >>> SymDist([{"params": [linear.weight], "rule": "hybrid", "lr": 0.01, "order": "polar_then_row"}])
     """
-    numerics = Numerics(method=method, steps=ns_steps, damping=damping)
+    numerics = numerics_of(
+        matrix,
+        side=side,
+        method=method,
+        ns_steps=ns_steps,
+        damping=damping,
+        precision=precision,
+        rows_scaled=order == "polar_then_row",
+    )
     x = (yield from center_rows(matrix, matrix.values)) if centered else matrix.values
     if order == "row_then_polar":
         x = yield from unit_rows(x, eps=eps)
         if centered:
             x = yield from center_rows(matrix, x)
-        u, root = yield from polar_factor(matrix, x, side=side, numerics=numerics, unit_scale=True)
-        u = scaled(u, root, alpha=alpha or 0.0, scale=scale)
+        polar = yield from polar_factor(matrix, x, side=side, numerics=numerics, unit_scale=True)
+        u = yield from scaled(polar.factor, polar, alpha=alpha or 0.0, scale=scale)
     else:
-        q, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics)
+        polar = yield from polar_factor(matrix, x, side=side, numerics=numerics)
+        q = polar.factor
         # The singular values of a polar factor are about one, so shorter rows than this contain only rounding errors.
         u = yield from unit_rows(q, eps=eps, noise=_NOISE * torch.finfo(q.dtype).eps)
     return (yield from center_rows(matrix, u)) if centered else u

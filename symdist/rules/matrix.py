@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from symdist.hardware import Hardware
 from symdist.rules.requests import Sum
 
 
@@ -38,6 +39,9 @@ class Matrix:
         state: The state that the rule keeps between steps, by the names it was registered with. Each tensor has the
             shape of `values` and is zero before the first step; rules must not write to it.
         places: Set only for rules that couple the matrices of a stage, see `Places`; otherwise None (the default).
+        parts: For each axis ("rows", "columns") along which the matrix is split, over how many ranks. Empty (default)
+            if it is whole.
+        hardware: What the ranks can do, by which precisions are chosen; None (default) for that of the device.
     """
 
     values: Tensor
@@ -47,6 +51,8 @@ class Matrix:
     first_column: int = 0
     state: Mapping[str, Tensor] = field(default_factory=dict)
     places: Places | None = None
+    parts: Mapping[str, int] = field(default_factory=dict)
+    hardware: Hardware | None = None
 
 
 def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:
@@ -118,6 +124,6 @@ def _largest_magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
     The result is 0 where one of the dimensions is empty.
     """
-    if any(x.shape[dim] == 0 for dim in dims):
+    if x.numel() == 0:
         return x.new_zeros([1 if dim - x.dim() in dims else size for dim, size in enumerate(x.shape)])
-    return x.abs().amax(dims, keepdim=True)
+    return torch.linalg.vector_norm(x, float("inf"), dims, keepdim=True)

@@ -5,35 +5,20 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from symdist.rules.linalg.inverse_root import Method, Numerics, polar_in_bfloat16
+from symdist.rules.linalg.inverse_root import Method, Numerics, polar_as_published
+from symdist.rules.linalg.precision import check_precision
 from symdist.rules.matrix import Matrix
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking
-from symdist.rules.spectral import Side, polar_factor, spectral_splits
+from symdist.rules.spectral import Side, numerics_of, polar_factor, spectral_splits
 
 AdjustLr: TypeAlias = Literal["spectral", "match_rms_adamw", "none"]
-Precision: TypeAlias = Literal["float32", "bfloat16"]
+MuonPrecision: TypeAlias = Literal["auto", "float32", "float16", "bfloat16", "published"]
 
 
 def muon_splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[MatrixAxis, ...]:
-    """Return the splits under which Muon runs on the pieces.
-
-    In bfloat16 there are none, because a Gram squares the condition number and bfloat16 has too few digits for that.
-    """
-    return () if options["precision"] == "bfloat16" else spectral_splits(options, rows, columns)
-
-
-def check_precision(options: Mapping[str, Any]) -> None:
-    """Check that `precision` fits the other options.
-
-    Raises:
-        ValueError: If `precision` is "bfloat16" together with `method` "exact" or with damping.
-    """
-    if options["precision"] == "bfloat16" and (options["method"] == "exact" or options["damping"]):
-        raise ValueError(
-            f"precision='bfloat16' supports neither method='exact' nor damping (method={options['method']!r}, "
-            f"damping={options['damping']}); change these options or use precision='float32'"
-        )
+    """Return the splits under which Muon runs on the pieces; none as published, with whole matrices."""
+    return () if options["precision"] == "published" else spectral_splits(options, rows, columns)
 
 
 def muon_polar(
@@ -44,8 +29,9 @@ def muon_polar(
     method: Method,
     ns_steps: int,
     damping: float,
-    precision: Precision,
+    precision: MuonPrecision,
     unit_scale: bool = False,
+    rows_scaled: bool = False,
 ) -> Generator[Any, Any, Tensor]:
     """Compute `polar(x)` with Muon's coefficients.
 
@@ -56,17 +42,27 @@ def muon_polar(
         method: How the polar factor is computed, see `muon`.
         ns_steps: The number of polynomial steps; 0 means the method's own number.
         damping: The damping of the Gram, relative to its Frobenius norm.
-        precision: "float32" or "bfloat16", see `muon`.
+        precision: In which dtype products are computed, see `muon`.
         unit_scale: Whether the magnitudes in `x` do not exceed about one, see `polar_factor`; False by default.
+        rows_scaled: Whether the rule scales up short rows of the result, see `numerics_of`; False by default.
 
     Returns:
         The polar factor, in the shape of `x`.
     """
-    numerics = Numerics(method=method, steps=ns_steps, damping=damping, normalise="matrix")
-    if precision == "bfloat16":
-        return polar_in_bfloat16(x, numerics)
-    u, _ = yield from polar_factor(matrix, x, side=side, numerics=numerics, unit_scale=unit_scale)
-    return u
+    if precision == "published":
+        return polar_as_published(x, Numerics(method=method, steps=ns_steps, damping=damping, normalise="matrix"))
+    numerics = numerics_of(
+        matrix,
+        side=side,
+        method=method,
+        ns_steps=ns_steps,
+        damping=damping,
+        precision=precision,
+        normalise="matrix",
+        rows_scaled=rows_scaled,
+    )
+    polar = yield from polar_factor(matrix, x, side=side, numerics=numerics, unit_scale=unit_scale)
+    return polar.factor
 
 
 def lr_adjustment(matrix: Matrix, adjust_lr: AdjustLr) -> float:
@@ -85,14 +81,14 @@ def muon(
     method: Method = "polar_express",
     ns_steps: int = 0,
     damping: float = 0.0,
-    precision: Precision = "float32",
+    precision: MuonPrecision = "auto",
 ) -> Asking:
     """Muon: `U = s·polar(M)`, with the scale s set by `adjust_lr`.
 
     M is the heavy-ball momentum (options `momentum` 0.95 and `nesterov` True). m and n are the numbers of rows and
     columns of one matrix of the view; if the view splits by heads, each head is a matrix. Muon's five quintic steps on
     M equal a polynomial in the Gram of M, applied to M. Evaluating the polynomial on the Gram needs two products of the
-    size of M instead of ten, and it needs only a sum of Grams if the matrix is split over ranks.
+    size of M instead of ten, or six in float16, and it needs only sums of Grams if the matrix is split over ranks.
 
     Equivariant under O(m) × O(n). If the matrix is split, it communicates the Gram that `side` selects.
     Source: Jordan et al. 2024 (Muon); Liu et al., arXiv 2502.16982 (match_rms_adamw).
@@ -110,9 +106,13 @@ def muon(
             for "newton_schulz". More steps bring smaller singular values closer to one.
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
-        precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
-            matrix itself, which is how Muon usually runs on accelerators. Split matrices are then always sent to
-            owners, and `method` "exact" and `damping` are not available.
+        precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
+            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
+            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
+            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
+            and damping above 1e-8 need "float32", and "auto" takes it then.
+            "published" is bfloat16 with every product rounded separately, for comparison with published runs; split
+            matrices are then always sent to owners.
 
     Returns:
         The update U, in the shape of `matrix.values`.

@@ -3,8 +3,9 @@
 import torch
 
 from symdist.rules.linalg.inverse_root import Method
+from symdist.rules.linalg.precision import check_precision
 from symdist.rules.matrix import Matrix
-from symdist.rules.muon import AdjustLr, Precision, check_precision, lr_adjustment, muon_polar, muon_splits
+from symdist.rules.muon import AdjustLr, MuonPrecision, lr_adjustment, muon_polar, muon_splits
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking, Sum
 from symdist.rules.spectral import Side
@@ -21,7 +22,7 @@ def normuon(
     method: Method = "polar_express",
     ns_steps: int = 0,
     damping: float = 0.0,
-    precision: Precision = "float32",
+    precision: MuonPrecision = "auto",
 ) -> Asking:
     """NorMuon: `Q = polar(M)`, `v_i ← β₂·v_i + (1−β₂)·‖Q_i‖²/n`, `X_i = Q_i/(√v_i + eps)`, `U = s·X·‖Q‖_F/‖X‖_F`.
 
@@ -50,9 +51,13 @@ def normuon(
             for "newton_schulz". More steps bring smaller singular values closer to one.
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
-        precision: "float32" (default) iterates on the Gram, in float64 for float64 weights. "bfloat16" iterates on the
-            matrix itself, which is how Muon usually runs on accelerators. Split matrices are then always sent to
-            owners, and `method` "exact" and `damping` are not available.
+        precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
+            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
+            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
+            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
+            and damping above 1e-8 need "float32", and "auto" takes it then.
+            "published" is bfloat16 with every product rounded separately, for comparison with published runs; split
+            matrices are then always sent to owners.
 
     Returns:
         The update U, in the shape of `matrix.values`, and the new state "row_sq" (v).
@@ -61,7 +66,14 @@ def normuon(
         >>> SymDist([{"params": [linear.weight], "rule": "normuon", "lr": 0.02, "beta2": 0.95}])
     """
     q = yield from muon_polar(
-        matrix, matrix.values, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision
+        matrix,
+        matrix.values,
+        side=side,
+        method=method,
+        ns_steps=ns_steps,
+        damping=damping,
+        precision=precision,
+        rows_scaled=True,
     )
     squares = yield Sum(values=q.square().sum(-1, keepdim=True), across="columns")
     previous = matrix.state["row_sq"]

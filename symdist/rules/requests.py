@@ -45,16 +45,23 @@ class Root:
         numerics: How the root is computed.
         unit: `[b, 1, 1]`, the factors that the matrices were divided by beforehand, the same on all ranks; None
             (default) if they were not divided. The norms in the answer are those of the undivided matrices.
+        segment: Which part of the root, if `numerics` has restarts; the first by default. The answer then has no norms.
     """
 
     gram: Tensor
     across: Axis
     numerics: Numerics
     unit: Tensor | None = None
+    segment: int = 0
+
+    @property
+    def operations(self) -> float:
+        """How many operations in float32 take as long as the root of one matrix, to leading order."""
+        return self.numerics.operations(self.gram.shape[-1], self.segment)
 
     def answer_locally(self) -> InverseRoot:
         """Return the answer for a matrix that is whole on this rank."""
-        return inverse_root(self.gram, self.numerics).of_larger(self.unit)
+        return inverse_root(self.gram, self.numerics, self.segment).of_larger(self.unit)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,7 +106,32 @@ class StageSum:
         return orthonormal(self.values) if self.orthonormal else self.values
 
 
-Request: TypeAlias = Sum | Root | Orthonormal | StageSum
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Factored:
+    """Tells observers that a polar factor was computed; nothing is sent, and the answer is None.
+
+    Attributes:
+        values: This rank's part of the matrices, `[b, rows here, columns here]`, divided by `unit`.
+        polar: Their polar factors, in the same shape.
+        unit: `[b, 1, 1]`, the factors that the matrices were divided by; None if they were not divided.
+        parts: The number of ranks that hold parts of a matrix.
+    """
+
+    values: Tensor
+    polar: Tensor
+    unit: Tensor | None
+    parts: int
+
+    def nuclear(self) -> Tensor:
+        """Return numbers whose mean over the ranks with parts is `‖M‖_* = ⟨M, polar(M)⟩`, `[b]`."""
+        here = (self.values * self.polar).sum((-2, -1)) * self.parts
+        return here if self.unit is None else here * self.unit.flatten()
+
+    def answer_locally(self) -> None:
+        """Return the answer."""
+
+
+Request: TypeAlias = Sum | Root | Orthonormal | StageSum | Factored
 Asking: TypeAlias = Generator[Any, Any, Any]
 """A running rule. It yields requests, receives their answers, and returns the update, or the update and new state."""
 

@@ -5,12 +5,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from symdist.rules.linalg.inverse_root import Method, Numerics
+from symdist.rules.linalg.inverse_root import Method
+from symdist.rules.linalg.precision import Precision, check_precision
 from symdist.rules.matrix import Matrix
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking
 from symdist.rules.row_norm import unit_rows
-from symdist.rules.spectral import Side, polar_factor, spectral_splits
+from symdist.rules.spectral import Side, numerics_of, polar_factor, spectral_splits
 
 Norm: TypeAlias = Literal["spectral", "sign", "row_rms", "row"]
 
@@ -20,6 +21,7 @@ def _splits(options: Mapping[str, Any], rows: int, columns: int) -> tuple[Matrix
 
 
 def _check(options: Mapping[str, Any]) -> None:
+    check_precision(options)
     if not options["radius"] > 0:
         raise ValueError(f"radius={options['radius']!r} must be positive")
 
@@ -34,6 +36,7 @@ def scion(
     method: Method = "polar_express",
     ns_steps: int = 0,
     damping: float = 1e-8,
+    precision: Precision = "auto",
 ) -> Asking:
     """Scion: `U = ρ·lmo(M)`, the matrix of norm ρ with the largest inner product with M.
 
@@ -64,6 +67,11 @@ def scion(
             for "newton_schulz". More steps bring smaller singular values closer to one.
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
+        precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
+            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
+            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
+            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
+            and damping above 1e-8 need "float32", and "auto" takes it then.
 
     Returns:
         The update U, in the shape of `matrix.values`.
@@ -74,9 +82,11 @@ def scion(
     m, n = matrix.rows, matrix.columns
     match norm:
         case "spectral":
-            numerics = Numerics(method=method, steps=ns_steps, damping=damping)
-            u, _ = yield from polar_factor(matrix, matrix.values, side=side, numerics=numerics)
-            return u * (radius * (m / n) ** 0.5)
+            numerics = numerics_of(
+                matrix, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision
+            )
+            polar = yield from polar_factor(matrix, matrix.values, side=side, numerics=numerics)
+            return polar.factor * (radius * (m / n) ** 0.5)
         case "sign":
             # The sign of a denormal number is noise.
             is_normal = matrix.values.abs() >= torch.finfo(matrix.values.dtype).tiny

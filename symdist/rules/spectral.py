@@ -1,15 +1,19 @@
 """One-sided spectral rules and the polar family: the momentum times the inverse root of one of its Grams."""
 
 from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from symdist.rules.linalg.inverse_root import InverseRoot, Method, Numerics
+from symdist.hardware import hardware_of
+from symdist.rules.linalg.inverse_root import HEADROOM, InverseRoot, Method, Numerics
+from symdist.rules.linalg.precision import Precision, check_precision, with_precision
+from symdist.rules.linalg.products import product, symmetric
 from symdist.rules.matrix import Matrix, at_unit_scale, center_rows
 from symdist.rules.registry import MatrixAxis, rule
-from symdist.rules.requests import Asking, Root
+from symdist.rules.requests import Asking, Factored, Root, Sum
 
 Side: TypeAlias = Literal["auto", "right", "left"]
 Scale: TypeAlias = Literal["nuclear", "nuclear_over_frobenius", "none"]
@@ -30,12 +34,13 @@ def spectral_splits(options: Mapping[str, Any], rows: int, columns: int) -> tupl
     return ("rows",) if gram_side(options["side"], rows, columns) == "right" else ("columns",)
 
 
-def check_scale(options: Mapping[str, Any]) -> None:
-    """Check that `alpha` and `scale` do not contradict each other.
+def check_spectral(options: Mapping[str, Any]) -> None:
+    """Check that options do not contradict each other: `alpha` and `scale`, and `precision` and others.
 
     Raises:
-        ValueError: If `alpha` is not 0 and `scale` is "none".
+        ValueError: If `alpha` is not 0 and `scale` is "none", or as `check_precision`.
     """
+    check_precision(options)
     if options.get("alpha") and options["scale"] == "none":
         raise ValueError(
             f"alpha={options['alpha']} scales the update by a power of its norm, but scale='none' turns that scaling "
@@ -43,51 +48,142 @@ def check_scale(options: Mapping[str, Any]) -> None:
         )
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Polar:
+    """A polar factor, and what the norms of its matrix are found from.
+
+    Attributes:
+        factor: The polar factor, in the shape and dtype of `values`.
+        values: The matrices that it belongs to, `[b, rows here, columns here]`, divided by `unit`.
+        unit: `[b, 1, 1]`, the factors that the matrices were divided by; None if they were not divided.
+        across: The axis along which other ranks hold parts of the matrices, if any do.
+        root: The inverse root that the factor was computed with; None if the iteration was restarted.
+    """
+
+    factor: Tensor
+    values: Tensor
+    unit: Tensor | None
+    across: MatrixAxis
+    root: InverseRoot | None
+
+    def nu(self, scale: Scale) -> Generator[Any, Any, Tensor]:
+        """Compute ν, `[b, 1, 1]`: the nuclear norm of the matrix or its ratio to the Frobenius norm.
+
+        With restarts, it yields one `Sum`: the nuclear norm is then `⟨M, polar(M)⟩`, and no Gram of M is at hand.
+        """
+        if self.root is not None:
+            nuclear, frobenius = self.root.nuclear, self.root.frobenius
+        else:
+            parts = [(self.values * self.factor).sum((-2, -1), keepdim=True)]
+            parts.append(self.values.square().sum((-2, -1), keepdim=True))
+            sums = yield Sum(values=torch.cat(parts, dim=-1), across=self.across)
+            nuclear, frobenius = sums[..., :1], sums[..., 1:].sqrt()
+            if scale != "nuclear_over_frobenius" and self.unit is not None:
+                nuclear = nuclear * self.unit
+        if scale == "nuclear_over_frobenius":
+            return nuclear / frobenius.clamp_min(torch.finfo(nuclear.dtype).tiny)
+        return nuclear
+
+
+def numerics_of(
+    matrix: Matrix,
+    *,
+    side: Side,
+    method: Method,
+    ns_steps: int,
+    damping: float,
+    precision: Precision,
+    normalise: Literal["gram", "matrix"] = "gram",
+    rows_scaled: bool = False,
+) -> Numerics:
+    """Return how a rule computes the polar factors of a stack, its precision chosen.
+
+    Args:
+        matrix: The stack.
+        side: The option of that name.
+        method: The option of that name.
+        ns_steps: The option of that name.
+        damping: The option of that name.
+        precision: The option of that name.
+        normalise: See `Numerics`.
+        rows_scaled: Whether the rule scales up short rows of the polar factor; False by default. float16 loses rows
+            that are shorter than the matrix by a factor of ten million, so "auto" then does not take it.
+
+    Returns:
+        The numerics, the same on all ranks that hold parts of the matrices.
+    """
+    right = gram_side(side, matrix.rows, matrix.columns) == "right"
+    hardware = matrix.hardware or hardware_of(matrix.values.device)
+    if rows_scaled and precision == "auto":
+        hardware = replace(hardware, float16_flops=1.0)
+    return with_precision(
+        Numerics(method=method, steps=ns_steps, damping=damping, normalise=normalise),
+        precision,
+        dtype=matrix.values.dtype,
+        edge=matrix.columns if right else matrix.rows,
+        length=matrix.rows if right else matrix.columns,
+        parts=matrix.parts.get("rows" if right else "columns", 1),
+        hardware=hardware,
+    )
+
+
 def polar_factor(
     matrix: Matrix, x: Tensor, *, side: Side, numerics: Numerics, unit_scale: bool = False
-) -> Generator[Any, Any, tuple[Tensor, InverseRoot]]:
+) -> Generator[Any, Any, Polar]:
     """Compute the polar factor, `x·(xᵀx)^{-1/2}` (right) or `(xxᵀ)^{-1/2}·x` (left).
 
     Args:
         matrix: The stack that `x` comes from; it gives the size of the whole matrix.
         x: `[b, rows here, columns here]`.
         side: Which Gram to use.
-        numerics: How the inverse root is computed.
+        numerics: How the inverse root is computed; see `numerics_of`.
         unit_scale: Whether the caller guarantees that the magnitudes in `x` do not exceed about one. This saves one
             sum over ranks. If False (default), `x` is first divided by a power of two near its largest magnitude.
 
     Returns:
-        The polar factor, in the shape of `x`, and the inverse root of the scaled `x` with the norms of `x` itself.
+        The polar factor and norms.
     """
     unit = None
     if not unit_scale:
         x, unit = yield from at_unit_scale(x)
-    if gram_side(side, matrix.rows, matrix.columns) == "right":
-        root = yield Root(gram=x.mT @ x, across="rows", numerics=numerics, unit=unit)
-        return x @ root.matrix, root
-    root = yield Root(gram=x @ x.mT, across="columns", numerics=numerics, unit=unit)
-    return root.matrix @ x, root
+    right = gram_side(side, matrix.rows, matrix.columns) == "right"
+    across: MatrixAxis = "rows" if right else "columns"
+    root, y = None, x
+    if numerics.half is not None:
+        # Each piece's squares are summed in the dtype of x, over at most a few billion elements of size one.
+        squares = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).square()
+        squares = yield Sum(values=squares, across=across)
+        y = (x * (HEADROOM * torch.where(squares > 0, squares, 1).rsqrt())).to(numerics.half)
+    segments = len(numerics.segments())
+    for i in range(segments):
+        gram = symmetric(y.mT, y) if right else symmetric(y, y.mT)
+        root = yield Root(gram=gram, across=across, numerics=numerics, unit=unit, segment=i)
+        r = root.matrix.to(y.dtype)
+        del gram
+        y = product(y, r) if right else product(r, y)
+    y = y.to(x.dtype)
+    if numerics.half is not None:
+        root = None
+    yield Factored(values=x, polar=y, unit=unit, parts=matrix.parts.get(across, 1))
+    return Polar(factor=y, values=x, unit=unit, across=across, root=root)
 
 
-def scaled(u: Tensor, root: InverseRoot, *, alpha: float, scale: Scale) -> Tensor:
+def scaled(u: Tensor, polar: Polar, *, alpha: float, scale: Scale) -> Generator[Any, Any, Tensor]:
     """Return `ν^alpha·u`, where ν is the nuclear norm or its ratio to the Frobenius norm, depending on `scale`."""
     if alpha == 0:
         return u
-    nu = root.nuclear
-    if scale == "nuclear_over_frobenius":
-        nu = nu / root.frobenius.clamp_min(torch.finfo(nu.dtype).tiny)
+    nu = yield from polar.nu(scale)
     return nu.clamp_min(0).pow(alpha) * u
 
 
 def _spectral(matrix: Matrix, *, side: Side, centered: bool, alpha: float, scale: Scale, numerics: Numerics) -> Asking:
     m = (yield from center_rows(matrix, matrix.values)) if centered else matrix.values
-    u, root = yield from polar_factor(matrix, m, side=side, numerics=numerics)
-    if centered:
-        u = yield from center_rows(matrix, u)
-    return scaled(u, root, alpha=alpha, scale=scale)
+    polar = yield from polar_factor(matrix, m, side=side, numerics=numerics)
+    u = (yield from center_rows(matrix, polar.factor)) if centered else polar.factor
+    return (yield from scaled(u, polar, alpha=alpha, scale=scale))
 
 
-@rule("right_spectral", splits=("rows",), check=check_scale)
+@rule("right_spectral", splits=("rows",), check=check_spectral)
 def right_spectral(
     matrix: Matrix,
     *,
@@ -97,6 +193,7 @@ def right_spectral(
     method: Method = "polar_express",
     ns_steps: int = 0,
     damping: float = 1e-8,
+    precision: Precision = "auto",
 ) -> Asking:
     """Right spectral update, for embeddings and heads: `U = ν^α·M·(MᵀM)^{-1/2}`.
 
@@ -117,6 +214,11 @@ def right_spectral(
             for "newton_schulz". More steps bring smaller singular values closer to one.
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
+        precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
+            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
+            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
+            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
+            and damping above 1e-8 need "float32", and "auto" takes it then.
 
     Returns:
         The update U, in the shape of `matrix.values`.
@@ -124,11 +226,11 @@ def right_spectral(
     Example:
         >>> SymDist([{"params": [embedding.weight], "rule": "right_spectral", "lr": 0.01}])
     """
-    numerics = Numerics(method=method, steps=ns_steps, damping=damping)
+    numerics = numerics_of(matrix, side="right", method=method, ns_steps=ns_steps, damping=damping, precision=precision)
     return (yield from _spectral(matrix, side="right", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
 
 
-@rule("left_spectral", splits=("columns",), check=check_scale)
+@rule("left_spectral", splits=("columns",), check=check_spectral)
 def left_spectral(
     matrix: Matrix,
     *,
@@ -138,6 +240,7 @@ def left_spectral(
     method: Method = "polar_express",
     ns_steps: int = 0,
     damping: float = 1e-8,
+    precision: Precision = "auto",
 ) -> Asking:
     """Left spectral update, for routers: `U = ν^α·(MMᵀ)^{-1/2}·M`.
 
@@ -158,6 +261,11 @@ def left_spectral(
             for "newton_schulz". More steps bring smaller singular values closer to one.
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
+        precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
+            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
+            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
+            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
+            and damping above 1e-8 need "float32", and "auto" takes it then.
 
     Returns:
         The update U, in the shape of `matrix.values`.
@@ -165,11 +273,11 @@ def left_spectral(
     Example:
         >>> SymDist([{"params": [router.weight], "rule": "left_spectral", "lr": 0.01, "centered": True}])
     """
-    numerics = Numerics(method=method, steps=ns_steps, damping=damping)
+    numerics = numerics_of(matrix, side="left", method=method, ns_steps=ns_steps, damping=damping, precision=precision)
     return (yield from _spectral(matrix, side="left", centered=centered, alpha=alpha, scale=scale, numerics=numerics))
 
 
-@rule("polar", splits=spectral_splits, check=check_scale)
+@rule("polar", splits=spectral_splits, check=check_spectral)
 def polar(
     matrix: Matrix,
     *,
@@ -180,6 +288,7 @@ def polar(
     method: Method = "polar_express",
     ns_steps: int = 0,
     damping: float = 1e-8,
+    precision: Precision = "auto",
 ) -> Asking:
     """Polar update: `U = ν^α·polar(M)`, computed from either Gram.
 
@@ -205,6 +314,11 @@ def polar(
             for "newton_schulz". More steps bring smaller singular values closer to one.
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 1e-8 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
+        precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
+            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
+            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
+            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
+            and damping above 1e-8 need "float32", and "auto" takes it then.
 
     Returns:
         The update U, in the shape of `matrix.values`.
@@ -212,5 +326,5 @@ def polar(
     Example:
         >>> SymDist([{"params": [linear.weight], "rule": "polar", "lr": 0.01, "alpha": 1.0}])
     """
-    numerics = Numerics(method=method, steps=ns_steps, damping=damping)
+    numerics = numerics_of(matrix, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision)
     return (yield from _spectral(matrix, side=side, centered=centered, alpha=alpha, scale=scale, numerics=numerics))

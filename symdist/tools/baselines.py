@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from symdist.layouts import local
 from symdist.routing.route import route
-from symdist.rules.linalg.inverse_root import Numerics, polar_in_bfloat16
+from symdist.rules.linalg.inverse_root import Numerics, polar_as_published
 
-Name: TypeAlias = Literal["torch.optim.Muon", "muon-fsdp2", "all-gather-muon"]
+Name: TypeAlias = Literal["torch.optim.Muon", "muon-fsdp2", "dion", "all-gather-muon"]
 
 ADAMW = "torch.optim.AdamW"
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -174,7 +174,7 @@ class AllGatherMuon(torch.optim.Optimizer):
         whole = DTensor.from_local(
             nesterov, mesh, placements, shape=parameter.shape, stride=parameter.stride()
         ).full_tensor()
-        update = polar_in_bfloat16(whole, Numerics(normalise="matrix"))
+        update = polar_as_published(whole, Numerics(normalise="matrix"))
         # Replicate to Shard sends nothing: each rank takes its own piece.
         piece = DTensor.from_local(update, mesh, [Replicate()] * mesh.ndim).redistribute(mesh, placements)
         scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
@@ -216,9 +216,7 @@ def _refuse_torch_muon(divided: Parts, ranks: int) -> str | None:
 
 
 def _muon_fsdp2(divided: Parts) -> list[torch.optim.Optimizer]:
-    # It compiles only a few small functions. Do without a pool of compile processes, which would outlive this rank.
-    importlib.import_module("torch._inductor.config").compile_threads = 1  # type: ignore[attr-defined]
-    muon = importlib.import_module("muon_fsdp2").Muon
+    muon = _import_compiled("muon_fsdp2").Muon
     # rms_scale off, to scale by the ratio of the last two dimensions: the package's other scale would use the number of
     # experts as the number of rows.
     hidden = {"params": list(divided.hidden.values()), "lr": _LR, "use_muon": True, "rms_scale": False}
@@ -226,14 +224,47 @@ def _muon_fsdp2(divided: Parts) -> list[torch.optim.Optimizer]:
 
 
 def _refuse_muon_fsdp2(divided: Parts, ranks: int) -> str | None:
-    if importlib.util.find_spec("muon_fsdp2") is None:
-        return "not installed: pip install muon-fsdp2"
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
-        return f"it runs under torch.compile, which finds no {compiler}: install one, or set TORCHDYNAMO_DISABLE=1"
+    if reason := _refuse_compiled("muon_fsdp2", install="muon-fsdp2"):
+        return reason
     for name, parameter in divided.hidden.items():
         if parameter.shape[0] % ranks:
             return f"it gathers equal shards only, and {name} {list(parameter.shape)} is uneven on {ranks} ranks"
+    return None
+
+
+def _dion(divided: Parts) -> list[torch.optim.Optimizer]:
+    muon = _import_compiled("dion").Muon
+    # It compiles its functions anew for each shape, and fails where that is more often than torch allows.
+    dynamo = importlib.import_module("torch._dynamo.config")
+    shapes = {parameter.shape for parameter in divided.hidden.values()}
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 2 * len(shapes))  # type: ignore[attr-defined]
+    # It accepts a mesh only if that is the very one that the parameters are sharded on.
+    mesh = cast(DTensor, next(iter(divided.hidden.values()))).device_mesh
+    # adjust_lr and flatten are the package's defaults, stated since the comparison depends on them. "spectral_norm" is
+    # √(m/n), the nearest to √max(1, m/n) that it has: alike for square and tall matrices, smaller for wide ones.
+    # Unflattened, a stack is a batch of matrices, not one matrix with a row for each expert.
+    options = {"lr": _LR, "nesterov": True, "adjust_lr": "spectral_norm", "flatten": False}
+    groups = [
+        {"params": list(divided.hidden.values())},
+        {"params": list(divided.others.values()), "algorithm": "adamw"},
+    ]
+    return [muon(groups, distributed_mesh=mesh, **options)]
+
+
+def _import_compiled(module: str) -> Any:
+    """Import a package whose optimizer runs under torch.compile."""
+    # It compiles only a few small functions. Do without a pool of compile processes, which would outlive this rank.
+    importlib.import_module("torch._inductor.config").compile_threads = 1  # type: ignore[attr-defined]
+    return importlib.import_module(module)
+
+
+def _refuse_compiled(module: str, *, install: str) -> str | None:
+    """Return why a package whose optimizer runs under torch.compile cannot be used, or None if it can."""
+    if importlib.util.find_spec(module) is None:
+        return f"not installed: pip install {install}"
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None and os.environ.get("TORCHDYNAMO_DISABLE") != "1":
+        return f"it runs under torch.compile, which finds no {compiler}: install one, or set TORCHDYNAMO_DISABLE=1"
     return None
 
 
@@ -259,6 +290,15 @@ _BASELINES: dict[str, _Baseline] = {
             f"the other {len(divided.others)} by its AdamW"
         ),
         refuse=_refuse_muon_fsdp2,
+    ),
+    "dion": _Baseline(
+        build=_dion,
+        describe=lambda divided: (
+            f"{_counted(divided)} by the package's Muon in bfloat16, those of one shape sent together, each to one rank"
+            f"{', the experts where they are' if divided.stacks else ''}; the other {len(divided.others)} by its AdamW"
+        ),
+        # It pads uneven shards, and takes empty ones.
+        refuse=lambda divided, ranks: _refuse_compiled("dion", install="git+https://github.com/microsoft/dion"),
     ),
     "all-gather-muon": _Baseline(
         build=lambda divided: [AllGatherMuon(divided.hidden.values()), _adamw(divided.others)],

@@ -76,25 +76,31 @@ class _Work(Protocol):
 
 
 class _RootWork:
-    """An inverse root: the triangle of the Gram is sent; the triangle of the root and two norms come back."""
+    """An inverse root: triangles of the Gram and the root are sent, and two norms unless the iteration restarts."""
 
     def __init__(self, request: Root):
-        self.parts = request.gram
+        self.parts = request.gram.to(torch.promote_types(request.gram.dtype, torch.float32))
         self.edge = request.gram.shape[-1]
         self.sum_size = packed_size(self.edge)
-        self.answer_size = self.sum_size + 2
+        self.norms = 0 if request.numerics.half else 2
+        self.answer_size = self.sum_size + self.norms
+        self.segment = request.segment
         self.numerics = request.numerics
         self.unit = request.unit
-        self.operations = request.numerics.operations(self.edge)
+        self.operations = request.operations
 
     def packed(self) -> Tensor:
         return pack(self.parts)
 
     def solved(self, sums: Tensor) -> Tensor:
-        root = inverse_root(unpack(sums, self.edge), self.numerics)
+        root = inverse_root(unpack(sums, self.edge), self.numerics, self.segment)
+        if not self.norms:
+            return pack(root.matrix.to(sums.dtype))
         return torch.cat([pack(root.matrix), root.nuclear.flatten(1), root.frobenius.flatten(1)], dim=1)
 
     def answer(self, packed: Tensor) -> InverseRoot:
+        if not self.norms:
+            return InverseRoot(unpack(packed, self.edge))
         norms = packed[:, -2, None, None], packed[:, -1, None, None]
         return InverseRoot(unpack(packed[:, :-2], self.edge), norms=norms).of_larger(self.unit)
 

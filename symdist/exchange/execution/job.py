@@ -13,8 +13,8 @@ from symdist.exchange.collectives.redistribution import redistribution_of
 from symdist.exchange.collectives.residual_sums import StageContribution, StageSlot
 from symdist.exchange.execution.scheduler import Task
 from symdist.exchange.execution.stack import (
+    PolarObserver,
     ReadInputs,
-    RootObserver,
     Stack,
     Strategy,
     WriteOutputs,
@@ -98,6 +98,11 @@ class Job:
         return {axis: group for axis, group in splits.items() if axis != "batch"}
 
     @property
+    def parts(self) -> dict[str, int]:
+        """For each axis along which matrices are cut while the rule runs, over how many ranks."""
+        return {axis: group.size for axis, group in self.along.items()}
+
+    @property
     def groups(self) -> set[Group]:
         """The groups that communicate for this job in a step."""
         moving = self.redistribution.gathers or self.redistribution.scatters
@@ -128,7 +133,7 @@ class Job:
         )
 
     def task(
-        self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_root: RootObserver | None = None
+        self, read_inputs: ReadInputs, write_outputs: WriteOutputs, *, observe_polar: PolarObserver | None = None
     ) -> Task:
         """Make the task that runs this job.
 
@@ -138,19 +143,19 @@ class Job:
         Args:
             read_inputs: Called when the task starts; returns this rank's pieces.
             write_outputs: Called with this rank's pieces of the results when the task ends.
-            observe_root: Called with every inverse root that is computed or received on this rank; None (default) for
+            observe_polar: Called for all polar factors that are computed on this rank; None (default) for
                 nothing.
 
         Returns:
             The task, not started yet.
         """
-        running = self._run(read_inputs, write_outputs, observe_root)
+        running = self._run(read_inputs, write_outputs, observe_polar)
         if self.strategy == "local" and not self.stages:
             return Task(running)
         return Task(running, along=self.along, home=self.stack.layout.group, strategy=self.strategy)
 
     def _run(
-        self, read_inputs: ReadInputs, write_outputs: WriteOutputs, observe_root: RootObserver | None
+        self, read_inputs: ReadInputs, write_outputs: WriteOutputs, observe_polar: PolarObserver | None
     ) -> Generator[Any, Any, None]:
         """Bring the matrices to where the rule runs, update them, and bring the updates back."""
         way, dtype, like = self.redistribution, self.communication_dtype, self.stack.like
@@ -162,7 +167,7 @@ class Job:
         else:
             assembled = [way.wholes({}, like=like, kept=way.kept(field)) for field in fields]
             fields.clear()
-        updated = yield from self._updated(assembled, observe_root)
+        updated = yield from self._updated(assembled, observe_polar)
         assembled.clear()
         if way.scatters:
             outputs = yield Scatter(fields=updated, route=way, dtype=dtype, like=like)
@@ -172,7 +177,9 @@ class Job:
         # Write at once, so that the updates are freed while other tasks are still under way.
         write_outputs(self.stack.made(outputs))
 
-    def _updated(self, assembled: list[Tensor], observe_root: RootObserver | None) -> Generator[Any, Any, list[Tensor]]:
+    def _updated(
+        self, assembled: list[Tensor], observe_polar: PolarObserver | None
+    ) -> Generator[Any, Any, list[Tensor]]:
         """Run the rule on what this rank updates, batch by batch."""
         stack, way = self.stack, self.redistribution
         results: list[list[Tensor]] = []
@@ -182,8 +189,8 @@ class Job:
                 continue
             pieces = [way.stacked(field, i) for field in assembled]
             running = observed(
-                run_rule(stack, pieces, batch.box, self._contribution(pieces[0], batch)),
-                observe_root,
+                run_rule(stack, pieces, batch.box, self._contribution(pieces[0], batch), parts=self.parts),
+                observe_polar,
                 batch.members,
                 self._ranks_a_report,
             )
@@ -202,13 +209,13 @@ class Job:
 
     @property
     def _ranks_a_report(self) -> int:
-        """How many ranks each report of a root stands for, so that a matrix counts for the whole group."""
+        """How many ranks each report of a polar factor stands for, so that a matrix counts for the whole group."""
         if self.alone and self.stack.layout.group is not None:
             return self.stack.layout.group.size
         if self.team and self.stack.layout.group is not None and self.stack.layout.shard_group is not None:
-            # Each rank of a team reports the same root, unless they have different heads.
+            # Each rank of a team reports the same matrix, unless they have different heads.
             reports = 1 if "batch" in self.stack.splits else self.stack.layout.shard_group.size
             return self.stack.layout.group.size // reports
-        # All ranks with a part of a matrix report its root.
+        # All ranks with a part of a matrix report it.
         batch = self.stack.splits.get("batch")
         return 1 if batch is None else batch.size

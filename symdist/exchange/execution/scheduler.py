@@ -17,7 +17,7 @@ from symdist.exchange.collectives.reduce import answer_shared, answer_sums
 from symdist.exchange.collectives.residual_sums import StageRequest, answer_stages
 from symdist.exchange.collectives.transport import Handle, Transport
 from symdist.layouts import Group
-from symdist.rules import Orthonormal, Root, Sum
+from symdist.rules import Factored, Orthonormal, Root, Sum
 
 _ANSWERS: dict[type, Any] = {
     Gather: answer_gathers,
@@ -96,6 +96,8 @@ class Task:
         if isinstance(request, Gather | Scatter):
             assert self.home is not None
             return [self.home]
+        if isinstance(request, Factored):
+            return []
         return [group for axis, group in self.along.items() if request.across in (axis, "all")]
 
 
@@ -258,7 +260,8 @@ def _kind(request: Any) -> tuple[torch.dtype, torch.device]:
         case Gather() | Scatter():
             return request.dtype, request.like.device
         case Root():
-            return request.gram.dtype, request.gram.device
+            # A sum of Grams in half precision would lose their last digits.
+            return torch.promote_types(request.gram.dtype, torch.float32), request.gram.device
         case StageRequest():
             return request.stage_sum.values.dtype, request.stage_sum.values.device
     return request.values.dtype, request.values.device

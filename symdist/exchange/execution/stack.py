@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from symdist.exchange.collectives.residual_sums import StageContribution, shared
+from symdist.hardware import Hardware
 from symdist.layouts import Group, Layout
 from symdist.matrix_views import SplitKind, View
-from symdist.rules import Matrix, Rule, Sum, relayed
-from symdist.rules.linalg.inverse_root import InverseRoot
+from symdist.rules import Factored, Matrix, Rule, Sum, relayed
 from symdist.rules.registry import MatrixAxis
 
 T = TypeVar("T")
 Strategy: TypeAlias = Literal["local", "reduce", "owner"]
 Tensors: TypeAlias = list[Tensor]
-RootObserver: TypeAlias = Callable[[InverseRoot, Sequence[int], float], None]
-"""Callback for each inverse root.
+PolarObserver: TypeAlias = Callable[[Tensor, Sequence[int], float], None]
+"""Callback for each stack of polar factors.
 
-It gets the root, the positions in the job's `members` of the parameters that the root belongs to, and how many ranks
-this call stands for.
+It gets nuclear norms (see `Factored.nuclear`), the positions in the job's `members` of the parameters that they belong
+to, and how many ranks this call stands for.
 """
 
 
@@ -88,6 +88,7 @@ class Stack:
             stored in ranges of elements it gives the ranks, and cuts nothing, before planning.
         dtype: The dtype of the state and of all arithmetic.
         device: The device of this rank's pieces.
+        hardware: What the ranks can do, by which precisions are chosen.
         requested_strategy: The strategy that the user asked for, or "auto".
         skip_zero_grad_rows: Whether rows whose gradient is exactly zero stay unchanged; False by default.
         padding_rows: The number of rows at the end of the stored tensor that take no part and never change; 0 by
@@ -100,6 +101,7 @@ class Stack:
     layout: Layout
     dtype: torch.dtype
     device: torch.device
+    hardware: Hardware
     requested_strategy: str
     skip_zero_grad_rows: bool = False
     padding_rows: int = 0
@@ -168,6 +170,11 @@ class Stack:
         """The axes along which the matrices themselves are cut, and the ranks along each."""
         return {axis: group for axis, group in self.splits.items() if axis == "rows" or axis == "columns"}
 
+    @property
+    def parts(self) -> dict[MatrixAxis, int]:
+        """The axes along which the matrices themselves are cut, and the number of ranks along each."""
+        return {axis: group.size for axis, group in self.cut.items()}
+
     def first_column(self, box: Sequence[range]) -> int:
         """Return the column of the matrix at which a piece begins.
 
@@ -206,33 +213,38 @@ def travels_as(stack: Stack, communication_dtype: torch.dtype | None) -> torch.d
 
 
 def observed(
-    running: Generator[Any, Any, T], observe_root: RootObserver | None, members: Sequence[int], ranks: float
+    running: Generator[Any, Any, T], observe_polar: PolarObserver | None, members: Sequence[int], ranks: float
 ) -> Generator[Any, Any, T]:
-    """Wrap a running rule so that every inverse root is also handed to a callback.
+    """Wrap a running rule so that a callback learns of every polar factor.
 
     Args:
         running: The running rule.
-        observe_root: The callback; None to return the rule as it is.
+        observe_polar: The callback; None to return the rule as it is.
         members: Passed to the callback: the positions in the job's `members` of the parameters that run.
         ranks: Passed to the callback: how many ranks each call stands for.
 
     Returns:
         The wrapped rule, with the same result.
     """
-    if observe_root is None:
+    if observe_polar is None:
         return running
 
     def relay(request: Any) -> Generator[Any, Any, Any]:
-        answer = yield request
-        if isinstance(answer, InverseRoot):
-            observe_root(answer, members, ranks)
-        return answer
+        if isinstance(request, Factored):
+            observe_polar(request.nuclear(), members, ranks)
+            return None
+        return (yield request)
 
     return relayed(running, relay)
 
 
 def run_rule(
-    stack: Stack, fields: Sequence[Tensor], box: Sequence[range], contribution: StageContribution | None = None
+    stack: Stack,
+    fields: Sequence[Tensor],
+    box: Sequence[range],
+    contribution: StageContribution | None = None,
+    *,
+    parts: Mapping[str, int],
 ) -> Generator[Any, Any, list[Tensor]]:
     """Run the rule of a stack on pieces or on whole matrices.
 
@@ -244,6 +256,7 @@ def run_rule(
         box: The range that the pieces cover along each stored dimension.
         contribution: This job's contribution to residual-stage sums, if the rule couples the matrices of a stage; None
             by default.
+        parts: For each axis along which the matrices are cut while the rule runs, over how many ranks.
 
     Returns:
         The fields for `Stack.made`, in the shape of the input fields: the update, the mask if the stack has one, and
@@ -263,6 +276,8 @@ def run_rule(
         first_column=stack.first_column(box),
         state=dict(zip(stack.state_names, others, strict=True)),
         places=None if contribution is None else contribution.places,
+        parts=parts,
+        hardware=stack.hardware,
     )
     running = stack.rule.update(matrix, **dict(stack.options))
     update = yield from running if contribution is None else shared(running, contribution)

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import zip_longest
 
+import torch
+
 from symdist.exchange.collectives.transport import Transport
 from symdist.exchange.execution.job import Job
 from symdist.exchange.planning.plan import Plan
@@ -40,6 +42,9 @@ def check_agreement(lines: Lines, *, peers: Group, transport: Transport) -> None
         if len({digests[rank].get(ranks) for rank in held}) > 1:
             texts = dict(zip(peers.ranks, transport.gather_objects(lines.get(ranks, []), group=peers), strict=True))
             raise PlanError(_difference({rank: texts[rank] for rank in held}))
+
+
+_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def lines_of(plan: Plan, names: Sequence[str]) -> Lines:
@@ -81,11 +86,12 @@ def _described(job: Job) -> str:
     options = ", ".join(f"{name}={value}" for name, value in stack.options)
     rows = f", {stack.padding_rows} rows of padding" if stack.padding_rows else ""
     skip = ", rows without gradient stay" if stack.skip_zero_grad_rows else ""
+    speeds = "/".join(f"{stack.hardware.speed(dtype) / stack.hardware.flops:.2g}" for dtype in _DTYPES)
     cut = _digest((stack.layout.splits, stack.view, job.multiple, job.alone, job.travels))
     return (
         f"{stack.rule.name} ({options}) by strategy {job.strategy} on {len(job.everyone)} of shape "
-        f"{stack.layout.shape}, view {stack.view.kind}{rows}{skip}, in {stack.dtype}, sent in "
-        f"{job.communication_dtype}, cut as {cut}"
+        f"{stack.layout.shape}, view {stack.view.kind}{rows}{skip}, in {stack.dtype}, float16 and "
+        f"bfloat16 {speeds} times as fast as float32, sent in {job.communication_dtype}, cut as {cut}"
     )
 
 

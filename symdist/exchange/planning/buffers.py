@@ -102,7 +102,7 @@ def held_for(
     in_place = strategy != "owner" and (strategy == "local" or layout.completed)
     rows = stack if whole else kind.in_place(layout)
     shape = unit_shape(stack) if whole else rows.layout.largest_shape
-    memory = shard_memory(rows, shape, () if whole else tuple(rows.cut))
+    memory = shard_memory(rows, shape, {} if whole else rows.parts)
     summed = 0.0 if whole else sum(kind.cost_of(rows).summed.values())
     elements = math.prod(shape)
     updated: Mapping[int, float] = layout.loads_of(owners) if strategy == "owner" else layout.loads

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,10 @@ from symdist.diagnostics.memory import TensorWatch
 from symdist.exchange.collectives.grid_redistribution import canonical_shape
 from symdist.exchange.collectives.triangles import packed_size
 from symdist.exchange.execution.stack import Stack
-from symdist.exchange.hardware import Hardware
 from symdist.exchange.planning.operations import OperationCounter
+from symdist.hardware import Hardware
 from symdist.matrix_views import View
-from symdist.rules import Asking, InverseRoot, Matrix, Orthonormal, Request, Root, Rule, StageSum
+from symdist.rules import Asking, Factored, InverseRoot, Matrix, Orthonormal, Request, Root, Rule, StageSum
 from symdist.rules.registry import MatrixAxis
 
 
@@ -50,35 +50,40 @@ class RuleMemory:
     waiting: float
 
 
+_WHOLE: Mapping[MatrixAxis, int] = {}
+
+
 def shard_cost(
-    stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAxis] = (), *, hardware: Hardware
+    stack: Stack, shape: tuple[int, ...], axes: Mapping[MatrixAxis, int] = _WHOLE, *, hardware: Hardware
 ) -> RuleCost:
     """Return the cost of a stack's rule on a stored piece.
 
     Args:
         stack: The stack whose rule is measured.
         shape: The shape of the stored piece.
-        axes: The matrix axes along which other ranks hold the rest of the matrix; none by default.
+        axes: The matrix axes along which other ranks hold the rest of the matrix, and the number of ranks along each;
+            none by default.
         hardware: The speeds by which operations in other dtypes are converted.
 
     Returns:
         The cost.
     """
-    return _cost(_Piece.of(stack, shape), frozenset(axes), hardware)
+    return _cost(_Piece.of(stack, shape, axes), hardware)
 
 
-def shard_memory(stack: Stack, shape: tuple[int, ...], axes: Collection[MatrixAxis] = ()) -> RuleMemory:
+def shard_memory(stack: Stack, shape: tuple[int, ...], axes: Mapping[MatrixAxis, int] = _WHOLE) -> RuleMemory:
     """Return what a stack's rule holds on a stored piece.
 
     Args:
         stack: The stack whose rule is measured.
         shape: The shape of the stored piece.
-        axes: The matrix axes along which other ranks hold the rest of the matrix; none by default.
+        axes: The matrix axes along which other ranks hold the rest of the matrix, and the number of ranks along each;
+            none by default.
 
     Returns:
         The memory.
     """
-    return _memory(_Piece.of(stack, shape), bool(axes))
+    return _memory(_Piece.of(stack, shape, axes))
 
 
 def unit_cost(stack: Stack, *, hardware: Hardware) -> RuleCost:
@@ -134,9 +139,11 @@ class _Piece:
     columns: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    hardware: Hardware
+    parts: tuple[tuple[MatrixAxis, int], ...]
 
     @staticmethod
-    def of(stack: Stack, shape: tuple[int, ...]) -> "_Piece":
+    def of(stack: Stack, shape: tuple[int, ...], axes: Mapping[MatrixAxis, int]) -> "_Piece":
         return _Piece(
             rule=stack.rule,
             options=stack.options,
@@ -145,6 +152,8 @@ class _Piece:
             columns=stack.columns,
             dtype=stack.dtype,
             shape=shape,
+            hardware=stack.hardware,
+            parts=tuple(axes.items()),
         )
 
     def started(self) -> Asking:
@@ -152,25 +161,27 @@ class _Piece:
         options = dict(self.options)
         values = self.view.matrices(torch.empty((1, *self.shape), dtype=self.dtype, device="meta"))
         state = dict.fromkeys(self.rule.remembers(options), values)
-        matrix = Matrix(values=values, rows=self.rows, columns=self.columns, state=state)
+        parts: dict[str, int] = {axis: ranks for axis, ranks in self.parts}
+        matrix = Matrix(
+            values=values, rows=self.rows, columns=self.columns, state=state, parts=parts, hardware=self.hardware
+        )
         return self.rule.update(matrix, **options)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cost(
-    piece: _Piece,
-    axes: frozenset[MatrixAxis],
-    hardware: Hardware,
-) -> RuleCost:
+def _cost(piece: _Piece, hardware: Hardware) -> RuleCost:
     """Run a rule on a meta tensor, and count what it computes and sums."""
+    axes = [axis for axis, _ in piece.parts]
     summed: dict[MatrixAxis, float] = dict.fromkeys(axes, 0.0)
     root_flops = 0.0
 
     def answered(request: Request) -> Any:
         nonlocal root_flops
+        if isinstance(request, Factored):
+            return None
         if isinstance(request, Root):
             b, d = request.gram.shape[:2]
-            root_flops += b * request.numerics.operations(d)
+            root_flops += b * request.operations
             numbers = float(b * packed_size(d))
         else:
             numbers = request.values.nbytes / piece.dtype.itemsize
@@ -189,16 +200,15 @@ def _cost(
 
 
 @functools.lru_cache(maxsize=4096)
-def _memory(
-    piece: _Piece,
-    asks: bool,
-) -> RuleMemory:
+def _memory(piece: _Piece) -> RuleMemory:
     """Run a rule on a meta tensor, and watch what it holds."""
     waiting: list[int] = []
 
     def answered(request: Request) -> Any:
+        if isinstance(request, Factored):
+            return None
         waiting.append(watch.alive)
-        return _given(request) if asks else request.answer_locally()
+        return _given(request) if piece.parts else request.answer_locally()
 
     running = piece.started()
     with TensorWatch("meta") as watch:

@@ -12,9 +12,9 @@ from typing import TypeAlias
 import torch
 
 from symdist.exchange.execution.stack import Stack, Strategy, travels_as
-from symdist.exchange.hardware import Hardware
 from symdist.exchange.options import ExchangeOptions
 from symdist.exchange.planning.costs import RuleCost, shard_cost, unit_cost, units_of
+from symdist.hardware import Hardware
 from symdist.layouts import FlatLayout, Grid, Group, Layout
 from symdist.layouts.layout import blocks
 
@@ -133,7 +133,7 @@ class Kind:
             flops = units_of(stack) / layout.units * (cost.flops + cost.root_flops)
             return sent / hardware.bandwidth + flops / hardware.flops
         rows = dataclasses.replace(stack, layout=team)
-        cost = shard_cost(rows, (1, *team.largest_shape[-2:])[-len(team.shape) :], tuple(rows.cut), hardware=hardware)
+        cost = shard_cost(rows, (1, *team.largest_shape[-2:])[-len(team.shape) :], rows.parts, hardware=hardware)
         sums = 2 * sum(cost.summed.values()) * (size - 1) / size * stack.dtype.itemsize
         matrices = max(1, stack.view.count // layout.units)
         roots = cost.root_flops * (-(-matrices // size) / matrices if rows.cut else 1.0)
@@ -170,7 +170,7 @@ class Kind:
 
     def cost_of(self, rows: Stack) -> RuleCost:
         """Return the cost of the rule on the largest piece of a parameter that `in_place` has returned the stack of."""
-        return shard_cost(rows, rows.layout.largest_shape, tuple(rows.cut), hardware=self.hardware)
+        return shard_cost(rows, rows.layout.largest_shape, rows.parts, hardware=self.hardware)
 
 
 def kinds_of(

@@ -6,10 +6,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from symdist.exchange.hardware import Hardware
-from symdist.rules.linalg.orthonormal import OPERATIONS
+from symdist.hardware import Hardware
+from symdist.rules.linalg import orthonormal, products
 
-_COUNTS = {**flop_registry, **{operator: shape_wrapper(count) for operator, count in OPERATIONS.items()}}
+_COUNTS = {
+    **flop_registry,
+    **{
+        operator: shape_wrapper(count)
+        for operator, count in [*orthonormal.OPERATIONS.items(), *products.OPERATIONS.items()]
+    },
+}
 
 
 class OperationCounter(TorchDispatchMode):

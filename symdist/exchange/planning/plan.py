@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from symdist.exchange.collectives.residual_sums import StagePlan, StageSlot
 from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.stack import Stack, Strategy
-from symdist.exchange.hardware import Hardware
 from symdist.exchange.options import ExchangeOptions
 from symdist.exchange.planning.buffers import coupled_bytes, peak_of
 from symdist.exchange.planning.costs import unit_flops
 from symdist.exchange.planning.kinds import choose_strategy, kinds_of
 from symdist.exchange.planning.owners import choose_owners, form_teams, lighten, work_in_place
 from symdist.exchange.planning.waves import jobs_of, waves_of
+from symdist.hardware import Hardware
 from symdist.layouts import FlatLayout, Group, Layout
 
 _LARGEST = 100.0

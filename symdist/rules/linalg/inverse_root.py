@@ -1,17 +1,24 @@
 """Inverse square roots of Gram matrices, which are the only dense linear algebra that the spectral rules need.
 
 A polar factor is `M·(MᵀM)^{-1/2}`. Every iterative polar method that multiplies `M` by odd polynomials of itself equals
-a polynomial in the Gram, applied once to `M`. Therefore all such methods run here, on the smaller dimension and in at
-least float32, whatever the layout of `M`.
+a polynomial in the Gram, applied to `M`. Therefore all such methods run here, on the smaller dimension, whatever the
+layout of `M`.
+
+The Gram squares the condition number. Float32 has the digits for all steps on one Gram; float16 and bfloat16 have not,
+so there the polynomial so far is applied to `M` every step or two, and a new Gram is formed: a restart.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from symdist.rules.linalg.products import symmetric, triangle_share
+
 Method: TypeAlias = Literal["polar_express", "newton_schulz", "exact"]
+Arithmetic: TypeAlias = Literal["float32", "float16", "bfloat16"]
 Quintic: TypeAlias = tuple[float, float, float]
 
 _SAFETY = 1.05
@@ -54,12 +61,31 @@ class Numerics:
         damping: The number added to the diagonal of the Gram C, relative to `‖C‖_F`; 1e-8 by default.
         normalise: The bound on the spectrum that the Gram is divided by before the iteration: "gram" (default) for
             `‖C‖_F`, or "matrix" for `tr C = ‖M‖²_F`, which belongs to Muon's coefficients.
+        arithmetic: The dtype of the products: "float32" (default) means that of the Gram if it is wider; "float16" or
+            "bfloat16" have no damping and are not available for "exact".
+        together: The number of steps on one Gram; 0 (default) means all, and float16 has the digits for 2 at most,
+            bfloat16 for 1.
+        speed: How many times as fast as in float32 the products are; 1 by default. Only costs depend on it.
     """
 
     method: Method = "polar_express"
     steps: int = 0
     damping: float = 1e-8
     normalise: Literal["gram", "matrix"] = "gram"
+    arithmetic: Arithmetic = "float32"
+    together: int = 0
+    speed: float = 1.0
+
+    @property
+    def half(self) -> torch.dtype | None:
+        """The dtype of the products if it is narrower than float32; otherwise None."""
+        return None if self.arithmetic == "float32" else getattr(torch, self.arithmetic)
+
+    def segments(self) -> list[list[Quintic]]:
+        """Return the coefficients of the steps on each Gram in turn; one list if there are no restarts."""
+        steps = self.coefficients()
+        together = self.together or max(1, len(steps))
+        return [steps[i : i + together] for i in range(0, len(steps), together)] or [[]]
 
     def coefficients(self) -> list[Quintic]:
         """Return the coefficients of the polynomial steps.
@@ -74,20 +100,23 @@ class Numerics:
             table = _POLAR_EXPRESS if self.normalise == "gram" else _MUON
         return [table[min(i, len(table) - 1)] for i in range(steps)]
 
-    def operations(self, d: int) -> float:
-        """Return the number of floating-point operations of one root, to leading order.
+    def operations(self, d: int, segment: int = 0) -> float:
+        """Return how many operations in float32 take as long as one root, to leading order.
 
         Args:
             d: The root is of a `[d, d]` matrix.
+            segment: Of which of `segments`; the first by default.
 
         Returns:
             The number of operations.
         """
         if self.method == "exact":
             return 25.0 * d**3
-        # Four products per step, except the products with the identity in the first step and the unused update of Y in
-        # the last one.
-        return (4 * len(self.coefficients()) - 3) * 2.0 * d**3
+        # Four products per step, except the products with the identity in the first step and the unused update of the
+        # Gram in the last one; both are one step if there is only one.
+        products = max(1, 4 * len(self.segments()[segment]) - 3)
+        share = 1.0 if self.half is None else triangle_share(d)
+        return products * share * 2.0 * d**3 / self.speed
 
 
 class InverseRoot:
@@ -135,22 +164,29 @@ class InverseRoot:
         return _trace(self._gram).clamp_min(0).sqrt() * self._unit
 
 
-def inverse_root(gram: Tensor, numerics: Numerics) -> InverseRoot:
+def inverse_root(gram: Tensor, numerics: Numerics, segment: int = 0) -> InverseRoot:
     """Compute the damped inverse square roots of a stack of symmetric positive semi-definite matrices.
+
+    With restarts, it computes the part of the root that belongs to one segment of steps.
 
     Source: Lau & Su, arXiv 2605.18106 (coupled polynomial iteration); the Polar Express, arXiv 2505.16932.
 
     Args:
-        gram: `[b, d, d]`; not written to.
+        gram: `[b, d, d]`; not written to. In narrow arithmetic, the first Gram is that of a matrix of Frobenius norm
+            `HEADROOM`.
         numerics: The method, its steps and the damping. "exact" computes in float64.
+        segment: Which of `numerics.segments()` to compute; the first by default.
 
     Returns:
-        The roots, in the dtype of `gram`, or in float32 if that dtype is narrower. The root of a zero matrix is finite.
+        The roots, in the dtype of `gram`, or in float32 if that dtype is narrower; or in narrow arithmetic, in its
+        dtype. The root of a zero matrix is finite.
 
     Example:
         >>> m = torch.randn(1, 6, 4)
         >>> polar = m @ inverse_root(m.mT @ m, Numerics(method="exact")).matrix
     """
+    if numerics.half is not None:
+        return InverseRoot(_narrow(gram, numerics, segment), gram=gram)
     c = gram.to(torch.promote_types(gram.dtype, torch.float32))
     # Scale by the trace. It stays in float32's range as long as the Gram itself does, unlike the squares in a norm. A
     # denormal trace has too few significant digits, so such a matrix is treated as zero.
@@ -167,11 +203,10 @@ def _trace(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
 
 
-def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
-    """Compute the polar factor by quintic steps on the matrix itself, in bfloat16, as Muon does on accelerators.
+def polar_as_published(m: Tensor, numerics: Numerics) -> Tensor:
+    """Compute the polar factor by quintic steps on the matrix, in bfloat16, rounded as Muon's published code does.
 
-    Products in bfloat16 are fast. The rounding error, a few percent of a singular value, is part of the published
-    method.
+    The rounding error, a few percent of a singular value, is part of the published method.
 
     Args:
         m: `[b, m, n]`.
@@ -195,6 +230,62 @@ def polar_in_bfloat16(m: Tensor, numerics: Numerics) -> Tensor:
     return (x.mT if tall else x).to(m.dtype)
 
 
+HEADROOM = 16.0
+"""The Frobenius norm of a matrix whose first Gram is formed in narrow arithmetic.
+
+At norm 1, many elements of the Gram would be denormal numbers of float16. At this norm, none exceeds 256.
+"""
+
+
+def _narrow(gram: Tensor, numerics: Numerics, segment: int) -> Tensor:
+    """Compute one segment of the polynomial in float16 or bfloat16, on a Gram that was formed for it."""
+    assert numerics.half is not None
+    steps = numerics.segments()[segment]
+    r = gram.to(numerics.half)
+    if segment:
+        return _steps_on_gram(r, steps)
+    square = HEADROOM**2
+    if numerics.normalise == "matrix":
+        return _steps_on_gram(r, steps, unit=1.02**2 * square, out=1 / (1.02 * HEADROOM))
+    slack = 1.0 if numerics.method == "newton_schulz" else 1.02
+    bound = slack * torch.linalg.matrix_norm(gram.float(), keepdim=True)
+    bound = torch.where(bound > 0, bound, 1)
+    return _steps_on_gram((gram * (square / bound)).to(numerics.half), steps, unit=square) * bound.rsqrt().to(r.dtype)
+
+
+def _steps_on_gram(r: Tensor, steps: Sequence[Quintic], *, unit: float = 1.0, out: float = 1.0) -> Tensor:
+    """Evaluate `out·Π(a + b·R + c·R²)`, where R is the Gram before each step.
+
+    All factors are polynomials in one matrix, so all products are symmetric.
+
+    Args:
+        r: `unit·R`, `[b, d, d]`.
+        steps: The coefficients `(a, b, c)`, one or two.
+        unit: The factor in `r`; 1 by default.
+        out: The factor of the result; 1 by default.
+
+    Returns:
+        `[b, d, d]`, in the dtype of `r`.
+    """
+    q: Tensor | None = None
+    for i, (a, b, c) in enumerate(steps):
+        last = i + 1 == len(steps)
+        factor = out if last else 1.0
+        if q is None:
+            z = symmetric(r, r, r, alpha=factor * c / unit**2, beta=factor * b / unit)
+            q = z if last else z.clone()
+            q.diagonal(dim1=-2, dim2=-1).add_(factor * a)
+        else:
+            z = symmetric(r, r, r, alpha=c, beta=b)
+            q = symmetric(q, z, q, alpha=factor, beta=factor * a)
+        if not last:
+            rz = symmetric(r, z, r, alpha=1 / unit, beta=a / unit)
+            r = symmetric(z, rz, rz, beta=a)
+            unit = 1.0
+    assert q is not None
+    return q
+
+
 def _exact(unit: Tensor, numerics: Numerics) -> Tensor:
     values, vectors = torch.linalg.eigh(unit.double())
     norm = torch.linalg.vector_norm(values, dim=-1, keepdim=True)
@@ -207,7 +298,8 @@ def _exact(unit: Tensor, numerics: Numerics) -> Tensor:
 def _polynomial(unit: Tensor, numerics: Numerics) -> Tensor:
     """Run the coupled iteration, in which y tends to `A^{1/2}` and z to `A^{-1/2}`.
 
-    All factors are polynomials in the same matrix `A`.
+    All factors are polynomials in the same matrix `A`. Their products are computed whole: from mirrored triangles, the
+    rounding errors of y and z would not cancel, and the error at condition number 1e3 would be ten times as large.
     """
     eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
     y = unit

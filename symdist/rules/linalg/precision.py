@@ -1,0 +1,104 @@
+"""The choice of precision: in which dtype the products of a root are computed, and after which steps it restarts."""
+
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from symdist.hardware import Hardware
+from symdist.rules.linalg.inverse_root import Numerics
+from symdist.rules.linalg.products import triangle_share
+
+Precision: TypeAlias = Literal["auto", "float32", "float16", "bfloat16"]
+
+_SMALLEST = 64
+"""Below this size of a Gram, products in float32 take no longer, since starting them takes longer than they do."""
+_NEGLIGIBLE_DAMPING = 1e-8
+"""Damping up to this is below the rounding of float16 and bfloat16, and is left out there."""
+_FLOAT16_STEPS = (1, 2)
+"""How many steps float16 has the digits for on one Gram.
+
+Two were found to be five to ten times as exact as bfloat16 on the matrix itself, for condition numbers up to 1e6; three
+and more lose most digits. bfloat16 has the digits for one.
+"""
+
+
+def check_precision(options: Any) -> None:
+    """Check that `precision` fits the other options of a rule.
+
+    Args:
+        options: The options by name, with "precision", "method" and "damping".
+
+    Raises:
+        ValueError: If `precision` names a narrow dtype together with `method` "exact" or with damping that matters.
+    """
+    precision = options["precision"]
+    narrow = precision not in ("auto", "float32")
+    if narrow and (options["method"] == "exact" or options["damping"] > _NEGLIGIBLE_DAMPING):
+        raise ValueError(
+            f"precision={precision!r} supports neither method='exact' nor damping above {_NEGLIGIBLE_DAMPING:g} "
+            f"(method={options['method']!r}, damping={options['damping']}); change these options or use "
+            "precision='float32'"
+        )
+
+
+def with_precision(
+    numerics: Numerics,
+    precision: Precision,
+    *,
+    dtype: torch.dtype,
+    edge: int,
+    length: int,
+    parts: int,
+    hardware: Hardware,
+) -> Numerics:
+    """Choose the dtype of a root's products, and after which steps it restarts.
+
+    All ranks choose alike, because the choice depends on nothing but the arguments. "auto" takes the fastest of what is
+    at least as exact as bfloat16 on the matrix itself: float32, float16 with restarts, and bfloat16 with a restart
+    after each step. Where a Gram is a sum over ranks, each restart costs one more of them.
+
+    Args:
+        numerics: How the root is computed; its `arithmetic`, `together` and `speed` are chosen here.
+        precision: What the user asked for. "float32" means the dtype of the weights if that is wider.
+        dtype: The dtype of the rule's arithmetic.
+        edge: The size of the Gram.
+        length: The other size of the matrix.
+        parts: The number of ranks that hold parts of the matrix, and over which its Gram is summed; 1 if it is whole.
+        hardware: The speeds of a rank.
+
+    Returns:
+        The numerics with the choice made.
+    """
+    candidates = [numerics]
+    if precision != "float32" and numerics.method != "exact" and numerics.damping <= _NEGLIGIBLE_DAMPING:
+        narrow = [replace(numerics, arithmetic="float16", together=steps) for steps in _FLOAT16_STEPS]
+        narrow.append(replace(numerics, arithmetic="bfloat16", together=1))
+        speeds = {name: hardware.speed(getattr(torch, name)) for name in ("float16", "bfloat16")}
+        narrow = [replace(one, speed=speeds[one.arithmetic] / hardware.flops) for one in narrow]
+        if precision != "auto":
+            candidates = [one for one in narrow if one.arithmetic == precision]
+        elif edge >= _SMALLEST and dtype != torch.float64:
+            candidates += narrow
+
+    def seconds(one: Numerics) -> float:
+        """Return the time that a matrix takes the busiest rank. Ranks share the roots of many matrices."""
+        segments = range(len(one.segments()))
+        piece = 2.0 * edge**2 * length / parts * (triangle_share(edge) + 1) / one.speed
+        roots = sum(one.operations(edge, i) for i in segments) / parts
+        # A sum of Grams, and the roots that come back: a triangle each, in float32.
+        sent = 2 * 2.0 * edge**2 * (parts - 1) / parts
+        return (piece * len(segments) + roots) / hardware.flops + sent * len(segments) / hardware.bandwidth
+
+    # The first of equals is the most exact.
+    return min(candidates, key=seconds)
+
+
+def describe(numerics: Numerics) -> str:
+    """Describe a choice in a few words, for tables: the dtype, and after which steps the root restarts."""
+    restarts = [str(i * numerics.together) for i in range(1, len(numerics.segments()))]
+    if not restarts:
+        return numerics.arithmetic
+    if numerics.together == 1:
+        return f"{numerics.arithmetic}, on the matrix"
+    return f"{numerics.arithmetic}, restarts after {', '.join(restarts)}"
