@@ -25,8 +25,8 @@ def decay_and_subtract(
     weights: list[Tensor],
     updates: list[Tensor],
     *,
-    lr: float,
-    weight_decay: float,
+    lr: float | Tensor,
+    weight_decay: float | Tensor,
     cautious: bool,
     moving: list[Tensor] | None = None,
 ) -> None:
@@ -37,8 +37,8 @@ def decay_and_subtract(
     Args:
         weights: This rank's pieces of the weights, in any dtype and strides; at least one.
         updates: U, in the shapes of the weights and in the same or a wider dtype.
-        lr: The learning rate.
-        weight_decay: The weight decay: a step subtracts `lr · weight_decay` times the weight.
+        lr: The learning rate; a number, or 0-d on the device of the weights.
+        weight_decay: The weight decay, likewise: a step subtracts `lr · weight_decay` times the weight.
         cautious: Whether c is 0 where the update moves the weight away from zero (see `decaying`) and 1 elsewhere. If
             False, c is 1 everywhere.
         moving: For each weight, a mask that is 0 where the weight must not decay because it is not to move (its update
@@ -50,8 +50,15 @@ def decay_and_subtract(
         >>> weight
         tensor([0.8500, 1.1000])
     """
-    if moving is None and not (cautious and weight_decay) and weights[0].dtype == updates[0].dtype:
-        if weight_decay:
+    on_device = isinstance(lr, Tensor) or isinstance(weight_decay, Tensor)
+    if moving is None and not (cautious and (on_device or weight_decay)) and weights[0].dtype == updates[0].dtype:
+        if isinstance(lr, Tensor):
+            torch._foreach_mul_(weights, (1 - lr * weight_decay).to(weights[0].dtype))
+            torch._foreach_sub_(weights, torch._foreach_mul(updates, lr.to(updates[0].dtype)))
+            return
+        if isinstance(weight_decay, Tensor):
+            torch._foreach_mul_(weights, (1 - lr * weight_decay).to(weights[0].dtype))
+        elif weight_decay:
             torch._foreach_mul_(weights, 1 - lr * weight_decay)
         torch._foreach_add_(weights, updates, alpha=-lr)
         return

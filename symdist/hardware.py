@@ -124,5 +124,12 @@ HARDWARE = {
     "h200": Hardware(bandwidth=50e9, flops=60e12, model_flops=400e12, half_flops=800e12),
     "b200": Hardware(bandwidth=50e9, flops=67e12, model_flops=900e12, half_flops=1800e12),
     "mi300x": Hardware(bandwidth=50e9, flops=147e12, model_flops=520e12, half_flops=1050e12),
-    "cpu": Hardware(bandwidth=2e9, flops=90e9, model_flops=50e9, half_flops=200e9, float16_flops=3e9, latency=200e-6),
+    "cpu": Hardware(
+        bandwidth=2e9,
+        flops=90e9,
+        model_flops=50e9,
+        half_flops=200e9,
+        float16_flops=3e9,
+        latency=200e-6,
+    ),
 }

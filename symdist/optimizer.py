@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from symdist.assignment import Assignment, assignment
 from symdist.exchange import CountingTransport, Plan, StepProgress, Strategy, TorchTransport, Transport, dry_run
 from symdist.exchange.options import ExchangeLike, ExchangeOptions
-from symdist.gradients.nonfinite import FLAGS, NonFinite, share
+from symdist.gradients.nonfinite import FLAGS, NonFinite, Unread, may_read, not_finite_error, share
 from symdist.gradients.ready import ready_gradients
 from symdist.layouts.groups import Ranks, group_of
 from symdist.param_groups import ParamGroup, as_groups, check_unchanged, defaults_for, read_group
 from symdist.param_specs import ParamSpec, warn_of_narrow_weights
 from symdist.replaced_params import replacements, taken_over
 from symdist.state_checks import asked_by_pytorch, flattened_zeros, load_state
-from symdist.step import Step
+from symdist.step import Step, check_capturable
 from symdist.step_plan import StepPlanner, plan_params
 
 if TYPE_CHECKING:
@@ -40,7 +40,12 @@ class SymDist(torch.optim.Optimizer):
         rule: The rule of all parameters, or of the groups that name none; see `symdist.rule_names()`.
         lr: The learning rate, likewise. Rates of different rules have no common default.
         nonfinite: What all ranks do together if a gradient is inf or NaN on any: "raise" (default) FloatingPointError
-            before anything changes, "skip" the step (counted in `skipped_steps`), or set those elements to "zero".
+            before anything changes, "skip" the step (counted in `skipped_steps`), or set those elements to "zero". On
+            an accelerator no step waits to know: such a step changes nothing either, and the error comes with the next
+            step, or whenever the optimizer is asked for its state before.
+        capturable: Whether steps are to be captured in a CUDA graph: then learning rates and decays must be 0-d tensors
+            on the device, `nonfinite` "skip" or "zero", and every gradient there. On a CPU, steps read nothing back, as
+            on an accelerator. False by default.
         exchange: How matrices travel between ranks, `ExchangeOptions` or a mapping of its keys.
         process_group: The ranks that must agree on gradients. By default the whole mesh that the parameters' meshes
             were sliced from, pipeline stages included; give it if parameters lie on unrelated meshes.
@@ -51,7 +56,7 @@ class SymDist(torch.optim.Optimizer):
             rule has it.
 
     Attributes:
-        skipped_steps: The number of steps that were skipped.
+        skipped_steps: The number of steps that were skipped; reading it waits for the device.
 
     Raises:
         TypeError: If no group's rule has a keyword.
@@ -71,6 +76,7 @@ class SymDist(torch.optim.Optimizer):
         rule: str | None = None,
         lr: float | Tensor | None = None,
         nonfinite: NonFinite = "raise",
+        capturable: bool = False,
         exchange: ExchangeLike = None,
         process_group: Ranks | None = None,
         replicate_group: Ranks | None = None,
@@ -83,7 +89,9 @@ class SymDist(torch.optim.Optimizer):
         self.nonfinite: NonFinite = nonfinite
         self.exchange = ExchangeOptions.of(exchange)
         self.transport: Transport = transport or TorchTransport()
-        self.skipped_steps = 0
+        self.capturable = capturable
+        self._skipped = 0
+        self._unread = Unread()
         self._planner = StepPlanner(
             exchange=self.exchange,
             transport=self.transport,
@@ -158,28 +166,55 @@ class SymDist(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._unread.check()
         self._follow(at_step=True)
         check_unchanged(self.param_groups, self._specs)
         observer, self._observer = self._observer, None
         plan = self._planner.plan(self._specs)
         skip, self._skip_next = self._skip_next, False
-        gradients = None
-        if not skip:
-            gradients = ready_gradients(
-                self._specs,
-                nonfinite=self.nonfinite,
-                expected=self._fresh,
-                peers=self._planner.peers,
-                transport=self.transport,
-                progress=self._progress,
-            )
-        if gradients is None:
-            self.skipped_steps += 1
+        if skip:
+            self._skipped += 1
             return loss
+        if self.capturable:
+            check_capturable(self.param_groups, self._specs, nonfinite=self.nonfinite, observed=observer is not None)
+        read = self._reads()
+        gradients = ready_gradients(
+            self._specs,
+            nonfinite=self.nonfinite,
+            expected=self._fresh,
+            peers=self._planner.peers,
+            transport=self.transport,
+            progress=self._progress,
+            read=read,
+        )
+        gate = None
+        if (agreed := gradients.agreed) is not None:
+            names = [spec.name for spec in self._specs]
+            if not read:
+                gate = agreed.finite
+                if self.nonfinite == "skip":
+                    self._unread.skipped(agreed.finite)
+                else:
+                    self._unread.keep(agreed, names)
+            elif not agreed.finite and self.nonfinite == "raise":
+                raise not_finite_error(agreed.norms, names)
+            elif not agreed.finite:
+                self._skipped += 1
+                return loss
         self._fresh = False
-        step = Step(self._specs, self.param_groups, self.state, gradients, observer)
+        step = Step(self._specs, self.param_groups, self.state, gradients.pieces, observer, gate=gate)
         step.run(plan, transport=self.transport, progress=self._progress)
         return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps that were skipped; reading it waits for the device."""
+        self._skipped += self._unread.take_count()
+        return self._skipped
+
+    def _reads(self) -> bool:
+        """Return whether a step may read numbers of its tensors, which costs nothing on a CPU."""
+        return not self.capturable and may_read(spec.parameter for spec in self._specs)
 
     def skip_next_step(self, skip: bool = True) -> None:
         """Make the next `step()` change nothing, as if a gradient were not finite; all ranks call it.
@@ -206,6 +241,7 @@ class SymDist(torch.optim.Optimizer):
         Under FSDP1, every parameter gets zeros for states that only other rules have, because
         `FSDP.optim_state_dict` joins the parameters of a unit. They take no memory, and loading ignores them.
         """
+        self._unread.check()
         self._follow()
         state_dict = super().state_dict()
         for i, zeros in flattened_zeros(self._specs, self.state).items():

@@ -42,7 +42,8 @@ class ParamGroup(TypedDict, total=False):
         param_names: The names of the parameters, if `params` are not pairs; "param_0" and so on by default.
         rule: The name of the rule, one of `symdist.rule_names()`. Required here or as an optimizer default.
         lr: The learning rate, 0 or more; may change between steps. Required here or as an optimizer default.
-        weight_decay: The decoupled weight decay: a step subtracts `lr · weight_decay` times the weight. 0 by default.
+        weight_decay: The decoupled weight decay: a step subtracts `lr · weight_decay` times the weight. A number or a
+            tensor of one; may change between steps. 0 by default.
         cautious_weight_decay: Whether to decay only the weights that their update does not move away from zero. False
             by default.
         view: How the stored tensor is read as matrices, see `symdist.matrix_views.bind_view`. "as_stored" by default.
@@ -59,7 +60,7 @@ class ParamGroup(TypedDict, total=False):
     param_names: Sequence[str]
     rule: str
     lr: float | Tensor
-    weight_decay: float
+    weight_decay: float | Tensor
     cautious_weight_decay: bool
     view: Any
     strategy: Literal["auto", "local", "reduce", "owner"]
@@ -217,7 +218,8 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
     if isinstance(lr, bool | str) or not (math.isfinite(float(lr)) and float(lr) >= 0):
         raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
     decay = group["weight_decay"]
-    if not (isinstance(decay, int | float) and math.isfinite(decay) and decay >= 0):
+    number = isinstance(decay, int | float) or (isinstance(decay, Tensor) and decay.numel() == 1)
+    if not (number and math.isfinite(float(decay)) and float(decay) >= 0):
         raise ValueError(f"{where}: weight_decay={decay!r} must be a finite number, 0 or more")
     for key in ("cautious_weight_decay", "skip_zero_grad_rows"):
         if not isinstance(group[key], bool):

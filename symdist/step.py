@@ -20,6 +20,51 @@ if TYPE_CHECKING:
     from symdist.diagnostics.steps import StepMonitor
 
 
+def number_or_device(value: float | Tensor) -> float | Tensor:
+    """Return a learning rate or decay as a number or, if it is a tensor on an accelerator, as it is.
+
+    Reading a tensor on a CPU costs nothing; on an accelerator the host would wait for it.
+    """
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.reshape(())
+    return float(value)
+
+
+def check_capturable(
+    groups: Sequence[Mapping[str, Any]], specs: Sequence[ParamSpec], *, nonfinite: str, observed: bool
+) -> None:
+    """Check that a step can be captured in a CUDA graph, which repeats launches and nothing that the host decides.
+
+    Args:
+        groups: The optimizer's param groups.
+        specs: All its parameters.
+        nonfinite: What happens if gradients are not finite.
+        observed: Whether the step is measured.
+
+    Raises:
+        ValueError: Naming what would break it, and the remedy.
+    """
+    if nonfinite == "raise":
+        raise ValueError("capturable=True cannot raise in a graph; pass nonfinite='skip' or 'zero'")
+    if observed:
+        raise ValueError("capturable=True: a captured step cannot be measured; measure a step outside the graph")
+    for group in groups:
+        for key in ("lr", "weight_decay"):
+            value = group[key]
+            device = group["params"][0].device
+            if device.type != "cpu" and value and (not isinstance(value, Tensor) or value.device != device):
+                raise ValueError(
+                    f"capturable=True: {key} of param group {group['role'] or group['param_names'][0]!r} is {value!r}, "
+                    f"which a graph would keep for ever; make it a 0-d tensor on {device} and change that in place"
+                )
+    for spec in specs:
+        if spec.parameter.requires_grad and spec.parameter.grad is None:
+            raise ValueError(
+                f"capturable=True: {spec.name} has no gradient; a graph needs every gradient, at one address: use "
+                "zero_grad(set_to_none=False)"
+            )
+
+
 class Step:
     """Reads and writes an optimizer's weights and state for the jobs of one step.
 
@@ -29,6 +74,7 @@ class Step:
         state: The state of every parameter, by parameter.
         gradients: This rank's piece of every gradient, in the order of `specs`.
         observer: Measures this step; None for a step without diagnostics.
+        gate: 0-d float32 on the device of the weights: 1, or 0 for a step that changes nothing. None (default) for 1.
     """
 
     def __init__(
@@ -38,12 +84,15 @@ class Step:
         state: Mapping[Tensor, Mapping[str, Tensor]],
         gradients: Sequence[Tensor],
         observer: StepMonitor | None,
+        *,
+        gate: Tensor | None = None,
     ):
         self._specs = specs
         self._groups = groups
         self._state = state
         self._gradients = gradients
         self._observer = observer
+        self._gate = gate
 
     def run(self, plan: Plan, *, transport: Transport, progress: StepProgress) -> None:
         """Update every parameter; all ranks of the plan call it.
@@ -82,16 +131,20 @@ class Step:
         for group, indices in self._by_group(plain):
             weights = [local(self._specs[i].parameter) for i in indices]
             wide = [weight.to(self._specs[i].dtype) for i, weight in zip(indices, weights, strict=True)]
-            lr, decay, cautious = float(group["lr"]), group["weight_decay"], group["cautious_weight_decay"]
-            before = [weight.clone() for weight in wide] if self._observer is not None or cautious else []
+            lr, decay = self._rates(group)
+            cautious = group["cautious_weight_decay"]
+            apart = cautious or isinstance(decay, Tensor)
+            before = [weight.clone() for weight in wide] if self._observer is not None or apart else []
             adamw_step(
                 wide,
                 [self._local_state(i) for i in indices],
                 [self._gradients[i].to(self._specs[i].dtype) for i in indices],
                 betas=group["betas"],
                 eps=group["eps"],
-                lr=lr,
-                weight_decay=0.0 if cautious else decay,
+                lr=number_or_device(group["lr"]),
+                # AdamW's kernels take only a number.
+                weight_decay=0.0 if apart else float(decay),
+                gate=self._gate,
             )
             # The part of each weight's change that is decay, so that observers see the step without it.
             decayed = [lr * decay * old for old in before]
@@ -99,6 +152,7 @@ class Step:
                 decayed = [
                     part * decaying(old, old - new) for part, old, new in zip(decayed, before, wide, strict=True)
                 ]
+            if apart:
                 torch._foreach_sub_(wide, decayed)
             for weight, stepped in zip(weights, wide, strict=True):
                 if weight is not stepped:
@@ -112,7 +166,9 @@ class Step:
         for group, indices in self._by_group(job.members):
             states = [self._local_state(i) for i in indices]
             gradients = [self._gradients[i].to(job.stack.dtype) for i in indices]
-            directions.update(zip(indices, advance(job.stack.rule.accumulator, states, gradients, group), strict=True))
+            directions.update(
+                zip(indices, advance(job.stack.rule.accumulator, states, gradients, group, self._gate), strict=True)
+            )
         job_states = [self._local_state(i) for i in job.members] if job.stack.state_names else []
         return StepInputs(
             directions=[directions[i] for i in job.members],
@@ -126,18 +182,33 @@ class Step:
         for group, indices in self._by_group(job.members):
             places = [place_of[i] for i in indices]
             for name, field in zip(job.stack.state_names, outputs.states, strict=True):
-                torch._foreach_copy_([self._local_state(i)[name] for i in indices], [field[place] for place in places])
+                self._store([self._local_state(i)[name] for i in indices], [field[place] for place in places])
             updates = [outputs.updates[place] for place in places]
+            lr, decay = self._rates(group)
             decay_and_subtract(
                 [local(self._specs[i].parameter) for i in indices],
                 updates,
-                lr=float(group["lr"]),
-                weight_decay=group["weight_decay"],
+                lr=lr,
+                weight_decay=decay,
                 cautious=group["cautious_weight_decay"],
                 moving=None if outputs.moved is None else [outputs.moved[place] for place in places],
             )
             if self._observer is not None:
-                self._observe(indices, torch._foreach_mul(updates, float(group["lr"])))
+                self._observe(indices, torch._foreach_mul(updates, lr))
+
+    def _rates(self, group: Mapping[str, Any]) -> tuple[float | Tensor, float | Tensor]:
+        """Return the learning rate and the weight decay; the learning rate is 0 if the gate is."""
+        lr = number_or_device(group["lr"])
+        return lr if self._gate is None else lr * self._gate, number_or_device(group["weight_decay"])
+
+    def _store(self, state: list[Tensor], new: list[Tensor]) -> None:
+        """Store new state, unless the gate is 0."""
+        if self._gate is not None:
+            gate = self._gate.to(state[0].dtype)
+            kept = torch._foreach_mul(state, 1 - gate)
+            new = list(torch._foreach_mul(new, gate))
+            torch._foreach_add_(new, kept)
+        torch._foreach_copy_(state, new)
 
     def _observe(self, indices: list[int], steps: Iterable[Tensor]) -> None:
         assert self._observer is not None

@@ -4,12 +4,14 @@ import importlib.util
 import math
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import PreTrainedModel
 
 from symdist.diagnostics.collective_counter import CollectiveCounter
 from symdist.rules.linalg.inverse_root import Numerics, polar_as_published
@@ -68,7 +70,7 @@ def test_the_gathered_muon_is_muon(ranks: Ranks, world: int) -> None:
         assert moved == (sent if world > 1 else [])
 
 
-def one_layer() -> nn.Module:
+def one_layer() -> PreTrainedModel:
     """A small model, alike on all ranks: experts whose matrices are tall in one stack and wide in the other."""
     overrides = {"num_hidden_layers": 1, "intermediate_size": 192}
     return build("olmoe-tiny", vocabulary=64, overrides=overrides, device="cpu", seed=0)
@@ -82,15 +84,15 @@ def drawn_for(model: nn.Module, seed: int) -> list[Tensor]:
 
 def dion_steps(mesh: DeviceMesh) -> dict[str, Tensor]:
     """The weights after two steps with two gradients."""
-    model = shard(one_layer(), mesh)  # type: ignore[arg-type]
+    model = shard(one_layer(), mesh)
     (optimizer,) = build_baseline("dion", model)
     # Compiling takes a minute.
     with torch.compiler.set_stance("force_eager"):
         for seed in (1, 2):
             for parameter, grad in zip(model.parameters(), drawn_for(model, seed), strict=True):
-                parameter.grad = distribute_tensor(grad, mesh, parameter.placements)  # type: ignore[attr-defined]
+                parameter.grad = distribute_tensor(grad, mesh, cast(DTensor, parameter).placements)
             optimizer.step()
-    return {name: parameter.data.full_tensor() for name, parameter in model.named_parameters()}
+    return {name: cast(DTensor, parameter.data).full_tensor() for name, parameter in model.named_parameters()}
 
 
 def dion_written_out() -> dict[str, Tensor]:

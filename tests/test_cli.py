@@ -161,9 +161,11 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     assert {arm["sent_bytes"] for arm in alone["arms"]} == {0}
     assert [found[key] for key in ("model", "ranks", "steps", "batch", "sequence")] == ["olmoe-tiny", 2, 1, 2, 16]
     arms = {arm["name"]: arm for arm in found["arms"]}
-    installed = ["muon-fsdp2"] if importlib.util.find_spec("muon_fsdp2") else []
+    sources = {"muon-fsdp2": "muon-fsdp2", "dion": "git+https://github.com/microsoft/dion"}
+    installed = [name for name in sources if importlib.util.find_spec(name.replace("-", "_"))]
     assert list(arms) == [ADAMW, "torch.optim.Muon", *installed, "all-gather-muon", "small-moe", "adamw"]
-    assert found["refused"] == ({} if installed else {"muon-fsdp2": "not installed: pip install muon-fsdp2"})
+    missing = {name: source for name, source in sources.items() if name not in installed}
+    assert found["refused"] == {name: f"not installed: pip install {source}" for name, source in missing.items()}
     for name, note in [*((name, arm["note"]) for name, arm in arms.items()), *found["refused"].items()]:
         assert f"{name}: {note}" in printed.splitlines()
         assert printed.count(f"  {name} ") == 2
@@ -183,8 +185,10 @@ def test_compare(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
     whole = 4 * sum(parameter.numel() for parameter in hidden.values())
     assert arms["all-gather-muon"]["collectives"] == len(hidden)
     assert arms["all-gather-muon"]["sent_bytes"] == whole / 2
+    # The one sends each matrix there and back, the other all of one shape together, and no stack of experts.
+    expected = {"muon-fsdp2": 2 * len(hidden), "dion": 2}
     for name in installed:
-        assert arms[name]["collectives"] == 2 * len(hidden)
+        assert arms[name]["collectives"] == expected[name]
     assert arms["torch.optim.Muon"]["sent_bytes"] > 0
     # Momentum alone on nearly every weight, and the same two buffers as PyTorch where the rule is AdamW.
     assert arms["small-moe"]["state_bytes"] < 0.55 * first["state_bytes"]

@@ -75,7 +75,7 @@ def told(rule: str, *more: st.SearchStrategy[Options], **options: st.SearchStrat
     return parts.map(lambda dicts: {key: value for part in dicts for key, value in part.items()})
 
 
-# Left out is muon's precision="bfloat16", which rounds to two digits by design.
+# Left out are precisions below that of the weights, which round to two or three digits by design.
 RULES = st.one_of(
     told("row_norm", centered=CENTERED, **MOMENTUM),
     told("right_spectral", NUMERICS, ALPHA, centered=CENTERED, **MOMENTUM),

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from symdist.exchange import TorchTransport, Transport
-from symdist.gradients.partial_sums import bring_home, sum_up
+from symdist.gradients.nonfinite import may_read
+from symdist.gradients.partial_sums import bring_home, in_doubt, sum_up
 from symdist.layouts import Group, layout_of, local, same_group
 from symdist.layouts.groups import Ranks, group_of
 
@@ -57,12 +58,15 @@ def clip_grad_norm_(
     misplaced = {id(parameter) for _, parameter in bring_home(named)}
     groups = _by_ranks(named)
     device = named[0][1].device if named else torch.device("cpu")
+    read = may_read(parameter for _, parameter in named)
     for group in groups:
         group.measure(misplaced, transport)
-    flags = torch.stack([group.totals[1].to(device) for group in groups]).tolist() if groups else []
-    for group, flag in zip(groups, flags, strict=True):
-        if flag:
-            sum_up(group.parameters, transport=transport)
+        doubtful = read or in_doubt(parameter for _, parameter in group.parameters)
+        elsewhere = any(id(parameter) in misplaced for _, parameter in group.parameters)
+        group.elsewhere = bool(group.totals[1]) if doubtful else elsewhere
+    for group in groups:
+        if group.elsewhere:
+            sum_up(group.parameters, transport=transport, read=read)
             group.measure(set(), transport)
     total = torch.zeros(1, dtype=torch.float64, device=device)
     for group in groups:
@@ -71,12 +75,21 @@ def clip_grad_norm_(
     if pipeline is not None:
         transport.all_reduce(total, group=pipeline).wait()
     norm = total.sqrt().squeeze(0)
-    factor = max_norm / (float(norm) + 1e-6)
-    gradients = [local(parameter.grad) for _, parameter in named if parameter.grad is not None]
     # If the norm is inf or NaN, leave the gradients unchanged. The optimizer has its own policy for them.
-    if gradients and factor < 1 and norm.isfinite():
-        torch._foreach_mul_(gradients, factor)
+    factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1), 1)
+    if read and factor == 1:
+        return norm.float()
+    for gradients in _by_kind(local(parameter.grad) for _, parameter in named if parameter.grad is not None):
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device, gradients[0].dtype))
     return norm.float()
+
+
+def _by_kind(gradients: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Group gradients by dtype and device, so that one operation takes all of a kind."""
+    kinds: dict[Hashable, list[Tensor]] = {}
+    for gradient in gradients:
+        kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)
+    return list(kinds.values())
 
 
 @dataclass
@@ -89,12 +102,14 @@ class _ParameterGroup:
         parameters: `(name, parameter)` pairs.
         totals: `[2]`: the squared norm of the gradients, and whether any rank has a gradient that must first be
             redistributed.
+        elsewhere: Whether any rank has a gradient that must first be redistributed.
     """
 
     group: Group | None
     copies: int
     parameters: list[tuple[str, Tensor]]
     totals: Tensor
+    elsewhere: bool = False
 
     def measure(self, misplaced: set[int], transport: Transport) -> None:
         """Compute `totals`, summed over the ranks of the group.
@@ -107,12 +122,12 @@ class _ParameterGroup:
             transport: The transport that runs the all-reduce.
         """
         self.totals.zero_()
-        for _, parameter in self.parameters:
-            if id(parameter) in misplaced:
-                self.totals[1] = 1
-            elif parameter.grad is not None:
-                norm = torch.linalg.vector_norm(local(parameter.grad), dtype=torch.float64)
-                self.totals[0] += (norm.square() / self.copies).to(self.totals.device)
+        here = [parameter for _, parameter in self.parameters if id(parameter) not in misplaced]
+        if len(here) < len(self.parameters):
+            self.totals[1:].fill_(1)
+        for gradients in _by_kind(local(parameter.grad) for parameter in here if parameter.grad is not None):
+            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64))
+            self.totals[:1] += norms.square().sum().to(self.totals.device) / self.copies
         if self.group is not None:
             transport.all_reduce(self.totals, group=self.group).wait()
 

@@ -7,26 +7,50 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from symdist.gradients.nonfinite import gated
+
 State = Mapping[str, Tensor]
 
+_FUSED = ("cpu", "cuda")
+"""Devices for which PyTorch has a fused AdamW."""
 
-def ema(states: Sequence[State], gradients: list[Tensor], *, momentum: float) -> list[Tensor]:
+
+def ema(
+    states: Sequence[State], gradients: list[Tensor], *, momentum: float, gate: Tensor | None = None
+) -> list[Tensor]:
     """Update an exponential moving average in place: `M ← β·M + (1−β)·G`. The direction is M.
 
     Args:
         states: The state of each parameter; "momentum" is M.
         gradients: G, in the shapes and dtype of the states.
         momentum: β.
+        gate: 0-d, 1, or 0 to leave the state as it is, whatever the gradients are; None (default) for 1.
 
     Returns:
         The directions. They are the state tensors themselves, not copies.
     """
     buffers = [state["momentum"] for state in states]
-    torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+    if gate is None:
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+    else:
+        torch._foreach_mul_(buffers, _factor(momentum, gate, buffers))
+        torch._foreach_add_(buffers, gated(gradients, gate), alpha=1 - momentum)
     return buffers
 
 
-def heavy_ball(states: Sequence[State], gradients: list[Tensor], *, momentum: float, nesterov: bool) -> list[Tensor]:
+def _factor(momentum: float, gate: Tensor, buffers: list[Tensor]) -> Tensor:
+    """Return `momentum`, or 1 if the gate is 0, in the dtype of the buffers."""
+    return torch.where(gate > 0, momentum, 1.0).to(buffers[0].dtype)
+
+
+def heavy_ball(
+    states: Sequence[State],
+    gradients: list[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    gate: Tensor | None = None,
+) -> list[Tensor]:
     """Update heavy-ball momentum in place: `B ← β·B + G`. The direction is B, or `G + β·B` with Nesterov.
 
     Args:
@@ -34,17 +58,32 @@ def heavy_ball(states: Sequence[State], gradients: list[Tensor], *, momentum: fl
         gradients: G, in the shapes and dtype of the states.
         momentum: β.
         nesterov: Whether to use Nesterov momentum.
+        gate: 0-d, 1, or 0 to leave the state as it is, whatever the gradients are; None (default) for 1.
 
     Returns:
         The directions. With Nesterov they are new tensors, otherwise the state tensors themselves.
     """
     buffers = [state["momentum"] for state in states]
+    if gate is not None:
+        gradients = gated(gradients, gate)
+        torch._foreach_mul_(buffers, _factor(momentum, gate, buffers))
+        torch._foreach_add_(buffers, gradients)
+        if nesterov:
+            torch._foreach_add_(gradients, buffers, alpha=momentum)
+        return gradients if nesterov else buffers
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, gradients)
     return list(torch._foreach_add(gradients, buffers, alpha=momentum)) if nesterov else buffers
 
 
-def adam(states: Sequence[State], gradients: list[Tensor], *, betas: tuple[float, float], eps: float) -> list[Tensor]:
+def adam(
+    states: Sequence[State],
+    gradients: list[Tensor],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    gate: Tensor | None = None,
+) -> list[Tensor]:
     """Update Adam's moments in place and return the bias-corrected direction `m̂/(√v̂ + eps)`.
 
     The direction equals what one AdamW step with learning rate 1 subtracts from a weight of zero.
@@ -54,12 +93,13 @@ def adam(states: Sequence[State], gradients: list[Tensor], *, betas: tuple[float
         gradients: The gradients, in the shapes and dtype of the states.
         betas: The decay rates of the first and the second moment.
         eps: The number added to `√v̂`.
+        gate: 0-d, 1, or 0 to leave the state as it is, whatever the gradients are; None (default) for 1.
 
     Returns:
         The directions, as new tensors.
     """
     scratch = [torch.zeros_like(gradient) for gradient in gradients]
-    adamw_step(scratch, states, gradients, betas=betas, eps=eps, lr=1.0, weight_decay=0.0)
+    adamw_step(scratch, states, gradients, betas=betas, eps=eps, lr=1.0, weight_decay=0.0, gate=gate)
     return list(torch._foreach_neg(scratch))
 
 
@@ -70,8 +110,9 @@ def adamw_step(
     *,
     betas: tuple[float, float],
     eps: float,
-    lr: float,
+    lr: float | Tensor,
     weight_decay: float,
+    gate: Tensor | None = None,
 ) -> None:
     """Update weights in place with PyTorch's AdamW, which is fused on CPU and CUDA.
 
@@ -83,10 +124,17 @@ def adamw_step(
         gradients: The gradients, in the shapes of `weights`; not written to.
         betas: The decay rates of the first and the second moment.
         eps: The number added to the denominator.
-        lr: The learning rate.
+        lr: The learning rate, a number or 0-d on the device of the weights.
         weight_decay: The decoupled weight decay: a step subtracts `lr · weight_decay` times the weight.
+        gate: 0-d float32, 1, or 0 to change nothing, whatever the gradients are; None (default) for 1.
     """
     device = weights[0].device.type
+    fused = device in _FUSED
+    if gate is not None and not fused:
+        # Without a fused kernel, nothing but its host can stop AdamW.
+        if not bool(gate):
+            return
+        gate = None
     # The fused kernels go through memory in order. On a slice, they would also update the memory between its rows. If a
     # gradient has other strides than its weight, they would pair the wrong elements. Such tensors are copied first.
     originals, weights = weights, [w if _dense(w) else torch.empty_like(w).copy_(w) for w in weights]
@@ -101,8 +149,9 @@ def adamw_step(
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
-        fused=device in ("cpu", "cuda"),
-        foreach=device not in ("cpu", "cuda"),
+        fused=fused,
+        foreach=not fused,
+        found_inf=None if gate is None else 1 - gate,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
@@ -127,7 +176,11 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def advance(
-    accumulator: str, states: Sequence[State], gradients: list[Tensor], options: Mapping[str, Any]
+    accumulator: str,
+    states: Sequence[State],
+    gradients: list[Tensor],
+    options: Mapping[str, Any],
+    gate: Tensor | None = None,
 ) -> list[Tensor]:
     """Update the momentum of pieces and return their directions.
 
@@ -139,6 +192,7 @@ def advance(
         gradients: The gradients, in the shapes and dtype of the states.
         options: The accumulator's options: "momentum" for "ema", "momentum" and "nesterov" for "heavy_ball", "betas"
             and "eps" for "adam".
+        gate: 0-d, 1, or 0 to leave the state as it is, whatever the gradients are; None (default) for 1.
 
     Returns:
         One direction per piece; see `ema`, `heavy_ball` and `adam`.
@@ -149,7 +203,7 @@ def advance(
         [tensor([1., 1., 1.])]
     """
     if accumulator == "ema":
-        return ema(states, gradients, momentum=options["momentum"])
+        return ema(states, gradients, momentum=options["momentum"], gate=gate)
     if accumulator == "heavy_ball":
-        return heavy_ball(states, gradients, momentum=options["momentum"], nesterov=options["nesterov"])
-    return adam(states, gradients, betas=options["betas"], eps=options["eps"])
+        return heavy_ball(states, gradients, momentum=options["momentum"], nesterov=options["nesterov"], gate=gate)
+    return adam(states, gradients, betas=options["betas"], eps=options["eps"], gate=gate)

@@ -22,24 +22,29 @@ _LARGEST_FLOAT64 = 2.0**400
 """
 
 
+Norms: TypeAlias = dict[float, tuple[list[int], Tensor]]
+"""Largest magnitudes of gradients; see `largest_of`."""
+
 FLAGS = 3
 """The number of values that `agree` sums over all ranks."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Agreed:
-    """What all ranks know about the gradients before a step.
+    """What all ranks know about the gradients before a step, in numbers on the device of the weights.
 
     Attributes:
-        finite: Whether all gradients on all ranks are finite.
-        elsewhere: Whether any rank has a gradient whose placements differ from its weight's and that must be
+        finite: 0-d float32: 1 if all gradients on all ranks are finite, otherwise 0.
+        elsewhere: 0-d float32: on how many ranks a gradient's placements differ from its weight's, so that it must be
             redistributed first.
-        any: Whether any rank has a gradient.
+        any: 0-d float32: how many ranks have a gradient.
+        norms: The largest magnitude of each gradient of this rank, where they have been found; for error messages.
     """
 
-    finite: bool
-    elsewhere: bool
-    any: bool
+    finite: Tensor
+    elsewhere: Tensor
+    any: Tensor
+    norms: Norms
 
 
 def ranks_that_agree(
@@ -83,6 +88,7 @@ def agree(
     elsewhere: bool,
     has_gradient: bool,
     transport: Transport,
+    read: bool,
 ) -> Agreed:
     """Combine what each rank of `world` knows about its gradients.
 
@@ -94,17 +100,23 @@ def agree(
         elsewhere: Whether this rank has gradients whose placements differ from their weights'.
         has_gradient: Whether this rank has any gradient.
         transport: The transport that runs the all-reduce.
+        read: Whether numbers on the device may be read.
 
     Returns:
         The combined knowledge, the same on all ranks.
     """
     device = gradients[0].device if gradients else torch.device("cpu")
-    flags = torch.stack(
-        [~_all_finite(gradients, device), *torch.tensor([elsewhere, has_gradient], device=device)]
-    ).float()
+    # On CPUs a 2-norm is twenty times as fast as a largest magnitude. The squares of finite numbers can overflow; the
+    # largest magnitudes then decide.
+    norms = largest_of(gradients, order=2) if read else {}
+    if not (read and _all_finite(norms, device)):
+        norms = largest_of(gradients)
+    flags = torch.zeros(FLAGS, device=device)
+    flags[0] = ~_all_finite(norms, device)
+    flags[1:2].fill_(float(elsewhere))
+    flags[2:3].fill_(float(has_gradient))
     share(flags, world, transport)
-    broken, misplaced, present = flags.tolist()
-    return Agreed(finite=not broken, elsewhere=bool(misplaced), any=bool(present))
+    return Agreed(finite=(flags[0] == 0).float(), elsewhere=flags[1], any=flags[2], norms=norms)
 
 
 def share(flags: Tensor, world: Group | None, transport: Transport) -> None:
@@ -119,24 +131,105 @@ def share(flags: Tensor, world: Group | None, transport: Transport) -> None:
         transport.all_reduce(flags, group=world).wait()
 
 
+def may_read(tensors: Iterable[Tensor]) -> bool:
+    """Return whether the host may read numbers that are computed from tensors, which makes it wait for accelerators."""
+    return all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def gated(gradients: list[Tensor], gate: Tensor) -> list[Tensor]:
+    """Return copies of gradients, all zero if the gate is.
+
+    Zero times NaN is NaN. Multiplied as whole numbers, however, the bits of any number become those of zero.
+
+    Args:
+        gradients: The gradients, of one dtype.
+        gate: 0-d, 1 or 0.
+
+    Returns:
+        New tensors.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[gradients[0].dtype.itemsize]
+    bits = torch._foreach_mul([gradient.view(whole) for gradient in gradients], gate.to(whole))
+    return [one.view(gradients[0].dtype) for one in bits]
+
+
 def zeroed(gradient: Tensor) -> Tensor:
     """Return a gradient with zeros in place of the elements that are not finite."""
     return torch.where(gradient.abs() <= _largest(gradient), gradient, 0)
 
 
-def not_finite_error(gradients: Sequence[Tensor], names: Sequence[str]) -> FloatingPointError:
+class Unread:
+    """What a device knows of steps whose gradients were not finite, until the host asks.
+
+    On an accelerator a step does not wait for the answer: it changes nothing if a gradient is not finite.
+    """
+
+    def __init__(self) -> None:
+        self._count: Tensor | None = None
+        self._last: tuple[Tensor, torch.cuda.Event | None, Norms, list[str]] | None = None
+
+    def skipped(self, finite: Tensor) -> None:
+        """Count a step that may have been skipped.
+
+        Args:
+            finite: 0-d, 1 if it was not.
+        """
+        if self._count is None:
+            self._count = torch.zeros_like(finite)
+        self._count += 1 - finite
+
+    def take_count(self) -> int:
+        """Read how many steps have been skipped since this was last asked."""
+        count = 0 if self._count is None else int(self._count)
+        if self._count is not None:
+            self._count.zero_()
+        return count
+
+    def keep(self, agreed: Agreed, names: Sequence[str]) -> None:
+        """Keep what `check` needs, and start to copy its answer to the host.
+
+        Args:
+            agreed: What all ranks know of the gradients of a step.
+            names: The names of the parameters.
+        """
+        event = None
+        answer = agreed.finite
+        if answer.device.type == "cuda":
+            answer = torch.empty((), pin_memory=True).copy_(answer, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._last = answer, event, agreed.norms, list(names)
+
+    def check(self) -> None:
+        """Raise FloatingPointError, once, if a gradient of the last step was not finite; that step changed nothing."""
+        if self._last is None:
+            return
+        (answer, event, norms, names), self._last = self._last, None
+        if event is not None:
+            # It passed long ago if anything was computed since.
+            event.synchronize()
+        if not answer.numpy():
+            raise not_finite_error(norms, names)
+
+
+def not_finite_error(norms: Norms, names: Sequence[str]) -> FloatingPointError:
     """Make the error that all ranks raise if any gradient is not finite.
 
     The message names parameters on this rank whose gradients are not finite, if there are any.
 
     Args:
-        gradients: This rank's local gradients.
-        names: The names of their parameters, in the same order.
+        norms: The largest magnitudes of this rank's gradients. They are read here.
+        names: The names of their parameters, by index.
 
     Returns:
         The error; it is not raised here.
     """
-    bad = [name for name, grad in zip(names, gradients, strict=True) if not bool((grad.abs() <= _largest(grad)).all())]
+    bad = [
+        names[i]
+        for limit, (indices, of_all) in sorted(norms.items())
+        for i, norm in zip(indices, of_all.tolist(), strict=True)
+        if not norm <= limit
+    ]
     place = f"of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}" if bad else "held by another rank"
     return FloatingPointError(
         f"a gradient {place} is not finite; no weight was changed. Not finite means inf, NaN or larger than "
@@ -149,25 +242,34 @@ def _largest(gradient: Tensor) -> float:
     return _LARGEST_FLOAT64 if gradient.dtype == torch.float64 else _LARGEST
 
 
-def _all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Return whether all gradients are finite.
+def largest_of(gradients: Sequence[Tensor], *, order: float = float("inf")) -> Norms:
+    """Return the largest magnitude in each gradient, by the limit above which it counts as not finite.
+
+    Args:
+        gradients: This rank's local gradients.
+        order: The order of the norm that is found; 2 gives an upper bound. By default, the largest magnitude.
 
     Returns:
-        A 0-d bool tensor on `device`, which the caller can send with its other flags.
+        By limit, the indices of the gradients that have elements, and `[number of indices]`, float64.
     """
-    by_limit: dict[float, list[Tensor]] = {}
-    for gradient in gradients:
+    by_limit: dict[float, list[int]] = {}
+    for i, gradient in enumerate(gradients):
         if gradient.numel():
-            by_limit.setdefault(_largest(gradient), []).append(gradient)
+            by_limit.setdefault(_largest(gradient), []).append(i)
+    return {
+        limit: (indices, _stacked(torch._foreach_norm([gradients[i] for i in indices], order)))
+        for limit, indices in by_limit.items()
+    }
+
+
+def _all_finite(norms: Norms, device: torch.device) -> Tensor:
+    """Return whether all gradients are finite, as a 0-d bool tensor on `device`."""
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for limit, members in by_limit.items():
-        # The 2-norm is the faster test, but the squares of finite numbers can overflow. Then the max-norm decides.
-        if not bool(_norms(members, 2, device) <= limit):
-            finite = finite & (_norms(members, float("inf"), device) <= limit)
+    for limit, (_, of_all) in norms.items():
+        # NaN is not at most the limit.
+        finite = finite & (of_all.amax().to(device) <= limit)
     return finite
 
 
-def _norms(gradients: list[Tensor], order: float, device: torch.device) -> Tensor:
-    """Return the largest of the norms of the gradients; NaN if any of them is NaN."""
-    norms = torch._foreach_norm(gradients, order)
-    return torch.stack([norm.to(device, torch.float64) for norm in norms]).amax()
+def _stacked(norms: Sequence[Tensor]) -> Tensor:
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).double()

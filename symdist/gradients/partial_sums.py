@@ -45,7 +45,16 @@ def bring_home(parameters: Iterable[Named]) -> list[Named]:
     return misplaced
 
 
-def sum_up(parameters: Iterable[Named], *, transport: Transport) -> None:
+def in_doubt(parameters: Iterable[Tensor]) -> bool:
+    """Return whether another rank may have a gradient that this rank lacks, of a parameter that both hold."""
+    return any(
+        parameter.grad is None and parameter.device_mesh.size() > 1
+        for parameter in parameters
+        if isinstance(parameter, DTensor)
+    )
+
+
+def sum_up(parameters: Iterable[Named], *, transport: Transport, read: bool = True) -> None:
     """Redistribute gradients to the placements of their weights by communication.
 
     All ranks that hold any of the parameters must call it, with the same parameters in the same order. For each set of
@@ -56,6 +65,8 @@ def sum_up(parameters: Iterable[Named], *, transport: Transport) -> None:
     Args:
         parameters: `(name, parameter)` pairs; plain tensors are left as they are.
         transport: The transport that runs the all-reduces.
+        read: Whether the flags may be read from the device, which waits for it; True by default. If not, they are read
+            only on ranks where a gradient is missing.
 
     Raises:
         ValueError: Naming the parameter, if its gradient cannot be summed: it has a `Partial` placement that is neither
@@ -69,15 +80,17 @@ def sum_up(parameters: Iterable[Named], *, transport: Transport) -> None:
         if group is not None:
             by_group.setdefault(group, []).append((name, parameter))
     for group in sorted(by_group, key=lambda group: group.ranks):
-        _sum_up(by_group[group], group, transport)
+        _sum_up(by_group[group], group, transport, read)
 
 
-def _sum_up(parameters: Sequence[tuple[str, DTensor]], group: Group, transport: Transport) -> None:
+def _sum_up(parameters: Sequence[tuple[str, DTensor]], group: Group, transport: Transport, read: bool) -> None:
     flags = [float(_is_misplaced(parameter)) for _, parameter in parameters]
-    on_any_rank = torch.tensor(flags, device=parameters[0][1].device)
+    on_any_rank = torch.tensor(flags).to(parameters[0][1].device, non_blocking=True)
     transport.all_reduce(on_any_rank, group=group).wait()
+    if read or in_doubt(parameter for _, parameter in parameters):
+        flags = on_any_rank.tolist()
     by_dtype: dict[torch.dtype, list[tuple[str, DTensor]]] = {}
-    for (name, parameter), flag in zip(parameters, on_any_rank.tolist(), strict=True):
+    for (name, parameter), flag in zip(parameters, flags, strict=True):
         if flag:
             by_dtype.setdefault(parameter.dtype, []).append((name, parameter))
     for dtype, members in by_dtype.items():

@@ -1,15 +1,29 @@
 """Preparation of gradients for a step: placed like their weights and, as all ranks agree, finite."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from symdist.exchange import StepProgress, Transport
-from symdist.gradients.nonfinite import NonFinite, agree, not_finite_error, zeroed
-from symdist.gradients.partial_sums import bring_home, sum_up
+from symdist.gradients.nonfinite import Agreed, NonFinite, agree, zeroed
+from symdist.gradients.partial_sums import bring_home, in_doubt, sum_up
 from symdist.layouts import Group, local
 from symdist.param_specs import ParamSpec
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Gradients:
+    """Gradients that are ready for a step.
+
+    Attributes:
+        pieces: This rank's piece of every gradient, in the order of the parameters.
+        agreed: What all ranks know of them; None if elements that are not finite were set to zero.
+    """
+
+    pieces: list[Tensor]
+    agreed: Agreed | None
 
 
 def ready_gradients(
@@ -20,52 +34,51 @@ def ready_gradients(
     peers: Group | None,
     transport: Transport,
     progress: StepProgress,
-) -> list[Tensor] | None:
+    read: bool,
+) -> Gradients:
     """Collect this rank's piece of every gradient.
 
     All ranks of `peers` must call it.
 
     Args:
         specs: All parameters of the optimizer.
-        nonfinite: What to do if a gradient is inf or NaN on any rank: "raise" an error, "skip" the step, or set those
-            elements to "zero".
+        nonfinite: "zero" to set elements that are inf or NaN to zero.
         expected: Whether to raise an error if no rank has any gradient, as in the first step.
         peers: The ranks that must agree; None if this rank trains alone.
         transport: The transport that runs the collectives.
         progress: A record of what the step is doing, for reports on a hung step; updated here.
+        read: Whether numbers on the device may be read. If not, a rank relies on what it knows itself, wherever its
+            gradients leave no doubt: a DTensor has the same placements on all its ranks.
 
     Returns:
-        The local gradients in the order of `specs`, or None if the step is to be skipped.
+        The gradients.
 
     Raises:
-        FloatingPointError: On all ranks, if a gradient is not finite on any rank and `nonfinite` is "raise".
         ValueError: If a gradient cannot be used (see `gradient_of`) or cannot be redistributed to its weight's
             placements, or if no rank has a gradient although `expected` is set.
     """
     trainable = [(spec.name, spec.parameter) for spec in specs if spec.parameter.requires_grad]
     has_gradient = any(parameter.grad is not None for _, parameter in trainable)
     misplaced = {id(parameter) for _, parameter in bring_home(trainable)}
-    gradients = [gradient_of(spec) for spec in specs if id(spec.parameter) not in misplaced]
+    pieces = [gradient_of(spec) for spec in specs if id(spec.parameter) not in misplaced]
     progress.before = "agreeing on whether gradients are finite"
-    agreed = agree(gradients, peers, elsewhere=bool(misplaced), has_gradient=has_gradient, transport=transport)
-    if expected and not agreed.any and trainable:
+    agreed = agree(pieces, peers, elsewhere=bool(misplaced), has_gradient=has_gradient, transport=transport, read=read)
+    if expected and trainable and not has_gradient and not agreed.any:
         raise ValueError(
             "no parameter on any rank has a gradient in the first step. Either step() ran before backward(), or the "
             "optimizer was built for another model or before the model was sharded (fully_shard, prepare); build it "
             "after sharding, with symdist.build_optimizer(model, recipe)"
         )
-    if agreed.elsewhere:
+    if bool(agreed.elsewhere) if read or in_doubt(parameter for _, parameter in trainable) else bool(misplaced):
         progress.before = "summing gradients whose placements differ from their weights'"
-        sum_up(trainable, transport=transport)
-        gradients = [gradient_of(spec) for spec in specs]
+        sum_up(trainable, transport=transport, read=read)
+        pieces = [gradient_of(spec) for spec in specs]
         progress.before = "agreeing on whether gradients are finite"
-        agreed = agree(gradients, peers, elsewhere=False, has_gradient=has_gradient, transport=transport)
+        agreed = agree(pieces, peers, elsewhere=False, has_gradient=has_gradient, transport=transport, read=read)
     progress.before = ""
     if nonfinite == "zero":
-        return [zeroed(gradient) for gradient in gradients]
-    if not agreed.finite and nonfinite == "raise":
-        raise not_finite_error(gradients, [spec.name for spec in specs])
-    return gradients if agreed.finite else None
+        return Gradients(pieces=[zeroed(piece) for piece in pieces], agreed=None)
+    return Gradients(pieces=pieces, agreed=agreed)
 
 
 def gradient_of(spec: ParamSpec) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.linalg.precision import check_precision
 from symdist.rules.matrix import Matrix
-from symdist.rules.muon import AdjustLr, MuonPrecision, lr_adjustment, muon_polar, muon_splits
+from symdist.rules.muon import AdjustLr, MuonPrecision, muon_polar, muon_splits, scaled_lr
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking, Sum
 from symdist.rules.row_norm import unit_rows
@@ -83,7 +83,7 @@ def aurora(
     smallest = (torch.finfo(matrix.values.dtype).eps ** 2) * matrix.columns / matrix.rows
     if matrix.rows <= matrix.columns:
         u = yield from polar(matrix.values)
-        return u * lr_adjustment(matrix, adjust_lr)
+        return scaled_lr(matrix, u, adjust_lr)
     x = yield from unit_rows(matrix.values)
     u = yield from polar(x, unit_scale=True)
     for _ in range(iterations - 1):
@@ -91,4 +91,4 @@ def aurora(
         ratio = matrix.columns / matrix.rows / torch.where(squares > smallest, squares, matrix.columns / matrix.rows)
         x = x * ratio**beta
         u = yield from polar(x, unit_scale=True)
-    return u * lr_adjustment(matrix, adjust_lr)
+    return scaled_lr(matrix, u, adjust_lr)

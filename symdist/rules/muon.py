@@ -72,6 +72,12 @@ def lr_adjustment(matrix: Matrix, adjust_lr: AdjustLr) -> float:
     return 0.2 * max(matrix.rows, matrix.columns) ** 0.5 if adjust_lr == "match_rms_adamw" else 1.0
 
 
+def scaled_lr(matrix: Matrix, u: Tensor, adjust_lr: AdjustLr) -> Tensor:
+    """Multiply a polar factor by `lr_adjustment`, in place."""
+    factor = lr_adjustment(matrix, adjust_lr)
+    return u if factor == 1 else u.mul_(factor)
+
+
 @rule("muon", splits=muon_splits, accumulator="heavy_ball", check=check_precision)
 def muon(
     matrix: Matrix,
@@ -123,4 +129,4 @@ def muon(
     u = yield from muon_polar(
         matrix, matrix.values, side=side, method=method, ns_steps=ns_steps, damping=damping, precision=precision
     )
-    return u * lr_adjustment(matrix, adjust_lr)
+    return scaled_lr(matrix, u, adjust_lr)

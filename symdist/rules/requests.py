@@ -46,6 +46,7 @@ class Root:
         unit: `[b, 1, 1]`, the factors that the matrices were divided by beforehand, the same on all ranks; None
             (default) if they were not divided. The norms in the answer are those of the undivided matrices.
         segment: Which part of the root, if `numerics` has restarts; the first by default. The answer then has no norms.
+        spare: A tensor like `gram` that the answer may overwrite; None by default.
     """
 
     gram: Tensor
@@ -53,6 +54,7 @@ class Root:
     numerics: Numerics
     unit: Tensor | None = None
     segment: int = 0
+    spare: Tensor | None = None
 
     @property
     def operations(self) -> float:
@@ -61,7 +63,7 @@ class Root:
 
     def answer_locally(self) -> InverseRoot:
         """Return the answer for a matrix that is whole on this rank."""
-        return inverse_root(self.gram, self.numerics, self.segment).of_larger(self.unit)
+        return inverse_root(self.gram, self.numerics, self.segment, spare=self.spare).of_larger(self.unit)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -10,13 +10,19 @@ from torch import Tensor
 from symdist.hardware import hardware_of
 from symdist.rules.linalg.inverse_root import HEADROOM, InverseRoot, Method, Numerics
 from symdist.rules.linalg.precision import Precision, check_precision, with_precision
-from symdist.rules.linalg.products import product, symmetric
+from symdist.rules.linalg.products import symmetric
 from symdist.rules.matrix import Matrix, at_unit_scale, center_rows
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking, Factored, Root, Sum
 
 Side: TypeAlias = Literal["auto", "right", "left"]
 Scale: TypeAlias = Literal["nuclear", "nuclear_over_frobenius", "none"]
+
+
+_ZERO = 2.0**-119
+"""Matrices of at most this Frobenius norm are not iterated on in half precision."""
+_CACHE = 1 << 20
+"""The bytes of matrices that a CPU iterates on at a time, so that they stay in its cache: an eighth faster."""
 
 
 def gram_side(side: Side, rows: int, columns: int) -> Literal["right", "left"]:
@@ -143,29 +149,58 @@ def polar_factor(
     Returns:
         The polar factor and norms.
     """
-    unit = None
-    if not unit_scale:
-        x, unit = yield from at_unit_scale(x)
     right = gram_side(side, matrix.rows, matrix.columns) == "right"
     across: MatrixAxis = "rows" if right else "columns"
-    root, y = None, x
+    root = unit = None
     if numerics.half is not None:
-        # Each piece's squares are summed in the dtype of x, over at most a few billion elements of size one.
-        squares = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).square()
-        squares = yield Sum(values=squares, across=across)
-        y = (x * (HEADROOM * torch.where(squares > 0, squares, 1).rsqrt())).to(numerics.half)
-    segments = len(numerics.segments())
-    for i in range(segments):
-        gram = symmetric(y.mT, y) if right else symmetric(y, y.mT)
-        root = yield Root(gram=gram, across=across, numerics=numerics, unit=unit, segment=i)
-        r = root.matrix.to(y.dtype)
+        u = yield from _restarted(x, right=right, across=across, numerics=numerics, whole=across not in matrix.parts)
+    else:
+        if not unit_scale:
+            x, unit = yield from at_unit_scale(x)
+        gram = symmetric(x.mT, x) if right else symmetric(x, x.mT)
+        root = yield Root(gram=gram, across=across, numerics=numerics, unit=unit)
         del gram
-        y = product(y, r) if right else product(r, y)
-    y = y.to(x.dtype)
-    if numerics.half is not None:
-        root = None
-    yield Factored(values=x, polar=y, unit=unit, parts=matrix.parts.get(across, 1))
-    return Polar(factor=y, values=x, unit=unit, across=across, root=root)
+        u = root.applied(x, right=right)
+    yield Factored(values=x, polar=u, unit=unit, parts=matrix.parts.get(across, 1))
+    return Polar(factor=u, values=x, unit=unit, across=across, root=root)
+
+
+def _restarted(
+    x: Tensor, *, right: bool, across: MatrixAxis, numerics: Numerics, whole: bool
+) -> Generator[Any, Any, Tensor]:
+    """Compute polar factors in half precision, forming a new Gram after each segment of steps.
+
+    Args:
+        x: As for `polar_factor`.
+        right: Whether the Gram is `xᵀx`.
+        across: The axis over which it is a sum.
+        numerics: How the roots are computed.
+        whole: Whether matrices are whole on this rank.
+
+    Returns:
+        The polar factors, in the shape and dtype of `x`.
+    """
+    assert numerics.half is not None
+    # In float64 no square overflows or vanishes. A matrix that hardly has normal numbers counts as zero.
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    norm = (yield Sum(values=norm.square(), across=across)).sqrt()
+    scale = torch.where(norm > _ZERO, HEADROOM / norm, 0).to(x.dtype)
+    result = torch.empty_like(x)
+    size = max(1, x.shape[0])
+    if whole and x.device.type == "cpu":
+        size = max(1, _CACHE // (numerics.half.itemsize * max(1, x.shape[-2] * x.shape[-1])))
+    for start in range(0, max(1, x.shape[0]), size):
+        part = slice(start, start + size)
+        y = torch.mul(x[part], scale[part], out=torch.empty_like(x[part], dtype=numerics.half))
+        gram = spare = other = None
+        for segment in range(len(numerics.segments())):
+            gram = symmetric(y.mT, y, out=gram) if right else symmetric(y, y.mT, out=gram)
+            root = yield Root(gram=gram, across=across, numerics=numerics, segment=segment, spare=spare)
+            # The matrix before and the matrix after a restart change places.
+            y, other = root.applied(y, right=right, out=other), y
+            spare = root.matrix if root.matrix.dtype == y.dtype else None
+        result[part] = y
+    return result
 
 
 def scaled(u: Tensor, polar: Polar, *, alpha: float, scale: Scale) -> Generator[Any, Any, Tensor]:

@@ -159,7 +159,7 @@ class Compare:
     recipes: tuple[str, ...] = ("small-moe", "muon", "adamw")
     """Recipes, or TOML files of the same form."""
     against: tuple[Name, ...] = NAMES
-    """Other optimizers to measure; torch.optim.AdamW always is, and muon-fsdp2 needs the package of that name."""
+    """Other optimizers to measure; torch.optim.AdamW always is. muon-fsdp2 and dion need packages of these names."""
     ranks: tuple[int, ...] = (2,)
     """Numbers of processes, one table for each; on GPUs if there are enough, else on the CPU."""
     steps: int = 12

@@ -95,7 +95,7 @@ class _RootWork:
     def solved(self, sums: Tensor) -> Tensor:
         root = inverse_root(unpack(sums, self.edge), self.numerics, self.segment)
         if not self.norms:
-            return pack(root.matrix.to(sums.dtype))
+            return pack(root.dense().to(sums.dtype))
         return torch.cat([pack(root.matrix), root.nuclear.flatten(1), root.frobenius.flatten(1)], dim=1)
 
     def answer(self, packed: Tensor) -> InverseRoot:

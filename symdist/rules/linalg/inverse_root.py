@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from symdist.rules.linalg.products import symmetric, triangle_share
+from symdist.rules.linalg.products import product, symmetric
 
 Method: TypeAlias = Literal["polar_express", "newton_schulz", "exact"]
 Arithmetic: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -65,7 +65,9 @@ class Numerics:
             "bfloat16" have no damping and are not available for "exact".
         together: The number of steps on one Gram; 0 (default) means all, and float16 has the digits for 2 at most,
             bfloat16 for 1.
-        speed: How many times as fast as in float32 the products are; 1 by default. Only costs depend on it.
+        speed: How many times as fast as in float32 the products are; 1 by default. Only costs depend on it and on
+            `triangle`.
+        triangle: The share of a symmetric product that is computed; 1 by default.
     """
 
     method: Method = "polar_express"
@@ -75,6 +77,7 @@ class Numerics:
     arithmetic: Arithmetic = "float32"
     together: int = 0
     speed: float = 1.0
+    triangle: float = 1.0
 
     @property
     def half(self) -> torch.dtype | None:
@@ -115,8 +118,7 @@ class Numerics:
         # Four products per step, except the products with the identity in the first step and the unused update of the
         # Gram in the last one; both are one step if there is only one.
         products = max(1, 4 * len(self.segments()[segment]) - 3)
-        share = 1.0 if self.half is None else triangle_share(d)
-        return products * share * 2.0 * d**3 / self.speed
+        return products * self.triangle * 2.0 * d**3 / self.speed
 
 
 class InverseRoot:
@@ -127,10 +129,23 @@ class InverseRoot:
         gram: C, `[b, d, d]`, from which the norms are computed. None (default) if `norms` are given.
         norms: The nuclear norm and the Frobenius norm, `[b, 1, 1]` each, given where the Gram stayed on another rank;
             None by default.
+        shift: What the diagonal of `matrix` lacks, in narrow arithmetic: added to a product in float32, it is rounded
+            less than as part of the matrix. 0 by default.
+        factor: `[b, 1, 1]`, a factor that the matrix and the shift lack; None (default) for 1.
     """
 
-    def __init__(self, matrix: Tensor, *, gram: Tensor | None = None, norms: tuple[Tensor, Tensor] | None = None):
+    def __init__(
+        self,
+        matrix: Tensor,
+        *,
+        gram: Tensor | None = None,
+        norms: tuple[Tensor, Tensor] | None = None,
+        shift: float = 0.0,
+        factor: Tensor | None = None,
+    ):
         self.matrix = matrix
+        self._shift = shift
+        self._factor = factor
         self._gram = gram
         self._norms = norms
         self._unit: Tensor | float = 1.0
@@ -146,6 +161,29 @@ class InverseRoot:
         """
         self._unit = 1.0 if unit is None else unit
         return self
+
+    def applied(self, y: Tensor, *, right: bool, out: Tensor | None = None) -> Tensor:
+        """Multiply a matrix by the root.
+
+        Args:
+            y: `[b, m, n]`.
+            right: Whether the root is on the right.
+            out: A tensor like `y`, where to write the result; None (default) for a new one.
+
+        Returns:
+            The product, in the shape and dtype of `y`.
+        """
+        root = self.matrix.to(y.dtype)
+        c = y if self._shift else None
+        y = product(y, root, c, beta=self._shift, out=out) if right else product(root, y, c, beta=self._shift, out=out)
+        return y if self._factor is None else y.mul_(self._factor)
+
+    def dense(self) -> Tensor:
+        """Return the whole root, `[b, d, d]`, in float32 or wider."""
+        root = self.matrix.to(torch.promote_types(self.matrix.dtype, torch.float32), copy=bool(self._shift))
+        if self._shift:
+            root.diagonal(dim1=-2, dim2=-1).add_(self._shift)
+        return root if self._factor is None else root * self._factor
 
     @property
     def nuclear(self) -> Tensor:
@@ -164,7 +202,7 @@ class InverseRoot:
         return _trace(self._gram).clamp_min(0).sqrt() * self._unit
 
 
-def inverse_root(gram: Tensor, numerics: Numerics, segment: int = 0) -> InverseRoot:
+def inverse_root(gram: Tensor, numerics: Numerics, segment: int = 0, *, spare: Tensor | None = None) -> InverseRoot:
     """Compute the damped inverse square roots of a stack of symmetric positive semi-definite matrices.
 
     With restarts, it computes the part of the root that belongs to one segment of steps.
@@ -176,6 +214,7 @@ def inverse_root(gram: Tensor, numerics: Numerics, segment: int = 0) -> InverseR
             `HEADROOM`.
         numerics: The method, its steps and the damping. "exact" computes in float64.
         segment: Which of `numerics.segments()` to compute; the first by default.
+        spare: A tensor like `gram` that may be overwritten, for the result; None by default.
 
     Returns:
         The roots, in the dtype of `gram`, or in float32 if that dtype is narrower; or in narrow arithmetic, in its
@@ -186,7 +225,7 @@ def inverse_root(gram: Tensor, numerics: Numerics, segment: int = 0) -> InverseR
         >>> polar = m @ inverse_root(m.mT @ m, Numerics(method="exact")).matrix
     """
     if numerics.half is not None:
-        return InverseRoot(_narrow(gram, numerics, segment), gram=gram)
+        return _narrow(gram, numerics, segment, spare)
     c = gram.to(torch.promote_types(gram.dtype, torch.float32))
     # Scale by the trace. It stays in float32's range as long as the Gram itself does, unlike the squares in a norm. A
     # denormal trace has too few significant digits, so such a matrix is treated as zero.
@@ -237,24 +276,33 @@ At norm 1, many elements of the Gram would be denormal numbers of float16. At th
 """
 
 
-def _narrow(gram: Tensor, numerics: Numerics, segment: int) -> Tensor:
+def _narrow(gram: Tensor, numerics: Numerics, segment: int, spare: Tensor | None) -> InverseRoot:
     """Compute one segment of the polynomial in float16 or bfloat16, on a Gram that was formed for it."""
     assert numerics.half is not None
     steps = numerics.segments()[segment]
     r = gram.to(numerics.half)
     if segment:
-        return _steps_on_gram(r, steps)
+        return _steps_on_gram(r, steps, spare=spare)
     square = HEADROOM**2
     if numerics.normalise == "matrix":
-        return _steps_on_gram(r, steps, unit=1.02**2 * square, out=1 / (1.02 * HEADROOM))
+        return _steps_on_gram(r, steps, unit=1.02**2 * square, out=1 / (1.02 * HEADROOM), spare=spare)
     slack = 1.0 if numerics.method == "newton_schulz" else 1.02
     bound = slack * torch.linalg.matrix_norm(gram.float(), keepdim=True)
     bound = torch.where(bound > 0, bound, 1)
-    return _steps_on_gram((gram * (square / bound)).to(numerics.half), steps, unit=square) * bound.rsqrt().to(r.dtype)
+    r = (gram * (square / bound)).to(numerics.half)
+    return _steps_on_gram(r, steps, unit=square, spare=spare, factor=bound.rsqrt())
 
 
-def _steps_on_gram(r: Tensor, steps: Sequence[Quintic], *, unit: float = 1.0, out: float = 1.0) -> Tensor:
-    """Evaluate `out·Π(a + b·R + c·R²)`, where R is the Gram before each step.
+def _steps_on_gram(
+    r: Tensor,
+    steps: Sequence[Quintic],
+    *,
+    unit: float = 1.0,
+    out: float = 1.0,
+    spare: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> InverseRoot:
+    """Evaluate `out·factor·Π(a + b·R + c·R²)`, where R is the Gram before each step.
 
     All factors are polynomials in one matrix, so all products are symmetric.
 
@@ -263,27 +311,31 @@ def _steps_on_gram(r: Tensor, steps: Sequence[Quintic], *, unit: float = 1.0, ou
         steps: The coefficients `(a, b, c)`, one or two.
         unit: The factor in `r`; 1 by default.
         out: The factor of the result; 1 by default.
+        spare: A tensor like `r` that may be overwritten; None by default.
+        factor: `[b, 1, 1]`, a further factor of the result; None (default) for 1.
 
     Returns:
-        `[b, d, d]`, in the dtype of `r`.
+        The result, in the dtype of `r`.
     """
+    if len(steps) == 1:
+        ((a, b, c),) = steps
+        z = symmetric(r, r, r, alpha=out * c / unit**2, beta=out * b / unit, out=spare)
+        return InverseRoot(z, shift=out * a, factor=factor)
     q: Tensor | None = None
     for i, (a, b, c) in enumerate(steps):
         last = i + 1 == len(steps)
-        factor = out if last else 1.0
+        z = symmetric(r, r, r, alpha=c / unit**2, beta=b / unit)
         if q is None:
-            z = symmetric(r, r, r, alpha=factor * c / unit**2, beta=factor * b / unit)
-            q = z if last else z.clone()
-            q.diagonal(dim1=-2, dim2=-1).add_(factor * a)
+            q = z.clone()
+            q.diagonal(dim1=-2, dim2=-1).add_(a)
         else:
-            z = symmetric(r, r, r, alpha=c, beta=b)
-            q = symmetric(q, z, q, alpha=factor, beta=factor * a)
+            q = symmetric(q, z, q, alpha=out if last else 1.0, beta=a * (out if last else 1.0), out=spare)
         if not last:
             rz = symmetric(r, z, r, alpha=1 / unit, beta=a / unit)
             r = symmetric(z, rz, rz, beta=a)
             unit = 1.0
     assert q is not None
-    return q
+    return InverseRoot(q, factor=factor)
 
 
 def _exact(unit: Tensor, numerics: Numerics) -> Tensor:

@@ -16,10 +16,13 @@ def orthonormal(a: Tensor) -> Tensor:
     """Compute the Q of `a = Q·R` for each matrix of a stack; R is upper triangular with a positive diagonal.
 
     The columns are scaled to length one and then orthonormalised by Cholesky QR in float64: `Q = A·L^{-T}` with `L·Lᵀ =
-    AᵀA + δI`, followed by two more passes without the shift δ. Matrices for which this fails are orthonormalised by
-    Householder reflections instead. If a column depends linearly on those before it, within the rounding of `a`, it is
-    left out and a unit vector e_j takes its place, so that Q does not depend on the last digits of `a`. The cost is
-    about `9·m·k²` operations.
+    AᵀA + δI`, followed by two more passes without the shift δ. If a column depends linearly on those before it, within
+    the rounding of `a`, it is left out and a unit vector e_j takes its place, so that Q does not depend on the last
+    digits of `a`. The cost is about `9·m·k²` operations.
+
+    On a CPU, matrices for which this fails are orthonormalised by Householder reflections instead. An accelerator would
+    keep the host waiting for the news; there, one more Cholesky factor finds the dependent columns beforehand, and Q is
+    zero if that does not help.
 
     Source: Fukaya, Kannan, Nakatsukasa, Yamamoto & Yanagisawa, *Shifted Cholesky QR for computing the QR factorization
     of ill-conditioned matrices*, SIAM J. Sci. Comput. 42, 2020.
@@ -42,6 +45,10 @@ def orthonormal(a: Tensor) -> Tensor:
     x = x / torch.where(lengths > 0, lengths, 1)
     eye = torch.eye(k, dtype=x.dtype, device=x.device)
     shift = 11 * (m * k + k * (k + 1)) * torch.finfo(x.dtype).eps / 2
+    threshold = 100 * m**0.5 * torch.finfo(a.dtype).eps
+    on_host = _on_host(a)
+    if not on_host:
+        x = _independent(x, zero, shift, threshold)
     q = x
     for i in range(_PASSES):
         gram = q.mT @ q
@@ -50,13 +57,32 @@ def orthonormal(a: Tensor) -> Tensor:
         lower, _ = torch.linalg.cholesky_ex(gram)
         q = torch.linalg.solve_triangular(lower, q.mT, upper=False).mT
     error = (q.mT @ q - eye).abs().amax((-2, -1), keepdim=True)
-    threshold = 100 * m**0.5 * torch.finfo(a.dtype).eps
     # Both comparisons are false for NaN, so a matrix with NaN counts as failed.
     accurate = (error <= _TOLERANCE) & ((q * x).sum(-2, keepdim=True) > threshold).all(-1, keepdim=True)
-    failed = (~accurate & ~zero).flatten()
-    if not a.is_meta and bool(failed.any()):
-        q[failed] = _householder(x[failed], threshold)
+    if on_host:
+        failed = (~accurate & ~zero).flatten()
+        if bool(failed.any()):
+            q[failed] = _householder(x[failed], threshold)
+    else:
+        # The host would have to wait for the answer, to have Householder reflections computed.
+        zero = zero | ~accurate
     return torch.where(zero, 0, q).to(a.dtype)
+
+
+def _on_host(a: Tensor) -> bool:
+    return a.device.type == "cpu"
+
+
+def _independent(x: Tensor, zero: Tensor, shift: float, threshold: float) -> Tensor:
+    """Replace columns that depend on those before them by unit vectors, without the host.
+
+    The squares of the diagonal of a Cholesky factor are the squared lengths that columns add to those before.
+    """
+    eye = torch.eye(*x.shape[-2:], dtype=x.dtype, device=x.device)
+    gram = torch.where(zero, eye.mT @ eye, x.mT @ x)
+    lower, _ = torch.linalg.cholesky_ex(gram + shift * (eye.mT @ eye))
+    rest = lower.diagonal(dim1=-2, dim2=-1).square() - shift
+    return torch.where((rest <= threshold**2)[..., None, :], eye, x)
 
 
 def _cholesky_operations(shape: Sequence[int], *_: Any, **__: Any) -> int:

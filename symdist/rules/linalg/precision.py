@@ -22,6 +22,9 @@ Two were found to be five to ten times as exact as bfloat16 on the matrix itself
 and more lose most digits. bfloat16 has the digits for one.
 """
 
+_COLLECTIVES = 4
+"""The collectives by which few roots are shared among ranks, see `symdist.exchange.collectives.reduce`."""
+
 
 def check_precision(options: Any) -> None:
     """Check that `precision` fits the other options of a rule.
@@ -73,22 +76,27 @@ def with_precision(
     candidates = [numerics]
     if precision != "float32" and numerics.method != "exact" and numerics.damping <= _NEGLIGIBLE_DAMPING:
         narrow = [replace(numerics, arithmetic="float16", together=steps) for steps in _FLOAT16_STEPS]
-        narrow.append(replace(numerics, arithmetic="bfloat16", together=1))
+        if parts == 1 or precision != "auto":
+            # As it comes back from another rank, a root is rounded whole, which makes bfloat16 three times less exact.
+            narrow.append(replace(numerics, arithmetic="bfloat16", together=1))
         speeds = {name: hardware.speed(getattr(torch, name)) for name in ("float16", "bfloat16")}
-        narrow = [replace(one, speed=speeds[one.arithmetic] / hardware.flops) for one in narrow]
+        narrow = [
+            replace(one, speed=speeds[one.arithmetic] / hardware.flops, triangle=triangle_share(edge)) for one in narrow
+        ]
         if precision != "auto":
             candidates = [one for one in narrow if one.arithmetic == precision]
         elif edge >= _SMALLEST and dtype != torch.float64:
             candidates += narrow
 
     def seconds(one: Numerics) -> float:
-        """Return the time that a matrix takes the busiest rank. Ranks share the roots of many matrices."""
+        """Return the time that a matrix takes the busiest rank, if ranks share the roots of many but it waits alone."""
         segments = range(len(one.segments()))
-        piece = 2.0 * edge**2 * length / parts * (triangle_share(edge) + 1) / one.speed
+        piece = 2.0 * edge**2 * length / parts * (one.triangle + 1) / one.speed
         roots = sum(one.operations(edge, i) for i in segments) / parts
         # A sum of Grams, and the roots that come back: a triangle each, in float32.
         sent = 2 * 2.0 * edge**2 * (parts - 1) / parts
-        return (piece * len(segments) + roots) / hardware.flops + sent * len(segments) / hardware.bandwidth
+        waits = _COLLECTIVES * hardware.latency * (parts > 1)
+        return (piece * len(segments) + roots) / hardware.flops + (sent / hardware.bandwidth + waits) * len(segments)
 
     # The first of equals is the most exact.
     return min(candidates, key=seconds)
