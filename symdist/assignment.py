@@ -27,6 +27,8 @@ class Assignment:
         lr: The current learning rate.
         view: How the tensor is read as matrices.
         strategy: Where its rule runs: "local", "reduce" or "owner".
+        precision: In which precision its rule computes roots, such as "float16, restarts after 2, 4"; empty if it
+            computes none.
     """
 
     name: str
@@ -37,21 +39,23 @@ class Assignment:
     lr: float
     view: Any
     strategy: Strategy
+    precision: str = ""
 
 
-def assignment(spec: ParamSpec, group: Mapping[str, Any], strategy: Strategy) -> Assignment:
+def assignment(spec: ParamSpec, group: Mapping[str, Any], strategy: Strategy, precision: str) -> Assignment:
     """Summarize how the optimizer treats a parameter.
 
     Args:
         spec: The parameter.
         group: Its param group.
         strategy: Where its rule runs.
+        precision: In which precision its rule computes roots.
 
     Returns:
         The summary.
     """
     defaults = {
-        **{key: value for key, value in COMMON.items() if key not in ("view", "strategy", "role")},
+        **{key: value for key, value in COMMON.items() if key not in ("view", "strategy", "role", "rounding_step")},
         **ACCUMULATOR_OPTIONS[spec.rule.accumulator],
         **get_rule(group["rule"]).defaults,
     }
@@ -64,4 +68,5 @@ def assignment(spec: ParamSpec, group: Mapping[str, Any], strategy: Strategy) ->
         lr=float(group["lr"]),
         view=group["view"],
         strategy=strategy,
+        precision=precision,
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+
 import torch
 from torch import Tensor
+
+from symdist.rounding import StochasticRounding
 
 
 def decaying(weight: Tensor, update: Tensor) -> Tensor:
@@ -29,6 +33,8 @@ def decay_and_subtract(
     weight_decay: float | Tensor,
     cautious: bool,
     moving: list[Tensor] | None = None,
+    rounding: StochasticRounding | None = None,
+    keys: Sequence[Hashable] = (),
 ) -> None:
     """Decay the weights and subtract the updates: `W ← (1 − lr·weight_decay·c)·W − lr·U` in place.
 
@@ -43,6 +49,8 @@ def decay_and_subtract(
             False, c is 1 everywhere.
         moving: For each weight, a mask that is 0 where the weight must not decay because it is not to move (its update
             is already 0), and 1 elsewhere. None (default) means that all elements may move.
+        rounding: How bfloat16 weights are rounded; None (default) to the nearest.
+        keys: The key of each weight for `rounding`.
 
     Example:
         >>> weight = torch.ones(2)
@@ -66,4 +74,8 @@ def decay_and_subtract(
         mask: Tensor | float = 1.0 if moving is None else moving[i]
         if cautious:
             mask = mask * decaying(weight, update)
-        weight.copy_(weight.to(update.dtype) * (1 - lr * weight_decay * mask) - lr * update)
+        stepped = weight.to(update.dtype) * (1 - lr * weight_decay * mask) - lr * update
+        if rounding is not None and weight.dtype == torch.bfloat16:
+            rounding.store([weight], [stepped], keys=[keys[i]])
+        else:
+            weight.copy_(stepped)

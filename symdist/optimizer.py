@@ -111,7 +111,7 @@ class SymDist(torch.optim.Optimizer):
         super().__init__(groups, defaults_for(groups, defaults))
         self._compare_plans()
         self._constructed = True
-        warn_of_narrow_weights(self._specs)
+        warn_of_narrow_weights(self._specs, self.param_groups)
         # Schedulers that cycle momentum look for it here, and write it to every group.
         for key in ("momentum", "betas"):
             if all(key in group for group in self.param_groups):
@@ -204,6 +204,8 @@ class SymDist(torch.optim.Optimizer):
         self._fresh = False
         step = Step(self._specs, self.param_groups, self.state, gradients.pieces, observer, gate=gate)
         step.run(plan, transport=self.transport, progress=self._progress)
+        for group in self.param_groups:
+            group["rounding_step"] += group["weight_rounding"] == "stochastic" or group.get("state_dtype") is not None
         return loss
 
     @property
@@ -285,9 +287,10 @@ class SymDist(torch.optim.Optimizer):
 
     def assignments(self) -> list[Assignment]:
         """Return how every parameter is stepped, in the order of the groups."""
-        strategies = self.plan().strategies()
+        plan = self.plan()
+        strategies, precisions = plan.strategies(), plan.precisions()
         return [
-            assignment(spec, self.param_groups[spec.group], strategies.get(i, "local"))
+            assignment(spec, self.param_groups[spec.group], strategies.get(i, "local"), precisions.get(i, ""))
             for i, spec in enumerate(self._specs)
         ]
 
@@ -347,10 +350,7 @@ class SymDist(torch.optim.Optimizer):
         self._planner.forget()
 
     def _new_state(self, spec: ParamSpec) -> dict[str, Tensor]:
-        state = {
-            key: torch.zeros_like(spec.parameter, dtype=spec.dtype, requires_grad=False)
-            for key in spec.rule.state_names(self.param_groups[spec.group])
-        }
+        state = {key: spec.zeros(key) for key in spec.rule.state_names(self.param_groups[spec.group])}
         if spec.rule.accumulator == "adam":
             state["step"] = torch.zeros((), dtype=torch.float32, device=spec.parameter.device)
         return state

@@ -21,6 +21,9 @@ COMMON: dict[str, Any] = {
     "skip_zero_grad_rows": False,
     "strategy": "auto",
     "padding_rows": 0,
+    "weight_rounding": "nearest",
+    "rounding_seed": 0,
+    "rounding_step": 0,
     "role": "",
 }
 _READERS = {"params", "param_names", "lr", "rule"}
@@ -52,6 +55,12 @@ class ParamGroup(TypedDict, total=False):
             token that did not occur. False by default.
         padding_rows: The number of last rows that are padding. They are left out of the rule's computations and never
             change. 0 by default.
+        state_dtype: "bfloat16" to keep the momentum in half the memory, rounded stochastically. None (default) for the
+            dtype of the arithmetic. Not for the rule "adamw".
+        weight_rounding: "stochastic" to round weights that are bfloat16 by chance, so that updates smaller than half
+            the distance to the next number are not lost; "nearest" by default. Weights in float32 are not rounded.
+        rounding_seed: The seed of stochastic rounding, the same on all ranks. 0 by default.
+        rounding_step: How many steps have been rounded; counted by the optimizer, for runs that are resumed.
         role: What the parameters are used for, such as "embedding"; for reports and schedules. Empty by default.
         layouts: For each parameter, its layout, or None to read the layout from the tensor. None by default.
     """
@@ -66,6 +75,10 @@ class ParamGroup(TypedDict, total=False):
     strategy: Literal["auto", "local", "reduce", "owner"]
     skip_zero_grad_rows: bool
     padding_rows: int
+    state_dtype: Literal["bfloat16"] | None
+    weight_rounding: Literal["nearest", "stochastic"]
+    rounding_seed: int
+    rounding_step: int
     role: str
     layouts: Sequence[Layout | FlatLayout | None] | None
 
@@ -226,6 +239,11 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {key}={group[key]!r} must be true or false")
     if not isinstance(group["padding_rows"], int) or group["padding_rows"] < 0:
         raise ValueError(f"{where}: padding_rows={group['padding_rows']!r} must be a whole number, 0 or more")
+    if group["weight_rounding"] not in ("nearest", "stochastic"):
+        raise ValueError(f"{where}: weight_rounding={group['weight_rounding']!r} is not 'nearest' or 'stochastic'")
+    for key in ("rounding_seed", "rounding_step"):
+        if not isinstance(group[key], int) or isinstance(group[key], bool) or group[key] < 0:
+            raise ValueError(f"{where}: {key}={group[key]!r} must be a whole number, 0 or more")
     if group["strategy"] not in ("auto", "local", "reduce", "owner"):
         raise ValueError(f"{where}: strategy={group['strategy']!r} is not 'auto', 'local', 'reduce' or 'owner'")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class ParamSpec:
         signature: Its dtype, device and shape when it was described. These can change while the parameter remains the
             same object.
         dtype: The dtype of its state and of all arithmetic: float32, or the parameter's dtype if that is wider.
+        momentum_dtype: The dtype of its momentum, if its rule has one besides AdamW's.
         stack: The properties that parameters must share to run together. None if PyTorch's AdamW can step the local
             piece.
         stage: Its stage of the residual stream, if its rule couples the matrices of a stage; otherwise None (the
@@ -47,9 +48,23 @@ class ParamSpec:
     layout: Layout | FlatLayout
     signature: tuple[object, ...]
     dtype: torch.dtype
+    momentum_dtype: torch.dtype
     stack: Stack | None
     stage: ResidualStage | None = None
     holds: bool = False
+
+    def zeros(self, key: str) -> Tensor:
+        """Return a state of this parameter before the first step, placed like the parameter."""
+        dtype = self.momentum_dtype if key == "momentum" else self.dtype
+        return torch.zeros_like(self.parameter, dtype=dtype, requires_grad=False)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells this rank's piece from all others, and is the same on all ranks that hold it."""
+        layout = self.layout
+        if isinstance(layout, FlatLayout):
+            return self.name, *layout.bounds[layout.group.index : layout.group.index + 2]
+        return self.name, *((side.start, side.stop) for side in layout.box)
 
 
 def signature_of(parameter: Tensor) -> tuple[object, ...]:
@@ -94,6 +109,13 @@ def describe_param(
         )
     _check_memory(name, parameter)
     dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if dtype == torch.float64 and group.get("state_dtype") is not None:
+        raise ValueError(f"{name} is float64, so its momentum is, too; leave out state_dtype")
+    if parameter.dtype == torch.float16 and group["weight_rounding"] == "stochastic":
+        raise ValueError(
+            f"{name} is float16, and weight_rounding='stochastic' rounds to bfloat16; train in bfloat16, or keep "
+            "float32 weights"
+        )
     if rule.matrices and len(layout.shape) < 2:
         raise ValueError(f"{name} has shape {layout.shape}: rule {rule.name!r} needs a matrix; use rule 'adamw'")
     if rule.matrices and 0 in layout.shape:
@@ -142,6 +164,7 @@ def describe_param(
         layout=layout,
         signature=signature_of(parameter),
         dtype=dtype,
+        momentum_dtype=dtype if group.get("state_dtype") is None else torch.bfloat16,
         stack=stack,
         stage=stage,
         # Experts store none of the shared columns. Under expert parallelism, ranks hold different experts, and what is
@@ -245,16 +268,19 @@ def flat_parts(
     return parts
 
 
-def warn_of_narrow_weights(specs: Iterable[ParamSpec]) -> None:
+def warn_of_narrow_weights(specs: Iterable[ParamSpec], groups: Sequence[Mapping[str, Any]]) -> None:
     """Warn if trainable weights are bfloat16 or float16, which are too coarse for updates at usual learning rates.
 
     Args:
         specs: The optimizer's parameters.
+        groups: Its param groups; those that round stochastically are left out.
     """
     narrow = [
         spec
         for spec in specs
-        if spec.parameter.requires_grad and spec.parameter.dtype in (torch.bfloat16, torch.float16)
+        if spec.parameter.requires_grad
+        and spec.parameter.dtype in (torch.bfloat16, torch.float16)
+        and groups[spec.group]["weight_rounding"] == "nearest"
     ]
     if not narrow:
         return
@@ -262,7 +288,8 @@ def warn_of_narrow_weights(specs: Iterable[ParamSpec]) -> None:
     warnings.warn(
         f"{len(narrow)} weights, the first of them {narrow[0].name}, are {kind} and have no master copy: at usual "
         "learning rates four in five of their elements never change, because an update is less than half the distance "
-        "to the next number. Keep them in float32 and compute in bfloat16: FSDP2's "
+        "to the next number. Round bfloat16 weights by chance, weight_rounding='stochastic', or keep them in float32 "
+        "and compute in bfloat16: FSDP2's "
         "MixedPrecisionPolicy(param_dtype=torch.bfloat16), torch.autocast, or an engine with master weights, such as "
         "DeepSpeed or Megatron",
         stacklevel=3,

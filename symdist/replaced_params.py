@@ -216,7 +216,7 @@ def carried(old: ParamSpec, new: ParamSpec, state: Mapping[str, Tensor]) -> dict
         if key == "step":
             new_state[key] = value.to(new.parameter.device)
             continue
-        new_state[key] = torch.zeros_like(new.parameter, dtype=new.dtype, requires_grad=False)
+        new_state[key] = new.zeros(key)
         local(new_state[key]).copy_(_piece(local(value), old.layout, new.layout))
     return new_state
 

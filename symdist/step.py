@@ -15,6 +15,7 @@ from symdist.exchange import Job, Plan, StepInputs, StepOutputs, StepProgress, T
 from symdist.gradients.momentum import adamw_step, advance
 from symdist.layouts import local
 from symdist.param_specs import ParamSpec
+from symdist.rounding import StochasticRounding
 
 if TYPE_CHECKING:
     from symdist.diagnostics.steps import StepMonitor
@@ -44,6 +45,11 @@ def check_capturable(
     Raises:
         ValueError: Naming what would break it, and the remedy.
     """
+    for group in groups:
+        if group["weight_rounding"] == "stochastic" or group.get("state_dtype") is not None:
+            raise ValueError(
+                "capturable=True: a graph would round by the same chance in every step; round to the nearest"
+            )
     if nonfinite == "raise":
         raise ValueError("capturable=True cannot raise in a graph; pass nonfinite='skip' or 'zero'")
     if observed:
@@ -154,8 +160,13 @@ class Step:
                 ]
             if apart:
                 torch._foreach_sub_(wide, decayed)
-            for weight, stepped in zip(weights, wide, strict=True):
-                if weight is not stepped:
+            rounding = self._rounding(group)
+            for i, weight, stepped in zip(indices, weights, wide, strict=True):
+                if weight is stepped:
+                    continue
+                if rounding is not None and weight.dtype == torch.bfloat16:
+                    rounding.store([weight], [stepped], keys=[self._specs[i].key])
+                else:
                     weight.copy_(stepped)
             if self._observer is not None:
                 parts = zip(wide, before, decayed, strict=True)
@@ -164,17 +175,27 @@ class Step:
     def _read(self, job: Job) -> StepInputs:
         directions: dict[int, Tensor] = {}
         for group, indices in self._by_group(job.members):
-            states = [self._local_state(i) for i in indices]
-            gradients = [self._gradients[i].to(job.stack.dtype) for i in indices]
-            directions.update(
-                zip(indices, advance(job.stack.rule.accumulator, states, gradients, group, self._gate), strict=True)
-            )
+            directions.update(zip(indices, self._advanced(job, group, indices), strict=True))
         job_states = [self._local_state(i) for i in job.members] if job.stack.state_names else []
         return StepInputs(
             directions=[directions[i] for i in job.members],
             gradients=[self._gradients[i] for i in job.members] if job.stack.skip_zero_grad_rows else None,
             states=tuple([state[name] for state in job_states] for name in job.stack.state_names),
         )
+
+    def _advanced(self, job: Job, group: Mapping[str, Any], indices: Sequence[int]) -> list[Tensor]:
+        """Update the momentum of parameters of a group, and return their directions."""
+        states: list[Mapping[str, Tensor]] = [self._local_state(i) for i in indices]
+        gradients = [self._gradients[i].to(job.stack.dtype) for i in indices]
+        narrow = [state["momentum"] for state in states] if group.get("state_dtype") is not None else []
+        if narrow:
+            states = [{"momentum": momentum.to(job.stack.dtype)} for momentum in narrow]
+        directions = advance(job.stack.rule.accumulator, states, gradients, group, self._gate)
+        if narrow:
+            keys = [("momentum", *self._specs[i].key) for i in indices]
+            rounding = StochasticRounding(seed=group["rounding_seed"], step=group["rounding_step"])
+            rounding.store(narrow, [state["momentum"] for state in states], keys=keys)
+        return directions
 
     def _write(self, job: Job, outputs: StepOutputs) -> None:
         """Subtract the updates and the decay from the weights, and store the rule's new state."""
@@ -192,6 +213,8 @@ class Step:
                 weight_decay=decay,
                 cautious=group["cautious_weight_decay"],
                 moving=None if outputs.moved is None else [outputs.moved[place] for place in places],
+                rounding=self._rounding(group),
+                keys=[self._specs[i].key for i in indices],
             )
             if self._observer is not None:
                 self._observe(indices, torch._foreach_mul(updates, lr))
@@ -200,6 +223,13 @@ class Step:
         """Return the learning rate and the weight decay; the learning rate is 0 if the gate is."""
         lr = number_or_device(group["lr"])
         return lr if self._gate is None else lr * self._gate, number_or_device(group["weight_decay"])
+
+    @staticmethod
+    def _rounding(group: Mapping[str, Any]) -> StochasticRounding | None:
+        """Return how weights of a group are rounded; None to round to the nearest."""
+        if group["weight_rounding"] == "nearest":
+            return None
+        return StochasticRounding(seed=group["rounding_seed"], step=group["rounding_step"])
 
     def _store(self, state: list[Tensor], new: list[Tensor]) -> None:
         """Store new state, unless the gate is 0."""

@@ -273,6 +273,8 @@ def test_commands_know_their_options(document: str, line: str) -> None:
         case ["pip", "install", "-e", extra]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert extra.removeprefix(".[").removesuffix("]") in extras
+        case ["pip", "install", source] if source.startswith("git+"):
+            assert re.fullmatch(r"git\+https://github\.com/[\w-]+/[\w-]+", source)
         case ["mkdocs", "serve" | "build", *_]:
             assert (ROOT / "mkdocs.yml").exists()
         case _:

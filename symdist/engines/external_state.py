@@ -53,6 +53,13 @@ class ExternalStateSymDist(SymDist):
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, state_tensors: dict[int, dict[str, Tensor]], **options: Any):
+        for group in groups:
+            for key, usual in (("state_dtype", None), ("weight_rounding", "nearest")):
+                if group.get(key, usual) != usual:
+                    raise ValueError(
+                        f"{key}={group[key]!r}: DeepSpeed and Megatron keep weights and state of their optimizers in "
+                        "float32 themselves; leave it out"
+                    )
         self._state_tensors = state_tensors
         self._slots: dict[int, dict[str, str]] = {}
         super().__init__(groups, **options)

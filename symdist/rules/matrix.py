@@ -51,7 +51,7 @@ class Matrix:
     first_column: int = 0
     state: Mapping[str, Tensor] = field(default_factory=dict)
     places: Places | None = None
-    parts: Mapping[str, int] = field(default_factory=dict)
+    parts: Mapping[Any, int] = field(default_factory=dict)
     hardware: Hardware | None = None
 
 

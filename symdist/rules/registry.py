@@ -17,8 +17,8 @@ Couples: TypeAlias = Callable[[Mapping[str, Any]], bool]
 
 # The options of each accumulator with their defaults. Param groups set them in addition to the rule's own options.
 ACCUMULATOR_OPTIONS: dict[Accumulator, dict[str, Any]] = {
-    "ema": {"momentum": 0.95},
-    "heavy_ball": {"momentum": 0.95, "nesterov": True},
+    "ema": {"momentum": 0.95, "state_dtype": None},
+    "heavy_ball": {"momentum": 0.95, "nesterov": True, "state_dtype": None},
     "adam": {"betas": (0.9, 0.95), "eps": 1e-8},
 }
 ACCUMULATOR_STATE: dict[Accumulator, tuple[str, ...]] = {
@@ -128,6 +128,8 @@ def _check_value(key: str, value: Any, default: Any) -> None:
         valid, requirement = isinstance(value, bool), "true or false"
     elif isinstance(default, int):
         valid, requirement = isinstance(value, int) and not isinstance(value, bool), "a whole number"
+    elif key == "state_dtype":
+        valid, requirement = value == "bfloat16", "'bfloat16', or None for that of the arithmetic"
     elif isinstance(default, float) or default is None:
         valid, requirement = _is_number(value), "a finite number"
     elif key == "betas":

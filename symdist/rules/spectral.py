@@ -192,12 +192,16 @@ def _restarted(
     for start in range(0, max(1, x.shape[0]), size):
         part = slice(start, start + size)
         y = torch.mul(x[part], scale[part], out=torch.empty_like(x[part], dtype=numerics.half))
+        # What the dtype has no digits for is small, but not in comparison with the smallest singular values.
+        rest = (x[part] * scale[part]).sub_(y).to(y.dtype) if numerics.split else None
         gram = spare = other = None
         for segment in range(len(numerics.segments())):
             gram = symmetric(y.mT, y, out=gram) if right else symmetric(y, y.mT, out=gram)
             root = yield Root(gram=gram, across=across, numerics=numerics, segment=segment, spare=spare)
             # The matrix before and the matrix after a restart change places.
             y, other = root.applied(y, right=right, out=other), y
+            if rest is not None:
+                y, rest = y.add_(root.applied(rest, right=right)), None
             spare = root.matrix if root.matrix.dtype == y.dtype else None
         result[part] = y
     return result

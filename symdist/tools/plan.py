@@ -58,6 +58,7 @@ class RoleCosts:
         parameters: The number of parameters.
         weights: The number of elements of these parameters.
         strategies: The number of parameters by strategy.
+        precisions: In which precisions their rules compute roots.
         costs: The costs if only these parameters are stepped, on the rank that sends most in a whole step.
     """
 
@@ -66,6 +67,7 @@ class RoleCosts:
     parameters: int
     weights: int
     strategies: Mapping[str, int]
+    precisions: tuple[str, ...]
     costs: Costs
 
 
@@ -135,13 +137,22 @@ class StepPlan:
         optimizer = self.communication_seconds + self.compute_seconds
         return optimizer / (optimizer + self.model_seconds)
 
+    @property
+    def overlapped_share(self) -> float:
+        """The optimizer's share of the time of a step, if its communication and its products overlap."""
+        optimizer = max(self.communication_seconds, self.compute_seconds)
+        return optimizer / (optimizer + self.model_seconds)
+
     def write(self, path: Path) -> None:
         """Write the plan to a file as JSON.
 
         Args:
             path: The file.
         """
-        path.write_text(json.dumps({**asdict(self), "share": self.share}, indent=2) + "\n")
+        path.write_text(
+            json.dumps({**asdict(self), "share": self.share, "overlapped_share": self.overlapped_share}, indent=2)
+            + "\n"
+        )
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -313,7 +324,8 @@ def _sample(work: Sequence[float], *, most: int) -> list[int]:
 
 
 def _roles(simulated: Simulated, rank: int) -> list[RoleCosts]:
-    specs, strategies = simulated.specs(rank), simulated.on_rank(rank).strategies()
+    specs, plan = simulated.specs(rank), simulated.on_rank(rank)
+    strategies, precisions = plan.strategies(), plan.precisions()
     members: dict[str, set[int]] = {}
     for i, member in enumerate(specs):
         members.setdefault(simulated.groups[member.group]["role"], set()).add(i)
@@ -324,6 +336,7 @@ def _roles(simulated: Simulated, rank: int) -> list[RoleCosts]:
             parameters=len(indices),
             weights=sum(math.prod(specs[i].layout.shape) for i in indices),
             strategies=dict(sorted(Tally(strategies.get(i, "local") for i in indices).items())),
+            precisions=tuple(sorted({precisions.get(i, "") for i in indices} - {""})),
             costs=_costs(simulated, rank, indices),
         )
         for role, indices in members.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -26,17 +27,26 @@ def plan_table(plan: StepPlan) -> Table:
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
     table = Table(title=f"{plan.model}, recipe {plan.recipe}, {mesh}", title_justify="left", box=SIMPLE)
     table.add_column("role", no_wrap=True)
-    for heading in ("rule", "strategy"):
+    for heading in ("rule", "strategy", "precision"):
         table.add_column(heading, overflow="fold")
     for heading in ("parameters", "weights", *_HEADINGS):
         table.add_column(heading, justify="right")
     for role in plan.roles:
         strategies = ", ".join(f"{strategy} {count}" for strategy, count in role.strategies.items())
         weights = f"{role.weights:,}"
-        table.add_row(role.role, ", ".join(role.rules), strategies, str(role.parameters), weights, *_cells(role.costs))
+        precisions = "; ".join(role.precisions)
+        table.add_row(
+            role.role,
+            ", ".join(role.rules),
+            strategies,
+            precisions,
+            str(role.parameters),
+            weights,
+            *_cells(role.costs),
+        )
     parameters, weights = (sum(getattr(role, key) for role in plan.roles) for key in ("parameters", "weights"))
     table.add_section()
-    table.add_row("step", "", "", str(parameters), f"{weights:,}", *_cells(plan.busiest))
+    table.add_row("step", "", "", "", str(parameters), f"{weights:,}", *_cells(plan.busiest))
     return table
 
 
@@ -62,10 +72,12 @@ def summary(plan: StepPlan) -> list[str]:
         f"matrices, it cannot go below {max(1.0, plan.indivisible):.3f}.",
         f"At {hardware.bandwidth / 1e9:g} GB/s and {hardware.latency * 1e6:g} µs a collective, "
         f"{hardware.flops / 1e12:g} Tflop/s (float32 products; "
-        f"{(hardware.half_flops or hardware.flops) / 1e12:g} in bfloat16) and "
+        f"{hardware.speed(torch.float16) / 1e12:g} in float16, {hardware.speed(torch.bfloat16) / 1e12:g} in bfloat16, "
+        f"one triangle of symmetric ones) and "
         f"{hardware.model_flops / 1e12:g} Tflop/s achieved on {plan.tokens:,} tokens a data-parallel rank: "
         f"communication {milliseconds[0]}, compute {milliseconds[1]}, forward and backward {milliseconds[2]}; "
-        f"the optimizer takes {plan.share:.1%} of a step if nothing overlaps.",
+        f"the optimizer takes {plan.share:.1%} of a step if nothing overlaps, {plan.overlapped_share:.1%} if its "
+        "communication and products overlap.",
     ]
 
 

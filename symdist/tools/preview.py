@@ -65,9 +65,11 @@ def preview(
     with simulate(model, recipe, mesh=mesh, zero=zero, built=built) as simulated:
         counting = CountingTransport()
         simulated.step(counting)
-        strategies = simulated.plan.strategies()
+        strategies, precisions = simulated.plan.strategies(), simulated.plan.precisions()
         assignments = {
-            member.name: assignment(member, simulated.groups[member.group], strategies.get(i, "local"))
+            member.name: assignment(
+                member, simulated.groups[member.group], strategies.get(i, "local"), precisions.get(i, "")
+            )
             for i, member in enumerate(simulated.members)
         }
         order = {name: i for i, (name, _) in enumerate(simulated.model.named_parameters())}

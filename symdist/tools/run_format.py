@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from symdist.assignment import Assignment
 
@@ -132,6 +132,7 @@ class RoutingEntry(TypedDict):
     lr: float
     view: Any
     strategy: str
+    precision: NotRequired[str]
 
 
 class CollectiveFacts(TypedDict):

@@ -33,8 +33,8 @@ def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
     if fold:
         table.add_column("count", justify="right", no_wrap=True)
     # In a narrow terminal, wrap the columns whose cells have spaces, but not the names of roles and strategies.
-    for heading in ("shape", "role", "rule", "lr", "view", "strategy"):
-        wraps = heading in ("shape", "rule", "view")
+    for heading in ("shape", "role", "rule", "lr", "view", "strategy", "precision"):
+        wraps = heading in ("shape", "rule", "view", "precision")
         table.add_column(heading, justify="right" if heading == "lr" else "left", no_wrap=not wraps)
     for (name, *cells), count in rows.items():
         table.add_row(name, *([str(count)] if fold else []), *cells)
@@ -147,6 +147,7 @@ def _route_row(parameter: Assignment, *, fold: bool) -> tuple[str, ...]:
         f"{parameter.lr:g}",
         _view(parameter.view),
         parameter.strategy,
+        parameter.precision,
     )
 
 

@@ -22,6 +22,7 @@ from symdist.exchange.execution.stack import (
     run_rule,
 )
 from symdist.layouts import FlatLayout, Group, Layout
+from symdist.rules.registry import MatrixAxis
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +93,13 @@ class Job:
         return self.weigh()
 
     @property
-    def along(self) -> dict[str, Group]:
+    def along(self) -> dict[MatrixAxis, Group]:
         """The axes along which the rule's sums run, and their ranks; empty unless matrices stay cut."""
         splits = self.stack.splits if (self.strategy == "reduce" or self.team) and not self.alone else {}
-        return {axis: group for axis, group in splits.items() if axis != "batch"}
+        return {axis: group for axis, group in splits.items() if axis == "rows" or axis == "columns"}
 
     @property
-    def parts(self) -> dict[str, int]:
+    def parts(self) -> dict[MatrixAxis, int]:
         """For each axis along which matrices are cut while the rule runs, over how many ranks."""
         return {axis: group.size for axis, group in self.along.items()}
 

@@ -18,6 +18,7 @@ from symdist.exchange.collectives.residual_sums import StageRequest, answer_stag
 from symdist.exchange.collectives.transport import Handle, Transport
 from symdist.layouts import Group
 from symdist.rules import Factored, Orthonormal, Root, Sum
+from symdist.rules.registry import MatrixAxis
 
 _ANSWERS: dict[type, Any] = {
     Gather: answer_gathers,
@@ -54,7 +55,7 @@ class Task:
         self,
         asking: Generator[Any, Any, Any],
         *,
-        along: Mapping[str, Group] | None = None,
+        along: Mapping[MatrixAxis, Group] | None = None,
         home: Group | None = None,
         strategy: str = "local",
     ):

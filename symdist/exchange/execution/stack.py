@@ -244,7 +244,7 @@ def run_rule(
     box: Sequence[range],
     contribution: StageContribution | None = None,
     *,
-    parts: Mapping[str, int],
+    parts: Mapping[MatrixAxis, int],
 ) -> Generator[Any, Any, list[Tensor]]:
     """Run the rule of a stack on pieces or on whole matrices.
 

@@ -16,6 +16,7 @@ from symdist.exchange.planning.operations import OperationCounter
 from symdist.hardware import Hardware
 from symdist.matrix_views import View
 from symdist.rules import Asking, Factored, InverseRoot, Matrix, Orthonormal, Request, Root, Rule, StageSum
+from symdist.rules.linalg.precision import describe
 from symdist.rules.registry import MatrixAxis
 
 
@@ -161,7 +162,7 @@ class _Piece:
         options = dict(self.options)
         values = self.view.matrices(torch.empty((1, *self.shape), dtype=self.dtype, device="meta"))
         state = dict.fromkeys(self.rule.remembers(options), values)
-        parts: dict[str, int] = {axis: ranks for axis, ranks in self.parts}
+        parts = dict(self.parts)
         matrix = Matrix(
             values=values, rows=self.rows, columns=self.columns, state=state, parts=parts, hardware=self.hardware
         )
@@ -197,6 +198,37 @@ def _cost(piece: _Piece, hardware: Hardware) -> RuleCost:
     with OperationCounter(hardware) as counter:
         _run(running, answered)
     return RuleCost(summed=summed, flops=counter.seconds * hardware.flops, root_flops=root_flops)
+
+
+def precision_of(stack: Stack, axes: Mapping[MatrixAxis, int] = _WHOLE) -> str:
+    """Return in which precision a stack's rule computes roots, in a few words; empty if it computes none.
+
+    Args:
+        stack: The stack.
+        axes: As for `shard_cost`.
+
+    Returns:
+        The words.
+    """
+    options = dict(stack.options)
+    return (
+        "published"
+        if options.get("precision") == "published"
+        else _precision(_Piece.of(stack, unit_shape(stack), axes))
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _precision(piece: _Piece) -> str:
+    found: list[str] = []
+
+    def answered(request: Request) -> Any:
+        if isinstance(request, Root):
+            found.append(describe(request.numerics))
+        return None if isinstance(request, Factored) else _given(request)
+
+    _run(piece.started(), answered)
+    return found[0] if found else ""
 
 
 @functools.lru_cache(maxsize=4096)

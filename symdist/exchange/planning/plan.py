@@ -12,7 +12,7 @@ from symdist.exchange.execution.job import Job
 from symdist.exchange.execution.stack import Stack, Strategy
 from symdist.exchange.options import ExchangeOptions
 from symdist.exchange.planning.buffers import coupled_bytes, peak_of
-from symdist.exchange.planning.costs import unit_flops
+from symdist.exchange.planning.costs import precision_of, unit_flops
 from symdist.exchange.planning.kinds import choose_strategy, kinds_of
 from symdist.exchange.planning.owners import choose_owners, form_teams, lighten, work_in_place
 from symdist.exchange.planning.waves import jobs_of, waves_of
@@ -64,6 +64,10 @@ class Plan:
     def strategies(self) -> dict[int, Strategy]:
         """Return the strategy of every parameter, by its index in the optimizer's list."""
         return {member: job.strategy for job in self.jobs for member in job.everyone}
+
+    def precisions(self) -> dict[int, str]:
+        """Return the precision of every parameter's roots, by its index; empty text if its rule computes none."""
+        return {i: precision_of(job.stack, job.parts) for job in self.jobs for i in job.everyone}
 
 
 def make_plan(

@@ -65,6 +65,8 @@ class Numerics:
             "bfloat16" have no damping and are not available for "exact".
         together: The number of steps on one Gram; 0 (default) means all, and float16 has the digits for 2 at most,
             bfloat16 for 1.
+        split: Whether the matrix is split into two numbers of the dtype before the first root is applied, so that its
+            rounding, which takes most digits from ill-conditioned matrices, is lost no more. False by default.
         speed: How many times as fast as in float32 the products are; 1 by default. Only costs depend on it and on
             `triangle`.
         triangle: The share of a symmetric product that is computed; 1 by default.
@@ -76,6 +78,7 @@ class Numerics:
     normalise: Literal["gram", "matrix"] = "gram"
     arithmetic: Arithmetic = "float32"
     together: int = 0
+    split: bool = False
     speed: float = 1.0
     triangle: float = 1.0
 
