@@ -105,8 +105,10 @@ class StepPlan:
         balance: Operations of the rank with most of them, divided by the mean of all ranks.
         indivisible: Operations of the largest unit, divided by the mean of all ranks. No assignment of whole matrices
             to ranks has a lower `balance`.
-        communication_seconds: Estimated time of the optimizer's communication.
-        compute_seconds: Estimated time of the optimizer's matrix products.
+        communication_seconds: Estimated time of the optimizer's communication, on the rank where it is largest.
+        compute_seconds: Estimated time of the optimizer's matrix products, on the rank where it is largest.
+        optimizer_seconds: Estimated time of the optimizer, on the slowest rank, if nothing overlaps.
+        overlapped_seconds: The same if communication and products overlap.
         model_seconds: Estimated time of forward and backward.
         hardware: The speeds used for these estimates.
         tokens: Tokens per data-parallel rank and step.
@@ -126,6 +128,8 @@ class StepPlan:
     indivisible: float
     communication_seconds: float
     compute_seconds: float
+    optimizer_seconds: float
+    overlapped_seconds: float
     model_seconds: float
     hardware: Hardware
     tokens: int
@@ -134,14 +138,12 @@ class StepPlan:
     @property
     def share(self) -> float:
         """The optimizer's share of the time of a step, if communication and computation do not overlap."""
-        optimizer = self.communication_seconds + self.compute_seconds
-        return optimizer / (optimizer + self.model_seconds)
+        return self.optimizer_seconds / (self.optimizer_seconds + self.model_seconds)
 
     @property
     def overlapped_share(self) -> float:
         """The optimizer's share of the time of a step, if its communication and its products overlap."""
-        optimizer = max(self.communication_seconds, self.compute_seconds)
-        return optimizer / (optimizer + self.model_seconds)
+        return self.overlapped_seconds / (self.overlapped_seconds + self.model_seconds)
 
     def write(self, path: Path) -> None:
         """Write the plan to a file as JSON.
@@ -250,11 +252,15 @@ def plan_step(
         exchange=exchange,
     ) as simulated:
         work = simulated.work()
-        looked_at = _sample(work, most=_ranks_to_look_at(simulated))
+        looked_at = sorted({*_sample(work, most=_ranks_to_look_at(simulated)), *_busiest_owners(simulated)})
         costs_by_rank = {rank: _costs(simulated, rank) for rank in looked_at}
         sender = max(costs_by_rank, key=lambda rank: (costs_by_rank[rank].sent, -rank))
         busiest = _most(costs_by_rank.values())
         mean = sum(work) / len(work)
+        times = [
+            (costs.sent / hardware.bandwidth + costs.collectives * hardware.latency, costs.compute_seconds)
+            for costs in costs_by_rank.values()
+        ]
         return StepPlan(
             model=str(model),
             recipe=str(recipe) if isinstance(recipe, str | Path) else getattr(recipe, "name", "given"),
@@ -267,8 +273,10 @@ def plan_step(
             waves=len(simulated.plan.waves),
             balance=max(work) / mean if mean else 1.0,
             indivisible=simulated.plan.largest_unit(hardware) / mean if mean else 1.0,
-            communication_seconds=busiest.sent / hardware.bandwidth + busiest.collectives * hardware.latency,
+            communication_seconds=max(communication for communication, _ in times),
             compute_seconds=busiest.compute_seconds,
+            optimizer_seconds=max(map(sum, times)),
+            overlapped_seconds=max(map(max, times)),
             model_seconds=6
             * active_parameters(cast("PreTrainedModel", simulated.model))
             * tokens
@@ -312,6 +320,19 @@ def _ranks_to_look_at(simulated: Simulated) -> int:
     """
     units = sum(len(job.members) * units_of(job.stack) for job in simulated.plan.jobs)
     return max(4, min(16, 20_000 // max(1, units)))
+
+
+def _busiest_owners(simulated: Simulated) -> set[int]:
+    """Return the rank that sends most updates of matrices it owns; none if no single rank owns any."""
+    sent: Tally[int] = Tally()
+    for job in simulated.plan.jobs:
+        group = job.stack.layout.group
+        if job.team or not job.owners or group is None:
+            continue
+        unit = job.stack.numel // units_of(job.stack) * job.stack.layout.num_replicas
+        for owner in job.owners:
+            sent[group.ranks[owner]] += unit
+    return {max(sent, key=lambda rank: (sent[rank], -rank))} if sent else set()
 
 
 def _sample(work: Sequence[float], *, most: int) -> list[int]:
