@@ -27,7 +27,7 @@ class Assignment:
         lr: The current learning rate.
         view: How the tensor is read as matrices.
         strategy: Where its rule runs: "local", "reduce" or "owner".
-        precision: In which precision its rule computes roots, such as "float16, restarts after 2, 4"; empty if it
+        precision: In which precision its rule computes roots, such as "float16, restarts after 2"; empty if it
             computes none.
     """
 

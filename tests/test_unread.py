@@ -185,3 +185,15 @@ def test_what_a_graph_cannot_repeat_is_refused() -> None:
     grow(parameters, 0)
     with Watch():
         optimizer.step()
+
+
+@pytest.mark.parametrize("columns", [[], [3], [0, 1, 9], [11]])
+def test_dependent_columns_are_found_without_the_host(monkeypatch: pytest.MonkeyPatch, columns: list[int]) -> None:
+    a = torch.randn(2, 40, 12, generator=torch.Generator().manual_seed(0))
+    for column in columns:
+        # Zero, if it is the first, or a sum of those before.
+        a[0, :, column] = a[0, :, :column].sum(-1)
+    a[1] = 0
+    expected = orthonormal.orthonormal(a)
+    monkeypatch.setattr(orthonormal, "_on_host", lambda tensor: False)
+    torch.testing.assert_close(orthonormal.orthonormal(a), expected, rtol=0, atol=2e-5)

@@ -5,9 +5,10 @@ a polynomial in the Gram, applied to `M`. Therefore all such methods run here, o
 layout of `M`.
 
 The Gram squares the condition number. Float32 has the digits for all steps on one Gram; float16 and bfloat16 have not,
-so there the polynomial so far is applied to `M` every step or two, and a new Gram is formed: a restart.
+so there the polynomial so far is applied to `M` every few steps, and a new Gram is formed: a restart.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -63,8 +64,8 @@ class Numerics:
             `‖C‖_F`, or "matrix" for `tr C = ‖M‖²_F`, which belongs to Muon's coefficients.
         arithmetic: The dtype of the products: "float32" (default) means that of the Gram if it is wider; "float16" or
             "bfloat16" have no damping and are not available for "exact".
-        together: The number of steps on one Gram; 0 (default) means all, and float16 has the digits for 2 at most,
-            bfloat16 for 1.
+        restarts: The numbers of steps after which a new Gram is formed; none by default. Those beyond the last step
+            have no effect.
         split: Whether the matrix is split into two numbers of the dtype before the first root is applied, so that its
             rounding, which takes most digits from ill-conditioned matrices, is lost no more. False by default.
         speed: How many times as fast as in float32 the products are; 1 by default. Only costs depend on it and on
@@ -77,7 +78,7 @@ class Numerics:
     damping: float = 1e-8
     normalise: Literal["gram", "matrix"] = "gram"
     arithmetic: Arithmetic = "float32"
-    together: int = 0
+    restarts: tuple[int, ...] = ()
     split: bool = False
     speed: float = 1.0
     triangle: float = 1.0
@@ -90,8 +91,8 @@ class Numerics:
     def segments(self) -> list[list[Quintic]]:
         """Return the coefficients of the steps on each Gram in turn; one list if there are no restarts."""
         steps = self.coefficients()
-        together = self.together or max(1, len(steps))
-        return [steps[i : i + together] for i in range(0, len(steps), together)] or [[]]
+        cuts = [0, *(restart for restart in self.restarts if restart < len(steps)), len(steps)]
+        return [steps[start:stop] for start, stop in itertools.pairwise(cuts)]
 
     def coefficients(self) -> list[Quintic]:
         """Return the coefficients of the polynomial steps.
@@ -311,7 +312,7 @@ def _steps_on_gram(
 
     Args:
         r: `unit·R`, `[b, d, d]`.
-        steps: The coefficients `(a, b, c)`, one or two.
+        steps: The coefficients `(a, b, c)`, one to three.
         unit: The factor in `r`; 1 by default.
         out: The factor of the result; 1 by default.
         spare: A tensor like `r` that may be overwritten; None by default.
