@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from symdist import SymDist, build_optimizer, clip_grad_norm_
 from symdist.gradients import clipping, nonfinite
-from symdist.rules import spectral
+from symdist.rules import polar_factor
 from symdist.rules.linalg import orthonormal
 from symdist.tools.models import build
 from tests.cases import CASES, MUON
@@ -42,7 +42,7 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (nonfinite, clipping):
         monkeypatch.setattr(module, "may_read", lambda tensors: False)
     monkeypatch.setattr("symdist.optimizer.may_read", lambda tensors: False)
-    monkeypatch.setattr(spectral, "_CACHE", 1 << 40)
+    monkeypatch.setattr(polar_factor, "_CACHE", 1 << 40)
     monkeypatch.setattr(orthonormal, "_on_host", lambda tensor: False)
 
 

@@ -8,10 +8,11 @@ import torch
 from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.linalg.precision import Precision
 from symdist.rules.matrix import Matrix, center_rows
+from symdist.rules.polar_factor import Scale, Side, numerics_of, polar_factor, scaled
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking
 from symdist.rules.row_norm import Eps, unit_rows
-from symdist.rules.spectral import Scale, Side, check_spectral, numerics_of, polar_factor, scaled, spectral_splits
+from symdist.rules.spectral import check_spectral, spectral_splits
 
 _NOISE = 100.0
 

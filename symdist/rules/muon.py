@@ -8,9 +8,10 @@ from torch import Tensor
 from symdist.rules.linalg.inverse_root import Method, Numerics, polar_as_published
 from symdist.rules.linalg.precision import check_precision
 from symdist.rules.matrix import Matrix
+from symdist.rules.polar_factor import Side, numerics_of, polar_factor
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking
-from symdist.rules.spectral import Side, numerics_of, polar_factor, spectral_splits
+from symdist.rules.spectral import spectral_splits
 
 AdjustLr: TypeAlias = Literal["spectral", "match_rms_adamw", "none"]
 MuonPrecision: TypeAlias = Literal["auto", "float32", "float16", "bfloat16", "published"]

@@ -6,9 +6,9 @@ from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.linalg.precision import check_precision
 from symdist.rules.matrix import Matrix
 from symdist.rules.muon import AdjustLr, MuonPrecision, lr_adjustment, muon_polar, muon_splits
+from symdist.rules.polar_factor import Side
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking, Sum
-from symdist.rules.spectral import Side
 
 
 @rule("normuon", splits=muon_splits, accumulator="heavy_ball", check=check_precision, state=("row_sq",))

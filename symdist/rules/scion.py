@@ -8,10 +8,11 @@ import torch
 from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.linalg.precision import Precision, check_precision
 from symdist.rules.matrix import Matrix
+from symdist.rules.polar_factor import Side, numerics_of, polar_factor
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking
 from symdist.rules.row_norm import unit_rows
-from symdist.rules.spectral import Side, numerics_of, polar_factor, spectral_splits
+from symdist.rules.spectral import spectral_splits
 
 Norm: TypeAlias = Literal["spectral", "sign", "row_rms", "row"]
 
