@@ -21,6 +21,7 @@ def build_optimizer(
     lr: float | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     nonfinite: NonFinite = "raise",
+    capturable: bool = False,
     exchange: ExchangeLike = None,
     process_group: Ranks | None = None,
     replicate_group: Ranks | None = None,
@@ -36,6 +37,7 @@ def build_optimizer(
         overrides: Options by role that replace the recipe's: `{"router": {"lr": 1e-3}}`. Learning rates in it are
             final: `lr` does not scale them.
         nonfinite: What all ranks do together if a gradient is inf or NaN: "raise" (default), "skip" or "zero".
+        capturable: Whether steps are to be captured in a CUDA graph; see `SymDist`.
         exchange: How matrices travel between ranks, `ExchangeOptions` or a mapping of its keys.
         process_group: The ranks that must agree on gradients; see `SymDist`.
         replicate_group: The ranks that hold identical plain tensors; by default those of a
@@ -56,6 +58,7 @@ def build_optimizer(
     return SymDist(
         route(model, recipe, lr=lr, overrides=overrides),
         nonfinite=nonfinite,
+        capturable=capturable,
         exchange=exchange,
         process_group=process_group,
         replicate_group=replicate_group,

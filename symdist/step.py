@@ -58,7 +58,9 @@ def check_capturable(
         for key in ("lr", "weight_decay"):
             value = group[key]
             device = group["params"][0].device
-            if device.type != "cpu" and value and (not isinstance(value, Tensor) or value.device != device):
+            # The truth of a tensor would be read from the device.
+            baked = value.device != device if isinstance(value, Tensor) else value != 0
+            if device.type != "cpu" and baked:
                 raise ValueError(
                     f"capturable=True: {key} of param group {group['role'] or group['param_names'][0]!r} is {value!r}, "
                     f"which a graph would keep for ever; make it a 0-d tensor on {device} and change that in place"

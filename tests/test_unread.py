@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from symdist import SymDist, build_optimizer, clip_grad_norm_
 from symdist.gradients import clipping, nonfinite
 from symdist.rules import polar_factor
 from symdist.rules.linalg import orthonormal
+from symdist.step import check_capturable
 from symdist.tools.models import build
 from tests.cases import CASES, MUON
 
@@ -197,3 +199,13 @@ def test_dependent_columns_are_found_without_the_host(monkeypatch: pytest.Monkey
     expected = orthonormal.orthonormal(a)
     monkeypatch.setattr(orthonormal, "_on_host", lambda tensor: False)
     torch.testing.assert_close(orthonormal.orthonormal(a), expected, rtol=0, atol=2e-5)
+
+
+def test_rates_of_a_graph_are_on_its_device() -> None:
+    with FakeTensorMode():
+        weight, rate = torch.empty(4, 4, device="cuda"), torch.empty((), device="cuda")
+    group = {"params": [weight], "param_names": ["w"], "role": "", "weight_rounding": "nearest", "weight_decay": 0.0}
+    check_capturable([{**group, "lr": rate}], [], nonfinite="skip", observed=False)
+    check_capturable([{**group, "lr": rate, "weight_decay": rate}], [], nonfinite="skip", observed=False)
+    with pytest.raises(ValueError, match=r"lr of param group 'w' is 0\.1, which a graph would keep for ever"):
+        check_capturable([{**group, "lr": 0.1}], [], nonfinite="skip", observed=False)

@@ -114,10 +114,12 @@ def muon(
         damping: The number added to the diagonal of the Gram, relative to the Gram's Frobenius norm; 0 by default.
             Increase it for matrices of low rank, so that their noise is not amplified.
         precision: In which dtype products are computed. "float32" (that of the weights if it is wider) takes all steps
-            on one Gram. "float16" forms a new Gram after every second step or every step, and "bfloat16" after every
-            step, which is Muon's usual iteration on the matrix itself; norms and sums are in float32. "auto" (default)
-            is what is fastest for this shape on this kind of device and no less exact than "bfloat16". `method` "exact"
-            and damping above 1e-8 need "float32", and "auto" takes it then.
+            on one Gram. "float16" forms a new Gram after every second step, and splits the matrix into two numbers for
+            the first, so that no rank or condition number costs it digits. "bfloat16" forms one after every step, which
+            is Muon's usual iteration on the matrix itself. Norms and sums are in float32. "auto" (default) is what is
+            fastest for this shape on this kind of device and no less exact than "bfloat16": one of these, or float16
+            with other restarts and unsplit. `method` "exact" and damping above 1e-8 need "float32", and "auto" takes it
+            then.
             "published" is bfloat16 with every product rounded separately, for comparison with published runs; split
             matrices are then always sent to owners.
 
