@@ -146,6 +146,17 @@ def polar_factor(
     return Polar(factor=u, values=x, unit=unit, across=across, root=root)
 
 
+def _scale(norm: Tensor) -> Tensor:
+    """Return the factor that brings a matrix of this Frobenius norm to `HEADROOM`; 0 for one of hardly any size."""
+    return torch.where(norm > _ZERO, HEADROOM / norm, 0)
+
+
+def _scale_on_cpu(x: Tensor) -> Tensor:
+    """Return the factor of `_scale` for whole matrices, without float64, in which a CPU takes ten times as long."""
+    peak = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True)).clamp_min(_ZERO)
+    return _scale(torch.linalg.vector_norm(x / peak, dim=(-2, -1), keepdim=True) * peak)
+
+
 def _restarted(
     x: Tensor, *, right: bool, across: MatrixAxis, numerics: Numerics, whole: bool
 ) -> Generator[Any, Any, Tensor]:
@@ -162,19 +173,22 @@ def _restarted(
         The polar factors, in the shape and dtype of `x`.
     """
     assert numerics.half is not None
-    # In float64 no square overflows or vanishes. A matrix that hardly has normal numbers counts as zero.
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    norm = (yield Sum(values=norm.square(), across=across)).sqrt()
-    scale = torch.where(norm > _ZERO, HEADROOM / norm, 0).to(x.dtype)
-    result = torch.empty_like(x)
     size = max(1, x.shape[0])
     if whole and x.device.type == "cpu":
         size = max(1, _CACHE // (numerics.half.itemsize * max(1, x.shape[-2] * x.shape[-1])))
+    else:
+        # In float64 no square overflows or vanishes.
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+        norm = (yield Sum(values=norm.square(), across=across)).sqrt()
+        scales = _scale(norm)
+    result = torch.empty_like(x)
     for start in range(0, max(1, x.shape[0]), size):
         part = slice(start, start + size)
-        y = torch.mul(x[part], scale[part], out=torch.empty_like(x[part], dtype=numerics.half))
+        scale = _scale_on_cpu(x[part]) if whole and x.device.type == "cpu" else scales[part]
+        scale = scale.to(x.dtype)
+        y = torch.mul(x[part], scale, out=torch.empty_like(x[part], dtype=numerics.half))
         # What the dtype has no digits for is small, but not in comparison with the smallest singular values.
-        rest = (x[part] * scale[part]).sub_(y).to(y.dtype) if numerics.split else None
+        rest = (x[part] * scale).sub_(y).to(y.dtype) if numerics.split else None
         gram = spare = other = None
         for segment in range(len(numerics.segments())):
             gram = symmetric(y.mT, y, out=gram) if right else symmetric(y, y.mT, out=gram)
