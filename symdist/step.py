@@ -27,7 +27,7 @@ def number_or_device(value: float | Tensor) -> float | Tensor:
     Reading a tensor on a CPU costs nothing; on an accelerator the host would wait for it.
     """
     if isinstance(value, Tensor) and value.device.type != "cpu":
-        return value.reshape(())
+        return value.reshape(()).float()
     return float(value)
 
 
@@ -55,6 +55,8 @@ def check_capturable(
     if observed:
         raise ValueError("capturable=True: a captured step cannot be measured; measure a step outside the graph")
     for group in groups:
+        if group.get("method") == "exact":
+            raise ValueError("capturable=True: an eigendecomposition waits for its result; choose another method")
         for key in ("lr", "weight_decay"):
             value = group[key]
             device = group["params"][0].device

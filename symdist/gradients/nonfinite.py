@@ -89,6 +89,7 @@ def agree(
     has_gradient: bool,
     transport: Transport,
     read: bool,
+    device: torch.device,
 ) -> Agreed:
     """Combine what each rank of `world` knows about its gradients.
 
@@ -101,11 +102,11 @@ def agree(
         has_gradient: Whether this rank has any gradient.
         transport: The transport that runs the all-reduce.
         read: Whether numbers on the device may be read.
+        device: Where the gradients are; this rank may have none here.
 
     Returns:
         The combined knowledge, the same on all ranks.
     """
-    device = gradients[0].device if gradients else torch.device("cpu")
     # On CPUs a 2-norm is twenty times as fast as a largest magnitude. The squares of finite numbers can overflow; the
     # largest magnitudes then decide.
     norms = largest_of(gradients, order=2) if read else {}
@@ -195,9 +196,9 @@ class Unread:
         event = None
         answer = agreed.finite
         if answer.device.type == "cuda":
-            answer = torch.empty((), pin_memory=True).copy_(answer, non_blocking=True)
+            answer = torch.empty((), device="cpu", pin_memory=True).copy_(answer, non_blocking=True)
             event = torch.cuda.Event()
-            event.record()
+            event.record(torch.cuda.current_stream(agreed.finite.device))
         self._last = answer, event, agreed.norms, list(names)
 
     def check(self) -> None:
@@ -208,7 +209,7 @@ class Unread:
         if event is not None:
             # It passed long ago if anything was computed since.
             event.synchronize()
-        if not answer.numpy():
+        if not (answer.numpy() if answer.device.type == "cpu" else bool(answer)):
             raise not_finite_error(norms, names)
 
 

@@ -61,8 +61,17 @@ def ready_gradients(
     has_gradient = any(parameter.grad is not None for _, parameter in trainable)
     misplaced = {id(parameter) for _, parameter in bring_home(trainable)}
     pieces = [gradient_of(spec) for spec in specs if id(spec.parameter) not in misplaced]
+    device = specs[0].parameter.device if specs else torch.device("cpu")
     progress.before = "agreeing on whether gradients are finite"
-    agreed = agree(pieces, peers, elsewhere=bool(misplaced), has_gradient=has_gradient, transport=transport, read=read)
+    agreed = agree(
+        pieces,
+        peers,
+        elsewhere=bool(misplaced),
+        has_gradient=has_gradient,
+        transport=transport,
+        read=read,
+        device=device,
+    )
     if expected and trainable and not has_gradient and not agreed.any:
         raise ValueError(
             "no parameter on any rank has a gradient in the first step. Either step() ran before backward(), or the "
@@ -74,7 +83,9 @@ def ready_gradients(
         sum_up(trainable, transport=transport, read=read)
         pieces = [gradient_of(spec) for spec in specs]
         progress.before = "agreeing on whether gradients are finite"
-        agreed = agree(pieces, peers, elsewhere=False, has_gradient=has_gradient, transport=transport, read=read)
+        agreed = agree(
+            pieces, peers, elsewhere=False, has_gradient=has_gradient, transport=transport, read=read, device=device
+        )
     progress.before = ""
     if nonfinite == "zero":
         return Gradients(pieces=[zeroed(piece) for piece in pieces], agreed=None)

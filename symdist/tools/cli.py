@@ -161,13 +161,15 @@ class Compare:
     against: tuple[Name, ...] = NAMES
     """Other optimizers to measure; torch.optim.AdamW always is. muon-fsdp2 and dion need packages of these names."""
     ranks: tuple[int, ...] = (2,)
-    """Numbers of processes, one table for each; on GPUs if there are enough, else on the CPU."""
+    """Numbers of processes, one table for each."""
     steps: int = 12
     """Number of measured steps, after two steps of warm-up."""
     batch: int = 8
     """Sequences per rank and step."""
     sequence: int = 128
     """Tokens per sequence."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the processes run: cuda for GPUs, one each, cpu, or auto for GPUs if there are enough, else the CPU."""
     json: Path | None = None
     """JSON file to write the same numbers to."""
 
@@ -185,6 +187,7 @@ class Compare:
             steps=self.steps,
             batch=self.batch,
             sequence=self.sequence,
+            device=self.device,
         ):
             comparisons.append(comparison)
             _show(compare_table(comparison), *compare_notes(comparison))

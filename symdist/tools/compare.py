@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.util import _run_finalizers  # type: ignore[attr-defined]
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Settings: TypeAlias = dict[str, Any]
+Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 _WARMUP = 2
 
@@ -127,11 +128,12 @@ def compare(
     steps: int = 12,
     batch: int = 8,
     sequence: int = 128,
+    device: Device = "auto",
 ) -> Iterator[Comparison]:
     """Measure recipes and other optimizers side by side, on random tokens.
 
-    For each number of ranks, new processes are started when its result is requested. They use NCCL if there is a GPU
-    for each, otherwise gloo, with the CPU cores divided among them. No process group may be open in this process.
+    For each number of ranks, new processes are started when its result is requested. They use NCCL on GPUs, one each,
+    or gloo on the CPU, whose cores are divided among them. No process group may be open in this process.
 
     Args:
         model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
@@ -142,13 +144,14 @@ def compare(
         steps: The number of measured steps, after two steps of warm-up; 12 by default.
         batch: Sequences per rank and step; 8 by default.
         sequence: Tokens per sequence; 128 by default.
+        device: "cuda" for GPUs, "cpu", or "auto" (default) for GPUs where there is one for each process.
 
     Returns:
         An iterator with one result for each number of ranks.
 
     Raises:
-        ValueError: If a model, recipe or optimizer is unknown or cannot be run, or a count is below 1. It is raised by
-            the call itself, before any process is started.
+        ValueError: If a model, recipe or optimizer is unknown or cannot be run, a count is below 1, or `device` is
+            "cuda" and there are fewer GPUs than ranks. It is raised by the call itself, before any process is started.
 
     Example:
         >>> if __name__ == "__main__":  # processes are spawned
@@ -161,11 +164,29 @@ def compare(
             raise ValueError(f"{name}={count} must be 1 or more")
     if not ranks:
         raise ValueError("ranks is empty: give one or more numbers of processes")
+    devices = [_device_type(device, count) for count in ranks]
     if unknown := sorted(set(against) - set(NAMES)):
         raise ValueError(f"against: there is no baseline {unknown[0]!r}; choose from {', '.join(NAMES)}")
     # Checked in this process, which takes seconds, so that the user sees the message and not the traceback of a rank.
     plans = [(count, *_plan(model, recipes, against, count)) for count in ranks]
-    return (_run(model, count, sizes, arms, refused) for count, arms, refused in plans)
+    return (
+        _run(model, count, kind, sizes, arms, refused)
+        for kind, (count, arms, refused) in zip(devices, plans, strict=True)
+    )
+
+
+def _device_type(device: Device, ranks: int) -> str:
+    """Return the type of device that processes run on, "cuda" or "cpu"; ValueError if there are too few of them."""
+    if device not in get_args(Device):
+        raise ValueError(f"device={device!r} is not one of {', '.join(map(repr, get_args(Device)))}")
+    cards = torch.cuda.device_count()
+    if device == "cuda" and cards < ranks:
+        fewer = f"give at most --ranks {cards}, or " if cards else ""
+        raise ValueError(
+            f"device='cuda' with ranks={ranks} needs a GPU for each rank, and PyTorch finds {cards} here; {fewer}run "
+            "on the CPU with --device cpu"
+        )
+    return "cuda" if device == "cuda" or (device == "auto" and cards >= ranks) else "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,14 +214,15 @@ def _plan(model: str, recipes: Sequence[str], against: Sequence[str], ranks: int
     return arms, refused
 
 
-def _run(model: str, ranks: int, sizes: dict[str, int], plans: list[_Plan], refused: dict[str, str]) -> Comparison:
-    cuda = torch.cuda.device_count() >= ranks
+def _run(
+    model: str, ranks: int, device: str, sizes: dict[str, int], plans: list[_Plan], refused: dict[str, str]
+) -> Comparison:
     run: Settings = {
         "model": model,
         "ranks": ranks,
         "threads": max(1, (os.cpu_count() or 1) // ranks),
-        "backend": "nccl" if cuda else "gloo",
-        "device": "cuda" if cuda else "cpu",
+        "backend": "nccl" if device == "cuda" else "gloo",
+        "device": device,
         **sizes,
     }
     with tempfile.TemporaryDirectory() as directory:

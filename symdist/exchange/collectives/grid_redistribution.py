@@ -255,7 +255,8 @@ class GridRedistribution:
             return [flat[self._position[unit]].view(shape) for unit in range(k)]
         order = [self._position[unit] for unit in range(k * len(experts))]
         if order != list(range(len(order))):
-            flat = flat.index_select(0, torch.tensor(order, device=flat.device))
+            # The host does not wait for the copy.
+            flat = flat.index_select(0, torch.tensor(order).to(flat.device, non_blocking=True))
         return list(flat.view(k, *shape).unbind(0))
 
     def _none(self, like: Tensor) -> Tensor:

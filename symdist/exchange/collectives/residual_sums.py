@@ -204,7 +204,9 @@ def answer_stages(
     total = like.new_zeros((len(stages), *like.shape[1:]))
     indices = []
     for request in requests:
-        index = torch.tensor([index_of[label] for label in request.share.labels], dtype=torch.long, device=like.device)
+        index = torch.tensor([index_of[label] for label in request.share.labels], dtype=torch.long)
+        # The host does not wait for the copy.
+        index = index.to(like.device, non_blocking=True)
         total.index_add_(0, index, request.stage_sum.values, alpha=1 / request.share.copies)
         indices.append(index)
     joint_request = (
