@@ -402,7 +402,7 @@ def test_versions_are_those_of_the_constraints() -> None:
 def test_figures_have_a_command_and_a_date() -> None:
     """A paragraph that introduces a table of results names both."""
     sections = re.split(r"^## ", (ROOT / "docs/results.md").read_text(), flags=re.M)[1:]
-    assert len(sections) == 3
+    assert len(sections) == 4
     for section in sections:
         assert re.search(r"20\d\d-\d\d-\d\d", section)
         assert re.search(r"`(bash|python|symdist) ", section)
