@@ -75,7 +75,7 @@ def decay_and_subtract(
         if cautious:
             mask = mask * decaying(weight, update)
         stepped = weight.to(update.dtype) * (1 - lr * weight_decay * mask) - lr * update
-        if rounding is not None and weight.dtype == torch.bfloat16:
-            rounding.store([weight], [stepped], keys=[keys[i]])
-        else:
+        if rounding is None:
             weight.copy_(stepped)
+        else:
+            rounding.write(weight, stepped, key=keys[i])

@@ -27,6 +27,19 @@ class StochasticRounding:
         self._seed = seed
         self._step = step
 
+    def write(self, target: Tensor, value: Tensor, *, key: Hashable) -> None:
+        """Write a value to a weight: rounded by chance if the weight is bfloat16, otherwise as it is.
+
+        Args:
+            target: The weight, in any dtype and strides.
+            value: The value, in float32 or wider, in the same shape.
+            key: As for `store`.
+        """
+        if target.dtype == torch.bfloat16:
+            self.store([target], [value], keys=[key])
+        else:
+            target.copy_(value)
+
     def store(self, targets: Sequence[Tensor], values: Sequence[Tensor], *, keys: Sequence[Hashable]) -> None:
         """Write values to tensors, rounded.
 

@@ -168,10 +168,10 @@ class Step:
             for i, weight, stepped in zip(indices, weights, wide, strict=True):
                 if weight is stepped:
                     continue
-                if rounding is not None and weight.dtype == torch.bfloat16:
-                    rounding.store([weight], [stepped], keys=[self._specs[i].key])
-                else:
+                if rounding is None:
                     weight.copy_(stepped)
+                else:
+                    rounding.write(weight, stepped, key=self._specs[i].key)
             if self._observer is not None:
                 parts = zip(wide, before, decayed, strict=True)
                 self._observe(indices, [stepped - old + part for stepped, old, part in parts])

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from symdist import SymDist, build_optimizer, clip_grad_norm_
 from symdist.exchange import CountingTransport, TorchTransport
 from symdist.tools.models import build, shard
+from tests.plan_ranks import EVEN
 
 STEPS = 3
 
@@ -18,7 +19,7 @@ def stepped(mesh: DeviceMesh, layers: int, recipe: Any) -> tuple[int, list[float
     """FSDP2: collectives of one optimizer step, and this rank's loss before each of three steps."""
     model = shard(sized(layers), mesh)
     counting = CountingTransport(inner=TorchTransport())
-    optimizer = build_optimizer(model, recipe, transport=counting)
+    optimizer = build_optimizer(model, recipe, transport=counting, exchange={"hardware": EVEN})
     found = losses(model, optimizer, mesh, counting)
     return counting.collectives, found
 
@@ -26,14 +27,14 @@ def stepped(mesh: DeviceMesh, layers: int, recipe: Any) -> tuple[int, list[float
 def replicated(mesh: DeviceMesh, layers: int, recipe: Any) -> tuple[float, list[float]]:
     """DDP: the same, with the sum over all weights in the end instead of collectives."""
     model = DistributedDataParallel(sized(layers), process_group=mesh.get_group())
-    found = losses(model, build_optimizer(model, recipe), mesh)
+    found = losses(model, build_optimizer(model, recipe, exchange={"hardware": EVEN}), mesh)
     return float(sum(parameter.detach().double().sum() for parameter in model.parameters())), found
 
 
 def alone(layers: int, recipe: Any) -> list[float]:
     """The losses of the unsharded model on the whole batch."""
     model = sized(layers)
-    return losses(model, build_optimizer(model, recipe))
+    return losses(model, build_optimizer(model, recipe, exchange={"hardware": EVEN}))
 
 
 def losses(

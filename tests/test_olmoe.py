@@ -31,14 +31,14 @@ def test_collectives_do_not_grow_with_depth(ranks: Ranks, recipe: str) -> None:
 def test_losses_are_those_of_the_unsharded_model(ranks: Ranks, recipe: str, world: int) -> None:
     expected = olmoe.alone(2, RECIPES[recipe])
     assert abs(expected[-1] - expected[0]) > 20 * 2e-4
-    assert mean_losses(ranks.run(world, olmoe.stepped, 2, RECIPES[recipe])) == pytest.approx(expected, abs=1e-3)
+    assert mean_losses(ranks.run(world, olmoe.stepped, 2, RECIPES[recipe])) == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("recipe", ["small-moe", "spectral"])
 def test_replicas_stay_alike(ranks: Ranks, recipe: str) -> None:
     results = ranks.run(2, olmoe.replicated, 2, RECIPES[recipe])
     assert results[0][0] == results[1][0]
-    assert mean_losses(results) == pytest.approx(olmoe.alone(2, RECIPES[recipe]), abs=1e-3)
+    assert mean_losses(results) == pytest.approx(olmoe.alone(2, RECIPES[recipe]), abs=2e-4)
 
 
 def mean_losses(results: list[tuple[float, list[float]]]) -> list[float]:

@@ -173,7 +173,7 @@ def _restarted(
         The polar factors, in the shape and dtype of `x`.
     """
     assert numerics.half is not None
-    size = max(1, x.shape[0])
+    size, scales = max(1, x.shape[0]), None
     if whole and x.device.type == "cpu":
         size = max(1, _CACHE // (numerics.half.itemsize * max(1, x.shape[-2] * x.shape[-1])))
     else:
@@ -184,8 +184,7 @@ def _restarted(
     result = torch.empty_like(x)
     for start in range(0, max(1, x.shape[0]), size):
         part = slice(start, start + size)
-        scale = _scale_on_cpu(x[part]) if whole and x.device.type == "cpu" else scales[part]
-        scale = scale.to(x.dtype)
+        scale = (_scale_on_cpu(x[part]) if scales is None else scales[part]).to(x.dtype)
         y = torch.mul(x[part], scale, out=torch.empty_like(x[part], dtype=numerics.half))
         # What the dtype has no digits for is small, but not in comparison with the smallest singular values.
         rest = (x[part] * scale).sub_(y).to(y.dtype) if numerics.split else None
