@@ -13,7 +13,7 @@ PACKAGES = ("symdist", "integrations", "launch", "tests")
 SAY_MODULES = """
 import sys
 import torch
-import torch.distributed.tensor  # Where Triton is installed, it imports that.
+import torch.utils.flop_counter  # It imports Triton, where that is installed.
 before = set(sys.modules)
 import symdist
 print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names))
