@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -268,8 +268,10 @@ def flat_parts(
     return parts
 
 
-def warn_of_narrow_weights(specs: Iterable[ParamSpec], groups: Sequence[Mapping[str, Any]]) -> None:
-    """Warn if trainable weights are bfloat16 or float16, which are too coarse for updates at usual learning rates.
+def warn_of_narrow_weights(specs: Sequence[ParamSpec], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if trainable weights are too coarse for updates at usual learning rates, or are to be rounded but cannot be.
+
+    bfloat16 and float16 are too coarse, and only bfloat16 can be rounded.
 
     Args:
         specs: The optimizer's parameters.
@@ -282,6 +284,13 @@ def warn_of_narrow_weights(specs: Iterable[ParamSpec], groups: Sequence[Mapping[
         and spec.parameter.dtype in (torch.bfloat16, torch.float16)
         and groups[spec.group]["weight_rounding"] == "nearest"
     ]
+    rounded = {spec.group for spec in specs if groups[spec.group]["weight_rounding"] == "stochastic"}
+    if rounded and not any(spec.parameter.dtype == torch.bfloat16 for spec in specs if spec.group in rounded):
+        warnings.warn(
+            "weight_rounding='stochastic' rounds only bfloat16 weights, and the groups that ask for it have none; leave "
+            "it out, or pass bfloat16 weights",
+            stacklevel=3,
+        )
     if not narrow:
         return
     kind = str(narrow[0].parameter.dtype).removeprefix("torch.")

@@ -122,3 +122,8 @@ def test_what_cannot_be_rounded_is_refused(options: dict[str, object], dtype: to
 def test_adamw_keeps_its_moments() -> None:
     with pytest.raises(TypeError, match="state_dtype"):
         SymDist([nn.Parameter(torch.ones(2))], rule="adamw", lr=0.1, state_dtype="bfloat16")
+
+
+def test_who_has_nothing_to_round_is_told() -> None:
+    with pytest.warns(UserWarning, match="rounds only bfloat16 weights"):
+        trained(0, dtype=torch.float32, weight_rounding="stochastic")
