@@ -287,8 +287,8 @@ def warn_of_narrow_weights(specs: Sequence[ParamSpec], groups: Sequence[Mapping[
     rounded = {spec.group for spec in specs if groups[spec.group]["weight_rounding"] == "stochastic"}
     if rounded and not any(spec.parameter.dtype == torch.bfloat16 for spec in specs if spec.group in rounded):
         warnings.warn(
-            "weight_rounding='stochastic' rounds only bfloat16 weights, and the groups that ask for it have none; leave "
-            "it out, or pass bfloat16 weights",
+            "weight_rounding='stochastic' rounds only bfloat16 weights, and the groups that ask for it have none; "
+            "leave it out, or pass bfloat16 weights",
             stacklevel=3,
         )
     if not narrow:
