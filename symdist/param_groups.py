@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor
@@ -26,6 +26,8 @@ COMMON: dict[str, Any] = {
     "rounding_step": 0,
     "role": "",
 }
+# The largest learning rate and decay. Their product is below the largest float32, so that no step overflows by them.
+_RATE = 1e9
 _READERS = {"params", "param_names", "lr", "rule"}
 # Keys that trainers and PyTorch's schedulers store in param groups. They are accepted and kept, but not used here.
 _BOOKKEEPING = frozenset(
@@ -228,24 +230,26 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where} has no 'lr'; learning rates of different rules have no common default")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"{where}: lr is a tensor of shape {tuple(lr.shape)}; a learning rate is one number")
-    if isinstance(lr, bool | str) or not (math.isfinite(float(lr)) and float(lr) >= 0):
-        raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
-    decay = group["weight_decay"]
-    number = isinstance(decay, int | float) or (isinstance(decay, Tensor) and decay.numel() == 1)
-    if not (number and math.isfinite(float(decay)) and float(decay) >= 0):
-        raise ValueError(f"{where}: weight_decay={decay!r} must be a finite number, 0 or more")
+    for key in ("lr", "weight_decay"):
+        if not _is_rate(group[key]):
+            raise ValueError(f"{where}: {key}={group[key]!r} must be a finite number, 0 or more and at most {_RATE:g}")
     for key in ("cautious_weight_decay", "skip_zero_grad_rows"):
         if not isinstance(group[key], bool):
             raise ValueError(f"{where}: {key}={group[key]!r} must be true or false")
-    if not isinstance(group["padding_rows"], int) or group["padding_rows"] < 0:
-        raise ValueError(f"{where}: padding_rows={group['padding_rows']!r} must be a whole number, 0 or more")
     if group["weight_rounding"] not in ("nearest", "stochastic"):
         raise ValueError(f"{where}: weight_rounding={group['weight_rounding']!r} is not 'nearest' or 'stochastic'")
-    for key in ("rounding_seed", "rounding_step"):
+    for key in ("padding_rows", "rounding_seed", "rounding_step"):
         if not isinstance(group[key], int) or isinstance(group[key], bool) or group[key] < 0:
             raise ValueError(f"{where}: {key}={group[key]!r} must be a whole number, 0 or more")
     if group["strategy"] not in ("auto", "local", "reduce", "owner"):
         raise ValueError(f"{where}: strategy={group['strategy']!r} is not 'auto', 'local', 'reduce' or 'owner'")
+
+
+def _is_rate(value: Any) -> bool:
+    """Whether a value is a number, or a tensor of one, that float32 can step weights by."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and 0 <= float(value) <= _RATE
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= _RATE
 
 
 def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:

@@ -116,6 +116,11 @@ class Rule:
 
 
 _RULES: dict[str, Rule] = {}
+# The largest values that make sense: with many times more, a step takes hours, or an update vanishes or overflows.
+_MOST = {
+    **{"eps": 1, "damping": 1, "alpha": 10, "radius": 1e6, "rms": 1e6},
+    **{"ns_steps": 100, "sinkhorn_steps": 100, "iterations": 100},
+}
 _NOT_NEGATIVE = {"eps", "damping", "alpha", "ns_steps", "momentum", "sinkhorn_steps", "beta2"}
 _BELOW_ONE = {"momentum", "beta2"}
 
@@ -139,6 +144,8 @@ def _check_value(key: str, value: Any, default: Any) -> None:
         return
     if valid and key in _NOT_NEGATIVE:
         valid, requirement = value >= 0, "0 or more"
+    if valid and key in _MOST:
+        valid, requirement = value <= _MOST[key], f"at most {_MOST[key]:g}"
     if valid and key in _BELOW_ONE:
         valid, requirement = value < 1, "in [0, 1)"
     if not valid:

@@ -2,8 +2,9 @@
 
 import difflib
 import importlib.util
-import tomllib
-from collections.abc import Iterator, Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,6 +12,7 @@ from typing import Any, TypeAlias
 from symdist.param_groups import COMMON
 from symdist.rules import get_rule, rule_names
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
+from symdist.toml_file import read_toml
 
 RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
 
@@ -123,8 +125,10 @@ class Recipe:
             The scaled recipe, and the learning rate its matrices have now.
 
         Raises:
-            ValueError: If the recipe's learning rate for matrices is not positive.
+            ValueError: If `lr`, or the recipe's learning rate for matrices, is not a positive number.
         """
+        if lr is not None and not 0 < lr < math.inf:
+            raise ValueError(f"lr={lr!r} must be a positive number")
         matrix_lr = (self.options("matrix") or {}).get("lr")
         if matrix_lr is None:
             matrix_lr = next((float(section["lr"]) for section in self.sections.values() if "lr" in section), 1.0)
@@ -277,18 +281,13 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
         return _parse(dict(recipe), name=str(recipe.get("name", "given")))
     path = Path(recipe)
     if path.suffix != ".toml":
-        path = _FOLDER / f"{recipe}.toml"
-        if not path.exists():
+        if str(recipe) not in recipe_names():
             raise ValueError(
                 f"there is no recipe {str(recipe)!r}; there are {', '.join(recipe_names())}. For a file of your own, "
                 "give its path, which ends in .toml"
             )
-    try:
-        return _parse(tomllib.loads(path.read_text()), name=path.stem, folder=path.parent)
-    except FileNotFoundError:
-        raise ValueError(f"recipe file {path} does not exist") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"recipe file {path} is not valid TOML: {error}") from None
+        path = _FOLDER / f"{recipe}.toml"
+    return _parse(read_toml(path, what="recipe file"), name=path.stem, folder=path.parent)
 
 
 def _parse(content: dict[str, Any], *, name: str, folder: Path = Path()) -> Recipe:
@@ -296,13 +295,14 @@ def _parse(content: dict[str, Any], *, name: str, folder: Path = Path()) -> Reci
     content.pop("description", None)
     _load_rules(content.pop("rules", []), folder, name=name)
     schedules = content.pop("schedule", {})
-    patterns = tuple(content.pop("patterns", ()))
+    patterns = content.pop("patterns", ())
     for role, options in content.items():
         _check_role(role, f"recipe {name!r}")
         if not isinstance(options, Mapping):
             raise ValueError(
                 f"recipe {name!r}: {role!r} should be a section of options, like [{role}], not the value {options!r}"
             )
+        _check_rate(options, f"recipe {name!r}: [{role}]")
     if not isinstance(schedules, Mapping) or not all(isinstance(value, Mapping) for value in schedules.values()):
         raise ValueError(f"recipe {name!r}: schedule should consist of sections, like [schedule.default]")
     for key in schedules:
@@ -310,6 +310,8 @@ def _parse(content: dict[str, Any], *, name: str, folder: Path = Path()) -> Reci
             raise ValueError(
                 f"recipe {name!r}: {key!r} in [schedule.{key}] is neither a role nor a rule nor 'default'; correct it"
             )
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, Mapping) for pattern in patterns):
+        raise ValueError(f"recipe {name!r}: patterns should consist of tables, like [[patterns]]")
     for pattern in patterns:
         if not isinstance(pattern.get("match"), str):
             raise ValueError(
@@ -318,7 +320,8 @@ def _parse(content: dict[str, Any], *, name: str, folder: Path = Path()) -> Reci
             )
         if "role" in pattern:
             _check_role(pattern["role"], f"recipe {name!r}: pattern {pattern['match']!r}")
-    return Recipe(name=name, sections=content, patterns=patterns, schedules=schedules)
+        _check_rate(pattern, f"recipe {name!r}: pattern {pattern['match']!r}")
+    return Recipe(name=name, sections=content, patterns=tuple(patterns), schedules=schedules)
 
 
 def _load_rules(files: Any, folder: Path, *, name: str) -> None:
@@ -326,7 +329,8 @@ def _load_rules(files: Any, folder: Path, *, name: str) -> None:
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
         raise ValueError(f"recipe {name!r}: rules = {files!r} should list Python files, like ['my_rules.py']")
     for file in files:
-        path = (folder / file).resolve()
+        # Unlike Path.resolve, this takes links that lead to themselves.
+        path = Path(os.path.realpath(folder / file))
         if path in _LOADED:
             continue
         spec = importlib.util.spec_from_file_location(f"symdist_rules_{path.stem}_{len(_LOADED)}", path)
@@ -338,16 +342,24 @@ def _load_rules(files: Any, folder: Path, *, name: str) -> None:
         before = set(rule_names())
         try:
             spec.loader.exec_module(importlib.util.module_from_spec(spec))
-        except Exception as error:
-            raise ValueError(f"recipe {name!r}: rules file {path} failed: {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"recipe {name!r}: rules file {path} failed: {reason}") from error
         if set(rule_names()) == before:
             raise ValueError(f"recipe {name!r}: rules file {path} registers no rule; mark one with @symdist.rule(…)")
         _LOADED.add(path)
 
 
-def _check_role(role: str, where: str) -> None:
-    if role not in FALLBACK and role != "default":
-        matches = difflib.get_close_matches(role, (*FALLBACK, "default"), n=1)
+def _check_rate(options: Mapping[str, Any], where: str) -> None:
+    """Check a learning rate, by which others are scaled; other options are checked where the optimizer is built."""
+    lr = options.get("lr", 0)
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+        raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
+
+
+def _check_role(role: Any, where: str) -> None:
+    if not isinstance(role, str) or role not in (*FALLBACK, "default"):
+        matches = difflib.get_close_matches(str(role), (*FALLBACK, "default"), n=1)
         raise ValueError(
             f"{where} names {role!r}, which is no role; "
             + (f"did you mean {matches[0]!r}? The roles are " if matches else "the roles are ")

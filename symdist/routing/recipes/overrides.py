@@ -1,8 +1,9 @@
 """Parse options given on a command line as `role.option=value`, where the value is written as in TOML."""
 
-import tomllib
 from collections.abc import Sequence
 from typing import Any
+
+from symdist.toml_file import parse_toml
 
 
 def parse_value(text: str) -> Any:
@@ -19,9 +20,10 @@ def parse_value(text: str) -> Any:
         (0.01, 'left_spectral')
     """
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        content = parse_toml(f"value = {text}")
+    except ValueError:
         return text
+    return content["value"] if len(content) == 1 else text
 
 
 def parse_overrides(words: Sequence[str], *, option: str = "--override") -> dict[str, dict[str, Any]]:

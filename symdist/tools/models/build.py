@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import tomllib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+
+from symdist.toml_file import read_toml
+from symdist.tools.models.settings import check_fit, configure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,10 +27,6 @@ _FAMILIES = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
 }
-
-# Settings that transformers reads from a config although the config class has no such field.
-_UNDECLARED = {"attn_implementation", "experts_implementation"}
-_UNDECLARED_BY_FAMILY = {"qwen3-moe": {"head_dim"}}
 
 # Settings for training from random weights. The default token ids of transformers belong to the published tokenizers;
 # the padding id, if kept, would freeze one row of the embedding at zero.
@@ -73,41 +71,37 @@ def build(
         The model.
 
     Raises:
-        ValueError: If the preset, the file, the family or a setting is unknown, or a setting has the wrong type.
+        ValueError: If the preset, the file, the family or a setting is unknown, a setting has the wrong type, is out of
+            range or does not fit another, or the weights take more memory than the device has.
         ImportError: If transformers is not installed.
 
     Example:
         >>> model = build("olmoe-tiny", device="cpu", overrides={"num_hidden_layers": 2}, seed=0)
     """
-    family, settings = _read(name_or_path)
-    settings |= overrides or {}
+    family, given = _read(name_or_path)
+    settings = {**given, **(overrides or {})}
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
-
-    transformers = _transformers()
-    # transformers checks its configurations with this package, which is installed with it.
-    from huggingface_hub.errors import StrictDataclassError
-
+    transformers, where = _transformers(), str(name_or_path)
     config_class, model_class = (getattr(transformers, attribute) for attribute in _FAMILIES[family])
-    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
-    known |= _UNDECLARED | _UNDECLARED_BY_FAMILY.get(family, set())
-    # transformers accepts unknown settings silently, so a misspelt one would have no effect.
-    if unknown := sorted(set(settings) - known):
-        raise ValueError(
-            f"{name_or_path}: transformers' {config_class.__name__} has no setting {', '.join(unknown)}; check the "
-            "spelling"
-        )
-
-    try:
-        config = config_class(**(_DEFAULTS | settings))
-    except StrictDataclassError as error:
-        raise ValueError(f"{name_or_path}: {' '.join(str(error).split())}") from None
+    # The file's own settings are checked as well where others replace them.
+    for checked in (given, settings):
+        config = configure(config_class, family, checked, defaults=_DEFAULTS, where=where)
+    check_fit(config, where=where)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            model = model_class._from_config(config, dtype=dtype)
+        except Exception as error:  # transformers raises errors of any kind; each is about the settings.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{where}: transformers cannot build it ({reason}); correct its settings") from None
     target = torch.get_default_device() if device is None else torch.device(device)
-    forked = [target] if target.type == "cuda" else []
-    with torch.random.fork_rng(devices=forked, enabled=seed is not None), target:
-        if seed is not None:
-            torch.manual_seed(seed)
-        model = model_class._from_config(config, dtype=dtype)
+    if target.type != "meta":
+        _check_memory(model, dtype, target, where=where)
+        forked = [target] if target.type == "cuda" else []
+        with torch.random.fork_rng(devices=forked, enabled=seed is not None), target:
+            if seed is not None:
+                torch.manual_seed(seed)
+            model = model_class._from_config(config, dtype=dtype)
     # Some families always create the router in float32, but FSDP2 needs the same dtype for all weights that it gathers
     # together.
     for parameter in model.parameters():
@@ -157,17 +151,26 @@ def _read(name_or_path: str | Path) -> tuple[str, dict[str, Any]]:
                 f"there is no model {str(name_or_path)!r}; give the path of a .toml file, or one of {known}"
             )
         path = _FOLDER / f"{name_or_path}.toml"
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"model file {path} does not exist") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"model file {path} is not valid TOML: {error}") from None
-    if set(table) != {"family", "config"}:
+    table = read_toml(path, what="model file")
+    if set(table) != {"family", "config"} or not isinstance(table["config"], dict):
         raise ValueError(f"{path}: it must hold `family` and the table `config` only, but holds {sorted(table)}")
-    if table["family"] not in _FAMILIES:
+    if not isinstance(table["family"], str) or table["family"] not in _FAMILIES:
         raise ValueError(f"{path}: there is no family {table['family']!r}; choose from {', '.join(_FAMILIES)}")
     return table["family"], table["config"]
+
+
+def _check_memory(model: nn.Module, dtype: torch.dtype, target: torch.device, *, where: str) -> None:
+    """Refuse weights that the device cannot hold. The system would end the process, without a word."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if target.type == "cuda":
+        memory = torch.cuda.get_device_properties(target).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if weights * dtype.itemsize > memory:
+        raise ValueError(
+            f"{where}: {weights:,} weights take {weights * dtype.itemsize / 1e9:,.0f} GB, and {target} has "
+            f"{memory / 1e9:,.0f} GB; give smaller sizes, or build it on the meta device and shard it first"
+        )
 
 
 def _transformers() -> Any:
