@@ -11,18 +11,70 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    AllowInfNan,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from pydantic_core import from_json
+from typing_extensions import TypeAliasType, TypedDict
+
+T = TypeVar("T")
 
 FORMAT = "symdist-checkpoint"
 CHECKSUM_LIMIT = 4 * 2**30
-VERSION = 1
+VERSION = 2
 CHOOSE = "choose another checkpoint, or start the run afresh"
 
 _MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _UNFINISHED = re.compile(r"step-\d{8,}\.(writing|removing)")
+STRICT = ConfigDict(strict=True, extra="forbid")
+"""For what a checkpoint holds: of the right types, and nothing else."""
+
+
+def _file_name(name: str) -> str:
+    if name in ("", ".", "..") or name != Path(name).name or "\0" in name:
+        raise ValueError("not the name of a file in the checkpoint")
+    return name
+
+
+@with_config(STRICT)
+class _File(TypedDict):
+    bytes: NonNegativeInt
+    sha256: NotRequired[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
+
+
+@with_config(STRICT)
+class Manifest(TypedDict):
+    """What ``manifest.json`` holds, beside its own checksum."""
+
+    format: Literal["symdist-checkpoint"]
+    version: int
+    step: NonNegativeInt
+    world_size: PositiveInt
+    identity: dict[str, Any]
+    files: dict[Annotated[str, AfterValidator(_file_name)], _File]
+
+
+_MANIFEST_TYPE = TypeAdapter(Manifest)
+
+FiniteJson = TypeAliasType(
+    "FiniteJson",
+    "bool | int | str | Annotated[float, AllowInfNan(False)] | list[FiniteJson] | dict[str, FiniteJson] | None",
+)
+"""A value of JSON without infinities and NaNs."""
 
 
 class CheckpointError(RuntimeError):
@@ -34,14 +86,22 @@ class DamagedCheckpointError(CheckpointError):
 
 
 def latest(directory: Path) -> Path | None:
-    """Return the finished checkpoint of the highest step in ``directory``, or None; verifies no checksums."""
-    return next(iter(newest_first(directory)), None)
+    """Return the checkpoint of the highest step in ``directory`` whose manifest can be read, or None."""
+    held = {path: step for path in directory.glob("step-*") if (step := _held_step(path)) is not None}
+    return max(held, key=lambda path: held[path], default=None)
 
 
 def newest_first(directory: Path) -> list[Path]:
-    """Return all finished checkpoints in ``directory``, highest step first; verifies no checksums."""
-    named = (path for path in directory.glob("step-*") if _NAME.fullmatch(path.name))
-    return sorted((path for path in named if (path / _MANIFEST).exists()), key=_step, reverse=True)
+    """Return all checkpoints in ``directory``, damaged ones too, highest step first; verifies no checksums.
+
+    The step is the one that a checkpoint holds; only that of a damaged one is taken from its name.
+    """
+
+    def step(path: Path) -> tuple[int, int]:
+        held = _held_step(path)
+        return (_named_step(path) if held is None else held, _named_step(path))
+
+    return sorted((path for path in directory.glob("step-*") if _NAME.fullmatch(path.name)), key=step, reverse=True)
 
 
 def check_mixing(directory: Path, path: Path) -> None:
@@ -62,7 +122,7 @@ def quarantine(path: Path) -> Path:
     """Rename a damaged checkpoint so that it is no longer found, and return its new path; nothing is deleted."""
     renamed = path.with_name(f"{path.name}.damaged")
     number = 1
-    while renamed.exists():
+    while os.path.lexists(renamed):
         number += 1
         renamed = path.with_name(f"{path.name}.damaged-{number}")
     path.rename(renamed)
@@ -87,9 +147,9 @@ def prepare(writing: Path, final: Path, *, identity: dict[str, Any]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.iterdir():
         if _UNFINISHED.fullmatch(leftover.name):
-            shutil.rmtree(leftover)
+            _delete(leftover)
     finished = _finished(directory, identity=identity)
-    if final.exists() and final not in finished:
+    if os.path.lexists(final) and finished.get(final) != _named_step(final):
         quarantine(final)
     writing.mkdir()
 
@@ -122,15 +182,15 @@ def publish(writing: Path, final: Path, *, world: int, identity: dict[str, Any],
         identity: JSON-serializable values that tell this run from others.
         files: The entries of all files, from `describe_files`.
     """
-    manifest = {"format": FORMAT, "version": VERSION, "step": _step(final), "world_size": world}
+    manifest = {"format": FORMAT, "version": VERSION, "step": _named_step(final), "world_size": world}
     manifest |= {"identity": identity, "files": files}
     write_json(writing / _MANIFEST, manifest | {"sha256": _digest(manifest)})
     _sync_directory(writing)
-    replaced = _leave(final) if final.exists() else None
+    replaced = _leave(final) if os.path.lexists(final) else None
     writing.rename(final)
     _sync_directory(final.parent)
     if replaced is not None:
-        shutil.rmtree(replaced)
+        _delete(replaced)
 
 
 def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) -> None:
@@ -145,44 +205,39 @@ def prune(final: Path, *, keep: int, keep_every: int, identity: dict[str, Any]) 
     Raises:
         CheckpointError: If the folder holds another run's checkpoints.
     """
-    older = [path for path in _finished(final.parent, identity=identity) if _step(path) < _step(final)]
+    held = _finished(final.parent, identity=identity)
+    older = sorted((path for path in held if held[path] < held[final]), key=lambda path: held[path])
     for path in older[: max(0, len(older) - (keep - 1))]:
-        if not (keep_every and _step(path) % keep_every == 0):
+        if not (keep_every and held[path] % keep_every == 0):
             remove(path)
 
 
-def verify(path: Path, *, identity: dict[str, Any], rank: int, world: int) -> int:
+def verify(path: Path, *, identity: dict[str, Any] | None, rank: int, world: int) -> Manifest:
     """Check a checkpoint's manifest, and sizes and, where it has them, checksums of this rank's share of its files.
 
     Args:
         path: The checkpoint.
-        identity: JSON-serializable values that tell this run from others.
+        identity: JSON-serializable values that tell this run from others; None to accept any run's.
         rank: This rank, which checks every ``world``-th file.
         world: Number of ranks.
 
     Returns:
-        The number of ranks that wrote the checkpoint.
+        The manifest.
 
     Raises:
         DamagedCheckpointError: If anything is missing or damaged, or the directory is another program's.
         CheckpointError: If there is no such directory, or it is another run's or of another format version.
     """
     manifest = _read_manifest(path)
-    check_identity(path, manifest["identity"], identity)
-    for index, (name, entry) in enumerate(sorted(manifest["files"].items())):
-        file = path / name
-        if index % world != rank:
-            continue
-        if not file.exists():
-            problem = "is missing"
-        elif file.stat().st_size != entry["bytes"]:
-            problem = f"has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        elif "sha256" in entry and _sha256(file) != entry["sha256"]:
+    if identity is not None:
+        check_identity(path, manifest["identity"], identity)
+    for name, entry in sorted(manifest["files"].items())[rank::world]:
+        problem = _size_problem(path / name, entry["bytes"])
+        if problem is None and "sha256" in entry and _sha256(path / name) != entry["sha256"]:
             problem = "does not match its checksum"
-        else:
-            continue
-        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} {problem}; {CHOOSE}")
-    return manifest["world_size"]
+        if problem is not None:
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} {problem}; {CHOOSE}")
+    return manifest
 
 
 def verify_sizes(path: Path) -> None:
@@ -193,22 +248,68 @@ def verify_sizes(path: Path) -> None:
         CheckpointError: If there is no such directory, or it is of another format version.
     """
     for name, entry in _read_manifest(path)["files"].items():
-        file = path / name
-        if not file.exists() or file.stat().st_size != entry["bytes"]:
-            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} is missing or truncated; {CHOOSE}")
+        if problem := _size_problem(path / name, entry["bytes"]):
+            raise DamagedCheckpointError(f"checkpoint {path} is damaged: {name} {problem}; {CHOOSE}")
+
+
+def _size_problem(file: Path, size: int) -> str | None:
+    try:
+        found = file.stat()
+    except OSError as error:
+        return "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+    if not stat.S_ISREG(found.st_mode):
+        return "is not a file"
+    return None if found.st_size == size else f"has {found.st_size} bytes instead of {size}"
+
+
+def read_json(file: Path, kind: TypeAdapter[T]) -> T:
+    """Read a JSON file of a checkpoint.
+
+    Args:
+        file: The file.
+        kind: What it must hold; unknown keys and values of other types are refused.
+
+    Returns:
+        Its content.
+
+    Raises:
+        DamagedCheckpointError: If it is missing, no JSON file, or holds anything else.
+        CheckpointError: If the disk does not let it be read.
+    """
+    if not file.is_file():
+        raise DamagedCheckpointError(f"{file} is missing, or not a file; {CHOOSE}")
+    try:
+        content = from_json(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); {CHOOSE}") from error
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{file} is damaged ({error}); {CHOOSE}") from error
+    return validated(content, kind, file)
+
+
+def validated(content: Any, kind: TypeAdapter[T], file: Path) -> T:
+    """Check what a file of a checkpoint holds; see `read_json`."""
+    try:
+        return kind.validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise DamagedCheckpointError(f"{file} is damaged: {where}: {first['msg']}; {CHOOSE}") from None
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write ``value`` to ``path`` and wait until it is on the disk."""
-    with open(path, "w") as stream:
+    """Write ``value`` to ``path``, whole or not at all, and wait until it is on the disk."""
+    writing = path.with_name(f"{path.name}.writing")
+    with open(writing, "w") as stream:
         json.dump(value, stream)
         stream.flush()
         os.fsync(stream.fileno())
+    os.replace(writing, path)
 
 
-def _finished(directory: Path, *, identity: dict[str, Any]) -> list[Path]:
-    """Return this run's finished checkpoints, oldest first; raise CheckpointError if any is another run's."""
-    checkpoints = []
+def _finished(directory: Path, *, identity: dict[str, Any]) -> dict[Path, int]:
+    """Return this run's finished checkpoints and their steps; raise CheckpointError if any is another run's."""
+    held = {}
     for path in directory.glob("step-*"):
         try:
             manifest = _read_manifest(path)
@@ -216,31 +317,36 @@ def _finished(directory: Path, *, identity: dict[str, Any]) -> list[Path]:
             continue  # not a readable checkpoint, so neither counted nor removed
         if _NAME.fullmatch(path.name):
             check_identity(path, manifest["identity"], identity)
-            checkpoints.append(path)
-    return sorted(checkpoints, key=_step)
+            held[path] = manifest["step"]
+    return held
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
+def _held_step(path: Path) -> int | None:
+    """Return the step that a checkpoint's manifest names; None if it has no readable manifest or another name."""
+    try:
+        return _read_manifest(path)["step"] if _NAME.fullmatch(path.name) else None
+    except CheckpointError:
+        return None
+
+
+def _read_manifest(path: Path) -> Manifest:
+    if not os.path.lexists(path):
         raise CheckpointError(f"there is no checkpoint directory {path}; check the path")
     if not (path / _MANIFEST).exists():
         raise DamagedCheckpointError(
             f"{path} has no {_MANIFEST}: it was never finished, or is no symdist checkpoint; {CHOOSE}"
         )
-    try:
-        manifest = json.loads((path / _MANIFEST).read_bytes())
-    except ValueError as error:
-        raise DamagedCheckpointError(f"{path / _MANIFEST} is damaged ({error}); {CHOOSE}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    content = read_json(path / _MANIFEST, TypeAdapter(dict[str, Any]))
+    if content.get("format") != FORMAT:
         raise DamagedCheckpointError(f"{path} is not a {FORMAT} directory but another program's; {CHOOSE}")
-    if manifest.pop("sha256", None) != _digest(manifest):
+    if content.pop("sha256", None) != _digest(content):
         raise DamagedCheckpointError(f"{path / _MANIFEST} is damaged (its checksum does not match); {CHOOSE}")
-    if manifest.get("version") != VERSION:
+    if content.get("version") != VERSION:
         raise CheckpointError(
-            f"{path} has format version {manifest.get('version')}, but this release of symdist reads {VERSION}; "
+            f"{path} has format version {content.get('version')}, but this release of symdist reads {VERSION}; "
             "load it with the release that wrote it"
         )
-    return manifest
+    return validated(content, _MANIFEST_TYPE, path / _MANIFEST)
 
 
 def check_identity(path: Path, stored: dict[str, Any], identity: dict[str, Any]) -> None:
@@ -254,11 +360,13 @@ def check_identity(path: Path, stored: dict[str, Any], identity: dict[str, Any])
     Raises:
         CheckpointError: If they differ; the message names every difference.
     """
-    identity = json.loads(json.dumps(identity))  # turns tuples into lists, as in the stored identity
+    here = by_path(json.loads(json.dumps(identity)))  # turns tuples into lists, as in the stored identity
+    there = by_path(stored)
+    missing = object()
     differing = [
-        f"{key} is {stored.get(key)!r} in the checkpoint but {identity.get(key)!r} in this run"
-        for key in sorted(stored.keys() | identity.keys())
-        if stored.get(key) != identity.get(key)
+        f"{key} is {there.get(key, 'missing')!r} in the checkpoint but {here.get(key, 'missing')!r} in this run"
+        for key in sorted(here.keys() | there.keys())
+        if there.get(key, missing) != here.get(key, missing)
     ]
     if differing:
         raise CheckpointError(
@@ -267,7 +375,18 @@ def check_identity(path: Path, stored: dict[str, Any], identity: dict[str, Any])
         )
 
 
-def _step(path: Path) -> int:
+def by_path(values: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by their path, as in ``recipe.matrix.lr``."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= by_path(value, f"{above}{key}.")
+        else:
+            found[f"{above}{key}"] = value
+    return found
+
+
+def _named_step(path: Path) -> int:
     matched = _NAME.fullmatch(path.name)
     assert matched is not None
     return int(matched[1])
@@ -275,7 +394,15 @@ def _step(path: Path) -> int:
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; it is renamed first, so that a partly removed one never looks finished."""
-    shutil.rmtree(_leave(path))
+    _delete(_leave(path))
+
+
+def _delete(path: Path) -> None:
+    """Delete a directory with all it holds, a link or a file; what a link points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _leave(path: Path) -> Path:

@@ -1,13 +1,22 @@
-"""States of a process's random number generators, as JSON-serializable values."""
+"""States of a process's random number generators, as JSON-serializable values, one file per rank."""
 
 from __future__ import annotations
 
 import base64
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
+
+from launch.checkpoints.directory import CHOOSE, DamagedCheckpointError, read_json
+
+
+def rng_file(path: Path, rank: int) -> Path:
+    """Return the file with the states of ``rank`` in the checkpoint at ``path``."""
+    return path / f"rng-{rank:05d}.json"
 
 
 def rng_state() -> dict[str, Any]:
@@ -20,14 +29,33 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+def read_rng_state(path: Path, rank: int) -> dict[str, Any]:
+    """Read the states of ``rank`` from the checkpoint at ``path``, and check them; no generator changes.
+
+    Raises:
+        DamagedCheckpointError: If the file is missing or damaged, or holds no states.
+    """
+    file = rng_file(path, rank)
+    state = read_json(file, TypeAdapter(dict[str, Any]))
+    try:
+        _set(state, python=random.Random(), numpy=np.random.RandomState(), of_torch=torch.Generator())
+    except Exception as error:  # whatever a generator does with what is not its state
+        raise DamagedCheckpointError(f"{file} is damaged: it holds no generator's state ({error}); {CHOOSE}") from error
+    return state
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore what ``rng_state`` returned; a CUDA state is ignored on a machine without CUDA."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(_decode(state["torch"]))
+    _set(state, python=random, numpy=np.random, of_torch=torch.default_generator)
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def _set(state: dict[str, Any], *, python: Any, numpy: Any, of_torch: torch.Generator) -> None:
+    version, words, gauss = state["python"]
+    python.setstate((version, tuple(words), gauss))
+    numpy.set_state(state["numpy"])
+    of_torch.set_state(_decode(state["torch"]))
 
 
 def _encode(values: torch.Tensor) -> str:

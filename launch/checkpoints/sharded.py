@@ -12,9 +12,6 @@ is left waiting in a collective.
 from __future__ import annotations
 
 import copy
-import json
-import pathlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +19,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from pydantic import TypeAdapter, with_config
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -30,22 +28,45 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from typing_extensions import TypedDict
 
 from launch.checkpoints.directory import (
     CHOOSE,
+    STRICT,
     CheckpointError,
+    DamagedCheckpointError,
+    FiniteJson,
+    Manifest,
     describe_files,
     latest,
+    read_json,
+    validated,
     verify,
     write_json,
 )
+from launch.checkpoints.pickles import PlainPlanner, read_metadata
 from launch.checkpoints.publish import publish_together
-from launch.checkpoints.rng import rng_state, set_rng_state
+from launch.checkpoints.rng import read_rng_state, rng_file, rng_state, set_rng_state
 from launch.runtime.agreement import on_all_ranks, rank_and_world, with_dcp
 
-__all__ = ["CheckpointError", "Snapshot", "latest", "load", "save", "snapshot", "write"]
+__all__ = ["CheckpointError", "Snapshot", "latest", "load", "load_weights", "save", "snapshot", "write"]
 
 _STATE = "state.json"
+
+
+@with_config(STRICT)
+class _Options(TypedDict):
+    groups: list[dict[str, FiniteJson]]
+    scalars: dict[str, dict[str, FiniteJson]]
+
+
+@with_config(STRICT)
+class _State(TypedDict):
+    trainer: dict[str, Any]
+    optimizer: _Options
+
+
+_ANYTHING = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +182,7 @@ def write(
 
     def write_all(writing: Path, failed: str, remedy: str) -> dict[str, Any]:
         def write_own() -> dict[str, Any]:
-            paths = [*writing.glob(f"__{rank}_*.distcp"), writing / f"rng-{rank:05d}.json"]
+            paths = [*writing.glob(f"__{rank}_*.distcp"), rng_file(writing, rank)]
             write_json(paths[-1], snapshot.rng)
             if rank == 0:
                 paths += [writing / ".metadata", writing / _STATE]
@@ -181,7 +202,12 @@ def write(
 
 
 def load(
-    path: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+    path: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    trainer: TypeAdapter[Any] = _ANYTHING,
 ) -> dict[str, Any]:
     """Restore a checkpoint into ``model`` and ``optimizer``; all ranks must call it, and nothing on disk changes.
 
@@ -192,6 +218,7 @@ def load(
         model: The model to restore, built as in the run that saved.
         optimizer: The optimizer to restore, built as in the run that saved.
         identity: JSON-serializable values that tell this run from others.
+        trainer: What the ``trainer`` values must be.
 
     Returns:
         The ``trainer`` values given to ``save``, plus ``"rng_restored"``: whether the states of Python's, NumPy's and
@@ -200,33 +227,73 @@ def load(
     Raises:
         CheckpointError: On all ranks, if the directory is missing, unfinished, damaged, of another format or another
             run's, or holds other tensors than the model and the optimizer need. Weights and existing optimizer state
-            are then unchanged.
+            are then unchanged, except if a file of tensors is not what the rest of the checkpoint says it is.
     """
     rank, world = rank_and_world()
     failed = f"cannot read {path}"
-    saved_world = on_all_ranks(lambda: verify(path, identity=identity, rank=rank, world=world), failed, CHOOSE)
+    manifest = on_all_ranks(lambda: verify(path, identity=identity, rank=rank, world=world), failed, CHOOSE)
     tensors, plain = _collect(model, optimizer)
-    reader = _Reader(path)
-    names = [group["params"] for group in plain["groups"]]
+    same_world = manifest["world_size"] == world
 
-    def read_state() -> dict[str, Any]:
-        state = json.loads((path / _STATE).read_text())
-        problem = _mismatch(reader.read_metadata(), tensors)
-        if problem is None and [group["params"] for group in state["optimizer"]["groups"]] != names:
-            problem = "its param groups hold other parameters"
+    def read_state() -> tuple[_State, Any]:
+        state = read_json(path / _STATE, TypeAdapter(_State))
+        _check_trainer(state["trainer"], trainer, manifest, path)
+        problem = _mismatch(path, tensors) or _other_options(state["optimizer"], plain)
         if problem is not None:
             raise CheckpointError(
                 f"checkpoint {path} does not fit this model and optimizer: {problem}; build both as in the run that "
                 "saved it"
             )
-        return state
+        return state, read_rng_state(path, rank) if same_world else None
 
-    state = on_all_ranks(read_state, failed, CHOOSE)
-    with_dcp(lambda: dcp.load(tensors, storage_reader=reader), failed, CHOOSE)
-    _restore(model, optimizer, tensors=tensors, plain=state["optimizer"])
-    if saved_world == world:
-        set_rng_state(json.loads((path / f"rng-{rank:05d}.json").read_text()))
-    return state["trainer"] | {"rng_restored": saved_world == world}
+    state, rng = on_all_ranks(read_state, failed, CHOOSE)
+    _read_tensors(path, tensors, failed)
+    _restore(model, optimizer, tensors=tensors, plain=cast("dict[str, Any]", state["optimizer"]))
+    if rng is not None:
+        set_rng_state(rng)
+    return state["trainer"] | {"rng_restored": same_world}
+
+
+def load_weights(path: Path, *, model: torch.nn.Module) -> int:
+    """Restore only the weights of a checkpoint, of any run of this model; all ranks must call it.
+
+    Args:
+        path: The checkpoint's directory.
+        model: The model to restore.
+
+    Returns:
+        The step at which the checkpoint was written.
+
+    Raises:
+        CheckpointError: As ``load``, but whatever run the checkpoint is of.
+    """
+    rank, world = rank_and_world()
+    failed = f"cannot read {path}"
+    tensors: dict[str, Any] = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+
+    def check() -> Manifest:
+        manifest = verify(path, identity=None, rank=rank, world=world)
+        if problem := _mismatch(path, tensors, surplus=False):
+            raise CheckpointError(f"checkpoint {path} does not fit this model: {problem}; choose another checkpoint")
+        return manifest
+
+    manifest = on_all_ranks(check, failed, CHOOSE)
+    _read_tensors(path, tensors, failed)
+    set_model_state_dict(model, {name.removeprefix("model."): value for name, value in tensors.items()})
+    return manifest["step"]
+
+
+def _check_trainer(values: dict[str, Any], kind: TypeAdapter[Any], manifest: Manifest, path: Path) -> None:
+    validated(values, kind, path / _STATE)
+    if values.get("step", manifest["step"]) != manifest["step"]:
+        raise DamagedCheckpointError(
+            f"{path / _STATE} is of step {values['step']}, but the manifest of step {manifest['step']}; {CHOOSE}"
+        )
+
+
+def _read_tensors(path: Path, tensors: dict[str, torch.Tensor], failed: str) -> None:
+    """Fill tensors in place."""
+    with_dcp(lambda: dcp.load(tensors, storage_reader=_Reader(path), planner=PlainPlanner()), failed, CHOOSE, read=True)
 
 
 def _collect(
@@ -267,13 +334,52 @@ def _restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, tensor
         optimizer.state[parameter].update(values)
 
 
-def _mismatch(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> str | None:
-    """Describe how the stored tensors differ from the wanted ones; DCP itself ignores extra ones and casts dtypes."""
-    stored: dict[str, Any] = metadata.state_dict_metadata
-    lacking, surplus = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
-    if lacking or surplus:
-        return f"missing tensors: {lacking[:5] or 'none'}, surplus tensors: {surplus[:5] or 'none'}"
+def _other_options(stored: _Options, plain: dict[str, Any]) -> str | None:
+    """Describe how the stored options differ from this optimizer's, but for their values; None if they do not."""
+    if [group.get("params") for group in stored["groups"]] != [group["params"] for group in plain["groups"]]:
+        return "its param groups hold other parameters"
+    there = {f"group {i}": group for i, group in enumerate(stored["groups"])} | stored["scalars"]
+    here = {f"group {i}": group for i, group in enumerate(plain["groups"])} | plain["scalars"]
+    if differing := there.keys() ^ here.keys():
+        return f"{', '.join(sorted(differing)[:5])} has values on one side only"
+    for name, options in here.items():
+        if differing := there[name].keys() ^ options.keys():
+            return f"{name} has {', '.join(sorted(differing)[:5])} on one side only"
+        for key, value in options.items():
+            kinds = {_kind(value), _kind(there[name][key])} - {"nothing"}
+            if len(kinds) > 1:
+                return f"{key} of {name} is {there[name][key]!r} in the checkpoint, but {value!r} in this run"
+    return None
+
+
+def _kind(value: Any) -> str:
+    """Return what a value is in JSON."""
+    if isinstance(value, bool | None):
+        return "nothing" if value is None else "boolean"
+    kinds: tuple[tuple[str, Any], ...] = (
+        ("number", (int, float, torch.Tensor)),
+        ("text", str),
+        ("list", (list, tuple)),
+        ("table", dict),
+    )
+    return next((kind for kind, types in kinds if isinstance(value, types)), type(value).__name__)
+
+
+def _mismatch(path: Path, tensors: dict[str, torch.Tensor], *, surplus: bool = True) -> str | None:
+    """Describe how the stored tensors differ from the wanted ones; DCP itself ignores extra ones and casts dtypes.
+
+    Args:
+        path: The checkpoint.
+        tensors: The wanted tensors.
+        surplus: Whether stored tensors that nobody wants count.
+    """
+    stored: dict[str, Any] = read_metadata(path).state_dict_metadata
+    lacking, extra = sorted(tensors.keys() - stored.keys()), sorted(stored.keys() - tensors.keys())
+    if lacking or (extra and surplus):
+        return f"missing tensors: {lacking[:5] or 'none'}, surplus tensors: {extra[:5] or 'none'}"
     for name, tensor in tensors.items():
+        if not isinstance(stored[name], TensorStorageMetadata):
+            return f"{name} is not stored as a tensor"
         saved = (tuple(stored[name].size), stored[name].properties.dtype)
         if saved != (tuple(tensor.shape), tensor.dtype):
             return (
@@ -284,20 +390,7 @@ def _mismatch(metadata: Metadata, tensors: dict[str, torch.Tensor]) -> str | Non
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads shards as DCP does, but lets ``.metadata`` unpickle only DCP's own types, so that it can run no code."""
+    """Reads shards as DCP does, but their ``.metadata`` so that it can run no code."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as stream:
-            return _MetadataUnpickler(stream).load()
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        resolved = super().find_class(module, name)
-        harmless = (torch.Size, torch.serialization._get_layout, pathlib.PosixPath, pathlib.WindowsPath)
-        from_dcp = isinstance(resolved, type) and resolved.__module__.startswith("torch.distributed.checkpoint.")
-        if resolved in harmless or from_dcp or isinstance(resolved, torch.dtype):
-            return resolved
-        raise pickle.UnpicklingError(
-            f".metadata refers to {module}.{name}, which no checkpoint needs; it was not loaded, as it could run code"
-        )
+        return read_metadata(Path(self.path))

@@ -1,28 +1,37 @@
 """The configuration of a pretraining run: read from a TOML file and the command line, and checked before it starts."""
 
 import argparse
+import dataclasses
 import json
-import math
 import sys
-import tomllib
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from pydantic import BeforeValidator, TypeAdapter, ValidationError, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from tyro.conf import UseAppendAction
 
 from launch.data import DataConfig
 from symdist.routing.recipes import Recipe, load_recipe, parse_overrides, parse_value
+from symdist.toml_file import read_toml
 from symdist.tools.models import build
 
 # The checkpoint's identity holds the values as the command line gives them, so those of a file become such texts.
 _Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
+_MOST = 2**31 - 1
+_DAYS = 24 * 3600.0
+# How many there are of something; where zero turns something off, it says so.
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+CountOrNone = Annotated[int, Field(ge=0, le=_MOST)]
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+"""For dataclasses of options: none is inf or NaN, and no other option is known."""
 
 
-@with_config(extra="forbid")
+@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A pretraining run; every value can be set in the TOML file or on the command line, which wins."""
@@ -34,25 +43,25 @@ class Config:
     """Settings that replace the model's, as pairs of name and value: --model-overrides num_hidden_layers 8."""
     recipe: str = "small-moe"
     """A recipe of symdist.routing.recipes, or a TOML file of the same form."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Learning rate of the recipe's matrices, by default the recipe's; all others are scaled by the same factor."""
     override: UseAppendAction[tuple[str, ...]] = ()
     """Option of a role that replaces the recipe's, as in router.lr=0.02, which --lr does not scale; may be repeated."""
     data: DataConfig = field(default_factory=DataConfig)
     """The corpus."""
-    steps: int = 300
+    steps: Count = 300
     """Optimizer steps."""
-    batch: int = 16
+    batch: Count = 16
     """Sequences per step, over all ranks and micro-batches."""
-    sequence: int = 128
+    sequence: Count = 128
     """Tokens per sequence."""
-    accumulation: int = 1
+    accumulation: Count = 1
     """Micro-batches per step."""
-    clip: float = 1.0
+    clip: NotNegative = 1.0
     """Global norm that gradients are clipped to; 0 for no clipping."""
-    aux_loss: float = 0.0
+    aux_loss: NotNegative = 0.0
     """Weight of the routers' load-balance loss."""
-    z_loss: float = 0.0
+    z_loss: NotNegative = 0.0
     """Weight of the routers' z-loss."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of forward and backward; "auto" is bfloat16 on GPUs that support it. Weights and state are float32."""
@@ -61,38 +70,43 @@ class Config:
     draws only its shards. "auto": whole up to 200 million weights, then sharded."""
     nonfinite: Literal["raise", "skip", "zero"] = "skip"
     """What to do if a gradient is inf or NaN: end the run, skip the step, or set such elements to zero."""
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seed of weights and data order."""
-    validate_every: int = 50
+    validate_every: Count = 50
     """Steps between validations; the last step is always validated."""
-    validation_sequences: int = 512
+    validation_sequences: Count = 512
     """Sequences per validation, over all ranks."""
-    log_every: int = 10
+    log_every: Count = 10
     """Steps between log lines."""
-    spike_sigma: float = 0.0
+    spike_sigma: NotNegative = 0.0
     """Skip a step if its loss is so many standard deviations above the mean of the last 128 losses; 0 for never."""
-    rollback_after: int = 0
+    rollback_after: CountOrNone = 0
     """Skipped steps in a row, for spikes or non-finite gradients, after which the run returns to its newest checkpoint
     and continues with other data; 0 for never."""
-    rollbacks: int = 3
+    rollbacks: CountOrNone = 3
     """Number of such returns after which the run gives up."""
-    timeout: float = 600.0
+    timeout: Annotated[float, Field(gt=0, le=30 * _DAYS)] = 600.0
     """Seconds without progress, in a collective or elsewhere, after which the run ends with an error."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; 0 saves only at the end, and on SIGTERM, SIGUSR1 or SIGINT."""
-    keep: int = 3
+    checkpoint_every: CountOrNone = 0
+    """Steps between checkpoints; 0 saves only at the end, and on SIGTERM, SIGUSR1, SIGINT or SIGHUP."""
+    keep: Count = 3
     """Number of newest checkpoints to keep."""
-    keep_every: int = 0
+    keep_every: CountOrNone = 0
     """Also keep every checkpoint whose step is a multiple of this; 0 for none."""
     checksums: bool | None = None
     """Checksums of all files of a checkpoint, or of none; left out, of files up to 4 GiB, a few seconds each."""
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     """Peak Tflop/s of a rank, for the model flop utilization; left out, it is known for common GPUs."""
     output: Path = Path("runs/default")
     """Folder of logs and checkpoints."""
     resume: str | None = None
     """Path of a checkpoint to continue from. Or "auto": the newest checkpoint of this run that is not damaged, or the
-    beginning if there is none; ranks that torchrun restarts always do this."""
+    beginning if there is none; ranks that torchrun restarts always do this. Rates, schedules, batch and other numbers
+    may differ from those of the checkpoint, and each that does is logged."""
+    start_over: bool = False
+    """Begin at step 0 although the run saved checkpoints, if none of them is whole."""
+    from_weights: Path | None = None
+    """Path of a checkpoint, of any run of this model, whose weights a run that begins at step 0 takes."""
     dry_run: bool = False
     """Check everything, show routing and plan, and stop. Needs no torchrun; set the environment variables NNODES and
     NPROC to the number of nodes and of ranks per node."""
@@ -109,10 +123,8 @@ class Config:
         """Return the recipe with its learning rates scaled to `lr`, and then `override` in place of its options.
 
         Raises:
-            ValueError: If `lr` is not positive, or there is no such recipe, role or rule.
+            ValueError: If there is no such recipe, role or rule.
         """
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise ValueError(f"--lr is {self.lr}; it must be a positive number")
         return load_recipe(self.recipe).adjusted(lr=self.lr, overrides=self.overrides())
 
     def data_ranks(self, ranks: int) -> int:
@@ -146,6 +158,17 @@ class Config:
         """
         return build(self.model, device="meta", vocabulary=self.data.vocabulary, overrides=self.model_settings())
 
+    def check_values(self) -> None:
+        """Check the type and range of every value, but nothing that needs other values, the model or the data.
+
+        Raises:
+            ValueError: If one is wrong; the message names the option and its value.
+        """
+        try:
+            TypeAdapter(type(self)).validate_python(dataclasses.asdict(self))
+        except ValidationError as error:
+            raise ValueError(problems(error, option=True)) from None
+
     def check(self, *, ranks: int) -> None:
         """Check that the run can start; engines add checks of their own.
 
@@ -155,20 +178,11 @@ class Config:
         Raises:
             ValueError: If it cannot; the message names the option, its value and the remedy.
         """
-        for name in ("steps", "batch", "sequence", "accumulation", "validate_every", "validation_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.log_every < 1 or self.keep < 1 or self.checkpoint_every < 0:
-            raise ValueError(
-                f"--log-every {self.log_every} and --keep {self.keep} must be at least 1, "
-                f"--checkpoint-every {self.checkpoint_every} at least 0"
-            )
-        for name in ("clip", "aux_loss", "z_loss", "spike_sigma", "rollback_after", "rollbacks", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
-        for name in ("timeout", "peak_tflops"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+        self.check_values()
+        if self.output == Path():
+            raise ValueError("--output is empty; give the folder of the run")
+        if self.from_weights is not None and self.resume not in (None, "auto"):
+            raise ValueError("--from-weights starts a run and --resume continues one; leave one of them out")
         if self.rollback_after and not self.checkpoint_every:
             raise ValueError(
                 f"--rollback-after {self.rollback_after} returns to checkpoints; give --checkpoint-every as well"
@@ -226,13 +240,22 @@ def load_config(kind: type[T], path: Path) -> T:
         ValueError: If the file cannot be read or is not valid, or has an unknown key or a value of the wrong kind.
     """
     try:
-        text = path.read_text()
-        content = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
-        return TypeAdapter(kind).validate_python(content)
-    except OSError as error:
-        raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
+        return TypeAdapter(kind).validate_python(read_toml(path, what="config"))
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, at['loc']))}: {at['msg']} (got {at['input']!r})" for at in error.errors())
-        raise ValueError(f"config {path}: {'; '.join(problems)}; --help lists the options") from None
-    except ValueError as error:
-        raise ValueError(f"config {path} is not valid {path.suffix[1:].upper()}: {error}") from None
+        raise ValueError(f"config {path}: {problems(error, option=False)}; --help lists the options") from None
+
+
+def problems(error: ValidationError, *, option: bool) -> str:
+    """Describe what pydantic found, in one line.
+
+    Args:
+        error: What pydantic raised.
+        option: Whether to name values as options of the command line, and not as keys of a file.
+    """
+    texts = []
+    for at in error.errors():
+        # What follows the fields are the alternatives that a value was tried as.
+        name = ".".join(str(part) for part in at["loc"] if str(part).isidentifier() or isinstance(part, int))
+        name = f"--{name.replace('_', '-')}" if option else name
+        texts.append(f"{name} is {at['input']!r}: {at['msg'].lower().removeprefix('value error, ')}")
+    return "; ".join(dict.fromkeys(texts))

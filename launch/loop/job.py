@@ -1,6 +1,5 @@
 """A pretraining job from its command line to its exit code, the same for all engines."""
 
-import contextlib
 import os
 import sys
 import traceback
@@ -16,12 +15,11 @@ from launch.loop.dry_run import dry_run
 from launch.loop.training import Training
 from launch.records.run_log import RunLog, already_finished, check_folder
 from launch.runtime.distributed import AllRanksError, Ranks, connect, launched
+from launch.runtime.folder_lock import FolderLock, launch_id
+from launch.runtime.signals import StopSignals
 from launch.runtime.watchdog import Watchdog
 
 C = TypeVar("C", bound=Config)
-
-# File in the output folder with torchrun's id of the launch that last began a run there.
-_LAUNCH = ".launch"
 
 
 def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog], Training]) -> int:
@@ -89,54 +87,52 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
     if config.resume == "auto" and already_finished(config.output, steps=config.steps):
         log.say(f"{config.output} has finished its {config.steps} steps already; there is nothing to do")
         return 0
+    signals = StopSignals(log.say)
+    signals.listen()
+    lock = FolderLock(config.output, launch=launch_id(), say=log.say)
 
     def first() -> None:
+        lock.acquire()
+        signals.before_leaving = lock.release
         prepare(config.data, progress=log.say)
 
     watchdog = Watchdog(config.timeout, rank=rank, report=lambda text: log.event(0, "timeout", text))
-    with connect(timeout=config.timeout, first=first, watch=watchdog.start) as ranks:
-        if not _started_before(ranks, config.output):
-            ranks.restarts = 0
-            # Rank 0 writes into the folder only after all ranks have checked it.
-            ranks.everywhere(lambda: check_folder(config.output, resume=config.resume))
-            _note_start(ranks, config.output)
-        corpus = ranks.everywhere(lambda: prepare(config.data))
-        try:
-            training = start(config, corpus, ranks, watchdog)
-            resumed_at = training.resume(log)
-            log.begin(resumed_at)
-            _log_start(log, training, resumed_at, output=config.output)
-            summary = None
+    try:
+        with connect(timeout=config.timeout, signals=signals, first=first, watch=watchdog.start) as ranks:
+            begun = ranks.gather(lock.begun)[0]
+            if not (ranks.restarts and begun):
+                ranks.restarts = 0
+                # Rank 0 writes into the folder only after all ranks have checked it.
+                ranks.everywhere(lambda: check_folder(config.output, resume=config.resume))
+            corpus = ranks.everywhere(lambda: prepare(config.data))
             try:
-                summary = training.run(log)
-            finally:
-                log.finish(summary)
-        except CheckpointError:
-            raise
-        except RuntimeError as error:
-            # The error itself does not say what the run was doing.
-            print(f"error: rank {rank} in {watchdog.where()}: {error}", file=sys.stderr, flush=True)
-            raise
-        watchdog.doing("leaving", slow=True)
-        if summary is not None:
-            log.event(config.steps, "finish", f"finished {config.steps} steps")
+                training = start(config, corpus, ranks, watchdog)
+                resumed_at = training.resume(log)
+                if rank == 0:
+                    lock.begin()
+                log.begin(resumed_at)
+                _log_start(log, training, resumed_at, output=config.output)
+                summary = None
+                signals.training = True
+                try:
+                    summary = training.run(log)
+                finally:
+                    log.finish(summary)
+            except CheckpointError:
+                raise
+            except RuntimeError as error:
+                # The error itself does not say what the run was doing.
+                print(f"error: rank {rank} in {watchdog.where()}: {error}", file=sys.stderr, flush=True)
+                raise
+            watchdog.doing("leaving", slow=True)
+            if summary is not None:
+                log.event(config.steps, "finish", f"finished {config.steps} steps")
+    except (ValueError, CheckpointError):
+        lock.release(failed=True)
+        raise
+    lock.release()
     watchdog.stop()
     return 0
-
-
-def _started_before(ranks: Ranks, output: Path) -> bool:
-    """Return whether torchrun restarted ranks that had begun this run, not ranks that were refused at the start."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID")
-    path = output / _LAUNCH
-    launch_id = ranks.gather(path.read_text() if path.exists() else None)[0]
-    return ranks.restarts > 0 and run is not None and launch_id == run
-
-
-def _note_start(ranks: Ranks, output: Path) -> None:
-    if ranks.rank == 0:
-        with contextlib.suppress(OSError):
-            output.mkdir(parents=True, exist_ok=True)
-            (output / _LAUNCH).write_text(os.environ.get("TORCHELASTIC_RUN_ID", ""))
 
 
 def _log_start(log: RunLog, training: Training, resumed_at: int | None, *, output: Path) -> None:

@@ -1,17 +1,23 @@
 """Saving and resuming: checkpoints during training, the newest undamaged one after a restart, and rollbacks."""
 
 import contextlib
-import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, FiniteFloat, NonNegativeInt, TypeAdapter, with_config
+from typing_extensions import TypedDict
 
 from launch.checkpoints.directory import (
+    STRICT,
     CheckpointError,
     DamagedCheckpointError,
+    by_path,
     check_mixing,
     newest_first,
     quarantine,
+    read_json,
     write_json,
 )
 from launch.data import TokenLoader
@@ -23,6 +29,71 @@ from launch.runtime.watchdog import Watchdog
 
 _ALL = 1 << 30
 _ROLLBACK = "rollback.json"
+# What param groups hold of a run's progress; all else is what the user configured.
+_PROGRESS = ("params", "rounding_step", "step")
+
+
+@with_config(STRICT)
+class _Data(TypedDict):
+    position: NonNegativeInt
+    fingerprint: str
+    seed: int
+
+
+@with_config(STRICT)
+class _Counts(TypedDict):
+    skipped_steps: NonNegativeInt
+    spikes: NonNegativeInt
+
+
+@with_config(STRICT)
+class _Spikes(TypedDict):
+    seen: list[FiniteFloat]
+
+
+@with_config(STRICT)
+class Job(TypedDict):
+    """What a checkpoint holds of the loop.
+
+    Attributes:
+        step: Optimizer steps done.
+        elapsed: Seconds of training.
+        data: The position in the data, see `TokenLoader`.
+        counts: Numbers of skipped steps and of spikes.
+        spikes: The losses before, see `SpikeJudge`.
+        skipped_in_a_row: Number of the last steps that were skipped.
+        unvalidated: Whether a signal ended the validation of this step.
+        settings: What another run that continues from here may have set otherwise.
+    """
+
+    step: NonNegativeInt
+    elapsed: Annotated[FiniteFloat, Field(ge=0)]
+    data: _Data
+    counts: _Counts
+    spikes: _Spikes
+    skipped_in_a_row: NonNegativeInt
+    unvalidated: bool
+    settings: dict[str, Any]
+
+
+@with_config(STRICT)
+class _Rollback(TypedDict):
+    count: NonNegativeInt
+    step: NonNegativeInt
+    position: NonNegativeInt
+
+
+@contextlib.contextmanager
+def keeping_options(groups: Callable[[], list[dict[str, Any]]]) -> Iterator[None]:
+    """Have param groups keep the options of this run while a checkpoint is loaded into their optimizer.
+
+    Args:
+        groups: Returns the param groups; loading may replace them.
+    """
+    own = [{name: value for name, value in group.items() if name not in _PROGRESS} for group in groups()]
+    yield
+    for group, options in zip(groups(), own, strict=True):
+        group.update(options)
 
 
 class DivergedError(AllRanksError):
@@ -48,7 +119,24 @@ class Resumable(ABC):
         self.counts = {"skipped_steps": 0, "spikes": 0}
         self.spikes = SpikeJudge(spike_sigma)
         self.skipped_in_a_row = 0
+        self.unvalidated = False
         self._rollbacks = 0
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The settings that a run may change when it continues from a checkpoint, JSON-serializable."""
+
+    @abstractmethod
+    def load_weights(self, path: Path) -> int:
+        """Restore only the weights from the checkpoint at `path`.
+
+        Returns:
+            The step at which it was written.
+
+        Raises:
+            CheckpointError: On all ranks, if it cannot be read or holds other weights.
+        """
 
     @abstractmethod
     def load(self, path: Path) -> dict[str, Any]:
@@ -112,7 +200,7 @@ class Resumable(ABC):
         return self.config.output / "checkpoints"
 
     def job(self) -> dict[str, Any]:
-        """Return the state of the loop that a checkpoint saves: JSON-serializable and the same on all ranks."""
+        """Return the state of the loop that a checkpoint saves, a `Job`, the same on all ranks."""
         return {
             "step": self.step,
             "elapsed": self.elapsed,
@@ -120,7 +208,9 @@ class Resumable(ABC):
             # A copy, since it may be written while training continues.
             "counts": dict(self.counts),
             "spikes": self.spikes.state_dict(),
-            "left_out_in_a_row": self.skipped_in_a_row,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "unvalidated": self.unvalidated,
+            "settings": self.settings,
         }
 
     @property
@@ -133,7 +223,7 @@ class Resumable(ABC):
 
         With "auto", or after torchrun restarted the ranks, this is the newest undamaged checkpoint; damaged ones are
         renamed. If the configuration names a checkpoint of another folder but this run has saved its own, it continues
-        from its own.
+        from its own. A run that starts from the beginning takes its weights from `from_weights`, if it is given.
 
         Returns:
             The checkpoint's step, or None if the run starts from the beginning.
@@ -144,6 +234,7 @@ class Resumable(ABC):
         """
         source, restarted = self.config.resume, self.ranks.restarts > 0
         if source is None and not restarted:
+            self._begin(log)
             return None
         if source not in (None, "auto"):
             saved = self._from_rank_0(self.finished_checkpoints())
@@ -153,19 +244,37 @@ class Resumable(ABC):
         if source not in (None, "auto"):
             self.check_mixing(Path(source))
             self.watchdog.doing(f"loading {source}", slow=True)
-            self._restore_progress(self.load(Path(source)))
+            self._restore_progress(log, self.load(Path(source)))
         elif not self._load_newest(log):
+            self._check_progress(log)
             log.say(f"no checkpoint in {self.checkpoints}: starting from the beginning")
+            self._begin(log)
             return None
-        self._follow_rollback()
+        self._follow_rollback(log)
         return self.step
+
+    def _begin(self, log: RunLog) -> None:
+        """Take weights alone from another run's checkpoint, if the configuration says so."""
+        if self.config.from_weights is not None:
+            self.watchdog.doing(f"loading {self.config.from_weights}", slow=True)
+            step = self.load_weights(self.config.from_weights)
+            log.event(0, "start", f"the weights are those of step {step}, from {self.config.from_weights}")
+
+    def _check_progress(self, log: RunLog) -> None:
+        """Check that starting from the beginning would not silently lose what was saved."""
+        lost = self.ranks.gather(log.saved_before(every=self.config.checkpoint_every))[0]
+        if lost is not None and not self.config.start_over:
+            raise AllRanksError(
+                f"{self.checkpoints} has no whole checkpoint, but {lost}; find the checkpoints, or pass --start-over "
+                "to begin again at step 0"
+            )
 
     def _load_newest(self, log: RunLog) -> bool:
         """Load the newest undamaged checkpoint; return False if there is none."""
         while checkpoints := self._from_rank_0(self.finished_checkpoints()):
             self.watchdog.doing(f"loading {checkpoints[0]}", slow=True)
             try:
-                self._restore_progress(self.load(checkpoints[0]))
+                self._restore_progress(log, self.load(checkpoints[0]))
             except DamagedCheckpointError as error:
                 if self.ranks.rank == 0:
                     renamed = quarantine(checkpoints[0])
@@ -181,24 +290,35 @@ class Resumable(ABC):
         """Return rank 0's `paths` on all ranks."""
         return self.ranks.gather(paths)[0]
 
-    def _restore_progress(self, job: dict[str, Any]) -> None:
+    def _restore_progress(self, log: RunLog, job: dict[str, Any]) -> None:
         self.step, self.elapsed = job["step"], job["elapsed"]
         self.loader.load_state_dict(job["data"])
         self.counts = dict(job["counts"])
         self.spikes.load_state_dict(job["spikes"])
-        self.skipped_in_a_row = job["left_out_in_a_row"]
+        self.skipped_in_a_row = job["skipped_in_a_row"]
+        self.unvalidated = job["unvalidated"]
+        there, here = by_path(job["settings"]), by_path(self.settings)
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                log.event(self.step, "resume", f"{name}: {there.get(name)!r} there, {here.get(name)!r} here")
 
-    def _follow_rollback(self) -> None:
+    def _follow_rollback(self, log: RunLog) -> None:
         """Restore the count of rollbacks, and the data position if the last rollback went to this step."""
         path = self.config.output / _ROLLBACK
-        rollback = self.ranks.gather(json.loads(path.read_text()) if path.exists() else None)[0]
+        rollback = None
+        if self.ranks.rank == 0 and path.exists():
+            try:
+                rollback = read_json(path, TypeAdapter(_Rollback))
+            except CheckpointError as error:
+                log.say(f"{error.args[0].split(';')[0]}: the count of rollbacks begins again")
+        rollback = self.ranks.gather(rollback)[0]
         if rollback is not None:
             self._rollbacks = rollback["count"]
             if rollback["step"] == self.step:
                 self.loader.position = rollback["position"]
 
-    def _checkpoint(self, log: RunLog, *, wait: bool) -> None:
-        """Save; log a failure, and raise it only if `wait` (at the end of the run)."""
+    def _checkpoint(self, log: RunLog, *, wait: bool) -> bool:
+        """Save; log a failure, and raise it only if `wait` (at the end of the run). Return whether it is written."""
         self.watchdog.doing(f"step {self.step}, waiting for the checkpoint before", slow=True)
         self._log_saved(log, wait=True)
         self.watchdog.doing(f"step {self.step}, checkpoint", slow=True)
@@ -208,11 +328,12 @@ class Resumable(ABC):
             log.event(self.step, "save_failed", str(error) if wait else f"{error}; the run continues")
             if wait:
                 raise
-            return
+            return False
         if wait:
             self._log_saved(log, wait=True, must=True)
         if wait or not self.background:
             log.event(self.step, "save", f"saved {path}")
+        return wait or not self.background
 
     def _log_saved(self, log: RunLog, *, wait: bool, must: bool = False) -> None:
         """Log the end of a background checkpoint; raise its error if the checkpoint `must` have been written."""

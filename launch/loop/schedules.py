@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -107,6 +107,23 @@ def build_scheduler(
         for index, group in enumerate(optimizer.param_groups)
     ]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def move_to(scheduler: torch.optim.lr_scheduler.LambdaLR, step: int, *, base_lrs: Sequence[float]) -> None:
+    """Continue a scheduler of `build_scheduler` after a step, with the rates and schedules of this run.
+
+    Args:
+        scheduler: The scheduler; what a checkpoint says of it is of no account.
+        step: Steps done.
+        base_lrs: The base learning rates of the groups.
+    """
+    scheduler.base_lrs = list(base_lrs)
+    scheduler.last_epoch = step
+    scheduler._step_count = step + 1
+    factors = zip(scheduler.optimizer.param_groups, base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, base, factor in factors:
+        group["initial_lr"], group["lr"] = base, base * factor(step)
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
 
 def _schedule_of(group: dict[str, Any], index: int, *, schedules: Mapping[str, Schedule]) -> Schedule:

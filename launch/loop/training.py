@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -28,6 +29,11 @@ from symdist.tools.run_format import Summary
 
 # Above this many parameters, `--initialize auto` has each rank initialize only its own shards.
 _DRAWN_WHOLE = 200_000_000
+
+
+def numbers(options: Mapping[str, Any], wanted: bool) -> dict[str, Any]:
+    """Return the options that are numbers, or all others."""
+    return {name: value for name, value in options.items() if (type(value) in (int, float)) == wanted}
 
 
 class Training(Resumable):
@@ -130,17 +136,29 @@ class Training(Resumable):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that a checkpoint must share with this run to be resumed from."""
+        """The settings that a checkpoint must share with this run to be resumed from.
+
+        Numbers among the options of a recipe, such as rates, are not among them: see `settings`.
+        """
         config = self.config
         return {
             "model": config.model,
-            "model_overrides": config.model_overrides,
-            "recipe": {role: dict(options) for role, options in self.recipe.sections.items()},
+            "model_overrides": dict(config.model_overrides),
+            "recipe": {role: numbers(options, False) for role, options in self.recipe.sections.items()},
             "corpus": self.corpus.fingerprint,
             "vocabulary": self.corpus.vocabulary,
             "sequence": config.sequence,
-            "batch": config.batch,
             "seed": config.seed,
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Resumable`."""
+        config = self.config
+        own = ("steps", "batch", "accumulation", "clip", "aux_loss", "z_loss", "nonfinite")
+        return {name: getattr(config, name) for name in own} | {
+            "recipe": {role: numbers(options, True) for role, options in self.recipe.sections.items()},
+            "schedule": {key: dict(options) for key, options in self.recipe.schedules.items()},
         }
 
     def run(self, log: RunLog) -> dict[str, Any] | None:
@@ -167,10 +185,11 @@ class Training(Resumable):
                 optimizer=self.symdist,
             )
         )
-        if self.step == config.steps:
+        measures = self._validate(log) if self.unvalidated or self.step == config.steps else None
+        if self.step == config.steps and measures is not None:
             # The run was interrupted between its last checkpoint and its summary.
-            return self._summary(self.validate())
-        while self.step < config.steps:
+            return self._summary(measures)
+        while self.step < config.steps and not self.unvalidated:
             loss, norm, stopping = self._train_step(log)
             self._log_saved(log, wait=False)
             if config.rollback_after and self.skipped_in_a_row >= config.rollback_after:
@@ -181,20 +200,30 @@ class Training(Resumable):
             if self.step % config.log_every == 0 or last:
                 log.step(self.step, "train", self._measures(loss, norm))
             if self.step % config.validate_every == 0 or last:
-                self.watchdog.doing(f"step {self.step}, validation")
-                measures = self.validate()
-                log.step(self.step, "validation", measures)
+                self.unvalidated = stopping
+                measures = None if stopping else self._validate(log)
+                stopping = self.unvalidated
             due = config.checkpoint_every and self.step % config.checkpoint_every == 0
             # While steps are being skipped the weights do not change, so a rollback to them would be no use.
-            if last or stopping or (due and not self.skipped_in_a_row):
-                self._checkpoint(log, wait=last or stopping)
-            if last:
-                return self._summary(measures)
+            if last or stopping:
+                self._checkpoint(log, wait=True)
+            elif due and not self.skipped_in_a_row:
+                written = self._checkpoint(log, wait=False)
+                # Asked here, so that a signal while a checkpoint is written does not wait for another one.
+                stopping = self._asked_to_stop()
+                if stopping and not written:
+                    self._checkpoint(log, wait=True)
             if stopping:
                 log.event(
                     self.step, "stop", f"stopped by a signal: saved step {self.step}; --resume auto continues from it"
                 )
                 return None
+            if last:
+                assert measures is not None
+                return self._summary(measures)
+        if self.unvalidated:
+            log.event(self.step, "stop", f"stopped by a signal at step {self.step}, from which --resume auto continues")
+            return None
         raise ValueError(
             f"the checkpoint is of step {self.step}, but the run ends at --steps {config.steps}; give more --steps"
         )
@@ -295,12 +324,25 @@ class Training(Resumable):
     def _optimizer_share(self, last: int) -> float:
         return statistics.median(self._optimizer_times[-last:]) / statistics.median(self._step_times[-last:])
 
+    def _validate(self, log: RunLog) -> dict[str, float] | None:
+        """Validate and log it, unless a signal asks the run to stop: then it is done when the run goes on."""
+        measures = self.validate()
+        self.unvalidated = measures is None
+        if measures is not None:
+            log.step(self.step, "validation", measures)
+        return measures
+
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal asked any rank to stop; all ranks must call it."""
+        return self.ranks.most(float(self.ranks.stopping)) > 0
+
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, float] | None:
         """Evaluate the model on the validation set; all ranks must call it.
 
         Returns:
-            `loss`, the mean next-token loss in nats, and the routers' load measures, the same on all ranks.
+            `loss`, the mean next-token loss in nats, and the routers' load measures, the same on all ranks. None if a
+            signal asked any rank to stop meanwhile.
         """
         self.model.eval()
         self.monitor.reset()
@@ -315,6 +357,8 @@ class Training(Resumable):
             limit=config.validation_sequences,
         )
         for tokens, weight in batches:
+            if self._asked_to_stop():
+                return None
             self.watchdog.doing(f"step {self.step}, validation")
             losses = self._losses(tokens.to(self.ranks.device))
             weight = weight.to(losses)[:, None]

@@ -20,10 +20,13 @@ from symdist.tools.run_format import (
     EVENTS,
     LOG,
     SUMMARY,
+    Event,
     EventKind,
     LineKind,
+    LogLine,
     event_line,
     log_line,
+    parse_event_line,
     parse_log_line,
     split_lines,
 )
@@ -70,16 +73,10 @@ class RunLog:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / LOG
-        kept: list[bytes] = []
-        if step is not None and path.exists():
-            lines, _ = split_lines(path.read_bytes())
-            kept = [text for text in lines if (line := parse_log_line(text)) is not None and line["step"] <= step]
         self._unwritten.clear()
-        writing = path.with_name(f"{LOG}.writing")
         try:
-            writing.write_bytes(b"".join(line.rstrip(b"\r\n") + b"\n" for line in kept))
-            # Replaced in one go, so that no lines are lost if the process dies here.
-            os.replace(writing, path)
+            kept = [] if step is None else [text for text, line in self._lines() if line["step"] <= step]
+            _replace(path, b"".join(line.rstrip(b"\r\n") + b"\n" for line in kept))
         except OSError as error:
             self.say(
                 f"cannot write {path} ({error.strerror}): lines after step {step or 0} could not be removed, so steps "
@@ -100,6 +97,38 @@ class RunLog:
             self._task = self._progress.add_task("training", total=self._steps)
             self._progress.start()
         self.advance(step or 0)
+
+    def _lines(self) -> list[tuple[bytes, LogLine]]:
+        """Return the lines of the log; what is no line of a log is said and passed over."""
+        path = self._folder / LOG
+        if os.path.lexists(path) and not path.is_file():
+            aside = path.with_name(f"{LOG}.damaged")
+            os.replace(path, aside)
+            self.say(f"{path} was no file; it is renamed {aside.name}")
+        lines = split_lines(path.read_bytes())[0] if path.exists() else []
+        parsed = [(text, line) for text in lines if (line := parse_log_line(text)) is not None]
+        if len(parsed) < len(lines):
+            self.say(f"{len(lines) - len(parsed)} lines of {path} cannot be read and are passed over")
+        return parsed
+
+    def saved_before(self, *, every: int) -> str | None:
+        """Return what the record says of checkpoints that the run had before; None if it says of none.
+
+        Args:
+            every: Steps between the run's checkpoints; 0 if it saves only when it ends.
+        """
+        if not self.write:
+            return None
+        events: list[Event | None] = []
+        with contextlib.suppress(OSError):
+            events = [parse_event_line(line) for line in split_lines((self._folder / EVENTS).read_bytes())[0]]
+        for event in reversed(events):
+            if event is not None and event.get("event") in ("save", "fallback"):
+                return f"{self._folder / EVENTS} says: {event.get('text')}"
+        last = 0
+        with contextlib.suppress(OSError):
+            last = max((line["step"] for _, line in self._lines()), default=0)
+        return f"{self._folder / LOG} comes to step {last}" if every and last >= every else None
 
     def step(self, step: int, kind: LineKind, values: dict[str, float]) -> None:
         """Log the measures of a step; the terminal shows the most important ones.
@@ -148,7 +177,7 @@ class RunLog:
             self._folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 try:
-                    (self._folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n")
+                    _replace(self._folder / name, f"{json.dumps(content, indent=1, default=str)}\n".encode())
                 except OSError as error:
                     self.say(f"cannot write {self._folder / name} ({error.strerror})")
 
@@ -176,9 +205,7 @@ class RunLog:
         if not self.write:
             return
         if summary is not None:
-            writing = self._folder / f"{SUMMARY}.writing"
-            writing.write_text(json.dumps(summary, indent=2) + "\n")
-            os.replace(writing, self._folder / SUMMARY)
+            _replace(self._folder / SUMMARY, f"{json.dumps(summary, indent=2)}\n".encode())
         if self._progress is not None:
             self._progress.stop()
         if self._board is not None:
@@ -198,8 +225,8 @@ def already_finished(folder: Path, *, steps: int) -> bool:
     """
     try:
         return bool(json.loads((folder / SUMMARY).read_text())["steps"] >= steps)
-    except (OSError, ValueError):
-        # There is no summary, or a crash of the machine left it empty.
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        # There is no summary, or it is damaged.
         return False
 
 
@@ -215,6 +242,13 @@ def check_folder(folder: Path, *, resume: str | None) -> None:
     """
     if resume is None and (folder / LOG).exists():
         raise ValueError(f"{folder} already holds a run; pass --resume auto to continue it, or another --output")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file in one go, so that nothing is lost or half-written if the process dies meanwhile."""
+    writing = path.with_name(f"{path.name}.writing")
+    writing.write_bytes(content)
+    os.replace(writing, path)
 
 
 def _append(path: Path, text: str) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar, cast
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -57,7 +58,7 @@ def on_rank_0(function: Callable[[], None], failed: str, remedy: str, group: dis
     on_all_ranks(function if rank_and_world()[0] == 0 else lambda: None, failed, remedy, group)
 
 
-def with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:
+def with_dcp(function: Callable[[], object], failed: str, remedy: str, *, read: bool = False) -> None:
     """Run a collective of ``torch.distributed.checkpoint`` (DCP); all ranks must call it.
 
     DCP gathers failures from all ranks itself, but raises them as a BaseException full of tracebacks.
@@ -66,15 +67,21 @@ def with_dcp(function: Callable[[], object], failed: str, remedy: str) -> None:
         function: Calls DCP.
         failed: What failed, the start of the message.
         remedy: What the user can do, the end of the message.
+        read: Whether it reads a checkpoint; False (default) if it writes one.
 
     Raises:
         CheckpointError: On all ranks, if any of them failed.
+        DamagedCheckpointError: Likewise, if what it read is to blame, and not the disk or a lack of memory.
     """
     try:
         function()
     except CheckpointException as error:
-        reasons = [_describe_error(cause, rank) for rank, (cause, _) in sorted(error.failures.items())]
-        raise CheckpointError(f"{failed}: {'; '.join(reasons)}; {remedy}") from error
+        causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
+        reasons = [_describe_error(cause, rank) for rank, cause in causes.items()]
+        innocent = (OSError, MemoryError, torch.OutOfMemoryError, CheckpointError)
+        damaged = read and not any(isinstance(cause, innocent) for cause in causes.values())
+        kind = DamagedCheckpointError if damaged else CheckpointError
+        raise kind(f"{failed}: {'; '.join(reasons)}; {remedy}") from error
 
 
 def _describe_error(error: BaseException, rank: int) -> str:

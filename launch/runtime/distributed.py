@@ -1,20 +1,19 @@
 """The ranks of a run: process group, device, and collectives on small values."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from launch.runtime.signals import StopSignals
 from launch.runtime.watchdog import SLOW_SECONDS
 from symdist.engines.agreement import gather, gather_unless_failed
 
@@ -36,15 +35,20 @@ class Ranks:
         rank: This rank's number.
         world: Number of ranks.
         device: This rank's device.
+        signals: The signals that ask this rank to stop.
         restarts: How often torchrun restarted the ranks; the largest count of any node.
-        stopping: Whether SIGTERM, SIGUSR1 or SIGINT reached this rank.
     """
 
     rank: int
     world: int
     device: torch.device
+    signals: StopSignals
     restarts: int = 0
-    stopping: bool = field(default=False)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal asked this rank to stop."""
+        return self.signals.requested
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum `values` over all ranks, in place, and return them; all ranks must call it."""
@@ -127,15 +131,17 @@ def patience_of(timeout: float) -> timedelta:
 
 
 @contextmanager
-def connect(*, timeout: float, first: Callable[[], None], watch: Callable[[], None]) -> Iterator[Ranks]:
+def connect(
+    *, timeout: float, signals: StopSignals, first: Callable[[], None], watch: Callable[[], None]
+) -> Iterator[Ranks]:
     """Join the process group that the launcher describes; all ranks must enter it.
 
-    The backend is NCCL if every process of the machine has a GPU, else gloo. From here on SIGTERM, SIGUSR1 and SIGINT
-    set `Ranks.stopping`.
+    The backend is NCCL if every process of the machine has a GPU, else gloo.
 
     Args:
         timeout: The watchdog's limit in seconds; collectives time out later, see `patience_of`, because the watchdog
             gives the better message.
+        signals: Answers signals.
         first: Called on rank 0 before the ranks meet, while the others wait up to two days.
         watch: Called on every rank before the process group is made, to start the watchdog.
 
@@ -162,15 +168,9 @@ def connect(*, timeout: float, first: Callable[[], None], watch: Callable[[], No
         world_size=world,
         timeout=patience,
     )
-    ranks = Ranks(rank=rank, world=world, device=device)
+    ranks = Ranks(rank=rank, world=world, device=device, signals=signals)
     # A node that was replaced counts from zero, so take the largest count.
     ranks.restarts = int(ranks.most(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        ranks.stopping = True
-
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, stop)
     yield ranks
     # Not after an error: destroying the group waits for ranks that may be waiting for this one.
     dist.destroy_process_group()

@@ -122,7 +122,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "garbled manifest": lambda path: rewrite(path / "manifest.json", lambda data: data[:-9]),
     "edited manifest": lambda path: edit_manifest(path, step=99),
     "foreign": lambda path: edit_manifest(path, format="other"),
-    "newer version": lambda path: sign_manifest(path, version=2),
+    "newer version": lambda path: sign_manifest(path, version=3),
     "flipped manifest": lambda path: rewrite(path / "manifest.json", flip),
     "missing directory": shutil.rmtree,
 }

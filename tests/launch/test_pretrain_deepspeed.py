@@ -261,9 +261,9 @@ def test_without_deepspeed_it_says_what_to_install(
         ({"optimizer": {"type": "AdamW"}}, {"lr": 0.1}, "which has no recipe that --lr 0.1 could change"),
         ({"optimizer": {"params": {"lr": 0.2}}}, {"lr": 0.1}, "lr is 0.2, but the run has --lr 0.1"),
         ({"optimizer": {"params": {"lr": -1}}}, {}, "lr is -1; it must be a positive number"),
-        ({}, {"lr": -1.0}, "--lr is -1.0; it must be a positive number"),
+        ({}, {"lr": -1.0}, "--lr is -1.0: input should be greater than 0"),
         ({"sequence_parallel_size": 2}, {}, "sequence_parallel_size is 2, but this job splits data"),
-        ([], {}, "should hold an object"),
+        ([], {}, "holds no table of settings"),
     ],
 )
 def test_what_contradicts_is_refused(content: Any, run: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-00000100` of DeepSpeed's files, one `rng-00000.json` per rank, and the manifest of
 `launch.checkpoints.directory`, which is written last. The file `latest` names the newest checkpoint. The loop's state
-is stored in DeepSpeed's own file of model states, since the converter to universal checkpoints keeps that. Nothing here
-communicates.
+is stored in DeepSpeed's own file of model states, since the converter to universal checkpoints keeps that. DeepSpeed
+unpickles its files without restrictions, so they are looked through first. Nothing here communicates.
 """
 
 import os
@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
-from launch.checkpoints.directory import CHOOSE, CheckpointError, check_identity, verify
+from launch.checkpoints.directory import (
+    CHOOSE,
+    CheckpointError,
+    DamagedCheckpointError,
+    check_identity,
+    validated,
+    verify,
+)
+from launch.checkpoints.pickles import check_torch_file
+from launch.loop.resumption import Job
 
 JOB = "symdist_job"
 """Key of the loop's state in DeepSpeed's model states."""
@@ -21,11 +31,21 @@ JOB = "symdist_job"
 _LATEST = "latest"
 _LATEST_UNIVERSAL = "latest_universal"
 _NAME = re.compile(r"step-\d{8,}")
+# Classes of DeepSpeed's that hold values and do nothing when they are unpickled.
+_HARMLESS = (
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
 
 
-def rng_file(path: Path, rank: int) -> Path:
-    """Return the file with the random number generators of `rank` in the checkpoint at `path`."""
-    return path / f"rng-{rank:05d}.json"
+class DeepSpeedJob(Job):
+    """What a checkpoint holds of the loop, and of the engine it was written under."""
+
+    identity: dict[str, Any]
+    stage: int
+    ranks: int
 
 
 def newest_universal(directory: Path) -> Path | None:
@@ -44,10 +64,11 @@ def newest_universal(directory: Path) -> Path | None:
     return path
 
 
-def read_job(path: Path) -> dict[str, Any]:
+def read_job(path: Path) -> DeepSpeedJob:
     """Return the loop's state from the checkpoint at `path`.
 
     Raises:
+        DamagedCheckpointError: If the state is not what this job writes.
         CheckpointError: If it is not a checkpoint that this job wrote.
     """
     files = sorted(path.glob("*mp_rank_00_model_states.pt"))
@@ -55,9 +76,20 @@ def read_job(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a DeepSpeed checkpoint; {CHOOSE}")
     # Memory-mapped, so that the weights in the same file are not read.
     states = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
-    if JOB not in states:
+    if not isinstance(states, dict) or JOB not in states:
         raise CheckpointError(f"{path} was not written by launch.pretrain_deepspeed; {CHOOSE}")
-    return states[JOB]
+    return validated(states[JOB], TypeAdapter(DeepSpeedJob), files[0])
+
+
+def check_files(path: Path, *, rank: int, world: int) -> None:
+    """Check that this rank's share of DeepSpeed's files refers to nothing that could run code.
+
+    Raises:
+        DamagedCheckpointError: If a file does; the message names `--trust-checkpoints`.
+    """
+    remedy = f"if you trust whoever wrote it, pass --trust-checkpoints, else {CHOOSE}"
+    for file in sorted(path.rglob("*.pt"))[rank::world]:
+        check_torch_file(file, str(file), harmless=_HARMLESS, remedy=remedy)
 
 
 def checked_job(
@@ -69,7 +101,7 @@ def checked_job(
     rank: int,
     world: int,
     universal: bool,
-) -> dict[str, Any]:
+) -> DeepSpeedJob:
     """Check that this run can resume from a checkpoint, and return the loop's state that it holds.
 
     Args:
@@ -85,10 +117,13 @@ def checked_job(
         DamagedCheckpointError: If a file is missing or damaged.
         CheckpointError: If this run cannot resume from it; the message names the remedy.
     """
+    step = None
     if not universal and path.is_dir() and not (path / "zero").is_dir():
         # Only for checkpoints that are not universal: the converter writes no manifest.
-        verify(path, identity=identity, rank=rank, world=world)
+        step = verify(path, identity=None, rank=rank, world=world)["step"]
     job = read_job(path)
+    if job["step"] != (job["step"] if step is None else step):
+        raise DamagedCheckpointError(f"{path} is of step {job['step']}, but its manifest of step {step}; {CHOOSE}")
     check_identity(path, job["identity"], identity)
     newest = _pointed(directory, _LATEST) if path.parent.resolve() == directory.resolve() else None
     if newest is not None and _step(newest) > job["step"]:
@@ -131,11 +166,12 @@ def _step(path: Path) -> int:
 
 
 def _pointed(directory: Path, pointer: str) -> Path | None:
-    file = directory / pointer
-    if not file.exists():
+    try:
+        name = (directory / pointer).read_text().strip()
+    except (OSError, UnicodeDecodeError):
         return None
-    path = directory / file.read_text().strip()
-    return path if path.is_dir() else None
+    path = directory / name
+    return path if name == path.name and path.is_dir() else None
 
 
 def _conversion(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.loop.config import Config
 from symdist.routing.recipes import Recipe, load_recipe
+from symdist.toml_file import read_toml
 
 TYPE = "SymDist"
 """The optimizer type that `symdist_deepspeed` registers with DeepSpeed."""
@@ -22,6 +23,8 @@ class DeepSpeedRun(Config):
 
     deepspeed: Path = Path(__file__).resolve().parents[2] / "configs" / "deepspeed" / "stage1.json"
     """Path of the DeepSpeed config, a JSON file."""
+    trust_checkpoints: bool = False
+    """Resume also from checkpoints that refer to other classes than DeepSpeed's own; loading one may run its code."""
 
     def check(self, *, ranks: int) -> None:
         """Check as `Config.check` does, and check the DeepSpeed JSON."""
@@ -84,15 +87,9 @@ class DeepSpeedRun(Config):
         return settings
 
     def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(self.deepspeed.read_text())
-        except OSError as error:
-            raise ValueError(f"DeepSpeed config {self.deepspeed} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"DeepSpeed config {self.deepspeed} is not valid JSON: {error}") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"DeepSpeed config {self.deepspeed} should hold an object ({{…}}), not {content!r}")
-        return content
+        if self.deepspeed.suffix != ".json":
+            raise ValueError(f"DeepSpeed config {self.deepspeed} should be a JSON file whose name ends in .json")
+        return read_toml(self.deepspeed, what="DeepSpeed config")
 
     def _fill(self, section: dict[str, Any], key: str, value: Any, option: str) -> None:
         """Fill in `value` if the file has none or "auto"; if it has another, refuse it and name the run's `option`."""

@@ -15,6 +15,7 @@ from deepspeed.checkpoint.constants import (
     UNIVERSAL_CHECKPOINT_VERSION_VALUE,
 )
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 import symdist
@@ -25,13 +26,14 @@ from launch.checkpoints.directory import (
     write_json,
 )
 from launch.checkpoints.publish import publish_together
-from launch.checkpoints.rng import rng_state, set_rng_state
+from launch.checkpoints.rng import read_rng_state, rng_file, rng_state, set_rng_state
 from launch.data import Corpus
 from launch.engines.deepspeed import checkpoint
-from launch.engines.deepspeed.checkpoint import JOB, rng_file
+from launch.engines.deepspeed.checkpoint import JOB
 from launch.engines.deepspeed.config import TYPE, DeepSpeedRun, loads_universal, precision, zero_stage
-from launch.loop.schedules import build_scheduler
-from launch.loop.training import Training
+from launch.loop.resumption import keeping_options
+from launch.loop.schedules import build_scheduler, move_to
+from launch.loop.training import Training, numbers
 from launch.runtime.agreement import on_all_ranks
 from launch.runtime.distributed import Ranks
 from launch.runtime.watchdog import Watchdog
@@ -46,15 +48,15 @@ class DeepSpeedTraining(Training):
     launcher = "deepspeed"
 
     def __init__(self, config: DeepSpeedRun, corpus: Corpus, ranks: Ranks, watchdog: Watchdog):
-        self.settings = config.settings(ranks=ranks.world)
-        self.stage = zero_stage(self.settings)
-        self.optimizer_type = str(self.settings["optimizer"]["type"])
+        self.ds_config = config.settings(ranks=ranks.world)
+        self.stage = zero_stage(self.ds_config)
+        self.optimizer_type = str(self.ds_config["optimizer"]["type"])
         super().__init__(config, corpus, ranks, watchdog)
 
     def _load_recipe(self) -> Recipe:
         if self.optimizer_type != TYPE:
             return super()._load_recipe()
-        return Options.from_params(self.settings["optimizer"]["params"]).scaled()[0]
+        return Options.from_params(self.ds_config["optimizer"]["params"]).scaled()[0]
 
     def _build(self, outline: nn.Module) -> Any:
         if self.ranks.device.type == "cpu":
@@ -62,16 +64,17 @@ class DeepSpeedTraining(Training):
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         schedule = None
-        if "scheduler" not in self.settings:
+        if "scheduler" not in self.ds_config:
             schedule = partial(build_scheduler, schedules=self._schedules(), total=self.config.steps)
         model = self._build_model()
         self.engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
             # A copy, since DeepSpeed removes entries that it has read.
-            config=copy.deepcopy(self.settings),
+            config=copy.deepcopy(self.ds_config),
             lr_scheduler=schedule,
         )
+        self._base_lrs = [float(lr) for lr in getattr(self.engine.lr_scheduler, "base_lrs", ())]
         if getattr(self.engine.checkpoint_engine, "is_decoupled", bool)():
             raise ValueError(
                 f"{self.config.deepspeed}: its decoupled checkpoint writer is still writing when a save returns, and "
@@ -92,7 +95,7 @@ class DeepSpeedTraining(Training):
                 )
             # Directly on the device, which is faster than on the CPU, whose memory all ranks of a machine share.
             return self._make_model(seed=config.seed, device=self.ranks.device)
-        sharding = _Sharding(self.settings)
+        sharding = _Sharding(self.ds_config)
         transformers_deepspeed.set_hf_deepspeed_config(sharding)
         try:
             return self._make_model(seed=config.seed)
@@ -130,7 +133,7 @@ class DeepSpeedTraining(Training):
     @property
     def low_precision(self) -> bool:
         """See `Training`."""
-        return precision(self.settings) == "bfloat16"
+        return precision(self.ds_config) == "bfloat16"
 
     @property
     def skipped(self) -> int:
@@ -142,11 +145,21 @@ class DeepSpeedTraining(Training):
         """See `Training`; an optimizer of another type is identified by its section of the DeepSpeed config."""
         if self.optimizer_type == TYPE:
             return super().identity
-        return super().identity | {"recipe": None, "optimizer": self.settings["optimizer"]}
+        optimizer = self.ds_config["optimizer"]
+        options = numbers(optimizer.get("params", {}), False)
+        return super().identity | {"recipe": None, "optimizer": {"type": self.optimizer_type, "params": options}}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """See `Training`."""
+        if self.optimizer_type == TYPE:
+            return super().settings
+        optimizer = numbers(self.ds_config["optimizer"].get("params", {}), True)
+        return super().settings | {"recipe": None, "optimizer": optimizer}
 
     def finished_checkpoints(self) -> list[Path]:
         """See `Training`; if the run loads universal checkpoints, only the newest of them."""
-        if not loads_universal(self.settings):
+        if not loads_universal(self.ds_config):
             return super().finished_checkpoints()
         path = checkpoint.newest_universal(self.checkpoints)
         return [] if path is None else [path]
@@ -156,10 +169,11 @@ class DeepSpeedTraining(Training):
 
     def load(self, path: Path) -> dict[str, Any]:
         """See `Training`."""
-        universal = loads_universal(self.settings)
+        universal = loads_universal(self.ds_config)
+        failed = f"cannot read {path}"
 
-        def checked() -> dict[str, Any]:
-            return checkpoint.checked_job(
+        def checked() -> tuple[dict[str, Any], dict[str, Any] | None]:
+            job = checkpoint.checked_job(
                 path,
                 directory=self.checkpoints,
                 identity=self.identity,
@@ -168,15 +182,42 @@ class DeepSpeedTraining(Training):
                 world=self.ranks.world,
                 universal=universal,
             )
+            return dict(job), None if universal else read_rng_state(path, self.ranks.rank)
 
-        failed = f"cannot read {path}"
-        job = on_all_ranks(checked, failed, CHOOSE)
-        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
+        self._look_through(path)
+        job, rng = on_all_ranks(checked, failed, CHOOSE)
+        with keeping_options(self._groups):
+            loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed found no files to load in {path}; choose another checkpoint")
-        if not universal:
-            set_rng_state(json.loads(rng_file(path, self.ranks.rank).read_text()))
+        if isinstance(self.engine.lr_scheduler, LambdaLR):
+            move_to(self.engine.lr_scheduler, job["step"], base_lrs=self._base_lrs)
+        if rng is not None:
+            set_rng_state(rng)
         return job
+
+    def load_weights(self, path: Path) -> int:
+        """See `Training`."""
+        self._look_through(path)
+        job = on_all_ranks(lambda: checkpoint.read_job(path), f"cannot read {path}", CHOOSE)
+        if self.stage == 3 or job["stage"] == 3:
+            raise CheckpointError(
+                f"--from-weights {path}: DeepSpeed reads weights alone only at ZeRO stages 0 to 2, from a checkpoint "
+                "of one of these; start the run at another stage, or resume the checkpoint"
+            )
+        loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name, load_module_only=True)
+        if loaded is None:
+            raise CheckpointError(f"DeepSpeed found no weights to load in {path}; choose another checkpoint")
+        return job["step"]
+
+    def _look_through(self, path: Path) -> None:
+        """Look through DeepSpeed's files on all ranks, before any rank unpickles one of them."""
+        if not self.config.trust_checkpoints:
+            rank, world = self.ranks.rank, self.ranks.world
+            on_all_ranks(lambda: checkpoint.check_files(path, rank=rank, world=world), f"cannot read {path}", CHOOSE)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.engine.optimizer.param_groups
 
     def save(self, *, wait: bool) -> Path:
         """See `Training`; the checkpoint is always written before this returns."""
@@ -244,8 +285,8 @@ class DeepSpeedTraining(Training):
             "recipe": self.recipe.name if symmetric else None,
             "optimizer": self.optimizer_type,
             "zero_stage": self.stage,
-            "precision": precision(self.settings),
-            "scheduler": self.settings.get("scheduler", {}).get("type", "recipe"),
+            "precision": precision(self.ds_config),
+            "scheduler": self.ds_config.get("scheduler", {}).get("type", "recipe"),
             "deepspeed": deepspeed.__version__,
         }
 

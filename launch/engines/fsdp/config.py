@@ -8,21 +8,24 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from launch.loop.config import Config
+from pydantic import with_config
+
+from launch.loop.config import STRICT, Config, Count
 from symdist.tools.models import check_sizes
 
 
+@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
     """How the ranks divide model and data; the product of the sizes is the number of ranks."""
 
-    dp_replicate: int = 1
+    dp_replicate: Count = 1
     """Number of replicas of the model, each held by one group of ranks."""
-    dp_shard: int | None = None
+    dp_shard: Count | None = None
     """Ranks that shard every weight; the default is all ranks divided by the other three sizes."""
-    ep: int = 1
+    ep: Count = 1
     """Ranks that the experts of a layer are spread over; they shard every other weight as dp_shard does."""
-    tp: int = 1
+    tp: Count = 1
     """Tensor-parallel ranks: they split attention, dense feed-forward, embedding and head, and read the same data."""
 
     def sizes(self, ranks: int) -> dict[str, int]:
@@ -35,9 +38,6 @@ class Mesh:
             ValueError: If the sizes do not multiply to `ranks`; the message names the remedy.
         """
         fixed = {"dp_replicate": self.dp_replicate, "ep": self.ep, "tp": self.tp}
-        for name, size in {**fixed, "dp_shard": 1 if self.dp_shard is None else self.dp_shard}.items():
-            if size < 1:
-                raise ValueError(f"--mesh.{name.replace('_', '-')} is {size}; it must be at least 1")
         others = math.prod(fixed.values())
         product = " × ".join(f"{name} {size}" for name, size in fixed.items() if size > 1) or "the mesh"
         if self.dp_shard is None and ranks % others:

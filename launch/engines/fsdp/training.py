@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -13,7 +14,8 @@ from launch.checkpoints import sharded
 from launch.checkpoints.background import BackgroundSaver
 from launch.checkpoints.directory import CheckpointError
 from launch.engines.fsdp.config import FsdpRun
-from launch.loop.schedules import build_scheduler
+from launch.loop.resumption import Job, keeping_options
+from launch.loop.schedules import build_scheduler, move_to
 from launch.loop.training import Training
 from symdist.tools.models import shard
 
@@ -29,6 +31,7 @@ class FsdpTraining(Training):
         model = self._build_model(outline)
         self.optimizer = symdist.build_optimizer(model, self.recipe, nonfinite=config.nonfinite)
         self.scheduler = build_scheduler(self.optimizer, self._schedules(), config.steps)
+        self._base_lrs = [float(lr) for lr in self.scheduler.base_lrs]
         self._saver = None
         if config.background_checkpoints:
             self._saver = BackgroundSaver(
@@ -94,19 +97,25 @@ class FsdpTraining(Training):
 
     def load(self, path: Path) -> dict[str, Any]:
         """See `Training`."""
-        job = sharded.load(path, model=self.model, optimizer=self.optimizer, identity=self.identity)
-        self.scheduler.load_state_dict(job["scheduler"])
+        with keeping_options(lambda: self.optimizer.param_groups):
+            job = sharded.load(
+                path, model=self.model, optimizer=self.optimizer, identity=self.identity, trainer=TypeAdapter(Job)
+            )
+        move_to(self.scheduler, job["step"], base_lrs=self._base_lrs)
         return job
+
+    def load_weights(self, path: Path) -> int:
+        """See `Training`."""
+        return sharded.load_weights(path, model=self.model)
 
     def save(self, *, wait: bool) -> Path:
         """See `Training`."""
-        trainer = self.job() | {"scheduler": self.scheduler.state_dict()}
         if self._saver is not None:
             return self._saver.start(
                 self.step,
                 model=self.model,
                 optimizer=self.optimizer,
-                trainer=trainer,
+                trainer=self.job(),
                 identity=self.identity,
                 keep=self.num_kept,
             )
@@ -115,7 +124,7 @@ class FsdpTraining(Training):
             self.step,
             model=self.model,
             optimizer=self.optimizer,
-            trainer=trainer,
+            trainer=self.job(),
             identity=self.identity,
             keep=self.num_kept,
             keep_every=self.config.keep_every,

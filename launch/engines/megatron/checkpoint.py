@@ -5,7 +5,6 @@ loop's state, and the manifest of `launch.checkpoints.directory`, which is writt
 after it has initialized its weights, so no generator's state is saved.
 """
 
-import json
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
@@ -19,20 +18,28 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from pydantic import TypeAdapter
 
 from launch.checkpoints.directory import (
     CHOOSE,
     CheckpointError,
+    DamagedCheckpointError,
     describe_files,
+    read_json,
     verify,
     write_json,
 )
+from launch.checkpoints.pickles import check_objects, check_torch_file, read_metadata
 from launch.checkpoints.publish import publish_together
 from launch.runtime.agreement import on_all_ranks, with_dcp
+from launch.runtime.signals import STOP_SIGNALS
 
 # In this format the state of a distributed optimizer can be read at another number of data-parallel ranks.
 _FORM = {"distrib_optim_sharding_type": "fully_reshardable"}
 _JOB = "job.json"
+_SETTINGS = "metadata.json"
+# The only ones of Megatron's formats whose files are looked through here before Megatron unpickles them.
+_FORMATS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 
 
 def save(
@@ -88,7 +95,7 @@ def save(
     return publish_together(directory, step, write, identity=identity, keep=keep, keep_every=keep_every)
 
 
-def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any]) -> dict[str, Any]:
+def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any], job: TypeAdapter[Any]) -> dict[str, Any]:
     """Restore a checkpoint, which may have been written at another layout; all ranks must call it.
 
     Args:
@@ -96,6 +103,7 @@ def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any]) ->
         model: This rank's GPTModel without wrappers.
         optimizer: Megatron's optimizer.
         identity: JSON-serializable values that tell this run from others.
+        job: What the `job` given to `save` must be.
 
     Returns:
         The `job` given to `save`.
@@ -106,19 +114,57 @@ def load(path: Path, *, model: Any, optimizer: Any, identity: dict[str, Any]) ->
     failed = f"cannot read {path}"
 
     def read_job() -> dict[str, Any]:
-        verify(path, identity=identity, rank=dist.get_rank(), world=dist.get_world_size())
-        return json.loads((path / _JOB).read_text())
+        step = _checked(path, identity=identity)
+        found = read_json(path / _JOB, job)
+        if found["step"] != step:
+            raise DamagedCheckpointError(
+                f"{path / _JOB} is of step {found['step']}, but the manifest of step {step}; {CHOOSE}"
+            )
+        return found
 
-    job = on_all_ranks(read_job, failed, CHOOSE)
-    loaded: dict[str, Any] = {}
-
-    def read() -> None:
-        loaded.update(dist_checkpointing.load(_state(model, optimizer, loading=True), str(path)))
-
-    _with_megatron(read, failed, CHOOSE)
+    found = on_all_ranks(read_job, failed, CHOOSE)
+    loaded = _loaded(_state(model, optimizer, loading=True), path, failed)
     model.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
-    return job
+    return found
+
+
+def load_weights(path: Path, *, model: Any, optimizer: Any) -> int:
+    """Restore only the weights of a checkpoint, of any run of this model; all ranks must call it.
+
+    Args:
+        path: The checkpoint's directory.
+        model: This rank's GPTModel without wrappers.
+        optimizer: Megatron's optimizer, which copies the weights into its own.
+
+    Returns:
+        The step at which the checkpoint was written.
+
+    Raises:
+        CheckpointError: As `load`, but whatever run the checkpoint is of.
+    """
+    failed = f"cannot read {path}"
+    step = on_all_ranks(lambda: _checked(path, identity=None), failed, CHOOSE)
+    model.load_state_dict(_loaded({"model": model.sharded_state_dict(metadata=_FORM)}, path, failed)["model"])
+    optimizer.reload_model_params()
+    return step
+
+
+def _checked(path: Path, *, identity: dict[str, Any] | None) -> int:
+    """Check a checkpoint's files, also for what Megatron would unpickle without restrictions; return its step."""
+    manifest = verify(path, identity=identity, rank=dist.get_rank(), world=dist.get_world_size())
+    settings = read_json(path / _SETTINGS, TypeAdapter(dict[str, Any]))
+    if any(settings.get(key) != value for key, value in _FORMATS.items()):
+        raise DamagedCheckpointError(f"{path / _SETTINGS} names other formats than this job writes; {CHOOSE}")
+    check_objects(path, read_metadata(path))
+    check_torch_file(path / "common.pt", str(path / "common.pt"))
+    return manifest["step"]
+
+
+def _loaded(state: dict[str, Any], path: Path, failed: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = {}
+    _with_megatron(lambda: loaded.update(dist_checkpointing.load(state, str(path))), failed, CHOOSE, read=True)
+    return loaded
 
 
 def _state(model: Any, optimizer: Any, *, loading: bool) -> dict[str, Any]:
@@ -169,13 +215,13 @@ def _keep_helper() -> None:
 
 
 def _ignore_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _with_megatron(function: Callable[[], object], failed: str, remedy: str) -> None:
+def _with_megatron(function: Callable[[], object], failed: str, remedy: str, *, read: bool = False) -> None:
     """Run a collective of Megatron's and raise its checkpoint errors, the same on all ranks, as CheckpointError."""
     try:
-        with_dcp(function, failed, remedy)
+        with_dcp(function, failed, remedy, read=read)
     except CheckpointingException as error:
         raise CheckpointError(f"{failed}: {error}; {remedy}") from error

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.engines.megatron.shape import Shape, shape_of
-from launch.loop.config import Config
+from launch.loop.config import Config, Count
 from symdist.tools.megatron import MegatronMesh
 from symdist.tools.models import build
 
@@ -19,33 +19,24 @@ from symdist.tools.models import build
 class MegatronRun(Config):
     """A pretraining run under Megatron; every value can be set in the TOML file or on the command line, which wins."""
 
-    tensor_parallel: int = 1
+    tensor_parallel: Count = 1
     """Ranks that split attention, dense feed-forward, embedding and head, and the tokens between these."""
-    pipeline_parallel: int = 1
+    pipeline_parallel: Count = 1
     """Number of pipeline stages, each with part of the layers on its own ranks."""
-    expert_parallel: int = 1
+    expert_parallel: Count = 1
     """Ranks that the experts of a layer are spread over."""
-    expert_tensor_parallel: int | None = None
+    expert_tensor_parallel: Count | None = None
     """Ranks that split each expert's weights; the default is tensor_parallel."""
     distributed_optimizer: bool = True
     """Shard master weights and optimizer state over the data-parallel ranks."""
     overlap: bool = False
     """Reduce gradients and gather weights while forward and backward compute."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Count = 128
     """Pad the vocabulary to a multiple of this, which must be a multiple of tensor_parallel."""
 
     def check(self, *, ranks: int) -> None:
         """Check as `Config.check` does, and that the layout fits the ranks and the model."""
-        for name in (
-            "tensor_parallel",
-            "pipeline_parallel",
-            "expert_parallel",
-            "make_vocab_size_divisible_by",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        if self.expert_tensor < 1:
-            raise ValueError(f"--expert-tensor-parallel is {self.expert_tensor}; it must be at least 1")
+        self.check_values()
         shape = self.shape()
         self._check_ranks(ranks)
         self._check_model(shape)

@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from launch.data import Corpus
@@ -18,6 +19,7 @@ from launch.engines.megatron import checkpoint
 from launch.engines.megatron.config import MegatronRun
 from launch.engines.megatron.model import bare, build_chunk, count_parameters
 from launch.engines.megatron.router import MegatronRouterMonitor
+from launch.loop.resumption import Job, keeping_options
 from launch.loop.schedules import Schedule
 from launch.loop.training import Training
 from launch.records.run_log import RunLog
@@ -166,7 +168,7 @@ class MegatronTraining(Training):
         self.scheduler.step(1)
         return norm, seconds
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, float] | None:
         """See `Training`."""
         with self._gathered():
             return super().validate()
@@ -200,11 +202,18 @@ class MegatronTraining(Training):
 
     def load(self, path: Path) -> dict[str, Any]:
         """See `Training`."""
-        job = checkpoint.load(path, model=bare(self.model), optimizer=self.optimizer, identity=self.identity)
+        with keeping_options(lambda: self.optimizer.param_groups):
+            job = checkpoint.load(
+                path, model=bare(self.model), optimizer=self.optimizer, identity=self.identity, job=TypeAdapter(Job)
+            )
         # Megatron's scheduler counts from one.
         self.scheduler.num_steps = 1
         self.scheduler.step(job["step"])
         return job
+
+    def load_weights(self, path: Path) -> int:
+        """See `Training`."""
+        return checkpoint.load_weights(path, model=bare(self.model), optimizer=self.optimizer)
 
     def save(self, *, wait: bool) -> Path:
         """See `Training`; the checkpoint is always written before this returns."""
