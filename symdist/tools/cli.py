@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NoReturn, Union, cast
 from symdist.tools.baselines import NAMES, Name
 
 _FILE_WIDTH = 200
-_EXTRA = ("bokeh", "matplotlib", "rich", "tyro")
+_EXTRA = ("bokeh", "matplotlib", "pydantic", "rich", "tyro")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +97,12 @@ class Plan:
         from symdist.exchange import ExchangeOptions, Hardware
         from symdist.routing.recipes import load_recipe, parse_overrides
         from symdist.tools.megatron import MegatronMesh
+        from symdist.tools.output import check_output, check_picture
         from symdist.tools.plan import StepPlan, parse_mesh, plan_step, smaller_meshes
         from symdist.tools.plan_tables import alternatives_table, draw, plan_table, summary
 
+        check_output(self.json, option="--json")
+        check_picture(self.picture, option="--picture")
         recipe = load_recipe(self.recipe).adjusted(lr=self.lr, overrides=parse_overrides(self.override))
         given = {
             name: value * scale
@@ -112,8 +115,8 @@ class Plan:
             if value is not None
         }
         hardware = replace(Hardware.of(self.hardware), **given)
-        if self.bucket_mb <= 0:
-            raise ValueError(f"bucket_mb={self.bucket_mb} must be positive")
+        if not 0 < self.bucket_mb < 1e9:
+            raise ValueError(f"bucket_mb={self.bucket_mb} must be positive, and less than 1e9")
         exchange = ExchangeOptions(
             communication_dtype=self.communication_dtype,
             bucket_bytes=max(1, int(self.bucket_mb * 1e6)),
@@ -176,8 +179,10 @@ class Compare:
     def run(self) -> None:
         """Run the comparison, print a table for each number of ranks, and write the JSON file if requested."""
         from symdist.tools.compare import compare, write
+        from symdist.tools.output import check_output
         from symdist.tools.tables import compare_notes, compare_table
 
+        check_output(self.json, option="--json")
         comparisons = []
         for comparison in compare(
             self.model,
@@ -238,8 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         _parse(arguments).run()
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         _refuse(str(error))
+    except OSError as error:
+        _refuse(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}")
     except ImportError as error:
         if error.name in _EXTRA:
             _refuse(f"this needs {error.name}: pip install symdist[tools]")
@@ -264,18 +271,22 @@ def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
 
 
 def _show(*lines: Any) -> None:
-    from rich.console import Console
+    from symdist.tools.tables import plain_console
+    from symdist.tools.texts import printable
 
-    console = Console()
-    if not console.is_terminal:
-        # In a file or pipe, do not wrap the rows of a table.
-        console = Console(width=_FILE_WIDTH)
+    # In a file or pipe, do not wrap the rows of a table.
+    console = plain_console(width=None if plain_console().is_terminal else _FILE_WIDTH)
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+        if isinstance(line, str):
+            console.print(printable(line), soft_wrap=True)
+        else:
+            console.print(line)
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"symdist: {' '.join(message.split())}", file=sys.stderr)
+    from symdist.tools.texts import printable
+
+    print(f"symdist: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 
