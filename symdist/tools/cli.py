@@ -4,6 +4,8 @@ Each subcommand is a dataclass of its arguments with a method `run`, listed in `
 classes and of their fields are the help texts of the command.
 """
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, cast
 
 from symdist.tools.baselines import NAMES, Name
+from symdist.tools.texts import printable
 
 _FILE_WIDTH = 200
 _EXTRA = ("bokeh", "matplotlib", "pydantic", "rich", "tyro")
@@ -267,12 +270,17 @@ def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
         for name, command in _COMMANDS.items()
     )
     kinds = cast(Any, Union[commands])  # noqa: UP007
-    return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    finally:
+        # It repeats what was given as it was given.
+        sys.stderr.writelines(f"{printable(line)}\n" for line in refusal.getvalue().splitlines())
 
 
 def _show(*lines: Any) -> None:
     from symdist.tools.tables import plain_console
-    from symdist.tools.texts import printable
 
     # In a file or pipe, do not wrap the rows of a table.
     console = plain_console(width=None if plain_console().is_terminal else _FILE_WIDTH)
@@ -284,8 +292,6 @@ def _show(*lines: Any) -> None:
 
 
 def _refuse(message: str) -> NoReturn:
-    from symdist.tools.texts import printable
-
     print(f"symdist: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
