@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -25,7 +26,7 @@ class Hardware:
         latency: Seconds that a collective takes even if it moves nothing; 20 µs by default.
 
     Raises:
-        ValueError: If a speed is not positive.
+        ValueError: If a speed is not positive and finite.
 
     Example:
         >>> Hardware.of("h100").flops_per_byte
@@ -43,10 +44,10 @@ class Hardware:
     def __post_init__(self) -> None:
         for name in ("bandwidth", "flops", "model_flops", "half_flops", "float16_flops"):
             speed = getattr(self, name)
-            if (speed is not None or not name.endswith(("half_flops", "16_flops"))) and not speed > 0:
-                raise ValueError(f"hardware: {name}={speed!r} must be positive")
-        if not self.latency >= 0:
-            raise ValueError(f"hardware: latency={self.latency!r} must not be negative")
+            if (speed is not None or not name.endswith(("half_flops", "16_flops"))) and not 0 < speed < math.inf:
+                raise ValueError(f"hardware: {name}={speed!r} must be positive and finite")
+        if not 0 <= self.latency < math.inf:
+            raise ValueError(f"hardware: latency={self.latency!r} must be 0 or more and finite")
 
     @property
     def flops_per_byte(self) -> float:

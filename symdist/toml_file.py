@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 # The largest file that symdist ships has 5 kB.
 _BYTES = 2**20
@@ -79,11 +80,22 @@ def parse_toml(text: str, *, json_form: bool = False) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path) -> str:
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading in bytes, unless it is a pipe or a device, whose reading may never end.
+
+    Raises:
+        OSError: If it cannot be opened, or is no regular file.
+    """
     # Without O_NONBLOCK, opening a pipe waits for its other end.
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("is no regular file; give the path of one")
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return file
+
+
+def _read(path: Path) -> str:
+    with open_regular(path) as file:
         content = file.read(_BYTES + 1)
     if len(content) > _BYTES:
         raise ValueError(f"has more than {_BYTES // 2**20} MiB, which no settings have; give another file")

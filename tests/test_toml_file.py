@@ -44,8 +44,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "zeros").symlink_to("/dev/zero")
     for name, message in {
-        "pipe": "is no regular file",
-        "zeros": "is no regular file",
+        "pipe": "cannot be read: it is no regular file",
+        "zeros": "cannot be read: it is no regular file",
         "loop": "cannot be read: Too many levels of symbolic links",
         "": "cannot be read: Is a directory",
         "missing": "does not exist",

@@ -14,6 +14,7 @@ from launch.loop.config import Config, parse_as
 from launch.records.run_log import already_finished
 from launch.study.report import ArmOutcome, Outcome, read_outcome
 from symdist.routing.recipes import Recipe, load_recipe, parse_overrides
+from symdist.toml_file import read_toml
 from symdist.tools.run_format import LOG
 
 RECORD = "study-run.json"
@@ -104,14 +105,19 @@ class Study:
         """
         if not self.arms:
             raise ValueError("the study has no arms; add [[arms]] tables to the file of --config")
-        if self.jobs < 1 or self.nproc < 1:
-            raise ValueError(f"--jobs {self.jobs} and --nproc {self.nproc} must be at least 1")
-        if not self.multipliers or not all(0 < multiplier < float("inf") for multiplier in self.multipliers):
-            raise ValueError(f"--multipliers {self.multipliers} must be positive numbers, at least one")
+        if self.output == Path():
+            raise ValueError("--output is empty, or the current folder; name a folder for runs, tables and the plot")
+        if not (1 <= self.jobs <= 1024 and 1 <= self.nproc <= 1024):
+            raise ValueError(f"--jobs {self.jobs} and --nproc {self.nproc} must be from 1 to 1024")
+        if not self.multipliers or not all(1e-6 <= multiplier <= 1e6 for multiplier in self.multipliers):
+            raise ValueError(f"--multipliers {self.multipliers} must be numbers from 1e-6 to 1e6, at least one")
+        if not all(0 <= seed < 2**32 for seed in (self.sweep_seed, *self.seeds)):
+            raise ValueError(f"--seeds {self.seeds} and --sweep-seed {self.sweep_seed} must be from 0 to 2**32 - 1")
         if not self.seeds or self.sweep_seed in self.seeds:
             raise ValueError(f"--seeds {self.seeds} must be at least one, none of them the sweep's {self.sweep_seed}")
         for name, values in (("multipliers", self.multipliers), ("seeds", self.seeds)):
-            if len(set(values)) < len(values):
+            # As in the names of folders.
+            if len({f"{value:g}" if name == "multipliers" else str(value) for value in values}) < len(values):
                 raise ValueError(f"--{name} {values} has a value twice; give each once")
         keys = [arm.key for arm in self.arms]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
@@ -123,7 +129,7 @@ class Study:
                     "leave it out"
                 )
         for arm in self.arms:
-            if not re.fullmatch(r"[\w.+-]+", arm.name):
+            if not re.fullmatch(r"[\w.+-]+", arm.name) or ".." in Path(arm.key).parts or arm.name == ".":
                 raise ValueError(f"arm {arm.key}: the name becomes a folder; use only letters, digits and . + - _")
             try:
                 self.config(Run(arm=arm, multiplier=1.0, seed=self.sweep_seed)).check(ranks=self.nproc)
@@ -202,7 +208,7 @@ class Study:
                     f"{folder} holds a run that was not started by a study; remove it or give another --output"
                 )
             return
-        recorded, expected = json.loads((folder / RECORD).read_text()), self.record(run)
+        recorded, expected = read_toml(folder / RECORD, what="record"), self.record(run)
         if changed := sorted(key for key in {*recorded, *expected} if recorded.get(key) != expected.get(key)):
             differences = "; ".join(f"{key} was {recorded.get(key)}, is {expected.get(key)}" for key in changed)
             raise ValueError(

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from symdist.tools.output import drawing, write_whole
 from symdist.tools.run_log import read_run
+from symdist.tools.texts import printable
 
 JSON = "study.json"
 MARKDOWN = "study.md"
@@ -105,10 +107,10 @@ def read_outcome(folder: Path, *, multiplier: float, seed: int) -> Outcome:
         seed: The run's seed.
 
     Raises:
-        ValueError: If the run is not finished.
+        ValueError: If the run is not finished, or its summary cannot be read.
     """
     summary = read_run(folder).summary
-    if summary is None:
+    if summary is None or not {"validation_loss", "training_seconds"} <= set(summary):
         raise ValueError(f"the run in {folder} is not finished; start the study again to continue it")
     return Outcome(
         multiplier=multiplier,
@@ -139,23 +141,22 @@ def write(arms: Sequence[ArmOutcome], folder: Path, *, settings: dict[str, Any])
         folder: The study's folder; created if missing.
         settings: The study's configuration, which goes into `study.json`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     print_tables(arms)
-    (folder / JSON).write_text(json.dumps(_plain(_numbers(arms, settings)), indent=2, allow_nan=False) + "\n")
-    (folder / MARKDOWN).write_text(markdown(arms))
+    numbers = _plain(_numbers(arms, settings))
+    write_whole(folder / JSON, json.dumps(numbers, indent=2, allow_nan=False) + "\n")
+    write_whole(folder / MARKDOWN, markdown(arms))
     draw(arms, folder / PICTURE)
-    print(f"written: {folder / JSON}, {folder / MARKDOWN}, {folder / PICTURE}")
+    print(printable(f"written: {folder / JSON}, {folder / MARKDOWN}, {folder / PICTURE}"))
 
 
 def print_tables(arms: Sequence[ArmOutcome]) -> None:
     """Print one table per model."""
-    from rich.console import Console
-    from rich.table import Table
+    from symdist.tools.tables import PlainTable, plain_console
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = plain_console(width=None if sys.stdout.isatty() else 140)
     for model, group in _by_model(arms).items():
         header, rows = _cells(group)
-        table = Table(title=f"{model}: mean ± sample standard deviation over seeds {_listed(group[0].seeds)}")
+        table = PlainTable(f"{model}: mean ± sample standard deviation over seeds {_listed(group[0].seeds)}")
         for i, column in enumerate(header):
             table.add_column(column, justify="left" if i in (0, len(header) - 1) else "right")
         for row in rows:
@@ -169,7 +170,7 @@ def markdown(arms: Sequence[ArmOutcome]) -> str:
     for model, group in _by_model(arms).items():
         header, rows = _cells(group)
         lines = [header, ["---", *("---:" for _ in header[1:-1]), "---"], *rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         parts.append(
             f"{model}; mean ± sample standard deviation over seeds {_listed(group[0].seeds)}; all learning rates of a "
             f"stack × {_listed(f'{m:g}' for m in group[0].grid)} by another seed:\n\n{table}\n"
@@ -179,44 +180,34 @@ def markdown(arms: Sequence[ArmOutcome]) -> str:
 
 def draw(arms: Sequence[ArmOutcome], path: Path) -> None:
     """Draw one row of plots per model: losses of the seeds, the sweep, and router load if any model has routers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     models = _by_model(arms)
     routed = any(arm.values("load_cv") for arm in arms)
-    figure, axes = pyplot.subplots(
-        len(models),
-        3 if routed else 2,
-        figsize=(15 if routed else 11, 0.9 + sum(1.5 + 0.4 * len(group) for group in models.values())),
-        height_ratios=[1.5 + 0.4 * len(group) for group in models.values()],
-        squeeze=False,
-        layout="constrained",
-    )
-    for row, (model, group) in zip(axes, models.items(), strict=True):
-        _draw_seeds(row[0], group, "loss")
-        row[0].set(title=model, xlabel="final validation loss (nats); bar: mean of the seeds")
-        row[0].set_yticks(range(len(group)), [arm.label for arm in group])
-        for i, arm in enumerate(group):
-            losses = [(run.multiplier, run.loss) for run in sorted(arm.sweep, key=lambda run: run.multiplier)]
-            finite = [(multiplier, loss) for multiplier, loss in losses if math.isfinite(loss)]
-            row[1].plot(*zip(*finite, strict=True) if finite else ([], []), color=f"C{i}", marker="o", ms=4)
-        row[1].set_xscale("log", base=2)
-        row[1].xaxis.set(major_locator=FixedLocator(sorted(group[0].grid)), minor_locator=NullLocator())
-        row[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"× {value:g}"))
-        row[1].set(title="sweep", xlabel="all learning rates of the stack", ylabel="final validation loss (nats)")
-        if routed and any(arm.values("load_cv") for arm in group):
-            _draw_seeds(row[2], group, "load_cv")
-            row[2].set(title="balance", xlabel="router load CV, mean over layers; bar: mean of the seeds")
-            row[2].set_yticks(range(len(group)), [])
-        elif routed:
-            row[2].set_axis_off()
-        for axis in row:
-            axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    heights = [1.5 + 0.4 * len(group) for group in models.values()]
+    size = (15 if routed else 11, 0.9 + sum(heights))
+    columns = 3 if routed else 2
+    with drawing(path, dpi=130, figsize=size, nrows=len(models), ncols=columns, height_ratios=heights) as axes:
+        for row, (model, group) in zip(axes, models.items(), strict=True):
+            _draw_seeds(row[0], group, "loss")
+            row[0].set(title=model, xlabel="final validation loss (nats); bar: mean of the seeds")
+            row[0].set_yticks(range(len(group)), [printable(arm.label) for arm in group])
+            for i, arm in enumerate(group):
+                losses = [(run.multiplier, run.loss) for run in sorted(arm.sweep, key=lambda run: run.multiplier)]
+                finite = [(multiplier, loss) for multiplier, loss in losses if math.isfinite(loss)]
+                row[1].plot(*zip(*finite, strict=True) if finite else ([], []), color=f"C{i}", marker="o", ms=4)
+            row[1].set_xscale("log", base=2)
+            row[1].xaxis.set(major_locator=FixedLocator(sorted(group[0].grid)), minor_locator=NullLocator())
+            row[1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"× {value:g}"))
+            row[1].set(title="sweep", xlabel="all learning rates of the stack", ylabel="final validation loss (nats)")
+            if routed and any(arm.values("load_cv") for arm in group):
+                _draw_seeds(row[2], group, "load_cv")
+                row[2].set(title="balance", xlabel="router load CV, mean over layers; bar: mean of the seeds")
+                row[2].set_yticks(range(len(group)), [])
+            elif routed:
+                row[2].set_axis_off()
+            for axis in row:
+                axis.grid(alpha=0.3)
 
 
 def _draw_seeds(axis: Any, group: Sequence[ArmOutcome], measure: str) -> None:
@@ -231,7 +222,7 @@ def _draw_seeds(axis: Any, group: Sequence[ArmOutcome], measure: str) -> None:
 def _cells(group: Sequence[ArmOutcome]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of a model's table, as text."""
     columns: list[tuple[str, Callable[[ArmOutcome], str]]] = [
-        ("stack", lambda arm: arm.label),
+        ("stack", lambda arm: printable(arm.label)),
         ("validation loss", lambda arm: _spread(arm.values("loss"), lambda value: f"{value:.3f}")),
     ]
     if any(run.load_cv is not None for arm in group for run in (*arm.sweep, *arm.further)):

@@ -21,6 +21,8 @@ from pathlib import Path
 from launch.data import prepare
 from launch.study.plan import RECORD, Run, Study, outcomes, parse
 from launch.study.report import read_outcome, write
+from symdist.tools.output import write_whole
+from symdist.tools.texts import printable
 
 CONFIG = "study-config.json"
 OUTPUT = "output.log"
@@ -36,13 +38,13 @@ class Runner:
     """
 
     def __init__(self, study: Study, lock: int):
-        from rich.console import Console
+        from symdist.tools.tables import plain_console
 
         self.study, self._lock = study, lock
         self.failed: dict[str, Path] = {}
         self.stopped_by: int | None = None
         self._running: dict[Run, subprocess.Popen[bytes]] = {}
-        self._console = Console(stderr=True)
+        self._console = plain_console(stderr=True)
         self._total = len(study.arms) * (len(study.multipliers) + len(study.seeds))
         self._before = self._done()
         self._started = time.monotonic()
@@ -84,7 +86,7 @@ class Runner:
         return bool(ended)
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(printable(text), soft_wrap=True)
 
     def _due(self) -> Iterator[Run]:
         """Yield the runs that are left and can start now, in the order of the arms."""
@@ -98,8 +100,8 @@ class Runner:
     def _start(self, run: Run) -> None:
         study, folder = self.study, self.study.folder(run)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(json.dumps(study.record(run), indent=2) + "\n")
-        (folder / CONFIG).write_text(json.dumps(dataclasses.asdict(study.config(run)), default=str))
+        write_whole(folder / RECORD, json.dumps(study.record(run), indent=2) + "\n")
+        write_whole(folder / CONFIG, json.dumps(dataclasses.asdict(study.config(run)), default=str))
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         if not study.run.data.source.startswith("datasets:"):
             # Models are built from configurations alone, so nothing needs the Hugging Face Hub.
@@ -178,7 +180,8 @@ def _locked(folder: Path) -> Iterator[int]:
 def _list(study: Study) -> None:
     for arm, outcome in zip(study.arms, outcomes(study), strict=True):
         for run in study.sweep(arm):
-            print(f"{run.name}{'  done' if study.finished(run) else ''}  {' '.join(arm.settings(run.multiplier))}")
+            settings = " ".join(arm.settings(run.multiplier))
+            print(printable(f"{run.name}{'  done' if study.finished(run) else ''}  {settings}"))
         for seed in study.seeds:
             at = "best" if outcome.best is None else f"{outcome.best:g}"
             done = any(run.seed == seed for run in outcome.further)
@@ -198,7 +201,7 @@ def _execute(study: Study) -> int:
     if runner.stopped_by is None:
         _report(study)
     for name, log in runner.failed.items():
-        print(f"failed: {name}, see {log}", file=sys.stderr)
+        print(printable(f"failed: {name}, see {log}"), file=sys.stderr)
     if runner.stopped_by is not None:
         print("stopped; the same command continues the study", file=sys.stderr)
         return 128 + runner.stopped_by
@@ -207,6 +210,11 @@ def _execute(study: Study) -> int:
 
 def _report(study: Study) -> None:
     write(outcomes(study), study.output, settings=dataclasses.asdict(study))
+
+
+def _refuse(message: str) -> int:
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return 2
 
 
 def main(arguments: list[str]) -> int:
@@ -235,8 +243,9 @@ def main(arguments: list[str]) -> int:
             return 0
         return _execute(study)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(str(error))
+    except OSError as error:
+        return _refuse(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}")
     except KeyboardInterrupt:
         print("stopped before the first run; the same command continues the study", file=sys.stderr)
         return 128 + signal.SIGINT

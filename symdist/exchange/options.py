@@ -53,7 +53,7 @@ class ExchangeOptions:
             )
         object.__setattr__(self, "communication_dtype", dtype)
         size = self.bucket_bytes
-        if isinstance(size, bool) or not isinstance(size, int | float) or size < 1 or size != int(size):
+        if isinstance(size, bool) or not isinstance(size, int | float) or not 1 <= size < 2**60 or size != int(size):
             raise ValueError(f"bucket_bytes={size!r} must be a positive whole number of bytes")
         object.__setattr__(self, "bucket_bytes", int(size))
         object.__setattr__(self, "hardware_given", self.hardware is not None)

@@ -4,6 +4,8 @@ Each subcommand is a dataclass of its arguments with a method `run`, listed in `
 classes and of their fields are the help texts of the command.
 """
 
+import contextlib
+import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, cast
 
 from symdist.tools.baselines import NAMES, Name
+from symdist.tools.texts import printable
 
 _FILE_WIDTH = 200
-_EXTRA = ("bokeh", "matplotlib", "rich", "tyro")
+_EXTRA = ("bokeh", "matplotlib", "pydantic", "rich", "tyro")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +100,12 @@ class Plan:
         from symdist.exchange import ExchangeOptions, Hardware
         from symdist.routing.recipes import load_recipe, parse_overrides
         from symdist.tools.megatron import MegatronMesh
+        from symdist.tools.output import check_output, check_picture
         from symdist.tools.plan import StepPlan, parse_mesh, plan_step, smaller_meshes
         from symdist.tools.plan_tables import alternatives_table, draw, plan_table, summary
 
+        check_output(self.json, option="--json")
+        check_picture(self.picture, option="--picture")
         recipe = load_recipe(self.recipe).adjusted(lr=self.lr, overrides=parse_overrides(self.override))
         given = {
             name: value * scale
@@ -112,8 +118,8 @@ class Plan:
             if value is not None
         }
         hardware = replace(Hardware.of(self.hardware), **given)
-        if self.bucket_mb <= 0:
-            raise ValueError(f"bucket_mb={self.bucket_mb} must be positive")
+        if not 0 < self.bucket_mb < 1e9:
+            raise ValueError(f"bucket_mb={self.bucket_mb} must be positive, and less than 1e9")
         exchange = ExchangeOptions(
             communication_dtype=self.communication_dtype,
             bucket_bytes=max(1, int(self.bucket_mb * 1e6)),
@@ -176,8 +182,10 @@ class Compare:
     def run(self) -> None:
         """Run the comparison, print a table for each number of ranks, and write the JSON file if requested."""
         from symdist.tools.compare import compare, write
+        from symdist.tools.output import check_output
         from symdist.tools.tables import compare_notes, compare_table
 
+        check_output(self.json, option="--json")
         comparisons = []
         for comparison in compare(
             self.model,
@@ -238,8 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         _parse(arguments).run()
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         _refuse(str(error))
+    except OSError as error:
+        _refuse(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}")
     except ImportError as error:
         if error.name in _EXTRA:
             _refuse(f"this needs {error.name}: pip install symdist[tools]")
@@ -260,22 +270,29 @@ def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
         for name, command in _COMMANDS.items()
     )
     kinds = cast(Any, Union[commands])  # noqa: UP007
-    return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    refusal = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refusal):
+            return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    finally:
+        # It repeats what was given as it was given.
+        sys.stderr.writelines(f"{printable(line)}\n" for line in refusal.getvalue().splitlines())
 
 
 def _show(*lines: Any) -> None:
-    from rich.console import Console
+    from symdist.tools.tables import plain_console
 
-    console = Console()
-    if not console.is_terminal:
-        # In a file or pipe, do not wrap the rows of a table.
-        console = Console(width=_FILE_WIDTH)
+    # In a file or pipe, do not wrap the rows of a table.
+    console = plain_console(width=None if plain_console().is_terminal else _FILE_WIDTH)
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=isinstance(line, str))
+        if isinstance(line, str):
+            console.print(printable(line), soft_wrap=True)
+        else:
+            console.print(line)
 
 
 def _refuse(message: str) -> NoReturn:
-    print(f"symdist: {' '.join(message.split())}", file=sys.stderr)
+    print(f"symdist: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -32,6 +32,7 @@ from symdist.gradients.clipping import clip_grad_norm_
 from symdist.layouts import local
 from symdist.tools.baselines import ADAMW, NAMES, build_baseline, describe_baseline, refusal
 from symdist.tools.models import build, shard
+from symdist.tools.output import write_whole
 from symdist.tools.preview import preview
 from symdist.tools.simulate import simulate
 
@@ -42,6 +43,8 @@ Settings: TypeAlias = dict[str, Any]
 Device: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 _WARMUP = 2
+# Beyond what one machine measures in a day.
+_MOST = {"ranks": 256, "steps": 100_000, "batch": 4096, "sequence": 2**20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,7 @@ def write(path: Path, comparisons: Sequence[Comparison]) -> None:
         path: The file.
         comparisons: The comparisons.
     """
-    path.write_text(json.dumps([asdict(comparison) for comparison in comparisons], indent=2) + "\n")
+    write_whole(path, json.dumps([asdict(comparison) for comparison in comparisons], indent=2) + "\n")
 
 
 def compare(
@@ -162,6 +165,10 @@ def compare(
     for name, count in [*(("ranks", count) for count in ranks), *sizes.items()]:
         if count < 1:
             raise ValueError(f"{name}={count} must be 1 or more")
+        if count > _MOST[name]:
+            raise ValueError(f"{name}={count} must be at most {_MOST[name]:,}")
+    if batch * sequence > _MOST["sequence"]:
+        raise ValueError(f"batch={batch} × sequence={sequence} must be at most {_MOST['sequence']:,} tokens")
     if not ranks:
         raise ValueError("ranks is empty: give one or more numbers of processes")
     devices = [_device_type(device, count) for count in ranks]
@@ -226,7 +233,13 @@ def _run(
         **sizes,
     }
     with tempfile.TemporaryDirectory() as directory:
-        multiprocessing.spawn(_rank, args=(directory, run, plans), nprocs=ranks)
+        try:
+            multiprocessing.spawn(_rank, args=(directory, run, plans), nprocs=ranks)
+        except (multiprocessing.ProcessExitedException, multiprocessing.ProcessRaisedException) as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"{model} on {ranks} ranks: {reason}; if that is for lack of memory, give a smaller batch or sequence"
+            ) from error
         by_rank = [json.loads((Path(directory) / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     return Comparison(**run, torch=torch.__version__, arms=_summary(plans, by_rank), refused=refused)
 

@@ -100,8 +100,8 @@ class MegatronMesh:
         """
         sizes: dict[str, int] = {}
         for part in text.split(","):
-            name, equals, size = (word.strip() for word in part.partition("="))
-            if name not in _NAMES or not equals or not size.isdigit() or name in sizes:
+            name, _, size = (word.strip() for word in part.partition("="))
+            if name not in _NAMES or not re.fullmatch("[0-9]{1,9}", size) or name in sizes:
                 raise ValueError(
                     f"megatron {text!r}: {part.strip()!r} should be NAME=SIZE, with each name once; the names are "
                     f"{', '.join(_NAMES)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter as Tally
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from symdist.layouts import FlatLayout, Layout
 from symdist.routing.recipes import RecipeLike
 from symdist.tools.megatron import MegatronMesh
 from symdist.tools.models import active_parameters
+from symdist.tools.output import write_whole
 from symdist.tools.simulate import Simulated, simulate
 
 if TYPE_CHECKING:
@@ -151,10 +153,8 @@ class StepPlan:
         Args:
             path: The file.
         """
-        path.write_text(
-            json.dumps({**asdict(self), "share": self.share, "overlapped_share": self.overlapped_share}, indent=2)
-            + "\n"
-        )
+        content = {**asdict(self), "share": self.share, "overlapped_share": self.overlapped_share}
+        write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -171,9 +171,9 @@ def parse_mesh(text: str) -> dict[str, int]:
     """
     mesh: dict[str, int] = {}
     for part in text.split(","):
-        name, equals, size = part.partition("=")
+        name, _, size = part.partition("=")
         name = _SHORT.get(name.strip(), name.strip())
-        if name not in _ORDER or not equals or not size.strip().isdigit() or int(size) < 1 or name in mesh:
+        if name not in _ORDER or not re.fullmatch("0*[1-9][0-9]{0,8}", size.strip()) or name in mesh:
             raise ValueError(
                 f"mesh {text!r}: {part.strip()!r} should be NAME=SIZE, with each name once; the names are "
                 f"{', '.join(_ORDER)}, and dp for dp_shard"
@@ -241,6 +241,8 @@ def plan_step(
         >>> plan = plan_step("olmoe-1b-7b", "olmoe", mesh={"dp_shard": 64})
         >>> plan.busiest.sent, plan.share
     """
+    if not 1 <= tokens <= 10**12:
+        raise ValueError(f"tokens={tokens} must be at least 1, and at most a million million")
     exchange = ExchangeOptions.of(exchange)
     hardware = exchange.hardware
     with simulate(

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.box import SIMPLE
 from rich.table import Table
 
+from symdist.tools.output import drawing
 from symdist.tools.plan import Costs, StepPlan
-from symdist.tools.tables import in_bytes
+from symdist.tools.tables import PlainTable, in_bytes
+from symdist.tools.texts import printable
 
 _HEADINGS = ("sent\na rank", "collectives", "operations\na rank", "peak extra\na rank")
 
@@ -25,7 +26,7 @@ def plan_table(plan: StepPlan) -> Table:
         The table.
     """
     mesh = " × ".join(f"{name} {size}" for name, size in plan.mesh.items())
-    table = Table(title=f"{plan.model}, recipe {plan.recipe}, {mesh}", title_justify="left", box=SIMPLE)
+    table = PlainTable(f"{plan.model}, recipe {plan.recipe}, {mesh}")
     table.add_column("role", no_wrap=True)
     for heading in ("rule", "strategy", "precision"):
         table.add_column(heading, overflow="fold")
@@ -90,7 +91,7 @@ def alternatives_table(plan: StepPlan) -> Table:
     Returns:
         The table.
     """
-    table = Table(title="The same matrices by other ways, a rank and step", title_justify="left", box=SIMPLE)
+    table = PlainTable("The same matrices by other ways, a rank and step")
     table.add_column("way")
     for heading in ("sent", "collectives", "operations"):
         table.add_column(heading, justify="right")
@@ -106,31 +107,26 @@ def draw(plans: Sequence[StepPlan], path: Path) -> None:
         plans: Plans of the same model and recipe, one per bar. The rank is the one that sends most.
         path: The image file to write.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import colormaps
     from matplotlib.ticker import FuncFormatter
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     roles = [role.role for role in plans[-1].roles]
     bottom = [0.0] * len(plans)
-    colours = pyplot.get_cmap("tab20").colors  # type: ignore[attr-defined]
-    for i, name in enumerate(roles):
-        sent = [sum(role.costs.sent for role in plan.roles if role.role == name) for plan in plans]
-        if any(sent):
-            axes.bar(range(len(plans)), sent, bottom=bottom, label=name, color=colours[i % len(colours)])
-            bottom = [below + more for below, more in zip(bottom, sent, strict=True)]
-    axes.set_xticks(range(len(plans)), [f"{plan.ranks:,}" for plan in plans])
-    axes.set_xlabel("ranks")
-    axes.set_ylabel("sent by a rank in a step")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes(value)))
-    axes.set_title(f"{plans[-1].model}, recipe {plans[-1].recipe}", loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    if any(bottom):
-        axes.legend(frameon=False, ncols=2, fontsize="small")
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
+    with drawing(path, dpi=150, figsize=(8, 4.5)) as ((axes,),):
+        for i, name in enumerate(roles):
+            sent = [sum(role.costs.sent for role in plan.roles if role.role == name) for plan in plans]
+            if any(sent):
+                axes.bar(range(len(plans)), sent, bottom=bottom, label=name, color=colours[i % len(colours)])
+                bottom = [below + more for below, more in zip(bottom, sent, strict=True)]
+        axes.set_xticks(range(len(plans)), [f"{plan.ranks:,}" for plan in plans])
+        axes.set_xlabel("ranks")
+        axes.set_ylabel("sent by a rank in a step")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: in_bytes(value)))
+        axes.set_title(printable(f"{plans[-1].model}, recipe {plans[-1].recipe}"), loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        if any(bottom):
+            axes.legend(frameon=False, ncols=2, fontsize="small")
 
 
 def _cells(costs: Costs) -> tuple[str, ...]:

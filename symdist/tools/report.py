@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from symdist.tools.output import check_output, check_picture, drawing, write_whole
 from symdist.tools.report_page import model_line, page, summary_columns
 from symdist.tools.run import Run, in_time
 from symdist.tools.run_log import readers
+from symdist.tools.tables import PlainTable, plain_console
 
 # Seconds between calls of `stop` while waiting for the next reading.
 _ATTENTION = 0.1
+_LONGEST = 1_000_000
 
 
 def report(folders: Sequence[Path], *, output: Path, picture: Path | None = None) -> list[Any]:
@@ -33,20 +34,14 @@ def report(folders: Sequence[Path], *, output: Path, picture: Path | None = None
         What to print on the terminal: a table, and lines of text.
 
     Raises:
-        ValueError: If no folder is given, a folder is not that of a run, or a file in it cannot be read.
+        ValueError: If no folder is given, a folder is not that of a run, or a file cannot be written.
 
     Example:
         >>> for line in report([Path("runs/muon"), Path("runs/adamw")], output=Path("report.html")):
-        ...     rich.print(line)
+        ...     plain_console().print(line)
     """
-    runs = [reader.read() for reader in readers(folders)]
-    now = time.time()
-    write_page(runs, output, live=False, every=0, now=now)
-    lines: list[Any] = [run_table(runs, now), f"page: {output}"]
-    if picture is not None:
-        draw(runs, picture)
-        lines.append(f"picture: {picture}")
-    return lines
+    _check_outputs(output, picture)
+    return _result([reader.read() for reader in readers(folders)], output, picture, every=0)
 
 
 def follow(
@@ -77,13 +72,14 @@ def follow(
     Raises:
         ValueError: As `report`, and if `every` is not positive.
     """
-    if not every > 0:
-        raise ValueError(f"every={every} must be positive")
+    if not 0 < every < _LONGEST:
+        raise ValueError(f"every={every} must be positive, and less than {_LONGEST:,} seconds")
+    _check_outputs(output, picture)
     followed = readers(folders)
     runs = [reader.read() for reader in followed]
     shown_states: list[Any] = []
     try:
-        with Live(console=console or Console(), auto_refresh=False, transient=True) as live:
+        with Live(console=console or plain_console(), auto_refresh=False, transient=True) as live:
             while True:
                 now = time.time()
                 going = not all(run.finished for run in runs)
@@ -98,9 +94,20 @@ def follow(
     except KeyboardInterrupt:
         # The usual way to stop. The final page is written below.
         pass
+    return _result(runs, output, picture, every=every)
+
+
+def _check_outputs(output: Path, picture: Path | None) -> None:
+    check_output(output, option="--output")
+    check_picture(picture, option="--picture")
+
+
+def _result(runs: Sequence[Run], output: Path, picture: Path | None, *, every: float) -> list[Any]:
+    """Write the page and the picture; return what to print."""
     now = time.time()
     write_page(runs, output, live=False, every=every, now=now)
-    lines: list[Any] = [run_table(runs, now), f"page: {output}"]
+    lines: list[Any] = [run_table(runs, now), *(f"{run.name}: {problem}" for run in runs for problem in run.problems)]
+    lines.append(f"page: {output}")
     if picture is not None:
         draw(runs, picture)
         lines.append(f"picture: {picture}")
@@ -127,7 +134,7 @@ def run_table(runs: Sequence[Run], now: float) -> Table:
     Returns:
         The table.
     """
-    table = Table(title=model_line(runs), title_justify="left", box=SIMPLE)
+    table = PlainTable(model_line(runs))
     columns = summary_columns(runs, now)
     for i, column in enumerate(columns):
         table.add_column(column.heading, justify="left" if i < 2 else "right", overflow="fold")
@@ -146,7 +153,7 @@ def live_table(runs: Sequence[Run], now: float) -> Table:
     Returns:
         The table.
     """
-    table = Table(title=model_line(runs), title_justify="left", box=SIMPLE)
+    table = PlainTable(model_line(runs))
     for heading in ("run", "state", "step", "loss", "tokens/s", "time left", "router CV", "last event"):
         left = heading in ("run", "state", "last event")
         table.add_column(heading, justify="left" if left else "right", overflow="fold")
@@ -177,15 +184,7 @@ def write_page(runs: Sequence[Run], path: Path, *, live: bool, every: float, now
         every: Seconds between two reloads.
         now: The current time, in seconds since the epoch.
     """
-    text = page(runs, live=live, every=every, now=now)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not a file from Python's tempfile, which only its owner may read.
-    written = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        written.write_text(text, encoding="utf-8")
-        os.replace(written, path)
-    finally:
-        written.unlink(missing_ok=True)
+    write_whole(path, page(runs, live=live, every=every, now=now))
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
@@ -195,32 +194,25 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         runs: The runs.
         path: The image file to write.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
     from matplotlib.ticker import EngFormatter
 
     panels = [("loss", "next-token loss (nats)")]
     if any(run.curve("train", "router_load_cv")[0] for run in runs):
         panels += [("router_load_cv", "router load CV, mean over layers"), ("router_dead", "share of dead experts")]
     width = 13 if len(panels) > 1 else 6
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(width, 4), squeeze=False, layout="constrained")
-    for axis, (measure, label) in zip(axes[0], panels, strict=True):
-        for i, run in enumerate(runs):
-            axis.plot(*run.curve("train", measure), color=f"C{i}", alpha=0.35 if measure == "loss" else 1, lw=1.2)
-            if measure == "loss":
-                axis.plot(*run.curve("validation", measure), color=f"C{i}", marker="o", ms=3)
-            axis.plot([], [], color=f"C{i}", label=run.name)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.set_xlabel("tokens" if all(run.tokens_per_step for run in runs) else "steps")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[0][0].set_title("faint: training, dots: validation", fontsize=9)
-    axes[0][0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with drawing(path, dpi=130, figsize=(width, 4), ncols=len(panels)) as (axes,):
+        for axis, (measure, label) in zip(axes, panels, strict=True):
+            for i, run in enumerate(runs):
+                axis.plot(*run.curve("train", measure), color=f"C{i}", alpha=0.35 if measure == "loss" else 1, lw=1.2)
+                if measure == "loss":
+                    axis.plot(*run.curve("validation", measure), color=f"C{i}", marker="o", ms=3)
+                axis.plot([], [], color=f"C{i}", label=run.name)
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.set_xlabel("tokens" if all(run.tokens_per_step for run in runs) else "steps")
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
+        axes[0].set_title("faint: training, dots: validation", fontsize=9)
+        axes[0].legend()
 
 
 def _form(form: str, value: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -34,6 +35,8 @@ SMOOTHING = ("0", "0.5", "0.8", "0.9", "0.95", "0.98", "0.99")
 _STRETCHES = 500
 # The page shows only so many events of a run, the last ones.
 SHOWN_EVENTS = 400
+# And so many measures of a run, the first ones; jobs write about a hundred.
+MOST_MEASURES = 400
 _BAD_EVENTS = ("spike", "nonfinite", "rollback", "save_failed", "timeout", "fallback")
 _BAD_COLOR = "#e0503a"
 
@@ -112,14 +115,14 @@ def panels(runs: Sequence[Run]) -> tuple[list[Panel], int]:
         The panels, in order, and the number of lines of a log that were reduced to two points in the most thinned
         curve; 0 if every line is drawn.
     """
-    count = sum(len(run.measures) for run in runs)
+    count = sum(min(len(run.measures), MOST_MEASURES) for run in runs)
     limit = min(max(_POINTS // max(count, 1), _POINTS_A_CURVE[0]), _POINTS_A_CURVE[1])
     stretch = max(1, *(run.last_step for run in runs)) / _STRETCHES
     seconds_a_unit = time_unit(runs)[0]
     thinned = 0
     lines: dict[str, list[_Line]] = {}
     for i, run in enumerate(runs):
-        for (kind, measure), (steps, values) in run.measures.items():
+        for (kind, measure), (steps, values) in islice(run.measures.items(), MOST_MEASURES):
             key, _, part = measure.partition("/")
             width = -(-2 * len(steps) // limit) if len(steps) > limit else 0
             thinned = max(thinned, width)
@@ -233,7 +236,8 @@ def _columns(
 ) -> dict[str, np.ndarray]:
     """Return a column for each x axis, and one for each smoothing: the values themselves alone if `stretch` is None."""
     indices = thin(values, width)
-    values = np.where(np.isfinite(values), values, math.nan)
+    # The page stores values in 32 bits.
+    values = np.where(np.abs(values) < np.finfo(np.float32).max, values, math.nan)
     curves = {"0": values}
     if stretch is not None:
         curves |= {kept: smoothed(steps, values, float(kept), stretch) for kept in SMOOTHING[1:]}
@@ -296,7 +300,7 @@ def _plot(
 
 def _mark_events(plot: Any, i: int, run: Run, seconds_a_unit: int) -> None:
     """Draw a run's events as vertical lines: red if bad, faint for checkpoints, and otherwise dashed."""
-    events = [e for e in run.events[-SHOWN_EVENTS:] if isinstance(e.get("step"), int) and e.get("event")]
+    events = [e for e in run.events[-SHOWN_EVENTS:] if e.get("step") is not None and e.get("event")]
     if not events:
         return
     kinds = [str(event["event"]) for event in events]

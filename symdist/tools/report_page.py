@@ -14,9 +14,9 @@ from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.resources import Resources
 
-from symdist.tools.report_curves import COLORS, GROUPS, SHOWN_EVENTS, SMOOTHING, Panel, panels, time_unit
+from symdist.tools.report_curves import COLORS, GROUPS, MOST_MEASURES, SHOWN_EVENTS, SMOOTHING, Panel, panels, time_unit
 from symdist.tools.run import Run
-from symdist.tools.run_format import PLAN, ROUTING, RUN, assignments_of
+from symdist.tools.run_format import RUN, assignments_of
 from symdist.tools.tables import in_bytes, route_table
 
 # Settings that differ between any two runs, and are left out of their comparison.
@@ -49,9 +49,6 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
 
     Returns:
         The text of the page.
-
-    Raises:
-        ValueError: If a run's routing or plan has other keys than `symdist.tools.run_format` describes.
     """
     names = ", ".join(run.name for run in runs)
     drawn, thinned = panels(runs)
@@ -75,7 +72,7 @@ def page(runs: Sequence[Run], *, live: bool, every: float, now: float) -> str:
     body = [
         f"<header><h1>{escape(names if len(runs) < 4 else f'{len(runs)} runs')}</h1>"
         f"<p>{escape(_subtitle(runs))}</p></header>",
-        _section("Runs", _summary(runs, now), key="runs"),
+        _section("Runs", _summary(runs, now) + _notes(runs), key="runs"),
         _controls(runs, drawn, live),
         '<noscript><p class="note">The curves are drawn by a script, which this browser does not run.</p></noscript>',
         *(_section(group, f'<div class="grid">{grid}</div>' if grid else "", key="") for group, grid in grids.items()),
@@ -219,13 +216,22 @@ def _summary(runs: Sequence[Run], now: float) -> str:
     return _table([column.heading for column in columns], rows, numbers=2)
 
 
+def _notes(runs: Sequence[Run]) -> str:
+    """Return what is left out of the page."""
+    notes = [f"{run.name}: {problem}." for run in runs for problem in run.problems]
+    for run in runs:
+        if (count := len(run.measures)) > MOST_MEASURES:
+            notes.append(f"{run.name}: the first {MOST_MEASURES} of {count:,} measures are drawn.")
+    return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
+
+
 def _events(runs: Sequence[Run]) -> str:
     rows = []
     for i, run in enumerate(runs):
         for event in run.events[-SHOWN_EVENTS:]:
             kind = escape(str(event.get("event", "")))
             seconds = event.get("time")
-            stamp = _clock_time(seconds) if isinstance(seconds, int | float) else ""
+            stamp = "" if seconds is None else _clock_time(seconds)
             cells = [stamp, f"{_swatch(i)}{escape(run.name)}", escape(str(event.get("step", "")))]
             rows.append(
                 (
@@ -237,8 +243,6 @@ def _events(runs: Sequence[Run]) -> str:
     for run in runs:
         if len(run.events) > SHOWN_EVENTS:
             notes.append(f"{run.name}: the last {SHOWN_EVENTS} of {len(run.events):,} events are shown.")
-        if run.incomplete_events:
-            notes.append(f"{run.name}: {run.incomplete_events} incomplete lines of events are left out.")
     if not rows:
         return "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     rows.sort(key=lambda row: row[0])
@@ -302,7 +306,7 @@ def _routing(runs: Sequence[Run]) -> str:
         cells = zip(*([escape(str(cell)) for cell in column.cells] for column in table.columns), strict=True)
         return _table([str(column.header) for column in table.columns], [list(row) for row in cells])
 
-    return _once_if_alike(runs, routing_of, file=ROUTING, key="route")
+    return _once_if_alike(runs, routing_of, key="route")
 
 
 def _plans(runs: Sequence[Run]) -> str:
@@ -331,23 +335,17 @@ def _plans(runs: Sequence[Run]) -> str:
             + (_table(["role", "rules", "strategy", "parameters", "weights"], roles, numbers=3) if roles else "")
         )
 
-    return _once_if_alike(runs, plan_of, file=PLAN, key="plan")
+    return _once_if_alike(runs, plan_of, key="plan")
 
 
-def _once_if_alike(runs: Sequence[Run], text_of: Callable[[Run], str], *, file: str, key: str) -> str:
+def _once_if_alike(runs: Sequence[Run], text_of: Callable[[Run], str], *, key: str) -> str:
     """Return the text on each run, written only once for runs whose text is the same.
 
-    `text_of` reads the run's `file`, which the error message names; ids of HTML elements begin with `key`.
+    Ids of HTML elements begin with `key`.
     """
     runs_by_text: dict[str, list[int]] = {}
     for i, run in enumerate(runs):
-        try:
-            runs_by_text.setdefault(text_of(run), []).append(i)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{run.folder / file} lacks a key or has a wrong one ({error!r}); remove the file to see the run "
-                "without it"
-            ) from None
+        runs_by_text.setdefault(text_of(run), []).append(i)
     runs_by_text.pop("", None)
     return "".join(
         _details(

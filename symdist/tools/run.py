@@ -22,6 +22,8 @@ _SILENT_LINES = 20
 _STARTING_SECONDS = 1800.0
 # A stop counts only if the log was not written later than this after it, that is, if the run was not resumed since.
 _STOPPING_SECONDS = 10.0
+# Tokens a second below which a rate says nothing about times.
+_SLOWEST = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +68,7 @@ class Run:
         routing: The contents of routing.json: how each parameter is stepped.
         plan: The contents of plan.json: what a step sends.
         events: Events such as starts, stops and checkpoints.
-        incomplete_events: The number of incomplete events, left by a killed process.
+        problems: What in the folder is not as it should be and is left out: a sentence for each file.
         events_written: When the last event was written, in seconds since the epoch.
     """
 
@@ -79,7 +81,7 @@ class Run:
     routing: list[RoutingEntry] | None = None
     plan: PlanFacts | None = None
     events: list[Event] = field(default_factory=list)
-    incomplete_events: int = 0
+    problems: list[str] = field(default_factory=list)
     events_written: float = 0.0
 
     def fact(self, key: str) -> Any:
@@ -121,7 +123,7 @@ class Run:
             for line in lines:
                 step = line["step"]
                 for measure, value in line.items():
-                    if measure == "step" or isinstance(value, bool) or not isinstance(value, int | float):
+                    if measure == "step" or not isinstance(value, int | float):
                         continue
                     steps, values = measures.setdefault((kind, measure), ([], []))
                     steps.append(step)
@@ -153,7 +155,7 @@ class Run:
         """
         key = measure if kind == "train" else f"{kind}_{measure}"
         value = cast(Mapping[str, Any], self.summary).get(key) if self.summary and self.finished else None
-        return self.last(kind, measure) if value is None else value
+        return value if isinstance(value, int | float) else self.last(kind, measure)
 
     def curve(self, kind: str, measure: str) -> tuple[list[float], list[float]]:
         """Return the curve of a measure.
@@ -178,7 +180,7 @@ class Run:
             return [], []
         ticks, seconds = [0], [0.0]
         for step, rate in sorted(dict(zip(steps, rates, strict=True)).items()):
-            if rate > 0 and math.isfinite(rate) and step > ticks[-1]:
+            if rate > _SLOWEST and math.isfinite(rate) and step > ticks[-1]:
                 seconds.append(seconds[-1] + (step - ticks[-1]) * tokens / rate)
                 ticks.append(step)
         return (ticks, seconds) if len(ticks) > 1 else ([], [])
@@ -187,7 +189,7 @@ class Run:
     def seconds_left(self) -> float | None:
         """Seconds that the remaining steps take at the last throughput, or None if unknown."""
         rate = self.last("train", "tokens_per_second")
-        if not rate or not math.isfinite(rate) or self.tokens_per_step is None or self.steps is None:
+        if rate is None or not _SLOWEST < rate < math.inf or self.tokens_per_step is None or self.steps is None:
             return None
         return max(0, self.steps - self.last_step) * self.tokens_per_step / rate
 

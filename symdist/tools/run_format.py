@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from dataclasses import asdict, fields
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,  # Before Python 3.12, pydantic does not read those of typing.
+    TypeAlias,
+    cast,
+)
+
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from symdist.assignment import Assignment
+from symdist.tools.untrusted import misfits, parse_json
 
 LOG = "log.jsonl"
 """A `LogLine` per line: the measures. Written while the run goes on; after a rollback, later lines are removed."""
@@ -25,6 +36,13 @@ PLAN = "plan.json"
 """`PlanFacts`: what a step sends. Written at the start, if the run uses SymDist."""
 SUMMARY = "summary.json"
 """`Summary`: the results. Written when the run has reached its last step, and only then."""
+
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=2**53)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0, lt=1e11)]
+
+# Pages store steps in 32 bits.
+_STEPS = 2**31
+_LINE = 2**20
 
 LineKind = Literal["train", "validation"]
 EventKind = Literal[
@@ -81,8 +99,8 @@ class Event(TypedDict, total=False):
         text: A sentence for people.
     """
 
-    time: float
-    step: int
+    time: Seconds
+    step: Count
     event: str
     text: str
 
@@ -108,15 +126,15 @@ class RunFacts(TypedDict, total=False):
 
     model: str
     recipe: str
-    steps: int
-    tokens_per_step: int
+    steps: Count
+    tokens_per_step: Count
     launcher: str
-    mesh: dict[str, int]
-    ranks: int
+    mesh: dict[str, Count]
+    ranks: Count
     device: str
-    parameters: int
-    active_parameters: int
-    started: float
+    parameters: Count
+    active_parameters: Count
+    started: Seconds
     versions: dict[str, str]
     config: dict[str, Any]
 
@@ -125,12 +143,12 @@ class RoutingEntry(TypedDict):
     """An entry of `routing.json`: the fields of `symdist.assignment.Assignment`, whose docstring explains them."""
 
     name: str
-    shape: list[int]
+    shape: list[Count]
     role: str
     rule: str
     options: dict[str, Any]
     lr: float
-    view: Any
+    view: str | dict[str, Any]
     strategy: str
     precision: NotRequired[str]
 
@@ -146,8 +164,8 @@ class CollectiveFacts(TypedDict):
     """
 
     kind: str
-    ranks: int
-    count: int
+    ranks: Count
+    count: Count
     sent: float
 
 
@@ -164,9 +182,9 @@ class RoleFacts(TypedDict):
 
     role: str
     rules: list[str]
-    parameters: int
-    weights: int
-    strategies: dict[str, int]
+    parameters: Count
+    weights: Count
+    strategies: dict[str, Count]
 
 
 class PlanFacts(TypedDict):
@@ -180,9 +198,9 @@ class PlanFacts(TypedDict):
         roles: The parameters by role.
     """
 
-    collectives: int
+    collectives: Count
     sent: float
-    waves: int
+    waves: Count
     kinds: list[CollectiveFacts]
     roles: list[RoleFacts]
 
@@ -213,17 +231,17 @@ class Summary(TypedDict, total=False):
 
     model: str
     recipe: str | None
-    steps: int
-    ranks: int
-    tokens: int
-    parameters: int
-    active_parameters: int
+    steps: Count
+    ranks: Count
+    tokens: Count
+    parameters: Count
+    active_parameters: Count
     tokens_per_second: float
     optimizer_share: float
     optimizer_ms: float
     training_seconds: float
-    skipped_steps: int
-    spikes: int
+    skipped_steps: Count
+    spikes: Count
     validation_loss: float
     validation_router_load_cv: float
     validation_router_dead: float
@@ -264,12 +282,15 @@ def parse_log_line(text: bytes) -> LogLine | None:
         text: The line, with or without its newline.
 
     Returns:
-        The line; None if it is not a JSON object with an integer `step` and a string `kind`.
+        The line, with its measures alone; None if it is not a JSON object with a step from 0 and a string `kind`, or
+        has more than 1 MiB.
     """
     line = _json_object(text)
-    if line is None or type(line.get("step")) is not int or type(line.get("kind")) is not str:
+    step, kind = (None, None) if line is None else (line.get("step"), line.get("kind"))
+    if line is None or type(step) is not int or not 0 <= step < _STEPS or type(kind) is not str:
         return None
-    return cast(LogLine, line)
+    measures = {key: value for key, value in line.items() if type(value) in (int, float)}
+    return cast(LogLine, measures | {"kind": kind})
 
 
 def parse_event_line(text: bytes) -> Event | None:
@@ -279,9 +300,10 @@ def parse_event_line(text: bytes) -> Event | None:
         text: The line, with or without its newline.
 
     Returns:
-        The event; None if the line is not a JSON object.
+        The event; None if the line is not a JSON object of its form, or has more than 1 MiB.
     """
-    return cast("Event | None", _json_object(text))
+    event = _json_object(text)
+    return None if event is None or misfits(Event, event) else cast(Event, event)
 
 
 def split_lines(content: bytes) -> tuple[list[bytes], bytes]:
@@ -325,14 +347,16 @@ def assignments_of(entries: Iterable[RoutingEntry]) -> list[Assignment]:
 
     Raises:
         KeyError: If an entry has no shape.
-        TypeError: If an entry has other keys than an `Assignment`.
+        TypeError: If an entry lacks another key of an `Assignment`.
     """
-    return [Assignment(**{**cast(dict[str, Any], entry), "shape": tuple(entry["shape"])}) for entry in entries]
+    known = [field.name for field in fields(Assignment)]
+    found = [{key: value for key, value in cast(dict[str, Any], entry).items() if key in known} for entry in entries]
+    return [Assignment(**{**entry, "shape": tuple(entry["shape"])}) for entry in found]
 
 
 def _json_object(text: bytes) -> dict[str, Any] | None:
     try:
-        content = json.loads(text)
+        content = parse_json(text) if len(text) <= _LINE else None
     except ValueError:
         return None
     return content if isinstance(content, dict) else None

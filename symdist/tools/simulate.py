@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # DeepSpeed pads a group of parameters to a multiple of this number times the number of ranks.
 _ALIGN = 2
+# Every rank takes memory and time.
+_MOST_RANKS = 2**17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +226,9 @@ def simulate(
         ...     simulated.step(counting, rank=63)
         >>> counting.collectives, counting.sent
     """
+    ranks = math.prod((mesh.sizes if isinstance(mesh, MegatronMesh) else mesh).values())
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise ValueError(f"the mesh has {ranks:,} ranks; give sizes from 1 whose product is at most {_MOST_RANKS:,}")
     module = model if isinstance(model, nn.Module) else build(model, device="meta", **(built or {}))
     placed = functools.partial(Simulated, model=module, exchange=ExchangeOptions.of(exchange))
     if isinstance(mesh, MegatronMesh):
@@ -233,7 +238,7 @@ def simulate(
         groups, weights = _zero_weights(module, recipe, stage=zero, mesh=mesh)
         yield placed(mesh=mesh, parallel={f"ZeRO-{zero}": mesh["dp_shard"]}, groups=groups, weights=weights)
     else:
-        with _fake_ranks(math.prod(mesh.values())):
+        with _fake_ranks(ranks):
             grid = init_device_mesh("cpu", tuple(mesh.values()), mesh_dim_names=tuple(mesh))
             sharded = shard(cast("PreTrainedModel", module), grid, layouts_only=True)
             groups = [with_defaults(group) for group in route(sharded, recipe)]

@@ -6,11 +6,45 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from symdist.assignment import Assignment
 from symdist.tools.compare import Comparison
 from symdist.tools.preview import Preview
+from symdist.tools.texts import printable
+
+
+class PlainTable(Table):
+    """A table of texts that are shown as they are: nothing in them is markup, or acts on the terminal.
+
+    Args:
+        title: The title.
+    """
+
+    def __init__(self, title: str):
+        super().__init__(title=_plain(title, style="table.title"), title_justify="left", box=SIMPLE)
+
+    def add_row(self, *cells: str) -> None:  # type: ignore[override]
+        """Add a row of texts."""
+        super().add_row(*map(_plain, cells))
+
+
+def plain_console(**options: Any) -> Console:
+    """Return a console that shows texts as they are, without markup.
+
+    Args:
+        **options: Options of rich's Console.
+
+    Returns:
+        The console.
+    """
+    return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def _plain(text: str, style: str = "") -> Text:
+    return Text(printable(text), style=style)
 
 
 def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
@@ -28,7 +62,7 @@ def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
     for parameter in preview.parameters:
         row = _route_row(parameter, fold=fold)
         rows[row] = rows.get(row, 0) + 1
-    table = Table(title=title, title_justify="left", box=SIMPLE)
+    table = PlainTable(title)
     table.add_column("parameter", overflow="fold", min_width=12)
     if fold:
         table.add_column("count", justify="right", no_wrap=True)
@@ -69,11 +103,9 @@ def compare_table(comparison: Comparison) -> Table:
     """
     run = comparison
     ranks = "1 rank" if run.ranks == 1 else f"{run.ranks} ranks"
-    table = Table(
-        title=f"{run.model}, {ranks} ({run.backend}, {run.device}, threads a rank: {run.threads}), "
-        f"{run.batch} × {run.sequence} tokens a rank, median of {run.steps} steps",
-        title_justify="left",
-        box=SIMPLE,
+    table = PlainTable(
+        f"{run.model}, {ranks} ({run.backend}, {run.device}, threads a rank: {run.threads}), "
+        f"{run.batch} × {run.sequence} tokens a rank, median of {run.steps} steps"
     )
     table.add_column("optimizer", overflow="fold")
     for heading in (
@@ -156,4 +188,6 @@ def _option(key: str, value: Any) -> str:
 
 
 def _view(view: Any) -> str:
-    return f"{view['heads']} heads, dim {view['dim']}" if isinstance(view, Mapping) else str(view)
+    if not isinstance(view, Mapping):
+        return str(view)
+    return ", ".join(f"dim {value}" if key == "dim" else f"{value} {key}" for key, value in view.items())

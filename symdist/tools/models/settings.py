@@ -60,6 +60,11 @@ def configure(
         raise ValueError(
             f"{where}: transformers' {config_class.__name__} has no setting {', '.join(unknown)}; check the spelling"
         )
+    aliases = {name: other for name, other in config_class.attribute_map.items() if name in settings}
+    if twice := [name for name, other in aliases.items() if other in settings]:
+        raise ValueError(f"{where}: {twice[0]} is another name of {aliases[twice[0]]}; give one of them")
+    # It checks no type under another name.
+    settings = {aliases.get(name, name): value for name, value in settings.items()}
     for name, choices in _IMPLEMENTATIONS.items():
         if name in settings and settings[name] not in choices:
             raise ValueError(f"{where}: {name}={settings[name]!r} is not one of {', '.join(choices)}")
@@ -123,6 +128,12 @@ def _misfits(config: Any) -> Iterator[str]:
     experts, chosen, groups = of("num_local_experts"), of("num_experts_per_tok"), of("n_group")
     if experts and not (chosen and chosen <= experts):
         yield f"num_experts_per_tok={chosen} must be between 1 and the number of experts, {experts}"
+    width = of("moe_intermediate_size") or config.intermediate_size
+    if experts and of("_experts_implementation") not in ("eager", "batched_mm") and (width % 8 or hidden % 8):
+        yield (
+            f"hidden_size={hidden} and the experts' width of {width} must be multiples of 8 for grouped matrix "
+            'products; or give experts_implementation = "eager"'
+        )
     if groups:
         if experts % groups:
             yield f"n_group={groups} must divide the number of experts, {experts}"
