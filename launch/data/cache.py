@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from launch.data.corpus import Corpus
 from launch.data.errors import DataError, reason
-from launch.data.files import open_file
+from launch.data.files import reading
 from launch.data.shards import open_shard, shard_name
 
 LAYOUT: Literal[2] = 2
@@ -77,7 +77,7 @@ def load(folder: Path, *, vocabulary: int, contents: bool) -> Corpus:
     if folder.is_symlink():
         raise DataError(f"{folder}: a link, but prepared corpora are folders; remove it")
     path = folder / _MANIFEST
-    with open_file(path, links=False) as file:
+    with reading(path, "manifest", links=False) as file:
         text = file.read(_MANIFEST_BYTES)
     try:
         manifest = _Manifest.model_validate_json(text)
@@ -173,5 +173,5 @@ def _remove(path: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
-    with open_file(path, links=False) as file:
+    with reading(path, "file", links=False) as file:
         return file_digest(file, "sha256").hexdigest()

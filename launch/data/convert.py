@@ -14,7 +14,7 @@ import tyro
 
 from launch.data.cache import work_folder
 from launch.data.errors import DataError
-from launch.data.files import open_file
+from launch.data.files import reading
 from launch.data.shards import CHUNK_BYTES, ShardWriter
 
 
@@ -45,7 +45,7 @@ def convert(conversion: Conversion) -> None:
     with work_folder(conversion.output) as work:
         for path in conversion.files:
             writer = ShardWriter(work, path.stem, vocabulary=2 ** (8 * dtype.itemsize))
-            with open_file(path) as file:
+            with reading(path, "file of ids") as file:
                 while chunk := file.read(CHUNK_BYTES):
                     if len(chunk) % dtype.itemsize:
                         raise DataError(f"{path}: ends within an id of {dtype.itemsize} bytes; give another --dtype")

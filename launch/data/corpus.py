@@ -53,11 +53,16 @@ class Corpus:
         found = {}
         for index in range(rank, len(self.shards), world):
             path = self.shards[index]
-            found[index] = open_shard(path).checksum(self.vocabulary)
+            found[index], largest = open_shard(path).scan()
             if self.checksums and found[index] != self.checksums[index]:
                 raise DataError(
                     f"{path}: changed since it was prepared, its checksum is another; remove the folder {path.parent}, "
                     "and the run will build it again"
+                )
+            if largest >= self.vocabulary:
+                raise DataError(
+                    f"{path}: token id {largest} is outside the vocabulary of {self.vocabulary}; set vocabulary to that "
+                    f"of the tokenizer the shards were made with (at least {largest + 1})"
                 )
         return found
 

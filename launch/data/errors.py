@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+_LINE_CHARACTERS = 1000
 _SHOWN_CHARACTERS = 200
 _SHOWN_NAMES = 3
 
@@ -11,7 +12,9 @@ class DataError(ValueError):
     """A source, shard or setting cannot be used; the message names it and the remedy, on one printable line."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        line = printable(message)
+        half = _LINE_CHARACTERS // 2
+        super().__init__(line if len(line) <= 2 * half else f"{line[:half]}…{line[-half:]}")
 
 
 def printable(text: str) -> str:

@@ -34,9 +34,10 @@ def open_file(path: Path, *, links: bool = True) -> io.BufferedReader:
 
 
 @contextmanager
-def reading(path: Path, kind: str) -> Iterator[io.BufferedReader]:
-    """Open a file, and raise whatever goes wrong with it as a DataError that names it as a `kind`."""
-    with errors_as(f"{path}: not a readable {kind}", "fetch it again, or take it out"), open_file(path) as file:
+def reading(path: Path, kind: str, *, links: bool = True) -> Iterator[io.BufferedReader]:
+    """Open a file as `open_file` does, and raise whatever goes wrong with it as a DataError, by what it should be."""
+    problem = f"{path}: not a readable {kind}"
+    with errors_as(problem, "fetch it again, or take it out"), open_file(path, links=links) as file:
         yield file
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from launch.data.cache import LAYOUT, TOKENIZER, load, publish, sweep, work_folder, write_manifest
 from launch.data.corpus import Corpus
-from launch.data.errors import DataError, printable, some_of
+from launch.data.errors import DataError, printable, reason, some_of
 from launch.data.pretokenized import describe_split, split_shards
 from launch.data.shards import ShardWriter, open_shard
 from launch.data.sources import Document, TextSource, open_source
@@ -71,7 +71,7 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Corpus:
         >>> corpus = prepare(DataConfig(source="stdlib", vocabulary=4096), progress=print)
         >>> loader = TokenLoader(corpus.train, sequence=128, batch=8, rank=0, world=1, seed=0)
     """
-    return _prepare(config, progress or (lambda message: None), contents=True)
+    return _prepare(config, lambda message: progress(printable(message)) if progress else None, contents=True)
 
 
 def prepare_on_ranks(
@@ -153,9 +153,8 @@ def _disk_errors(config: DataConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
-            f"{error.filename or config.cache}: {error.strerror}; check data.source and data.cache, and the space there"
-        ) from error
+        place, problem = error.filename or config.cache, error.strerror or reason(error)
+        raise DataError(f"{place}: {problem}; check data.source and data.cache, and the space there") from error
 
 
 def _open_source(config: DataConfig) -> TextSource:

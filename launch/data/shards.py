@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from launch.data.errors import DataError
-from launch.data.files import open_file
+from launch.data.files import reading
 
 HEADER_VALUES = 256
 HEADER_BYTES = 4 * HEADER_VALUES
@@ -73,13 +73,13 @@ class Shard:
             raise self._changed()
         return np.frombuffer(data, self.dtype)
 
-    def checksum(self, vocabulary: int) -> str:
-        """Read the whole file, in chunks, check the token ids, and return the file's SHA-256 in hexadecimal.
+    def scan(self) -> tuple[str, int]:
+        """Read the whole file, in chunks, and return its SHA-256 in hexadecimal and its largest token id.
 
         Raises:
-            DataError: If an id is not below `vocabulary`, or as for `read`.
+            DataError: As for `read`.
         """
-        total = hashlib.sha256()
+        total, largest = hashlib.sha256(), 0
         remaining = self.size * self.dtype.itemsize
         with self._unchanged() as file:
             total.update(file.read(self.offset))
@@ -89,24 +89,16 @@ class Shard:
                     raise self._changed()
                 remaining -= len(chunk)
                 total.update(chunk)
-                largest = int(np.frombuffer(chunk, self.dtype).max())
-                if largest >= vocabulary:
-                    raise DataError(
-                        f"{self.path}: token id {largest} is outside the vocabulary of {vocabulary}; set vocabulary to "
-                        f"that of the tokenizer the shards were made with (at least {largest + 1})"
-                    )
-        return total.hexdigest()
+                largest = max(largest, int(np.frombuffer(chunk, self.dtype).max()))
+        return total.hexdigest(), largest
 
     @contextmanager
     def _unchanged(self) -> Iterator[io.BufferedReader]:
-        try:
-            # Opened for each reading, since a corpus may have more shards than a process may have open files.
-            with open_file(self.path) as file:
-                if _state(file) != self.state:
-                    raise self._changed()
-                yield file
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror}); fetch it again") from error
+        # Opened for each reading, since a corpus may have more shards than a process may have open files.
+        with reading(self.path, "token shard") as file:
+            if _state(file) != self.state:
+                raise self._changed()
+            yield file
 
     def _changed(self) -> DataError:
         return DataError(
@@ -125,7 +117,7 @@ def open_shard(path: Path, *, links: bool = True) -> Shard:
         DataError: If the file cannot be read, or its header has none of the layouts or does not match the file's size.
     """
     path = Path(path)
-    with open_file(path, links=links) as file:
+    with reading(path, "token shard", links=links) as file:
         state = _state(file)
         raw = file.read(HEADER_BYTES)
     index = path.with_suffix(".idx")
@@ -182,7 +174,7 @@ def _read_header(path: Path, raw: bytes, size: int) -> tuple[np.dtype, int]:
 def _read_index(path: Path, shard: Path, size: int) -> np.dtype:
     """Return the type of the ids in Megatron's `shard` of `size` bytes, from its index."""
     header = len(_INDEX_MAGIC) + _INDEX_HEADER.size
-    with open_file(path) as file:
+    with reading(path, "index of Megatron's") as file:
         index_size, _ = _state(file)
         raw = file.read(header)
         if len(raw) < header or not raw.startswith(_INDEX_MAGIC):

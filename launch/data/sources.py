@@ -152,9 +152,9 @@ class TextFiles:
         refused = []
         for path in self.files:
             with reading(path, "text file") as file:
-                data = file.read(_FILE_BYTES + 1)
-            if len(data) > _FILE_BYTES:
-                raise DataError(f"{path}: longer than {_FILE_BYTES:,} bytes; split it into more files")
+                if os.fstat(file.fileno()).st_size > _FILE_BYTES:
+                    raise DataError(f"{path}: longer than {_FILE_BYTES:,} bytes; split it into more files")
+                data = file.read()
             try:
                 text = data.decode()
             except UnicodeDecodeError as error:
@@ -199,8 +199,12 @@ def _parquet_texts(path: Path, *, column: str) -> Iterator[tuple[str, Any]]:
     with reading(path, "parquet file") as file:
         parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
         _require_column(column, parquet.schema_arrow.names, str(path))
+        missing = parquet.metadata.num_rows
         for rows in parquet.iter_batches(_ROWS_PER_READ, columns=[column]):
+            missing -= rows.num_rows
             yield from ((str(path), text) for text in rows.column(0).to_pylist())
+        if missing:
+            raise DataError(f"{path}: has {-missing:+,} rows beside what its footer says; fetch it again")
 
 
 def _json_texts(path: Path, *, column: str) -> Iterator[tuple[str, Any]]:
