@@ -61,8 +61,8 @@ class Corpus:
                 )
             if largest >= self.vocabulary:
                 raise DataError(
-                    f"{path}: token id {largest} is outside the vocabulary of {self.vocabulary}; set vocabulary to that "
-                    f"of the tokenizer the shards were made with (at least {largest + 1})"
+                    f"{path}: token id {largest} is outside the vocabulary of {self.vocabulary}; set vocabulary to "
+                    f"that of the tokenizer the shards were made with (at least {largest + 1})"
                 )
         return found
 
