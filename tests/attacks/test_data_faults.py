@@ -35,6 +35,9 @@ def parquet(table: pyarrow.Table = TABLE, **options: object) -> bytes:
 PARQUET = parquet(write_page_checksum=True)
 
 
+FOOTER = 8 + struct.unpack("<I", PARQUET[-8:-4])[0]
+
+
 def flipped(data: bytes, *places: int) -> bytes:
     changed = bytearray(data)
     for place in places:
@@ -130,6 +133,7 @@ CONTENTS: dict[str, dict[str, bytes | Fault]] = {
         "another footer length": PARQUET[:-8] + struct.pack("<I", 2**31) + b"PAR1",
         "flipped footer": flipped(PARQUET, *range(len(PARQUET) - 600, len(PARQUET) - 8, 7)),
         "flipped page": flipped(PARQUET, 2000),
+        "fewer rows than written": PARQUET[:-FOOTER] + PARQUET[-FOOTER:].replace(b"\xe8\x07", b"\xe6\x07", 1),
         "no such column": parquet(pyarrow.table({"body": ["a"]})),
         "numbers": column([1, 2], pyarrow.int64()),
         "bytes": column([b"a", b"b"], pyarrow.binary()),
