@@ -77,6 +77,13 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/symdist_megatron/test_training.py::test_tensor_parallelism_does_not_change_the_answer": (
         "experts-2-distributed",
     ),
+    # Data: every kind of fault once; what is left is the same fault of another file, or another flip.
+    "tests/attacks/test_data_faults.py::test_flips_in_parquet_are_refused_or_change_no_row": ("?",),
+    "tests/attacks/test_cache_faults.py::test_a_changed_manifest_is_seen": (
+        *("paths", "nested*", "missing", "without checksums*", "a thousand more", "other checksums", "fifo"),
+    ),
+    "tests/attacks/test_cache_faults.py::test_a_changed_shard_is_seen": ("*-train-00000.bin", "*ids*"),
+    "tests/attacks/test_cache_faults.py::test_a_changed_tokenizer_is_seen": ("middle bit", "a link to the same"),
     # Jobs: each engine by its own launcher and without, stopped and resumed under FSDP2, a damaged checkpoint, a full
     # disk, a lost rank. What is left is the same under the other engines, and what takes two machines.
     "tests/launch/test_pretrain.py::test_weights_drawn_in_shards_train_too": (),

@@ -4,9 +4,10 @@
 shards for one rank.
 """
 
+from launch.data.corpus import Corpus
 from launch.data.errors import DataError
 from launch.data.loader import TokenLoader, validation_batches
-from launch.data.prepare import Corpus, DataConfig, prepare, survey
+from launch.data.prepare import DataConfig, prepare, prepare_on_ranks, survey
 from launch.data.shards import ShardWriter, read_shard, write_shard
 from launch.data.tokenizer import END_OF_TEXT, load_tokenizer
 
@@ -19,6 +20,7 @@ __all__ = [
     "TokenLoader",
     "load_tokenizer",
     "prepare",
+    "prepare_on_ranks",
     "read_shard",
     "survey",
     "validation_batches",

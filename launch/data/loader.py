@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def validation_batches(
     assert batch >= 1
     assert 0 <= rank < world
     assert limit is None or limit >= 1
-    windows = Windows(shards, sequence)
+    windows = _opened(tuple(shards), sequence)
     if not windows.count:
         raise DataError(
             f"{_names(shards)}: too short for one window of {sequence} tokens; "
@@ -151,6 +152,10 @@ def validation_batches(
     indices = (np.arange(total) * windows.count // total)[rank::world]
     steps = math.ceil(math.ceil(total / world) / batch)
     return (_padded(windows, indices[step * batch : (step + 1) * batch], batch) for step in range(steps))
+
+
+# Once in a process, so that a shard that is replaced under a running job is noticed.
+_opened = lru_cache(maxsize=8)(Windows)
 
 
 def _padded(windows: Windows, indices: np.ndarray, batch: int) -> tuple[torch.Tensor, torch.Tensor]:

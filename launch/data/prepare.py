@@ -4,27 +4,26 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Tokenizer
 
-from launch.data.errors import DataError
-from launch.data.pretokenized import split_shards, verify_tokens
-from launch.data.shards import ShardWriter, read_shard
+from launch.data.cache import LAYOUT, TOKENIZER, load, publish, sweep, work_folder, write_manifest
+from launch.data.corpus import Corpus
+from launch.data.errors import DataError, printable, reason, some_of
+from launch.data.pretokenized import describe_split, split_shards
+from launch.data.shards import ShardWriter, open_shard
 from launch.data.sources import Document, TextSource, open_source
 from launch.data.tokenizer import encode_documents, train_tokenizer
 
 Progress = Callable[[str], None]
 
-_LAYOUT = 1
-_MANIFEST = "manifest.json"
-_TOKENIZER = "tokenizer.json"
 _BATCH_CHARACTERS = 2_000_000
 
 
@@ -33,11 +32,11 @@ class DataConfig:
     """Which text to train on and how to cut it into tokens."""
 
     source: str = "stdlib"
-    """`stdlib`, a directory of text, `.parquet` or `.bin` files, `datasets:NAME[:CONFIG]`, or `bin:GLOB`."""
+    """`stdlib`, a folder of text, JSON lines, `.parquet` or `.bin` files, `datasets:NAME[:CONFIG]`, or `bin:GLOB`."""
     vocabulary: int = 4096
     """Number of token ids: of the tokenizer to train, or of the tokenizer that made the `.bin` shards."""
     text_column: str = "text"
-    """Column that holds the text in parquet files and datasets."""
+    """Column that holds the text in parquet files, JSON lines and datasets."""
     max_tokens: int | None = None
     """Training tokens to keep, with validation in proportion; None keeps all (not for `.bin` shards)."""
     validation_fraction: float = 0.05
@@ -46,37 +45,24 @@ class DataConfig:
     """Directory for prepared corpora, one folder each; safe to delete when no run uses it."""
 
     def __post_init__(self) -> None:
+        if not self.source or not self.cache or "\0" in self.source + self.cache:
+            raise DataError(f"source={self.source!r} and cache={self.cache!r} must name something")
         if not 0 < self.validation_fraction < 1:
             raise DataError(f"validation_fraction={self.validation_fraction} must lie between 0 and 1")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise DataError(f"max_tokens={self.max_tokens} must be at least 1, or None for all tokens")
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared corpus: token shards ready for loading."""
-
-    train: tuple[Path, ...]
-    """Shards to train on."""
-    validation: tuple[Path, ...]
-    """Shards to validate on, with other documents."""
-    vocabulary: int
-    """Every token id is below this."""
-    tokenizer: Path | None
-    """The tokenizer's JSON file; None for a corpus that came as `.bin` shards."""
-    fingerprint: str
-    """Hash of the vocabulary and the shards' contents."""
-
-
 def prepare(config: DataConfig, *, progress: Progress | None = None) -> Corpus:
-    """Return the corpus of `config`, from the cache or built now.
+    """Return the corpus of `config`, from the cache or built now, with all of its contents checked.
 
     Several processes may prepare the same corpus at once: each builds its own copy, and all use the first one finished.
-    Pre-tokenized shards stay where they are; they are read completely to check their token ids.
+    A corpus in the cache that is not what was prepared, by its checksums, is built again. Pre-tokenized shards stay
+    where they are; they are read completely to check their token ids.
 
     Args:
         config: Which text to use and how to tokenize it.
-        progress: Called with a sentence from time to time while building.
+        progress: Called with a sentence from time to time while building, and with what belongs in the log.
 
     Raises:
         DataError: If the source cannot be used.
@@ -85,21 +71,32 @@ def prepare(config: DataConfig, *, progress: Progress | None = None) -> Corpus:
         >>> corpus = prepare(DataConfig(source="stdlib", vocabulary=4096), progress=print)
         >>> loader = TokenLoader(corpus.train, sequence=128, batch=8, rank=0, world=1, seed=0)
     """
-    pattern = _shard_pattern(config.source)
-    if pattern is not None:
-        return _pretokenized(pattern, config)
-    source = open_source(config.source, text_column=config.text_column, validation_fraction=config.validation_fraction)
-    target = Path(config.cache) / _key(config, source)
-    corpus = _load(target)
-    if corpus is not None:
-        return corpus
-    work = target.with_name(f".{target.name}-{uuid.uuid4().hex}")
-    work.mkdir(parents=True)
-    try:
-        _build(work, source, config, progress or (lambda message: None))
-        return _publish(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    return _prepare(config, lambda message: progress(printable(message)) if progress else None, contents=True)
+
+
+def prepare_on_ranks(
+    config: DataConfig,
+    *,
+    everywhere: Callable[[Callable[[], Any]], Any],
+    gather: Callable[[Any], list[Any]],
+    rank: int,
+    world: int,
+) -> Corpus:
+    """Return the corpus of `config` as `prepare` does, but share the reading of its contents; all ranks must call it.
+
+    Args:
+        config: Which text to use and how to tokenize it.
+        everywhere: Calls a function on every rank, and raises on all of them if it fails on one.
+        gather: Returns every rank's value.
+        rank: This rank's number among those that share; take those of one node, as each node may have its own disk.
+        world: Number of ranks that share.
+
+    Raises:
+        DataError: If the source cannot be used, or a shard is not what was prepared.
+    """
+    corpus: Corpus = everywhere(lambda: _prepare(config, lambda message: None, contents=False))
+    shares = gather(everywhere(lambda: corpus.verify(rank=rank, world=world)))
+    return everywhere(lambda: corpus.verified(shares))
 
 
 def survey(config: DataConfig) -> tuple[str, int | None]:
@@ -114,18 +111,63 @@ def survey(config: DataConfig) -> tuple[str, int | None]:
     Raises:
         DataError: If the source cannot be used, as far as that shows without reading all of it.
     """
-    pattern = _shard_pattern(config.source)
-    if pattern is not None:
-        train, validation = split_shards(pattern)
-        tokens = sum(read_shard(path).size for path in train)
-        return f"{len(train)} shards of {tokens:,} tokens, {len(validation)} to validate on", tokens
-    source = open_source(config.source, text_column=config.text_column, validation_fraction=config.validation_fraction)
-    target = Path(config.cache) / _key(config, source)
-    corpus = _load(target)
-    if corpus is None:
-        return f"{config.source} is not tokenized yet; the run will do it, into {target}", None
-    tokens = sum(read_shard(path).size for path in corpus.train)
-    return f"{tokens:,} tokens of {config.source}, tokenized in {target}", tokens
+    with _disk_errors(config):
+        pattern = _shard_pattern(config.source)
+        if pattern is not None:
+            train, validation = split_shards(pattern)
+            tokens = sum(open_shard(path).size for path in train)
+            return f"{tokens:,} tokens in {describe_split(train, validation)}", tokens
+        source = _open_source(config)
+        target = _target(config, source)
+        others = f"; {passed_over}" if (passed_over := _passed_over(config, source)) else ""
+        try:
+            corpus = load(target, vocabulary=config.vocabulary, contents=False)
+        except DataError:
+            return f"{config.source} is not tokenized yet; the run will do it, into {target}{others}", None
+        tokens = sum(open_shard(path).size for path in corpus.train)
+        return f"{tokens:,} tokens of {config.source}, tokenized in {target}{others}", tokens
+
+
+def _prepare(config: DataConfig, say: Progress, *, contents: bool) -> Corpus:
+    with _disk_errors(config):
+        pattern = _shard_pattern(config.source)
+        if pattern is not None:
+            return _pretokenized(pattern, config, say, contents=contents)
+        source = _open_source(config)
+        if passed_over := _passed_over(config, source):
+            say(passed_over)
+        target = _target(config, source)
+        sweep(target.parent)
+        if os.path.lexists(target):
+            try:
+                return load(target, vocabulary=config.vocabulary, contents=contents)
+            except DataError as error:
+                say(f"{error}; it is built again now")
+        with work_folder(target) as work:
+            _build(work, source, config, say)
+            return publish(work, target, vocabulary=config.vocabulary)
+
+
+@contextmanager
+def _disk_errors(config: DataConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place, problem = error.filename or config.cache, error.strerror or reason(error)
+        raise DataError(f"{place}: {problem}; check data.source and data.cache, and the space there") from error
+
+
+def _open_source(config: DataConfig) -> TextSource:
+    return open_source(config.source, text_column=config.text_column, validation_fraction=config.validation_fraction)
+
+
+def _target(config: DataConfig, source: TextSource) -> Path:
+    return Path(config.cache) / _key(config, source)
+
+
+def _passed_over(config: DataConfig, source: TextSource) -> str:
+    names = [path.relative_to(config.source) for path in source.passed_over]
+    return f"{config.source}: {len(names)} files of other kinds are passed over: {some_of(names)}" if names else ""
 
 
 def _shard_pattern(source: str) -> str | None:
@@ -133,29 +175,28 @@ def _shard_pattern(source: str) -> str | None:
         return source.removeprefix("bin:")
     root = Path(source)
     suffixes = {path.suffix for path in root.glob("[!.]*") if path.is_file()}
-    if suffixes == {".bin"}:
+    if ".bin" in suffixes and suffixes <= {".bin", ".idx"}:
         return source
     if ".bin" in suffixes:
         raise DataError(f"{source}: holds .bin shards and other files; give 'bin:{source}' to use the shards only")
     return None
 
 
-def _pretokenized(pattern: str, config: DataConfig) -> Corpus:
+def _pretokenized(pattern: str, config: DataConfig, say: Progress, *, contents: bool) -> Corpus:
     if config.max_tokens is not None:
         raise DataError(
             f"bin:{pattern}: max_tokens={config.max_tokens} cannot cut finished shards; leave it out, and match fewer "
             "shards instead"
         )
     train, validation = split_shards(pattern)
-    for path in (*train, *validation):
-        verify_tokens(path, config.vocabulary)
-    fingerprint = _fingerprint(train, validation, config.vocabulary)
-    return Corpus(train, validation, config.vocabulary, None, fingerprint)
+    say(f"bin:{pattern}: {describe_split(train, validation)}")
+    corpus = Corpus(train, validation, config.vocabulary, None)
+    return corpus.verified([corpus.verify()]) if contents else corpus
 
 
 def _key(config: DataConfig, source: TextSource) -> str:
     settings = {name: value for name, value in asdict(config).items() if name not in ("source", "cache")}
-    parts = [_LAYOUT, tokenizers.__version__, source.identity, settings]
+    parts = [LAYOUT, tokenizers.__version__, source.identity, settings]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -165,17 +206,10 @@ def _build(work: Path, source: TextSource, config: DataConfig, progress: Progres
         (document.text for document in source.documents() if not document.validation),
         vocabulary=config.vocabulary,
     )
-    tokenizer.save(str(work / _TOKENIZER))
+    (work / TOKENIZER).write_text(tokenizer.to_str(pretty=True))
     train, validation = _tokenize(work, source, tokenizer, config, progress)
-    manifest = {
-        "source": config.source,
-        "vocabulary": config.vocabulary,
-        "train": [path.name for path in train],
-        "validation": [path.name for path in validation],
-        "fingerprint": _fingerprint(train, validation, config.vocabulary),
-    }
-    # Written last, since a folder without a manifest does not count as a corpus.
-    (work / _MANIFEST).write_text(json.dumps(manifest, indent=2))
+    corpus = Corpus(train, validation, config.vocabulary, work / TOKENIZER)
+    write_manifest(work, corpus.verified([corpus.verify()]), source=printable(config.source))
 
 
 def _tokenize(
@@ -221,44 +255,3 @@ def _batches(documents: Iterator[Document], room: dict[bool, int]) -> Iterator[l
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _fingerprint(train: tuple[Path, ...], validation: tuple[Path, ...], vocabulary: int) -> str:
-    total = hashlib.sha256(f"{vocabulary} {len(train)} {len(validation)}".encode())
-    for path in (*train, *validation):
-        with path.open("rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
-    return total.hexdigest()
-
-
-def _load(target: Path) -> Corpus | None:
-    try:
-        manifest = json.loads((target / _MANIFEST).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    train = tuple(target / name for name in manifest["train"])
-    validation = tuple(target / name for name in manifest["validation"])
-    tokenizer = target / _TOKENIZER
-    try:
-        for path in (*train, *validation):
-            read_shard(path)
-    except DataError:
-        return None  # a file in the cache is missing or truncated, so the corpus is built again
-    if not tokenizer.is_file():
-        return None
-    return Corpus(train, validation, manifest["vocabulary"], tokenizer, manifest["fingerprint"])
-
-
-def _publish(work: Path, target: Path) -> Corpus:
-    """Give the finished folder its final name, unless another process has finished its own first."""
-    try:
-        os.rename(work, target)
-    except OSError:
-        if not target.is_dir():
-            raise
-        if _load(target) is None:  # not another process's corpus but a damaged old one
-            shutil.rmtree(target)
-            os.rename(work, target)
-    corpus = _load(target)
-    assert corpus is not None
-    return corpus

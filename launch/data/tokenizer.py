@@ -7,12 +7,14 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from launch.data.errors import DataError
+from launch.data.files import reading
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 MIN_VOCABULARY = 300
 SAMPLE_CHARACTERS = 16_000_000
 _PIECE_CHARACTERS = 250_000
+_GROUP_CHARACTERS = 4_000_000
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Tokenizer:
@@ -44,8 +46,13 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer that `prepare` saved."""
-    return Tokenizer.from_file(str(path))
+    """Load a tokenizer that `prepare` saved.
+
+    Raises:
+        DataError: If the file is not one.
+    """
+    with reading(path, "tokenizer") as file:
+        return Tokenizer.from_str(file.read().decode())
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
@@ -57,18 +64,31 @@ def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]
         The token ids of each text, uint32 `[tokens]`.
     """
     tokenizer.encode_special_tokens = True
-    # A very long document is encoded in pieces, since an encoding takes about a hundred bytes per token.
-    pieces = [_pieces(text) for text in texts]
-    encodings = iter(tokenizer.encode_batch_fast([piece for group in pieces for piece in group]))
-    documents = []
-    for group in pieces:
-        ids = [token for _ in group for token in next(encodings).ids]
-        documents.append(np.array([*ids, END_OF_TEXT_ID], dtype=np.uint32))
-    return documents
+    documents: list[list[np.ndarray]] = [[] for _ in texts]
+    for group in _groups(texts):
+        encodings = tokenizer.encode_batch_fast([piece for _, piece in group])
+        for (index, _), encoding in zip(group, encodings, strict=True):
+            documents[index].append(np.array(encoding.ids, dtype=np.uint32))
+    end = np.array([END_OF_TEXT_ID], dtype=np.uint32)
+    return [np.concatenate([*parts, end]) for parts in documents]
 
 
-def _pieces(text: str) -> list[str]:
-    return [text[start : start + _PIECE_CHARACTERS] for start in range(0, len(text), _PIECE_CHARACTERS)]
+def _groups(texts: list[str]) -> Iterator[list[tuple[int, str]]]:
+    """Yield the texts in pieces, with their numbers, as many as are encoded at once.
+
+    A very long document is encoded in parts, since an encoding takes about a hundred bytes per token.
+    """
+    group: list[tuple[int, str]] = []
+    characters = 0
+    for index, text in enumerate(texts):
+        for start in range(0, len(text), _PIECE_CHARACTERS):
+            group.append((index, text[start : start + _PIECE_CHARACTERS]))
+            characters += len(group[-1][1])
+            if characters >= _GROUP_CHARACTERS:
+                yield group
+                group, characters = [], 0
+    if group:
+        yield group
 
 
 def _sample(texts: Iterable[str]) -> Iterator[str]:

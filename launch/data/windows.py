@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from launch.data.shards import read_shard
+from launch.data.shards import open_shard
 
 _FINGERPRINT_TOKENS = 4096
 
@@ -25,8 +25,8 @@ class Windows:
     def __init__(self, shards: Sequence[Path], sequence: int) -> None:
         assert sequence >= 1
         self.sequence = sequence
-        self._shards = [read_shard(path) for path in shards]
-        counts = [(tokens.size - 1) // sequence for tokens in self._shards]
+        self._shards = [open_shard(path) for path in shards]
+        counts = [(shard.size - 1) // sequence for shard in self._shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self.count = sum(counts)
 
@@ -36,14 +36,15 @@ class Windows:
         for row, index in zip(rows, indices, strict=True):
             shard = int(np.searchsorted(self._ends, index, side="right"))
             start = int(index - (self._ends[shard - 1] if shard else 0)) * self.sequence
-            row[:] = self._shards[shard][start : start + self.sequence + 1]
+            row[:] = self._shards[shard].read(start, start + self.sequence + 1)
         return torch.from_numpy(rows)
 
     def fingerprint(self) -> str:
         """Return a hash of the shards' lengths, first and last tokens, which is cheap for a corpus of any size."""
         total = hashlib.sha256()
-        for tokens in self._shards:
-            total.update(str(tokens.size).encode())
-            for part in (tokens[:_FINGERPRINT_TOKENS], tokens[-_FINGERPRINT_TOKENS:]):
+        for shard in self._shards:
+            total.update(str(shard.size).encode())
+            num_read = min(_FINGERPRINT_TOKENS, shard.size)
+            for part in (shard.read(0, num_read), shard.read(shard.size - num_read)):
                 total.update(part.astype("<u4").tobytes())
         return total.hexdigest()[:20]

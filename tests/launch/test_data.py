@@ -1,159 +1,76 @@
-"""Corpora: sources and their split, the cache, token shards, and what each rank reads."""
+"""Corpora: the tokenizer, sources and their split, and the cache."""
 
+import gzip
 import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 
 from launch.data import (
     END_OF_TEXT,
+    Corpus,
     DataConfig,
     DataError,
-    ShardWriter,
-    TokenLoader,
     load_tokenizer,
     prepare,
+    prepare_on_ranks,
     read_shard,
-    validation_batches,
+    survey,
     write_shard,
 )
-from launch.data.permutation import permute
+from launch.data.cache import sweep, work_folder
 from launch.data.sources import open_source
 from launch.data.tokenizer import encode_documents, train_tokenizer
+from tests.launch.corpora import decoded, raw_shard, text_config, text_folder
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    ".jsonl": bytes,
+    ".jsonl.gz": gzip.compress,
+    ".jsonl.zst": lambda data: pyarrow.compress(data, codec="zstd", asbytes=True),
+    ".json.gz": gzip.compress,
+}
 
 
-def raw_shard(path: Path, header: list[int], tokens: np.ndarray) -> Path:
-    values = np.zeros(256, "<i4")
-    values[: len(header)] = header
-    path.write_bytes(values.tobytes() + tokens.tobytes())
-    return path
+def on_ranks(world: int, config: DataConfig) -> list[Corpus]:
+    """What ranks get that share the reading; each is a thread."""
+    values: list[Any] = [None] * world
+    barrier = threading.Barrier(world)
 
+    def run(rank: int) -> Corpus:
+        def gather(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait()
+            gathered = list(values)
+            barrier.wait()
+            return gathered
 
-def numbered_shards(folder: Path, *sizes: int) -> list[Path]:
-    """Shards whose tokens count on from 0, so that a window tells its own place."""
-    paths, start = [], 0
-    for index, size in enumerate(sizes):
-        paths.append(folder / f"part-{index}.bin")
-        write_shard(paths[-1], np.arange(start, start + size), vocabulary=2**17)
-        start += size
-    return paths
+        def everywhere(function: Callable[[], Any]) -> Any:
+            try:
+                found = function()
+            except DataError as error:
+                found = error
+            for outcome in gather(found):
+                if isinstance(outcome, DataError):
+                    raise outcome
+            return found
 
+        return prepare_on_ranks(config, everywhere=everywhere, gather=gather, rank=rank, world=world)
 
-def text_folder(folder: Path, count: int = 40) -> Path:
-    folder.mkdir()
-    for index in range(count):
-        (folder / f"{index}.txt").write_text(f"document {index}: " + f"words about subject {index * 7919} " * 20)
-    return folder
-
-
-def text_config(tmp_path: Path, source: Path | str, **changes: object) -> DataConfig:
-    settings = {"source": str(source), "vocabulary": 300, "cache": str(tmp_path / "cache")} | changes
-    return DataConfig(**settings)
-
-
-def decoded(paths: tuple[Path, ...], tokenizer: Path) -> list[str]:
-    """The documents of some shards."""
-    ids = np.concatenate([read_shard(path) for path in paths])
-    text = load_tokenizer(tokenizer).decode(ids.tolist(), skip_special_tokens=False)
-    assert text.endswith(END_OF_TEXT)
-    return text.split(END_OF_TEXT)[:-1]
-
-
-# Shards
-
-
-@pytest.mark.parametrize(("vocabulary", "dtype"), [(65536, "<u2"), (65537, "<u4")])
-def test_shard_round_trip(tmp_path: Path, vocabulary: int, dtype: str) -> None:
-    tokens = np.array([0, 5, vocabulary - 1, 7])
-    write_shard(tmp_path / "a.bin", tokens, vocabulary=vocabulary)
-    mapped = read_shard(tmp_path / "a.bin")
-    assert isinstance(mapped, np.memmap)
-    assert mapped.dtype == np.dtype(dtype)
-    assert mapped.tolist() == tokens.tolist()
-    assert os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_version_1_is_read(tmp_path: Path) -> None:
-    path = raw_shard(tmp_path / "a.bin", [20240520, 1, 3], np.array([1, 50256, 2], "<u2"))
-    assert read_shard(path).tolist() == [1, 50256, 2]
-
-
-@pytest.mark.parametrize(
-    ("header", "payload", "problem"),
-    [
-        ([7, 1, 3], 3, "it begins with 7"),
-        ([20240520, 2, 3], 3, "version 2"),
-        ([20260317, 1, 3, 2], 3, "version 1"),
-        ([20260317, 2, 3, 3], 3, "3 bytes per token"),
-        ([20240520, 1, 0], 0, "says 0 tokens"),
-        ([20240520, 1, 4], 3, "truncated"),
-        ([20240520, 1, 2], 3, "2 trailing bytes"),
-    ],
-)
-def test_broken_shards(tmp_path: Path, header: list[int], payload: int, problem: str) -> None:
-    path = raw_shard(tmp_path / "broken.bin", header, np.zeros(payload, "<u2"))
-    with pytest.raises(DataError, match=rf"broken\.bin: .*{problem}"):
-        read_shard(path)
-
-
-def test_shard_without_a_whole_header(tmp_path: Path) -> None:
-    (tmp_path / "a.bin").write_bytes(b"\0" * 100)
-    with pytest.raises(DataError, match="truncated, it has 100 bytes"):
-        read_shard(tmp_path / "a.bin")
-    with pytest.raises(DataError, match=r"b\.bin: cannot be read"):
-        read_shard(tmp_path / "b.bin")
-
-
-def test_writer_cuts_the_stream(tmp_path: Path) -> None:
-    writer = ShardWriter(tmp_path, "train", vocabulary=100, shard_tokens=10)
-    for start in (0, 3, 17):
-        writer.append(np.arange(start, {0: 3, 3: 17, 17: 34}[start]))
-    paths = writer.close()
-    assert [path.name for path in paths] == [f"train-0000{index}.bin" for index in range(4)]
-    assert [read_shard(path).size for path in paths] == [10, 10, 10, 4]
-    assert np.concatenate([read_shard(path) for path in paths]).tolist() == list(range(34))
-
-
-# Pre-tokenized corpora
-
-
-def test_bin_split_by_name_or_last(tmp_path: Path) -> None:
-    for name in ("x_train_1", "x_train_0", "x_train_2"):
-        write_shard(tmp_path / f"{name}.bin", np.arange(50), vocabulary=50)
-    corpus = prepare(DataConfig(source=str(tmp_path), vocabulary=50))
-    assert [path.name for path in corpus.train] == ["x_train_0.bin", "x_train_1.bin"]
-    assert [path.name for path in corpus.validation] == ["x_train_2.bin"]
-    assert corpus.tokenizer is None
-    write_shard(tmp_path / "x_val_0.bin", np.arange(50), vocabulary=50)
-    named = prepare(DataConfig(source=f"bin:{tmp_path}/*.bin", vocabulary=50))
-    assert len(named.train) == 3
-    assert [path.name for path in named.validation] == ["x_val_0.bin"]
-    assert named.fingerprint != corpus.fingerprint
-
-
-def test_bin_errors(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no shard matches"):
-        prepare(DataConfig(source=f"bin:{tmp_path}/*.bin"))
-    write_shard(tmp_path / "one.bin", np.arange(60), vocabulary=60)
-    with pytest.raises(DataError, match=r"only one\.bin"):
-        prepare(DataConfig(source=f"bin:{tmp_path}/*.bin"))
-    write_shard(tmp_path / "two.bin", np.arange(50), vocabulary=60)
-    with pytest.raises(DataError, match=r"one\.bin: token id 59 is outside the vocabulary of 50.*at least 60"):
-        prepare(DataConfig(source=f"bin:{tmp_path}", vocabulary=50))
-    with pytest.raises(DataError, match="max_tokens"):
-        prepare(DataConfig(source=f"bin:{tmp_path}", vocabulary=60, max_tokens=5))
-    (tmp_path / "notes.txt").write_text("text")
-    with pytest.raises(DataError, match=f"give 'bin:{tmp_path}'"):
-        prepare(DataConfig(source=str(tmp_path)))
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(run, range(world)))
 
 
 # Tokenizer
@@ -183,7 +100,6 @@ def test_text_folder_splits_by_content(tmp_path: Path) -> None:
     (source / "sub").mkdir()
     for path in sorted(source.glob("*.txt")):
         (source / "sub" / f"copy-{path.stem}.md").write_text(path.read_text())
-    (source / "latin.txt").write_bytes(b"caf\xe9")
     (source / "image.png").write_bytes(b"png")
     corpus = prepare(text_config(tmp_path, source, validation_fraction=0.3))
     assert corpus.tokenizer is not None
@@ -191,8 +107,27 @@ def test_text_folder_splits_by_content(tmp_path: Path) -> None:
     validation = decoded(corpus.validation, corpus.tokenizer)
     assert not set(train) & set(validation)
     assert 10 <= len(validation) <= 40
-    files = [path.read_text() for path in source.rglob("*.[tm]*") if path.name != "latin.txt"]
+    files = [path.read_text() for path in source.rglob("*.[tm]*")]
     assert sorted(train + validation) == sorted(files)
+
+
+def test_texts_that_are_not_utf_8_are_named(tmp_path: Path) -> None:
+    source = text_folder(tmp_path / "corpus")
+    for index in range(5):
+        (source / f"latin-{index}.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"latin-\d\.txt \(at byte 3\), .* and 2 more: not UTF-8"):
+        prepare(text_config(tmp_path, source))
+
+
+def test_names_that_are_not_utf_8_are_names(tmp_path: Path) -> None:
+    source = text_folder(tmp_path / "corpus")
+    (source / os.fsdecode(b"caf\xe9.txt")).write_text("the text of a file with an old name")
+    (source / os.fsdecode(b"caf\xe9\x1b[2J\n.png")).write_bytes(b"png")
+    said: list[str] = []
+    corpus = prepare(text_config(tmp_path, source), progress=said.append)
+    assert corpus.tokenizer is not None
+    assert "the text of a file with an old name" in decoded((*corpus.train, *corpus.validation), corpus.tokenizer)
+    assert any(r"1 files of other kinds are passed over: caf\udce9\x1b[2J\n.png" in line for line in said)
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
@@ -238,6 +173,43 @@ def test_parquet(tmp_path: Path) -> None:
     (source / "0.parquet").write_bytes(b"not parquet")
     with pytest.raises(DataError, match=r"0\.parquet: not a readable parquet file"):
         prepare(text_config(tmp_path, source, text_column="body"))
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    source = tmp_path / "corpus"
+    source.mkdir()
+    texts = [f"line {index} of § says {index * 31}" for index in range(2000)]
+    for part, (suffix, pack) in enumerate(PACKED.items()):
+        rows = [{"body": text, "id": 1} for text in texts[part :: len(PACKED)]]
+        lines = [json.dumps(row, ensure_ascii=bool(part % 2)) for row in (*rows, {"body": None}, {"body": ""})]
+        (source / f"{part}{suffix}").write_bytes(pack("\n\n".join(lines).encode()))
+    (source / "README.md").write_text("about the lines")
+    said: list[str] = []
+    corpus = prepare(text_config(tmp_path, source, text_column="body"), progress=said.append)
+    assert said[0] == f"{source}: 1 files of other kinds are passed over: README.md"
+    assert corpus.tokenizer is not None
+    validation = decoded(corpus.validation, corpus.tokenizer)
+    assert 50 < len(validation) < 150
+    assert sorted(decoded(corpus.train, corpus.tokenizer) + validation) == sorted(texts)
+    with pytest.raises(DataError, match=r"0\.jsonl, line 1: no column 'text'.*body, id"):
+        prepare(text_config(tmp_path, source))
+    with pytest.raises(DataError, match=r"0\.jsonl, line 1: column 'id' holds int"):
+        prepare(text_config(tmp_path, source, text_column="id"))
+
+
+def test_mixed_folders_name_what_they_pass_over(tmp_path: Path) -> None:
+    source = text_folder(tmp_path / "corpus")
+    (source / "elsewhere").symlink_to(tmp_path)
+    (source / "a.txt.gz").write_bytes(gzip.compress(b"text"))
+    said: list[str] = []
+    prepare(text_config(tmp_path, source), progress=said.append)
+    assert said[0] == f"{source}: 2 files of other kinds are passed over: a.txt.gz, elsewhere"
+    assert said[0] in survey(text_config(tmp_path, source))[0]
+    (source / "rows.jsonl").write_text(json.dumps({"text": "a row"}))
+    assert (
+        "42 files of other kinds are passed over: 0.txt, 1.txt, 10.txt and 39 more"
+        in survey(text_config(tmp_path, source))[0]
+    )
 
 
 def test_datasets_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +291,44 @@ def test_cache_that_lost_a_file_is_built_again(tmp_path: Path) -> None:
     assert prepare(config) == first
 
 
+@pytest.mark.parametrize("place", [1024, -1])
+def test_a_flipped_bit_in_the_cache_is_seen(tmp_path: Path, place: int) -> None:
+    config = text_config(tmp_path, text_folder(tmp_path / "corpus"))
+    first = prepare(config)
+    for path in first.shards:
+        before = path.read_bytes()
+        changed = bytearray(before)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match=rf"{path.name}: changed since it was prepared"):
+            first.verify()
+        said: list[str] = []
+        assert prepare(config, progress=said.append) == first
+        assert said[0].startswith(f"{path}: changed since it was prepared")
+        assert path.read_bytes() == before
+        assert [path.name[0] != "." for path in Path(config.cache).iterdir()] == [True]
+
+
+def test_ranks_share_the_reading(tmp_path: Path) -> None:
+    corpus = prepare(text_config(tmp_path, text_folder(tmp_path / "corpus")))
+    write_shard(tmp_path / "c_train.bin", np.arange(50), vocabulary=50)
+    write_shard(tmp_path / "b_val.bin", np.arange(50), vocabulary=50)
+    write_shard(tmp_path / "a_train.bin", np.arange(40), vocabulary=50)
+    bare = DataConfig(source=f"bin:{tmp_path}/*.bin", vocabulary=50)
+    assert on_ranks(2, bare) == [prepare(bare)] * 2
+    assert on_ranks(4, bare) == [prepare(bare)] * 4
+    assert on_ranks(2, text_config(tmp_path, tmp_path / "corpus")) == [corpus] * 2
+    shares = [replace(prepare(bare), checksums=()).verify(rank=rank, world=2) for rank in range(2)]
+    assert [sorted(share) for share in shares] == [[0, 2], [1]]
+    with pytest.raises(DataError, match=r"c_train\.bin: nodes have different files"):
+        prepare(bare).verified([*shares, {1: "0" * 64}])
+    for path in (tmp_path / "c_train.bin", tmp_path / "b_val.bin"):
+        raw_shard(path, [20260317, 2, 50, 2], np.full(50, 51, "<u2"))
+        with pytest.raises(DataError, match=rf"{path.name}: token id 51"):
+            on_ranks(2, bare)
+        write_shard(path, np.arange(50), vocabulary=50)
+
+
 def _stall(config: DataConfig) -> None:
     prepare(config, progress=lambda message: time.sleep(60 if "validation" in message else 0))
 
@@ -337,6 +347,26 @@ def test_killed_preparation_leaves_no_corpus(tmp_path: Path) -> None:
     assert [path.name[0] for path in cache.iterdir()] == ["."]
     corpus = prepare(config)
     assert all(read_shard(path).size for path in (*corpus.train, *corpus.validation))
+    assert [path.name for path in cache.iterdir()] == [corpus.train[0].parent.name]
+
+
+def test_only_what_nobody_prepares_is_swept(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with work_folder(cache / ("0" * 20)) as work:
+        elsewhere = cache / f".{'1' * 20}-another-host-{'2' * 32}"
+        old = cache / f".{'1' * 20}-{'3' * 32}"
+        strange = cache / ".ssh"
+        for folder in (elsewhere, old, strange):
+            folder.mkdir()
+        left_over = cache / work.name.replace("0" * 20, "4" * 20)
+        left_over.symlink_to(tmp_path)
+        os.utime(old, (0, 0))
+        os.utime(strange, (0, 0))
+        sweep(cache)
+        assert all(path.is_dir() for path in (work, elsewhere, old, strange, left_over))
+    sweep(cache)
+    assert {*cache.iterdir()} == {elsewhere, strange}
+    assert tmp_path.is_dir()
 
 
 def test_the_loser_of_a_race_takes_the_winners_corpus(tmp_path: Path) -> None:
@@ -352,118 +382,3 @@ def test_the_loser_of_a_race_takes_the_winners_corpus(tmp_path: Path) -> None:
     assert loser == winners[0]
     assert loser.train[0].stat().st_ino == winners[1]
     assert [path.name for path in Path(config.cache).iterdir()] == [loser.train[0].parent.name]
-
-
-# Loading
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 64, 65, 1000])
-def test_permutation_is_one_to_one(size: int) -> None:
-    positions = np.arange(size)
-    first = permute(positions, size=size, seed=1, epoch=0)
-    assert sorted(first) == list(range(size))
-    if size >= 64:
-        others = [permute(positions, size=size, seed=seed, epoch=epoch) for seed, epoch in ((1, 1), (2, 0))]
-        assert all((first == other).mean() < 0.2 for other in [positions, *others])
-        assert len(np.unique(np.diff(first))) > size // 4
-    assert permute(positions[-1:], size=size, seed=1, epoch=0) == first[-1]
-
-
-def test_permutation_of_a_huge_range() -> None:
-    size = 3 * 10**12
-    places = permute(np.arange(size - 1000, size), size=size, seed=0, epoch=0)
-    assert len(np.unique(places)) == 1000
-    assert 0.4 < places.mean() / size < 0.6
-    assert places.max() < size
-
-
-def loaders(paths: list[Path], world: int, batch: int = 2, **options: object) -> list[TokenLoader]:
-    settings = {"sequence": 8, "seed": 3} | options
-    return [TokenLoader(paths, batch=batch, rank=rank, world=world, **settings) for rank in range(world)]
-
-
-def step(ranks: list[TokenLoader]) -> list[int]:
-    """First token of each window that one step of all ranks reads, in global order."""
-    batches = [next(loader) for loader in ranks]
-    assert all(tokens.dtype == torch.int64 and tokens.shape[1] == 9 for tokens in batches)
-    assert all((tokens.diff(dim=1) == 1).all() for tokens in batches)
-    return torch.cat(batches)[:, 0].tolist()
-
-
-def test_an_epoch_covers_each_window_once(tmp_path: Path) -> None:
-    paths = numbered_shards(tmp_path, 8 * 10 + 1, 5, 8 * 13 + 8, 8 + 1)
-    starts = [*range(0, 80, 8), *range(86, 86 + 8 * 13, 8), 86 + 112]
-    ranks = loaders(paths, world=3)
-    assert ranks[0].windows == len(starts) == 24
-    epochs = [[start for _ in range(4) for start in step(ranks)] for _ in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == starts
-    assert epochs[0] != epochs[1]
-    assert epochs[0] != starts
-    ordered = loaders(paths, world=3, shuffle=False)
-    assert [start for _ in range(4) for start in step(ordered)] == starts
-
-
-def test_seed_decides_the_order(tmp_path: Path) -> None:
-    paths = numbered_shards(tmp_path, 8 * 50 + 1)
-    assert step(loaders(paths, world=2)) == step(loaders(paths, world=2))
-    assert step(loaders(paths, world=2)) != step(loaders(paths, world=2, seed=4))
-
-
-@pytest.mark.parametrize(("world", "batch"), [(2, 2), (1, 4), (4, 1), (3, 2)])
-def test_resuming_continues_the_global_row(tmp_path: Path, world: int, batch: int) -> None:
-    paths = numbered_shards(tmp_path, 8 * 30 + 1, 8 * 11 + 3)
-    whole = loaders(paths, world=2)
-    for _ in range(7):
-        step(whole)
-    state = json.loads(json.dumps(whole[1].state_dict()))
-    assert state["position"] == 28
-    expected = [start for _ in range(12) for start in step(whole)]  # past the end of the first epoch
-    resumed = loaders(paths, world=world, batch=batch)
-    for loader in resumed:
-        loader.load_state_dict(state)
-    found = [start for _ in range(48 // (world * batch)) for start in step(resumed)]
-    assert found == expected
-
-
-def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "b").mkdir()
-    paths, others = numbered_shards(tmp_path, 200), numbered_shards(tmp_path / "b", 199)
-    state = loaders(paths, world=1)[0].state_dict()
-    for changed, problem in (
-        (loaders(others, world=1), "fingerprint"),
-        (loaders(paths, world=1, sequence=9), "sequence 8.*sequence 9"),
-        (loaders(paths, world=1, shuffle=False), "shuffled.*in order"),
-        (loaders(paths, world=1, seed=4), "seed"),
-    ):
-        with pytest.raises(DataError, match=problem):
-            changed[0].load_state_dict(state)
-
-
-def test_loader_errors(tmp_path: Path) -> None:
-    paths = numbered_shards(tmp_path, 8 * 5 + 1)
-    with pytest.raises(DataError, match=r"part-0\.bin: 5 windows .* global batch of 6"):
-        loaders(paths, world=3)
-    with pytest.raises(DataError, match="outside the vocabulary of 3"):
-        next(loaders(paths, world=1, vocabulary=3)[0])
-    with pytest.raises(DataError, match="too short for one window"):
-        validation_batches(paths, sequence=64, batch=1, rank=0, world=1, limit=None)
-
-
-@pytest.mark.parametrize("limit", [1, 7, 12, None])
-def test_validation_is_the_same_at_any_world_size(tmp_path: Path, limit: int | None) -> None:
-    paths = numbered_shards(tmp_path, 8 * 9 + 1, 8 * 4 + 2)
-    sets = []
-    for world in (1, 2, 3):
-        seen: list[int] = []
-        counts = set()
-        for rank in range(world):
-            found = list(validation_batches(paths, sequence=8, batch=2, rank=rank, world=world, limit=limit))
-            counts.add(len(found))
-            for tokens, weight in found:
-                assert tokens.shape == (2, 9)
-                assert set(weight.tolist()) <= {0.0, 1.0}
-                seen += tokens[weight == 1][:, 0].tolist()
-        assert len(counts) == 1
-        sets.append(sorted(seen))
-    assert sets[0] == sets[1] == sets[2]
-    assert len(set(sets[0])) == len(sets[0]) == min(limit or 13, 13)
