@@ -93,6 +93,9 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/launch/test_survival.py::test_it_goes_back_only_so_often": (),
     "tests/launch/test_survival.py::test_a_run_that_only_ever_leaves_out_steps_ends": (),
     "tests/launch/test_nodes.py::test_a_run_on_two_nodes_survives_the_loss_of_one": (),
+    "tests/attacks/test_kills.py::test_none_is_left_of_an_engine_whose_launcher_is_killed": (),
+    "tests/attacks/test_kills.py::test_a_rank_whose_launcher_is_gone_does_not_begin": ("while a rank imports",),
+    "tests/attacks/test_kills.py::test_a_run_on_two_nodes_that_loses": (),
 }
 
 
