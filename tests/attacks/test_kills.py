@@ -100,18 +100,18 @@ def steps_logged(output: Path) -> list[tuple[str, int]]:
 def test_none_is_left_of_an_engine_whose_launcher_is_killed(corpus: Path, tmp_path: Path, module: str) -> None:
     if importlib.util.find_spec(ENGINES[module]) is None:
         pytest.skip(f"{ENGINES[module]} is not installed")
-    words = [*options(corpus, tmp_path / "run", steps=10_000), "--checkpoint-every", "2"]
+    output, config = tmp_path / "run", tmp_path / "stage2.json"
+    config.write_text('{"zero_optimization": {"stage": 2}}')
+    own = {"deepspeed": ("--deepspeed", str(config)), "megatron": ("--model", "qwen3-moe-tiny")}[ENGINES[module]]
+    command = torchrun(corpus, output, "--checkpoint-every", "2", *own, steps=10_000)
+    start = command.index("launch.pretrain")
+    command[start] = module
     if ENGINES[module] == "deepspeed":
         from tests.launch.test_pretrain_deepspeed import deepspeeds_launcher
 
-        config = tmp_path / "stage2.json"
-        config.write_text('{"zero_optimization": {"stage": 2}}')
-        command = [*deepspeeds_launcher(), "--module", module, *words, "--deepspeed", str(config)]
-    else:
-        command = [*torchrun(corpus, tmp_path / "run", steps=10_000)[:6], "-m", module, *words]
-        command += ["--model", "qwen3-moe-tiny"]
-    with started(command, tmp_path / "run", tmp_path / "stderr") as running:
-        running.wait_for(lambda: list(tmp_path.glob("run/checkpoints/step-????????")))
+        command[:start] = [*deepspeeds_launcher(), "--module"]
+    with started(command, output, tmp_path / "stderr") as running:
+        running.wait_for(lambda: list(output.glob("checkpoints/step-????????")))
         running.kill_launcher()
 
 
@@ -168,6 +168,7 @@ def test_a_run_on_two_nodes_that_loses(
     for rank in ended:
         assert running[rank].wait(timeout=TIMELY) != 0
         job.await_empty(rank)
+    for rank in ended:
         running[rank] = job.start(output, rank)
     job.finish(output, running)
     assert trained(output) == trained(whole_on_nodes)

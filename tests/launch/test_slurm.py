@@ -20,6 +20,8 @@ from tests.launch.slurm_fakes import Slurm
 OLMOE = "launch/configs/olmoe-tiny.toml"
 JOB = "launch/cluster/job.sbatch"
 STEPS = 40
+# Where some are made while Slurm's commands run.
+MORE_STEPS = 100
 # A rank that leaves well when told to.
 RANK = """
 import pathlib, signal, sys, time
@@ -170,7 +172,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     folder = tmp_path_factory.mktemp("job")
     (folder / "corpus").mkdir()
     (folder / "empty.toml").write_text("")
-    _, _, *more = options(write_corpus(folder / "corpus"), folder, steps=STEPS)
+    _, _, *more = options(write_corpus(folder / "corpus"), folder, steps=MORE_STEPS)
     more += ["--checkpoint-every", "5", "--keep", "20"]
     return "--nodes=2", JOB, "pretrain", str(folder / "empty.toml"), *more
 
@@ -228,7 +230,7 @@ def test_scancel_saves_and_the_job_goes_on_when_it_is_submitted_again(
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), cluster.said(job)
     cluster.await_nodes()
     stopped = max(trained(tmp_path))
-    assert stopped < STEPS
+    assert stopped < MORE_STEPS
     assert (tmp_path / "checkpoints" / f"step-{stopped:08}").is_dir(), cluster.said(job)
     assert "requeued" not in cluster.said(job)
     job = cluster.submit(*words, "--output", tmp_path, PYTHON=sys.executable, NPROC="1")
