@@ -242,7 +242,8 @@ node_supervise() {  # runs `command`; returns its exit code
     agent=$!
     set +m
     while kill -0 "$agent" 2>/dev/null; do
-        ranks=$(node_children "$agent")
+        # A signal to all processes of a job, as Slurm's and Ctrl-C may be, ends this subshell too.
+        ranks=$(node_children "$agent") || continue
         [ "$ranks" ] && idle=0 || idle=$((idle + 1))
         if [ "$warned" ] && [ -z "$giving_up" ]; then
             # Each once, and not before it is ready for it: a signal to ranks that still start would be lost.

@@ -19,9 +19,9 @@ from tests.launch.runs import ROOT
 _PATH = f"{os.environ['PATH']}:/usr/sbin"
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "srun", "scancel")
 _PATIENCE_SECONDS = 300.0
-# Nodes are as large as job.sbatch wants them, though the machine is not. Without control groups a signal goes to every
-# process of a task, not only to the first: the harder case for what a job starts. A credential's five seconds are what
-# a requeued job waits at least.
+# Nodes have the cores that job.sbatch wants, though the machine has not, and one GPU. Without control groups a signal
+# goes to every process of a task, not only to the first: the harder case for what a job starts. A credential's five
+# seconds are what a requeued job waits at least.
 _CONF = """
 ClusterName=symdist
 SlurmctldHost={head.name}({head.address})
@@ -40,7 +40,7 @@ GresTypes=gpu
 SlurmdParameters=config_overrides
 SlurmdTimeout=10
 ReturnToService=2
-NodeName=DEFAULT CPUs=64 Gres=gpu:8
+NodeName=DEFAULT CPUs=64 Gres=gpu:1
 {nodes}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
@@ -73,7 +73,11 @@ class Cluster:
 
     def submit(self, *words: str | Path, **variables: str | Path) -> int:
         """Submit a job, and return its number; `variables` are the user's."""
-        return int(self.call("sbatch", "--parsable", f"--output={self.folder}/job-%j", *words, **variables))
+        return int(
+            self.call(
+                "sbatch", "--parsable", "--gpus-per-node=1", f"--output={self.folder}/job-%j", *words, **variables
+            )
+        )
 
     def said(self, job: int) -> str:
         """What a job and its steps have printed."""
@@ -130,9 +134,8 @@ def cluster(folder: Path, *, nodes: int) -> Iterator[Cluster]:
         made = Cluster(folder, workers, head)
         lines = "\n".join(f"NodeName={node.name} NodeAddr={node.address}" for node in workers)
         (folder / "slurm.conf").write_text(_CONF.format(folder=folder, head=head, nodes=lines))
-        for i in range(8):
-            os.mknod(folder / f"gpu{i}", stat.S_IFCHR | 0o600, os.makedev(1, 3))
-        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+        os.mknod(folder / "gpu", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu\n")
         (folder / "munge.key").write_bytes(os.urandom(128))
         (folder / "munge.key").chmod(0o400)
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}

@@ -179,9 +179,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job that nothing happens to; it has as many ranks a node as it asks for GPUs."""
+    """A job that nothing happens to; its nodes have a GPU each, and so a rank."""
     output = tmp_path_factory.mktemp("runs") / "undisturbed"
-    job = cluster.submit("--gpus-per-node=1", *words, "--output", output, PYTHON=sys.executable)
+    job = cluster.submit(*words, "--output", output, PYTHON=sys.executable)
     ended = cluster.end(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), cluster.said(job)
     assert json.loads((output / "summary.json").read_text())["ranks"] == 2
@@ -191,7 +191,7 @@ def undisturbed(cluster: Cluster, words: tuple[str, ...], tmp_path_factory: pyte
 
 def submit_and_await_steps(cluster: Cluster, words: tuple[str, ...], output: Path) -> int:
     """Submit the job, and wait until it has a checkpoint."""
-    job = cluster.submit(*words, "--output", output, PYTHON=sys.executable, NPROC="1")
+    job = cluster.submit(*words, "--output", output, PYTHON=sys.executable)
     cluster.wait(job, (output / "checkpoints" / "step-00000005").exists)
     return job
 
@@ -233,7 +233,7 @@ def test_scancel_saves_and_the_job_goes_on_when_it_is_submitted_again(
     assert stopped < MORE_STEPS
     assert (tmp_path / "checkpoints" / f"step-{stopped:08}").is_dir(), cluster.said(job)
     assert "requeued" not in cluster.said(job)
-    job = cluster.submit(*words, "--output", tmp_path, PYTHON=sys.executable, NPROC="1")
+    job = cluster.submit(*words, "--output", tmp_path, PYTHON=sys.executable)
     assert cluster.end(job)["JobState"] == "COMPLETED", cluster.said(job)
     assert f"resumed at step {stopped}" in cluster.said(job)
     assert_same(tmp_path, undisturbed)
@@ -265,7 +265,6 @@ def test_slurm_warns_before_the_time_is_over(cluster: Cluster, tmp_path: Path) -
     job = cluster.submit(
         *("--nodes=1", "--time=1", "--signal=B:USR1@40", JOB, "pretrain", OLMOE, "--steps", "7", "--output", tmp_path),
         PYTHON=python(tmp_path, torchrun=agent),
-        NPROC="1",
     )
     ended = cluster.end(job)
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.said(job)
@@ -275,9 +274,7 @@ def test_slurm_warns_before_the_time_is_over(cluster: Cluster, tmp_path: Path) -
 @needs_slurm
 def test_a_failure_is_the_jobs_in_slurm_too(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit(
-        *("--nodes=2", JOB, "pretrain", OLMOE, "--output", tmp_path),
-        PYTHON=python(tmp_path, torchrun="exit 7"),
-        NPROC="1",
+        *("--nodes=2", JOB, "pretrain", OLMOE, "--output", tmp_path), PYTHON=python(tmp_path, torchrun="exit 7")
     )
     ended = cluster.end(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), cluster.said(job)
