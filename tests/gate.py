@@ -100,6 +100,14 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/launch/test_survival.py::test_it_goes_back_only_so_often": (),
     "tests/launch/test_survival.py::test_a_run_that_only_ever_leaves_out_steps_ends": (),
     "tests/launch/test_nodes.py::test_a_run_on_two_nodes_survives_the_loss_of_one": (),
+    "tests/launch/test_slurm.py::test_slurm_requeues_a_warned_job_which_goes_on_beside_a_drained_node": (),
+    "tests/launch/test_slurm.py::test_scancel_saves_and_the_job_goes_on_when_it_is_submitted_again": (),
+    "tests/launch/test_slurm.py::test_slurm_requeues_a_job_that_loses_a_node": (),
+    "tests/launch/test_slurm.py::test_slurm_warns_before_the_time_is_over": (),
+    "tests/launch/test_slurm.py::test_a_failure_is_the_jobs_in_slurm_too": (),
+    "tests/attacks/test_kills.py::test_none_is_left_of_an_engine_whose_launcher_is_killed": (),
+    "tests/attacks/test_kills.py::test_a_rank_whose_launcher_is_gone_does_not_begin": ("while a rank imports",),
+    "tests/attacks/test_kills.py::test_a_run_on_two_nodes_that_loses": (),
 }
 
 

@@ -4,8 +4,8 @@
 #   bash launch/cluster/job.sh BATCH_FILE ENTRY CONFIG [options]
 # The job is requeued, at most MAX_REQUEUES (100) times, when the run is not at its last step and either the job was
 # warned (--signal=B:USR1@…) or the ranks left after a checkpoint, as a pre-emption with a grace time tells them to.
-# A run that fails is not, and its exit code is the job's; nor is a job that scancel ends. When a node fails, Slurm
-# itself requeues (--requeue).
+# A run that fails is not, and the job's exit code is srun's, the highest of all nodes: of those that it had to end, too.
+# Nor is a job that scancel ends. When a node fails, Slurm itself requeues (--requeue).
 set -euo pipefail
 
 batch_file=$1

@@ -224,21 +224,26 @@ node_catches_usr1() {  # PID
 }
 
 node_supervise() {  # runs `command`; returns its exit code
-    local agent pause rank code=0 idle=0 ranks="" told=" " warned="" stops=0 giving_up=""
+    local agent pause rank code=0 idle=0 ranks="" told=" " warned="" stops=0 giving_up="" tied=()
     # torchrun dies of SIGUSR1, and at a SIGTERM it gives its ranks half a minute: too little for a large checkpoint.
     # So this shell takes the signals, and tells the ranks alone.
     trap 'warned=1' USR1
     trap 'warned=1; stops=$((stops + 1))' TERM INT HUP
+    # Ranks die with torchrun, and it with this shell, where util-linux is there to see to it.
+    if setpriv --pdeathsig KILL true 2>/dev/null; then
+        tied=(setpriv --pdeathsig KILL)
+    fi
     # In a process group of its own, so that Ctrl-C does not reach it.
     set -m
     (
         trap '' USR1
-        exec "${command[@]}"
+        exec "${tied[@]}" "${command[@]}"
     ) &
     agent=$!
     set +m
     while kill -0 "$agent" 2>/dev/null; do
-        ranks=$(node_children "$agent")
+        # A signal to all processes of a job, as Slurm's and Ctrl-C may be, ends this subshell too.
+        ranks=$(node_children "$agent") || continue
         [ "$ranks" ] && idle=0 || idle=$((idle + 1))
         if [ "$warned" ] && [ -z "$giving_up" ]; then
             # Each once, and not before it is ready for it: a signal to ranks that still start would be lost.
@@ -261,9 +266,9 @@ node_supervise() {  # runs `command`; returns its exit code
     done
     wait "$agent" || code=$?
     if [ "$code" -gt 128 ]; then
-        # Ranks are in sessions of their own: those of an agent that was killed would go on and hold the GPUs.
+        # What ranks started is in their process groups, and would outlive an agent that was killed.
         for rank in $ranks; do
-            kill -KILL -- "-$rank" 2>/dev/null || true
+            kill -KILL -- "-$rank" "$rank" 2>/dev/null || true
         done
     fi
     return "$code"

@@ -14,7 +14,7 @@ from launch.loop.config import Config
 from launch.loop.dry_run import dry_run
 from launch.loop.training import Training
 from launch.records.run_log import RunLog, already_finished, check_folder
-from launch.runtime.distributed import AllRanksError, Ranks, connect, launched
+from launch.runtime.distributed import AllRanksError, Ranks, connect, die_with_parent, launched
 from launch.runtime.folder_lock import FolderLock, launch_id
 from launch.runtime.signals import StopSignals
 from launch.runtime.watchdog import Watchdog
@@ -35,6 +35,7 @@ def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog]
     Example:
         >>> end_with(lambda: run(lambda: parse_as(FsdpRun, sys.argv[1:]), FsdpTraining))
     """
+    die_with_parent()
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     rank = int(os.environ.get("RANK", "0"))
     try:

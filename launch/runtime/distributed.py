@@ -1,6 +1,8 @@
 """The ranks of a run: process group, device, and collectives on small values."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import launch
 from launch.runtime.signals import StopSignals
 from launch.runtime.watchdog import SLOW_SECONDS
 from symdist.engines.agreement import gather, gather_unless_failed
 
 T = TypeVar("T")
+
+# What torchrun and DeepSpeed's launcher set; ranks that a shell starts may outlive it.
+_LAUNCHERS_SET = {"TORCHELASTIC_RUN_ID", "LOCAL_SIZE"}
+_PR_SET_PDEATHSIG = 1
 
 # The other ranks wait while rank 0 prepares a corpus, which may be large.
 _PREPARING = timedelta(days=2)
@@ -86,6 +93,34 @@ class Ranks:
         """Wait until the device has finished, so that a clock read afterwards includes its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its launcher ends, by SIGKILL too; at once if it has ended already.
+
+    Ranks are in sessions of their own and would train on, beside those that are started next. On Linux only, and only
+    under torchrun or DeepSpeed's launcher. What a rank starts does not inherit this and calls it too.
+    """
+    if not _LAUNCHERS_SET & os.environ.keys():
+        return
+    try:
+        prctl = ctypes.CDLL(None).prctl
+    except (OSError, AttributeError):
+        return
+    prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    # The kernel does not tell of what was before.
+    if os.getppid() != launch.LAUNCHER or not _may_launch(launch.LAUNCHER):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _may_launch(process: int) -> bool:
+    """Return False of the system's first process, which adopts orphans, unless it is Python, as in a container."""
+    if process != 1:
+        return True
+    try:
+        return os.path.samefile("/proc/1/exe", "/proc/self/exe")
+    except PermissionError:
+        return False
 
 
 def launched() -> tuple[int, int]:

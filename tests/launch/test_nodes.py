@@ -1,8 +1,7 @@
 """The scripts that nodes run: what they start and with what, and that a run survives the loss of a node."""
 
-import subprocess
+import importlib.util
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,10 @@ from launch.engines.deepspeed.config import DeepSpeedRun
 from launch.loop.config import Config, parse_as
 from symdist.tools.run_log import read_run
 from tests.launch import netns
-from tests.launch.netns import Node, two_nodes
+from tests.launch.netns import MULTINODE, STEPS, Job, lose, network
 from tests.launch.node_stubs import call, python, without_ip
-from tests.launch.runs import ROOT, options, trained, validated, write_corpus
+from tests.launch.runs import ROOT, trained, validated, write_corpus
 
-STEPS = 40
-MULTINODE = "launch/cluster/multinode.sh"
 OLMOE = "launch/configs/olmoe-tiny.toml"
 PLACE = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "NPROC": "2"}
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/cluster/*")])
@@ -120,88 +117,91 @@ def test_network_choice_is_left_alone_where_it_is_made_or_cannot_be(tmp_path: Pa
     assert "--local-addr" not in done.stdout
 
 
+# Of a rank in a session of its own, which says that it is there when the script asks it to stop.
+RANK = """
+import os, pathlib, signal, sys, time
+os.setsid()
+signal.signal(signal.SIGUSR1, lambda *_: pathlib.Path(sys.argv[1]).touch())
+while True:
+    time.sleep(1)
+"""
+
+
 def test_exit_codes_and_leftover_ranks(tmp_path: Path) -> None:
     words = (MULTINODE, "pretrain", OLMOE, "--output", tmp_path / "run")
     place = PLACE | {"NNODES": "1"}
     assert call(*words, **place, PYTHON=python(tmp_path, torchrun="exit 7")).returncode == 7
-    # An agent that is killed leaves ranks behind, in sessions of their own.
-    rank = f"{sys.executable} -c 'import os, time; os.setsid(); time.sleep(600)'"
-    agent = f"{rank} & echo $! >{tmp_path}/rank; sleep 3; kill -KILL $$"
+    # An agent that is killed leaves ranks behind, of which the script knows once it has passed on a signal.
+    program, told = tmp_path / "rank.py", tmp_path / "told"
+    program.write_text(RANK)
+    rank = f"{sys.executable} {program} {told} & echo $! >{tmp_path}/rank"
+    agent = f"{rank}; kill -USR1 $PPID; until [ -e {told} ]; do sleep 0.1; done; kill -KILL $$"
     assert call(*words, **place, PYTHON=python(tmp_path, torchrun=agent)).returncode == 137
-    process = int((tmp_path / "rank").read_text())
-    while Path(f"/proc/{process}/cmdline").exists() and Path(f"/proc/{process}/cmdline").read_bytes():
-        time.sleep(0.05)
+    assert not alive(int((tmp_path / "rank").read_text()))
+
+
+def test_torchrun_ends_with_the_script(tmp_path: Path) -> None:
+    agent = f"echo $$ >{tmp_path}/agent; kill -KILL $PPID; exec sleep 600"
+    done = call(
+        *(MULTINODE, "pretrain", OLMOE, "--output", tmp_path / "run"),
+        **PLACE | {"NNODES": "1", "PYTHON": python(tmp_path, torchrun=agent)},
+    )
+    assert done.returncode == -9
+    assert not alive(int((tmp_path / "agent").read_text()))
+
+
+def alive(process: int) -> bool:
+    """Whether it runs; one that has ended and is not yet waited for does not."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 needs_namespaces = pytest.mark.skipif(bool(netns.unavailable()), reason=netns.unavailable())
 
 
-class Cluster:
-    """Two nodes that train the same small model, in a folder that both see."""
-
-    def __init__(self, nodes: tuple[Node, Node], folder: Path, corpus: Path):
-        self.nodes, self.corpus, self.folder = nodes, corpus, folder
-        self.config = folder / "empty.toml"
-        self.config.write_text("")
-
-    def start(self, output: Path, rank: int, *, node: int | None = None) -> subprocess.Popen[bytes]:
-        """Start one node of a run; `node`, where it is not of the same number."""
-        variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": self.nodes[0].address, "NPROC": "2"}
-        words = ["bash", MULTINODE, "pretrain", str(self.config), *options(self.corpus, output, steps=STEPS)]
-        words += ["--batch", "8", "--checkpoint-every", "5", "--keep", "20", "--resume", "auto"]
-        place = self.nodes[rank if node is None else node]
-        # Two seconds instead of five, so that the test waits less for a lost node to be struck off.
-        variables |= {"PYTHON": sys.executable, "RDZV_CONF": "keep_alive_interval=2", "MAX_RESTARTS": "2"}
-        return place.start(words, log=self.log(output, rank), variables=variables)
-
-    def log(self, output: Path, rank: int) -> Path:
-        """What a node's script said."""
-        return self.folder / f"{output.name}-{rank}.log"
-
-    def finish(self, output: Path, *running: subprocess.Popen[bytes]) -> None:
-        """Wait until all nodes have ended well."""
-        codes = [process.wait(timeout=300) for process in running]
-        assert codes == [0, 0], self.log(output, 0).read_text() + self.log(output, 1).read_text()
-
-
 @needs_namespaces
-def test_a_run_on_two_nodes_survives_the_loss_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("entry", "engine"),
+    [("pretrain", "torch"), ("pretrain_deepspeed", "deepspeed"), ("pretrain_megatron", "megatron")],
+)
+def test_a_run_on_two_nodes_survives_the_loss_of_one(entry: str, engine: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(engine) is None:
+        pytest.skip(f"{engine} is not installed")
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     write_corpus(corpus)
     whole, lost = tmp_path / "whole", tmp_path / "lost"
-    with two_nodes(0) as nodes:
-        cluster = Cluster(nodes, tmp_path, corpus)
-        cluster.finish(whole, *(cluster.start(whole, rank) for rank in range(2)))
+    with network(tmp_path) as nodes:
+        job = Job(nodes, tmp_path, corpus, entry=entry)
+        job.finish(whole, job.start_all(whole))
 
-        first, second = (cluster.start(lost, rank) for rank in range(2))
-        while not (lost / "checkpoints" / "step-00000010").exists():
-            assert first.poll() is None, cluster.log(lost, 0).read_text()
-            time.sleep(0.01)
-        nodes[1].lose()
+        first, second = job.start_all(lost)
+        job.wait(lost, [first], (lost / "checkpoints" / "step-00000010").exists)
+        lose(nodes[1])
         second.wait()
         assert not (lost / "summary.json").exists()
-        cluster.finish(lost, first, cluster.start(lost, 1))
+        job.finish(lost, [first, job.start(lost, 1)])
 
     assert read_run(whole).summary["ranks"] == 4
     assert sorted(trained(whole)) == list(range(1, STEPS + 1))
     assert trained(lost) == trained(whole)
     assert validated(lost) == validated(whole)
-    assert "resumed at step" in cluster.log(lost, 0).read_text()
-    assert "resumed at step" not in cluster.log(whole, 0).read_text()
+    assert "resumed at step" in job.log(lost, 0).read_text()
+    assert "resumed at step" not in job.log(whole, 0).read_text()
     # Every rank of every node has its log, and a rank's console shows the first of its node.
     for rank in range(2):
-        (logs,) = (whole / "logs").glob(f"*-{rank}")
-        assert len(list(logs.glob("whole_*/attempt_0/*/stderr.log"))) == 2
-        assert "[default1]" not in cluster.log(whole, rank).read_text()
+        assert len(list((whole / "logs" / f"node{rank}-{rank}").glob("whole_*/attempt_0/*/stderr.log"))) == 2
+        assert "[default1]" not in job.log(whole, rank).read_text()
 
 
 @needs_namespaces
 def test_address_and_interface_are_those_that_reach_node_0(tmp_path: Path) -> None:
-    with two_nodes(1) as nodes:
+    with network(tmp_path) as (*nodes, _):
         for rank, node in enumerate(nodes):
             log = tmp_path / f"{rank}.log"
-            variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": nodes[0].address, "NPROC": "1"}
+            variables = {"NNODES": "2", "NODE_RANK": str(rank), "MASTER_ADDR": nodes[0].name, "NPROC": "1"}
             words = ["bash", MULTINODE, "pretrain", OLMOE, "--dry-run"]
             started = node.start(words, log=log, variables=variables | {"PYTHON": str(python(tmp_path))})
             assert started.wait(timeout=120) == 0, log.read_text()

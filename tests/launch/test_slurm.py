@@ -5,17 +5,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.launch import slurm_cluster
+from tests.launch.netns import lose
 from tests.launch.node_stubs import call, python
-from tests.launch.runs import options, trained, write_corpus
+from tests.launch.runs import lines, options, trained, validated, write_corpus
+from tests.launch.slurm_cluster import Cluster
 from tests.launch.slurm_fakes import Slurm
 
 OLMOE = "launch/configs/olmoe-tiny.toml"
 JOB = "launch/cluster/job.sbatch"
 STEPS = 40
+# Where some are made while Slurm's commands run.
+MORE_STEPS = 100
 # A rank that leaves well when told to.
 RANK = """
 import pathlib, signal, sys, time
@@ -148,3 +154,128 @@ def test_outside_slurm_it_shows_what_it_would_run(tmp_path: Path) -> None:
     elsewhere = call(JOB, "pretrain", OLMOE, SLURM_SUBMIT_DIR=tmp_path)
     assert elsewhere.returncode == 2
     assert "submit from the repository's folder" in elsewhere.stderr
+
+
+needs_slurm = pytest.mark.skipif(bool(slurm_cluster.unavailable()), reason=slurm_cluster.unavailable())
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real Slurm: a job takes two of its three nodes."""
+    with slurm_cluster.cluster(tmp_path_factory.mktemp("slurm"), nodes=3) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """What is submitted: ENTRY, CONFIG and all options but the output."""
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "corpus").mkdir()
+    (folder / "empty.toml").write_text("")
+    _, _, *more = options(write_corpus(folder / "corpus"), folder, steps=MORE_STEPS)
+    more += ["--checkpoint-every", "5", "--keep", "20"]
+    return "--nodes=2", JOB, "pretrain", str(folder / "empty.toml"), *more
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job that nothing happens to; its nodes have a GPU each, and so a rank."""
+    output = tmp_path_factory.mktemp("runs") / "undisturbed"
+    job = cluster.submit(*words, "--output", output, PYTHON=sys.executable)
+    ended = cluster.end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), cluster.said(job)
+    assert json.loads((output / "summary.json").read_text())["ranks"] == 2
+    assert {path.name for path in (output / "logs").iterdir()} == {"node0-0", "node1-1"}
+    return output
+
+
+def submit_and_await_steps(cluster: Cluster, words: tuple[str, ...], output: Path) -> int:
+    """Submit the job, and wait until it has a checkpoint."""
+    job = cluster.submit(*words, "--output", output, PYTHON=sys.executable)
+    cluster.wait(job, (output / "checkpoints" / "step-00000005").exists)
+    return job
+
+
+def assert_same(output: Path, undisturbed: Path) -> None:
+    assert trained(output) == trained(undisturbed)
+    assert validated(output) == validated(undisturbed)
+    assert len(lines(output)) == len(lines(undisturbed))
+
+
+@needs_slurm
+def test_slurm_requeues_a_warned_job_which_goes_on_beside_a_drained_node(
+    cluster: Cluster, words: tuple[str, ...], undisturbed: Path, tmp_path: Path
+) -> None:
+    job = submit_and_await_steps(cluster, words, tmp_path)
+    cluster.call("scontrol", "update", "nodename=node1", "state=drain", "reason=test")
+    assert cluster.job(job)["JobState"] == "RUNNING"
+    cluster.call("scancel", "--batch", "--signal=USR1", str(job))
+    ended = cluster.end(job)
+    cluster.call("scontrol", "update", "nodename=node1", "state=resume")
+    found = ended["JobState"], ended["Restarts"], ended["NodeList"]
+    assert found == ("COMPLETED", "1", "node[0,2]"), cluster.said(job)
+    assert "stopped by a signal: saved" in cluster.said(job)
+    assert "not at its last step: requeued" in cluster.said(job)
+    assert "resumed at step" in cluster.said(job)
+    assert_same(tmp_path, undisturbed)
+
+
+@needs_slurm
+def test_scancel_saves_and_the_job_goes_on_when_it_is_submitted_again(
+    cluster: Cluster, words: tuple[str, ...], undisturbed: Path, tmp_path: Path
+) -> None:
+    job = submit_and_await_steps(cluster, words, tmp_path)
+    cluster.call("scancel", str(job))
+    ended = cluster.end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), cluster.said(job)
+    cluster.await_nodes()
+    stopped = max(trained(tmp_path))
+    assert stopped < MORE_STEPS
+    assert (tmp_path / "checkpoints" / f"step-{stopped:08}").is_dir(), cluster.said(job)
+    assert "requeued" not in cluster.said(job)
+    job = cluster.submit(*words, "--output", tmp_path, PYTHON=sys.executable)
+    assert cluster.end(job)["JobState"] == "COMPLETED", cluster.said(job)
+    assert f"resumed at step {stopped}" in cluster.said(job)
+    assert_same(tmp_path, undisturbed)
+
+
+@needs_slurm
+def test_slurm_requeues_a_job_that_loses_a_node(
+    cluster: Cluster, words: tuple[str, ...], undisturbed: Path, tmp_path: Path
+) -> None:
+    job = submit_and_await_steps(cluster, words, tmp_path)
+    lose(cluster.nodes[1])
+    ended = cluster.end(job)
+    found = ended["JobState"], ended["Restarts"], ended["NodeList"]
+    assert found == ("COMPLETED", "1", "node[0,2]"), cluster.said(job)
+    assert "resumed at step" in cluster.said(job)
+    assert_same(tmp_path, undisturbed)
+    cluster.boot(cluster.nodes[1])
+    cluster.await_nodes()
+
+
+@needs_slurm
+def test_slurm_warns_before_the_time_is_over(cluster: Cluster, tmp_path: Path) -> None:
+    summary, rank = tmp_path / "summary.json", tmp_path / "rank.py"
+    rank.write_text(RANK)
+    # The second start finishes at once.
+    agent = f"""
+        if [ "$SLURM_RESTART_COUNT" ]; then echo '{{"steps": 7}}' >{summary}; exit; fi
+        {sys.executable} {rank} {tmp_path}/ready; exit"""
+    job = cluster.submit(
+        *("--nodes=1", "--time=1", "--signal=B:USR1@40", JOB, "pretrain", OLMOE, "--steps", "7", "--output", tmp_path),
+        PYTHON=python(tmp_path, torchrun=agent),
+    )
+    ended = cluster.end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), cluster.said(job)
+    assert "not at its last step: requeued" in cluster.said(job)
+
+
+@needs_slurm
+def test_a_failure_is_the_jobs_in_slurm_too(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit(
+        *("--nodes=2", JOB, "pretrain", OLMOE, "--output", tmp_path), PYTHON=python(tmp_path, torchrun="exit 7")
+    )
+    ended = cluster.end(job)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0"), cluster.said(job)
+    assert "task 0: Exited with exit code 7" in cluster.said(job)

@@ -3,30 +3,23 @@
 import json
 import math
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from launch.checkpoints.directory import newest_first, verify_sizes
 from launch.data import write_shard
 from launch.loop.loss_spikes import SpikeJudge
-from tests.launch.runs import ROOT, environment, mounted, run_fsdp, torchrun, trained, validated, write_corpus
-from tests.processes import agent_ends_with_parent
+from tests.launch.running import TIMELY, events, started
+from tests.launch.runs import mounted, run_fsdp, torchrun, trained, write_corpus
 
-# How often a run loses a rank; twenty times takes some minutes.
-KILLS = int(os.environ.get("SYMDIST_TEST_KILLS", "2"))
-STEPS = max(30, 5 * KILLS)
-TIMELY = 240.0
+STEPS = 30
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-command, pretrain = partial(torchrun, steps=STEPS), partial(run_fsdp, steps=STEPS)
+pretrain = partial(run_fsdp, steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -50,111 +43,9 @@ def names(output: Path) -> list[str]:
     return sorted(path.name for path in (output / "checkpoints").iterdir())
 
 
-def events(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
-
-
 def test_the_newest_and_every_tenth_are_kept(whole: Path) -> None:
     kept = {*range(10, STEPS, 10), STEPS - 5, STEPS}
     assert names(whole) == [f"step-{step:08}" for step in sorted(kept)]
-
-
-@pytest.fixture(scope="module")
-def bereaved(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run, one of whose ranks is killed again and again: in steps, validations and checkpoints."""
-    output = tmp_path_factory.mktemp("runs") / "bereaved"
-    more = ("--checkpoint-every", "2", "--validate-every", "3", "--keep", "2")
-    with started(command(corpus, output, *more, restarts=KILLS), output.parent / "stderr") as running:
-        kill_ranks(running, output, random.Random(7))
-        assert running.wait(TIMELY) == 0, said(running)
-    return output
-
-
-@contextmanager
-def started(command: list[str], stderr: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A run that goes on beside the test, and ends with it; what it says goes to a file, which never fills up."""
-    with open(stderr, "wb") as stream:
-        running = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stderr=stream, preexec_fn=agent_ends_with_parent
-        )
-    running.said = stderr  # type: ignore[attr-defined]
-    try:
-        yield running
-    finally:
-        if running.poll() is None:
-            running.terminate()
-            running.wait(60)
-
-
-def said(running: subprocess.Popen[bytes]) -> str:
-    return running.said.read_text()  # type: ignore[attr-defined]
-
-
-def kill_ranks(running: subprocess.Popen[bytes], output: Path, draw: random.Random) -> None:
-    """Kill a rank at KILLS moments: some steps and milliseconds after a restart, each second one in a checkpoint."""
-    dead: set[int] = set()
-    for kill in range(KILLS):
-        ranks = children(running, but=dead)
-        base = furthest(output)
-        ahead = draw.randrange(0, 3) if base + 4 < STEPS else 0
-        wait_for(lambda: furthest(output) >= base + ahead, running)  # noqa: B023
-        if kill == KILLS - 1:  # So that the run goes on from a checkpoint at least once.
-            wait_for(lambda: list(output.glob("checkpoints/step-????????")), running)
-        if kill % 2 and base + 4 < STEPS:
-            # Those of the background show for milliseconds; if none shows, the run has come to its end.
-            wait_for(lambda: list(output.glob("checkpoints/*.writing")) or furthest(output) + 2 >= STEPS, running)
-        else:
-            time.sleep(draw.random() * 0.3)
-        if running.poll() is not None:
-            pytest.fail(f"the run ended before rank {kill + 1} of {KILLS} was killed")
-        os.kill(draw.choice(ranks), signal.SIGKILL)
-        dead |= set(ranks)
-
-
-def children(running: subprocess.Popen[bytes], *, but: set[int]) -> list[int]:
-    """The processes of the ranks, once there are two that are not among those known to be gone."""
-    found: list[int] = []
-
-    def look() -> bool:
-        found[:] = []
-        for tasks in Path(f"/proc/{running.pid}/task").glob("*/children"):
-            for word in tasks.read_text().split():
-                line = Path(f"/proc/{word}/cmdline")
-                if int(word) not in but and line.exists() and b"launch.pretrain" in line.read_bytes():
-                    found.append(int(word))
-        return len(found) == 2
-
-    wait_for(look, running)
-    return found
-
-
-def furthest(output: Path) -> int:
-    """The last step of the log."""
-    path = output / "log.jsonl"
-    text = path.read_text() if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return json.loads(whole[-1])["step"] if whole else 0
-
-
-def wait_for(condition: Callable[[], object], running: subprocess.Popen[bytes]) -> None:
-    end = time.monotonic() + TIMELY
-    while not condition():
-        assert running.poll() is None, said(running)
-        assert time.monotonic() < end, "the run does not come on"
-        time.sleep(0.002)
-
-
-def test_a_run_that_loses_ranks_ends_as_if_it_had_not(whole: Path, bereaved: Path) -> None:
-    assert trained(bereaved) == trained(whole)
-    assert validated(bereaved)[STEPS] == validated(whole)[STEPS]
-    resumed = [event for event in events(bereaved) if event["event"] == "resume" and event["step"] > 0]
-    assert f"after {KILLS} restarts" in resumed[-1]["text"]
-
-
-def test_no_checkpoint_of_it_is_damaged(bereaved: Path) -> None:
-    for path in newest_first(bereaved / "checkpoints"):
-        verify_sizes(path)
-    assert not any(event["event"] == "fallback" for event in events(bereaved))
 
 
 @pytest.fixture
@@ -228,15 +119,15 @@ def four(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_rank_that_stands_still_ends_the_run_with_what_it_was_at(corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "hung"
-    with started(command(corpus, output, "--timeout", "10"), tmp_path / "stderr") as running:
-        ranks = children(running, but=set())
-        wait_for(lambda: furthest(output) >= 3, running)
+    with started(torchrun(corpus, output, "--timeout", "10", steps=STEPS), output, tmp_path / "stderr") as running:
+        ranks = running.ranks()
+        running.wait_for(lambda: running.furthest() >= 3)
         os.kill(ranks[1], signal.SIGSTOP)
-        wait_for(lambda: "made no progress for 10 s in step" in said(running), running)
+        running.wait_for(lambda: "made no progress for 10 s in step" in running.said())
         # torchrun waits half a minute for it to leave in order.
         os.kill(ranks[1], signal.SIGKILL)
-        assert running.wait(TIMELY) != 0
-    text = said(running)
+        assert running.launcher.wait(TIMELY) != 0
+    text = running.said()
     assert re.search(
         r"error: rank 0 has made no progress for 10 s in step \d+, (forward and backward|optimizer|optimizer, .*): "
         "a rank is lost or hung, or --timeout is too short for this",

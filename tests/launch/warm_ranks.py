@@ -17,6 +17,7 @@ from subprocess import CompletedProcess
 
 import torch
 
+import launch
 from tests.processes import ROOT, end_with_parent, print_to, warm_start
 
 GRACE_SECONDS = 15.0
@@ -59,6 +60,7 @@ def _wait(processes: list[ForkServerProcess]) -> None:
 
 def _rank(module: str, arguments: list[str], variables: Mapping[str, str], output: str) -> None:
     end_with_parent()
+    launch.LAUNCHER = os.getppid()
     print_to(output)
     os.environ.clear()
     os.environ.update(variables)

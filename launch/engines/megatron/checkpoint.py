@@ -32,6 +32,7 @@ from launch.checkpoints.directory import (
 from launch.checkpoints.pickles import check_objects, check_torch_file, read_metadata
 from launch.checkpoints.publish import publish_together
 from launch.runtime.agreement import on_all_ranks, with_dcp
+from launch.runtime.distributed import die_with_parent
 from launch.runtime.signals import STOP_SIGNALS
 
 # In this format the state of a distributed optimizer can be read at another number of data-parallel ranks.
@@ -210,11 +211,12 @@ def _keep_helper() -> None:
     """
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(_ignore_signals)
+        manager.start(_begin_helper)
         filesystem_async._results_queue = manager.Queue()
 
 
-def _ignore_signals() -> None:
+def _begin_helper() -> None:
+    die_with_parent()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
