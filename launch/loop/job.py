@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from launch.checkpoints.directory import CheckpointError
-from launch.data import Corpus, prepare
+from launch.data import Corpus, prepare, prepare_on_ranks
 from launch.loop.config import Config
 from launch.loop.dry_run import dry_run
 from launch.loop.training import Training
@@ -105,7 +105,15 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
                 ranks.restarts = 0
                 # Rank 0 writes into the folder only after all ranks have checked it.
                 ranks.everywhere(lambda: check_folder(config.output, resume=config.resume))
-            corpus = ranks.everywhere(lambda: prepare(config.data))
+            watchdog.doing("checking the data", slow=True)
+            corpus = prepare_on_ranks(
+                config.data,
+                everywhere=ranks.everywhere,
+                gather=ranks.gather,
+                # Those of one node, since each may have a disk of its own.
+                rank=int(os.environ["LOCAL_RANK"]),
+                world=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"),
+            )
             try:
                 training = start(config, corpus, ranks, watchdog)
                 resumed_at = training.resume(log)

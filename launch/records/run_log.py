@@ -30,6 +30,7 @@ from symdist.tools.run_format import (
     parse_log_line,
     split_lines,
 )
+from symdist.tools.texts import printable
 
 _SHOWN = (
     *("loss", "gradient_norm", "tokens_per_second", "mfu", "optimizer_share", "memory_gb"),
@@ -105,7 +106,7 @@ class RunLog:
             aside = path.with_name(f"{LOG}.damaged")
             os.replace(path, aside)
             self.say(f"{path} was no file; it is renamed {aside.name}")
-        lines = split_lines(path.read_bytes())[0] if path.exists() else []
+        lines = split_lines(_content(path))[0] if path.exists() else []
         parsed = [(text, line) for text in lines if (line := parse_log_line(text)) is not None]
         if len(parsed) < len(lines):
             self.say(f"{len(lines) - len(parsed)} lines of {path} cannot be read and are passed over")
@@ -121,7 +122,7 @@ class RunLog:
             return None
         events: list[Event | None] = []
         with contextlib.suppress(OSError):
-            events = [parse_event_line(line) for line in split_lines((self._folder / EVENTS).read_bytes())[0]]
+            events = [parse_event_line(line) for line in split_lines(_content(self._folder / EVENTS))[0]]
         for event in reversed(events):
             if event is not None and event.get("event") in ("save", "fallback"):
                 return f"{self._folder / EVENTS} says: {event.get('text')}"
@@ -190,10 +191,12 @@ class RunLog:
         """Print a line to the terminal (stderr)."""
         if not self.write:
             return
+        # Paths and error messages hold what users and files say, which may not reach rich's markup or the terminal.
+        lines = "\n".join(map(printable, text.split("\n")))
         if self._progress is not None:
-            self._progress.console.print(text, highlight=False)
+            self._progress.console.print(lines, highlight=False, markup=False, emoji=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(lines, file=sys.stderr, flush=True)
 
     def finish(self, summary: Mapping[str, Any] | None) -> None:
         """Close the log.
@@ -224,7 +227,7 @@ def already_finished(folder: Path, *, steps: int) -> bool:
         Whether its summary says so.
     """
     try:
-        return bool(json.loads((folder / SUMMARY).read_text())["steps"] >= steps)
+        return bool(json.loads(_content(folder / SUMMARY))["steps"] >= steps)
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         # There is no summary, or it is damaged.
         return False
@@ -244,6 +247,13 @@ def check_folder(folder: Path, *, resume: str | None) -> None:
         raise ValueError(f"{folder} already holds a run; pass --resume auto to continue it, or another --output")
 
 
+def _content(path: Path) -> bytes:
+    """Return what a file holds; reading what is none, such as a pipe, could wait for ever."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_bytes()
+
+
 def _replace(path: Path, content: bytes) -> None:
     """Write a file in one go, so that nothing is lost or half-written if the process dies meanwhile."""
     writing = path.with_name(f"{path.name}.writing")
@@ -254,7 +264,9 @@ def _replace(path: Path, content: bytes) -> None:
 def _append(path: Path, text: str) -> bool:
     """Append to a file or leave it unchanged, and return whether it worked; a full disk must not end a run."""
     try:
-        with open(path, "ab", buffering=0) as stream:
+        # Without O_NONBLOCK, opening a pipe waits for its other end.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
+        with open(os.open(path, flags, 0o666), "ab", buffering=0) as stream:
             length = stream.tell()
             content = text.encode()
             try:

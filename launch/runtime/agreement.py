@@ -12,6 +12,8 @@ from symdist.engines.agreement import gather
 
 T = TypeVar("T")
 
+_LONGEST = 400
+
 
 def rank_and_world() -> tuple[int, int]:
     """Return this rank and the number of ranks; (0, 1) without torch.distributed."""
@@ -85,4 +87,6 @@ def with_dcp(function: Callable[[], object], failed: str, remedy: str, *, read: 
 
 
 def _describe_error(error: BaseException, rank: int) -> str:
-    return f"{type(error).__name__} on rank {rank}: {error}"
+    # In one line, and without the advice that PyTorch adds to some of its messages.
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__} on rank {rank}: {text if len(text) <= _LONGEST else text[:_LONGEST] + '…'}"

@@ -1,6 +1,7 @@
 """Gives an output folder to one launch at a time, on whatever node of whatever job it runs."""
 
 import contextlib
+import errno
 import json
 import os
 import platform
@@ -109,13 +110,15 @@ class FolderLock:
             holder, beat = self._holder(self._path)
         except FileNotFoundError:
             return
-        if self._lives(holder, beat):
+        if "lock" not in holder:
+            self._say(f"{self._path} is damaged and says of no run that holds the folder: it is passed over")
+        elif self._lives(holder, beat):
             job = f", job {holder['job']}" if holder.get("job") else ""
             raise ValueError(
                 f"another run is training in {self._folder}: process {holder.get('pid')} on {holder.get('host')}{job}, "
                 f"last heard of at {time.strftime('%H:%M:%S', time.localtime(beat))}; give another --output, or end it"
             )
-        if holder.get("launch") == self._own["launch"]:
+        elif holder.get("launch") == self._own["launch"]:
             self.begun = self._own["begun"] = bool(holder.get("begun"))
         else:
             self._say(
@@ -129,7 +132,8 @@ class FolderLock:
                 # Another launch was faster, and this is its file.
                 with contextlib.suppress(FileExistsError):
                     os.link(moved, self._path)
-            moved.unlink()
+            if not moved.is_dir():
+                moved.unlink()
 
     def _lives(self, holder: dict[str, Any], beat: float) -> bool:
         if holder.get("place") == self._own["place"]:
@@ -149,15 +153,19 @@ class FolderLock:
     def _holder(self, path: Path) -> tuple[dict[str, Any], float]:
         """Return what a lock file says of its holder, nothing if it is damaged, and when it was last heard of."""
         # Opened anew, so that a network file system asks its server.
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            content, beat = os.read(handle, 1 << 16), os.fstat(handle).st_mtime
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return {}, 0.0
+            raise
+        try:
+            beat = os.fstat(handle).st_mtime
+            holder = json.loads(os.read(handle, 1 << 16))
+        except (ValueError, RecursionError, IsADirectoryError, BlockingIOError):
+            holder = {}
         finally:
             os.close(handle)
-        try:
-            holder = json.loads(content)
-        except (ValueError, RecursionError):
-            holder = {}
         return (holder if isinstance(holder, dict) else {}), beat
 
     def _beat(self) -> None:
