@@ -84,6 +84,8 @@ GATE: dict[str, tuple[str, ...]] = {
     ),
     "tests/attacks/test_cache_faults.py::test_a_changed_shard_is_seen": ("*-train-00000.bin", "*ids*"),
     "tests/attacks/test_cache_faults.py::test_a_changed_tokenizer_is_seen": ("middle bit", "a link to the same"),
+    "tests/attacks/test_data_under_jobs.py::test_a_flipped_bit_in_the_cache_changes_no_loss": (),
+    "tests/attacks/test_data_under_jobs.py::test_a_shard_cut_under_a_job_ends_it_with_its_name": (),
     # Jobs: each engine by its own launcher and without, stopped and resumed under FSDP2, a damaged checkpoint, a full
     # disk, a lost rank. What is left is the same under the other engines, and what takes two machines.
     "tests/launch/test_pretrain.py::test_weights_drawn_in_shards_train_too": (),
