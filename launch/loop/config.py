@@ -17,6 +17,7 @@ from launch.data import DataConfig
 from symdist.routing.recipes import Recipe, load_recipe, parse_overrides, parse_value
 from symdist.toml_file import read_toml
 from symdist.tools.models import build
+from symdist.tools.texts import printable_errors
 
 # The checkpoint's identity holds the values as the command line gives them, so those of a file become such texts.
 _Text = Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else json.dumps(value))]
@@ -99,7 +100,7 @@ class Config:
     """Peak Tflop/s of a rank, for the model flop utilization; left out, it is known for common GPUs."""
     output: Path = Path("runs/default")
     """Folder of logs and checkpoints."""
-    resume: str | None = None
+    resume: Annotated[str, Field(min_length=1)] | None = None
     """Path of a checkpoint to continue from. Or "auto": the newest checkpoint of this run that is not damaged, or the
     beginning if there is none; ranks that torchrun restarts always do this. Rates, schedules, batch and other numbers
     may differ from those of the checkpoint, and each that does is logged."""
@@ -230,7 +231,8 @@ def parse_as(kind: type[T], arguments: list[str], *, program: str | None = None,
     parser.add_argument("--config", type=Path)
     known, options = parser.parse_known_args(arguments)
     default = kind() if known.config is None else load_config(kind, known.config)
-    return tyro.cli(kind, args=options, prog=program, description=text, default=default)
+    with printable_errors():
+        return tyro.cli(kind, args=options, prog=program, description=text, default=default)
 
 
 def load_config(kind: type[T], path: Path) -> T:

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from launch.checkpoints.directory import CheckpointError, latest, verify_sizes
 from launch.data import survey
 from launch.loop.config import Config
@@ -20,9 +18,7 @@ from symdist.tools.megatron import MegatronMesh
 from symdist.tools.plan import plan_step
 from symdist.tools.plan_tables import plan_table, summary
 from symdist.tools.preview import Preview, preview
-from symdist.tools.tables import in_bytes, route_table, totals
-
-_FILE_WIDTH = 200
+from symdist.tools.tables import in_bytes, route_table, show, totals
 
 
 def dry_run(config: Config) -> None:
@@ -36,17 +32,9 @@ def dry_run(config: Config) -> None:
     """
     ranks = _count("NNODES") * _count("NPROC")
     config.check(ranks=ranks)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_FILE_WIDTH)
-
-    def say(*lines: Any) -> None:
-        for line in lines:
-            console.print(line, highlight=False, soft_wrap=isinstance(line, str))
-
     data_ranks = config.data_ranks(ranks)
     micro = config.batch // (data_ranks * config.accumulation)
-    say(
+    show(
         f"config: {config.model}, recipe {config.recipe}, {config.steps:,} steps of {config.batch} × {config.sequence} "
         f"tokens on {ranks} ranks: {data_ranks} data-parallel, {config.accumulation} micro-batches of {micro}",
         f"data: {_data(config)}",
@@ -61,17 +49,17 @@ def dry_run(config: Config) -> None:
     alone = layout is None or isinstance(layout["mesh"], MegatronMesh)
     shown: Mapping[str, Any] = {"mesh": {"dp_shard": 1}} if layout is None or alone else layout
     routing = preview(config.model, recipe, built=model_options, **shown)
-    say(*(f"checkpoints: {line}" for line in _checkpoints(config, _checkpoint_bytes(routing))))
-    say(route_table(routing, title=f"{config.model}, recipe {recipe.name}", fold=True))
+    show(*(f"checkpoints: {line}" for line in _checkpoints(config, _checkpoint_bytes(routing))))
+    show(route_table(routing, title=f"{config.model}, recipe {recipe.name}", fold=True))
     if layout is None:
-        say(
+        show(
             "Strategies and plan are not known beforehand for this engine; call optimizer.trace_collectives() in the "
             "job to see them."
         )
         return
-    say("Strategies on these ranks, by role:" if alone else totals(routing))
-    say(*_plan(config, recipe, model_options, layout))
-    say("nothing was started")
+    show("Strategies on these ranks, by role:" if alone else totals(routing))
+    show(*_plan(config, recipe, model_options, layout))
+    show("nothing was started")
 
 
 def _count(name: str) -> int:

@@ -18,6 +18,7 @@ from launch.runtime.distributed import AllRanksError, Ranks, connect, die_with_p
 from launch.runtime.folder_lock import FolderLock, launch_id
 from launch.runtime.signals import StopSignals
 from launch.runtime.watchdog import Watchdog
+from symdist.tools.texts import printable
 
 C = TypeVar("C", bound=Config)
 
@@ -48,17 +49,26 @@ def run(configure: Callable[[], C], start: Callable[[C, Corpus, Ranks, Watchdog]
     except (ValueError, CheckpointError) as error:
         # All ranks hit the same error, so one reports it.
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            _tell(f"error: {error}")
+        return 2
+    except OSError as error:
+        if rank == 0:
+            _tell(f"error: {error.filename or 'a file'} cannot be read or written: {error.strerror}")
         return 2
     try:
         return _pretrain(config, start, rank=rank)
     except (ValueError, CheckpointError) as error:
         if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+            _tell(f"error: {error}")
         elif not isinstance(error, AllRanksError | CheckpointError):
             # Perhaps only this rank hit it.
-            print(f"error: rank {rank}: {error}", file=sys.stderr)
+            _tell(f"error: rank {rank}: {error}")
         return 2
+
+
+def _tell(text: str) -> None:
+    """Print an error, which may hold what users and files say, as lines of visible characters."""
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def end_with(main: Callable[[], int]) -> NoReturn:
@@ -131,7 +141,7 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
                 raise
             except RuntimeError as error:
                 # The error itself does not say what the run was doing.
-                print(f"error: rank {rank} in {watchdog.where()}: {error}", file=sys.stderr, flush=True)
+                _tell(f"error: rank {rank} in {watchdog.where()}: {error}")
                 raise
             watchdog.doing("leaving", slow=True)
             if summary is not None:

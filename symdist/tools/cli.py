@@ -4,8 +4,6 @@ Each subcommand is a dataclass of its arguments with a method `run`, listed in `
 classes and of their fields are the help texts of the command.
 """
 
-import contextlib
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,9 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Union, cast
 
 from symdist.tools.baselines import NAMES, Name
-from symdist.tools.texts import printable
+from symdist.tools.texts import printable, printable_errors
 
-_FILE_WIDTH = 200
 _EXTRA = ("bokeh", "matplotlib", "pydantic", "rich", "tyro")
 
 
@@ -40,13 +37,13 @@ class Route:
         """Print the table and a line of totals."""
         from symdist.routing.recipes import load_recipe, parse_overrides
         from symdist.tools.preview import preview
-        from symdist.tools.tables import route_table, totals
+        from symdist.tools.tables import route_table, show, totals
 
         recipe = load_recipe(self.recipe).adjusted(lr=self.lr, overrides=parse_overrides(self.override))
         if self.ranks < 1:
             raise ValueError(f"ranks={self.ranks} must be 1 or more")
         routing = preview(self.model, recipe, mesh={"dp_shard": self.ranks})
-        _show(
+        show(
             route_table(routing, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
             totals(routing),
         )
@@ -103,6 +100,7 @@ class Plan:
         from symdist.tools.output import check_output, check_picture
         from symdist.tools.plan import StepPlan, parse_mesh, plan_step, smaller_meshes
         from symdist.tools.plan_tables import alternatives_table, draw, plan_table, summary
+        from symdist.tools.tables import show
 
         check_output(self.json, option="--json")
         check_picture(self.picture, option="--picture")
@@ -149,7 +147,7 @@ class Plan:
         else:
             mesh = parse_mesh(str(self.mesh))
         plan = planned(mesh)
-        _show(plan_table(plan), *summary(plan), *([alternatives_table(plan)] if self.compare else []))
+        show(plan_table(plan), *summary(plan), *([alternatives_table(plan)] if self.compare else []))
         if self.json is not None:
             plan.write(self.json)
         if self.picture is not None and isinstance(mesh, dict):
@@ -183,7 +181,7 @@ class Compare:
         """Run the comparison, print a table for each number of ranks, and write the JSON file if requested."""
         from symdist.tools.compare import compare, write
         from symdist.tools.output import check_output
-        from symdist.tools.tables import compare_notes, compare_table
+        from symdist.tools.tables import compare_notes, compare_table, show
 
         check_output(self.json, option="--json")
         comparisons = []
@@ -198,7 +196,7 @@ class Compare:
             device=self.device,
         ):
             comparisons.append(comparison)
-            _show(compare_table(comparison), *compare_notes(comparison))
+            show(compare_table(comparison), *compare_notes(comparison))
         if self.json is not None:
             write(self.json, comparisons)
 
@@ -221,12 +219,13 @@ class Report:
     def run(self) -> None:
         """Print the table, and write the page and the picture."""
         from symdist.tools.report import follow, report
+        from symdist.tools.tables import show
 
         if self.live:
             lines = follow(self.runs, output=self.output, picture=self.picture, every=self.every)
         else:
             lines = report(self.runs, output=self.output, picture=self.picture)
-        _show(*lines)
+        show(*lines)
 
 
 _COMMANDS = {"route": Route, "plan": Plan, "compare": Compare, "report": Report}
@@ -270,25 +269,8 @@ def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
         for name, command in _COMMANDS.items()
     )
     kinds = cast(Any, Union[commands])  # noqa: UP007
-    refusal = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(refusal):
-            return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-    finally:
-        # It repeats what was given as it was given.
-        sys.stderr.writelines(f"{printable(line)}\n" for line in refusal.getvalue().splitlines())
-
-
-def _show(*lines: Any) -> None:
-    from symdist.tools.tables import plain_console
-
-    # In a file or pipe, do not wrap the rows of a table.
-    console = plain_console(width=None if plain_console().is_terminal else _FILE_WIDTH)
-    for line in lines:
-        if isinstance(line, str):
-            console.print(printable(line), soft_wrap=True)
-        else:
-            console.print(line)
+    with printable_errors():
+        return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
 
 
 def _refuse(message: str) -> NoReturn:

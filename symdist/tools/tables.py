@@ -15,6 +15,8 @@ from symdist.tools.compare import Comparison
 from symdist.tools.preview import Preview
 from symdist.tools.texts import printable
 
+_FILE_WIDTH = 200
+
 
 class PlainTable(Table):
     """A table of texts that are shown as they are: nothing in them is markup, or acts on the terminal.
@@ -41,6 +43,20 @@ def plain_console(**options: Any) -> Console:
         The console.
     """
     return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def show(*lines: Any) -> None:
+    """Print lines and tables; in a file or pipe, the rows of a table are not wrapped.
+
+    Args:
+        *lines: Texts, of which only visible characters reach the terminal, or what rich can print.
+    """
+    console = plain_console(width=None if plain_console().is_terminal else _FILE_WIDTH)
+    for line in lines:
+        if isinstance(line, str):
+            console.print(printable(line), soft_wrap=True)
+        else:
+            console.print(line)
 
 
 def _plain(text: str, style: str = "") -> Text:

@@ -8,6 +8,7 @@ unpickles its files without restrictions, so they are looked through first. Noth
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +65,41 @@ def newest_universal(directory: Path) -> Path | None:
     return path
 
 
-def read_job(path: Path) -> DeepSpeedJob:
+def read_job(path: Path, *, weights: Mapping[str, torch.Tensor] | None = None) -> DeepSpeedJob:
     """Return the loop's state from the checkpoint at `path`.
+
+    Args:
+        path: The checkpoint.
+        weights: Weights whose names and shapes the checkpoint's must have; None to accept any.
 
     Raises:
         DamagedCheckpointError: If the state is not what this job writes.
-        CheckpointError: If it is not a checkpoint that this job wrote.
+        CheckpointError: If it is not a checkpoint that this job wrote, or it holds other weights.
     """
     files = sorted(path.glob("*mp_rank_00_model_states.pt"))
     if not files:
         raise CheckpointError(f"{path} is not a DeepSpeed checkpoint; {CHOOSE}")
-    # Memory-mapped, so that the weights in the same file are not read.
-    states = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)
+    # Memory-mapped, so that the weights in the same file are not read. `check_files` has looked through the file.
+    states = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)  # nosec B614
     if not isinstance(states, dict) or JOB not in states:
         raise CheckpointError(f"{path} was not written by launch.pretrain_deepspeed; {CHOOSE}")
-    return validated(states[JOB], TypeAdapter(DeepSpeedJob), files[0])
+    job = validated(states[JOB], TypeAdapter(DeepSpeedJob), files[0])
+    if weights is not None and (problem := _mismatch(states.get("module"), weights)):
+        raise CheckpointError(f"checkpoint {path} does not fit this model: {problem}; choose another checkpoint")
+    return job
+
+
+def _mismatch(stored: Any, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """Describe how stored weights differ in name or shape from those of a model; None if they do not."""
+    if not isinstance(stored, dict):
+        return "it holds no weights"
+    there = {name: tuple(value.shape) for name, value in stored.items() if isinstance(value, torch.Tensor)}
+    here = {name: tuple(value.shape) for name, value in weights.items()}
+    differing = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if not differing:
+        return None
+    name = differing[0]
+    return f"{name} has shape {there.get(name, 'none')} in the checkpoint, but {here.get(name, 'none')} in this run"
 
 
 def check_files(path: Path, *, rank: int, world: int) -> None:

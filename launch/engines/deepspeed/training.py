@@ -29,7 +29,7 @@ from launch.checkpoints.publish import publish_together
 from launch.checkpoints.rng import read_rng_state, rng_file, rng_state, set_rng_state
 from launch.data import Corpus
 from launch.engines.deepspeed import checkpoint
-from launch.engines.deepspeed.checkpoint import JOB
+from launch.engines.deepspeed.checkpoint import JOB, DeepSpeedJob
 from launch.engines.deepspeed.config import TYPE, DeepSpeedRun, loads_universal, precision, zero_stage
 from launch.loop.resumption import keeping_options
 from launch.loop.schedules import build_scheduler, move_to
@@ -199,12 +199,19 @@ class DeepSpeedTraining(Training):
     def load_weights(self, path: Path) -> int:
         """See `Training`."""
         self._look_through(path)
-        job = on_all_ranks(lambda: checkpoint.read_job(path), f"cannot read {path}", CHOOSE)
-        if self.stage == 3 or job["stage"] == 3:
-            raise CheckpointError(
-                f"--from-weights {path}: DeepSpeed reads weights alone only at ZeRO stages 0 to 2, from a checkpoint "
-                "of one of these; start the run at another stage, or resume the checkpoint"
-            )
+        # At stage 3 a module's weights are elsewhere.
+        weights = self.engine.module.state_dict() if self.stage < 3 else None
+
+        def checked() -> DeepSpeedJob:
+            job = checkpoint.read_job(path)
+            if self.stage == 3 or job["stage"] == 3:
+                raise CheckpointError(
+                    f"--from-weights {path}: DeepSpeed reads weights alone only at ZeRO stages 0 to 2, from a "
+                    "checkpoint of one of these; start the run at another stage, or resume the checkpoint"
+                )
+            return checkpoint.read_job(path, weights=weights)
+
+        job = on_all_ranks(checked, f"cannot read {path}", CHOOSE)
         loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name, load_module_only=True)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed found no weights to load in {path}; choose another checkpoint")
