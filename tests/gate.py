@@ -107,6 +107,15 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/launch/test_slurm.py::test_slurm_requeues_a_job_that_loses_a_node": (),
     "tests/launch/test_slurm.py::test_slurm_warns_before_the_time_is_over": (),
     "tests/launch/test_slurm.py::test_a_failure_is_the_jobs_in_slurm_too": (),
+    "tests/attacks/test_run_folders.py::test_the_run_goes_on": (
+        *("log.jsonl NULs", "events.jsonl fifo", ".launch directory", "manifest nested", "second as ninth"),
+    ),
+    "tests/attacks/test_run_folders.py::test_no_step_is_repeated_in_silence": ("all damaged",),
+    # Every engine once, in what its own files have a part in.
+    "tests/launch/test_resuming.py::test_weights_of_another_shape_are_refused": ("deepspeed",),
+    "tests/launch/test_resuming.py::test_another_rule_is_refused_and_the_value_named": ("megatron",),
+    "tests/attacks/test_job_configs.py::test_files": ("*-0",),
+    "tests/attacks/test_job_configs.py::test_options": ("*-0",),
     "tests/attacks/test_kills.py::test_none_is_left_of_an_engine_whose_launcher_is_killed": (),
     "tests/attacks/test_kills.py::test_a_rank_whose_launcher_is_gone_does_not_begin": ("while a rank imports",),
     "tests/attacks/test_kills.py::test_a_run_on_two_nodes_that_loses": (),

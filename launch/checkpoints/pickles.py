@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pathlib
-import pickle
+import pickle  # nosec B403
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any

@@ -38,7 +38,8 @@ def read_rng_state(path: Path, rank: int) -> dict[str, Any]:
     file = rng_file(path, rank)
     state = read_json(file, TypeAdapter(dict[str, Any]))
     try:
-        _set(state, python=random.Random(), numpy=np.random.RandomState(), of_torch=torch.Generator())
+        # Draws the order of data and the like, no secrets.
+        _set(state, python=random.Random(), numpy=np.random.RandomState(), of_torch=torch.Generator())  # nosec B311
     except Exception as error:  # whatever a generator does with what is not its state
         raise DamagedCheckpointError(f"{file} is damaged: it holds no generator's state ({error}); {CHOOSE}") from error
     return state

@@ -103,10 +103,8 @@ class RunLog:
         """Return the lines of the log; what is no line of a log is said and passed over."""
         path = self._folder / LOG
         if os.path.lexists(path) and not path.is_file():
-            aside = path.with_name(f"{LOG}.damaged")
-            os.replace(path, aside)
-            self.say(f"{path} was no file; it is renamed {aside.name}")
-        lines = split_lines(_content(path))[0] if path.exists() else []
+            self.say(f"{path} is no file and is passed over")
+        lines = split_lines(_content(path))[0] if path.is_file() else []
         parsed = [(text, line) for text in lines if (line := parse_log_line(text)) is not None]
         if len(parsed) < len(lines):
             self.say(f"{len(lines) - len(parsed)} lines of {path} cannot be read and are passed over")
@@ -258,6 +256,8 @@ def _replace(path: Path, content: bytes) -> None:
     """Write a file in one go, so that nothing is lost or half-written if the process dies meanwhile."""
     writing = path.with_name(f"{path.name}.writing")
     writing.write_bytes(content)
+    if path.is_dir() and not path.is_symlink():
+        path.rename(path.with_name(f"{path.name}.damaged"))
     os.replace(writing, path)
 
 

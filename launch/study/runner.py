@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
+import subprocess  # nosec B404
 import sys
 import time
 from collections.abc import Iterator
@@ -109,7 +109,8 @@ class Runner:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={study.nproc}"]
         command += ["-m", _ENTRY, "--config", str(folder / CONFIG)]
         with (folder / OUTPUT).open("ab") as output:
-            self._running[run] = subprocess.Popen(
+            # A list of words and no shell: whatever a study's file says reaches torchrun as one word.
+            self._running[run] = subprocess.Popen(  # nosec B603
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
