@@ -77,6 +77,20 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/symdist_megatron/test_training.py::test_tensor_parallelism_does_not_change_the_answer": (
         "experts-2-distributed",
     ),
+    # Attacks: of each kind some.
+    "tests/attacks/test_configs.py::test_recipes": ("*-0",),
+    "tests/attacks/test_configs.py::test_models": ("*-0",),
+    "tests/attacks/test_configs.py::test_studies": ("0",),
+    "tests/attacks/test_configs.py::test_options": ("*-0",),
+    "tests/attacks/test_report_inputs.py::test_any_file": (
+        "log.jsonl-NULs",
+        "log.jsonl-binary",
+        "*-a pipe",
+        "*-escapes",
+    ),
+    "tests/attacks/test_report_inputs.py::test_any_value_of_a_measure": ("11", "21"),
+    "tests/attacks/test_report_inputs.py::test_any_value_of_a_file": ("*-11", "run.json-23"),
+    "tests/attacks/test_report_inputs.py::test_files_by_chance": ("run.json-0",),
     # Jobs: each engine by its own launcher and without, stopped and resumed under FSDP2, a damaged checkpoint, a full
     # disk, a lost rank. What is left is the same under the other engines, and what takes two machines.
     "tests/launch/test_pretrain.py::test_weights_drawn_in_shards_train_too": (),
