@@ -86,6 +86,20 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/attacks/test_cache_faults.py::test_a_changed_tokenizer_is_seen": ("middle bit", "a link to the same"),
     "tests/attacks/test_data_under_jobs.py::test_a_flipped_bit_in_the_cache_changes_no_loss": (),
     "tests/attacks/test_data_under_jobs.py::test_a_shard_cut_under_a_job_ends_it_with_its_name": (),
+    # Attacks: of each kind some.
+    "tests/attacks/test_configs.py::test_recipes": ("*-0",),
+    "tests/attacks/test_configs.py::test_models": ("*-0",),
+    "tests/attacks/test_configs.py::test_studies": ("0",),
+    "tests/attacks/test_configs.py::test_options": ("*-0",),
+    "tests/attacks/test_report_inputs.py::test_any_file": (
+        "log.jsonl-NULs",
+        "log.jsonl-binary",
+        "*-a pipe",
+        "*-escapes",
+    ),
+    "tests/attacks/test_report_inputs.py::test_any_value_of_a_measure": ("11", "21"),
+    "tests/attacks/test_report_inputs.py::test_any_value_of_a_file": ("*-11", "run.json-23"),
+    "tests/attacks/test_report_inputs.py::test_files_by_chance": ("run.json-0",),
     # Jobs: each engine by its own launcher and without, stopped and resumed under FSDP2, a damaged checkpoint, a full
     # disk, a lost rank. What is left is the same under the other engines, and what takes two machines.
     "tests/launch/test_pretrain.py::test_weights_drawn_in_shards_train_too": (),
