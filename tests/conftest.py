@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The optimizer comes first, whole jobs last: a fault is shown where it is, not by what stands on it. Of the jobs the
 # longest file comes first, so that no worker ends long after the other.
 ENGINES = ("symdist_deepspeed", "symdist_megatron", "trainers")
-ORDER = ("rules", "", "models", "diagnostics", *ENGINES, "launch/test_survival.py", "launch", "gpu")
+ORDER = ("rules", "", "models", "diagnostics", *ENGINES, "launch/test_survival.py", "launch", "attacks", "gpu")
 
 # What gives a test ranks.
 RANKS = {"ranks", "many", "worlds", "pair"}
@@ -62,7 +62,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
             folder = path.split("/")[1]
-            return path if folder == "launch" else folder if folder in ENGINES else "core"
+            return path if folder in ("launch", "attacks") else folder if folder in ENGINES else "core"
 
     return ByFolder(config, log)
 

@@ -52,7 +52,7 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/test_overlapping.py::test_no_ring_of_waits_closes": ("drawn 0-1-*", "nested-3000-*", "drawn 1-1073741824-*"),
     "tests/rules/test_aro.py::test_a_rotation_stays_one": ("sinkhorn-residual_stage", "row_norm-matrix", "adam-matrix"),
     # Denormal numbers are slow to compute with, and the view has no part in it.
-    "tests/rules/test_numbers.py::test_an_idle_expert_stays_finite": ("one a rule-*",),
+    "tests/attacks/test_numbers.py::test_an_idle_expert_stays_finite": ("one a rule-*",),
     # All rules at every stage of ZeRO, with masters of either dtype and any number of ranks.
     "tests/symdist_deepspeed/test_parity.py::test_every_rule_at_every_stage": (
         *("0-2-bf16", "1-3-fp32", "2-2-bf16", "3-3-fp32"),
