@@ -9,6 +9,7 @@ so there the polynomial so far is applied to `M` every few steps, and a new Gram
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -264,7 +265,7 @@ def polar_as_published(m: Tensor, numerics: Numerics) -> Tensor:
     The rounding error, a few percent of a singular value, is part of the published method.
 
     Args:
-        m: `[b, m, n]`.
+        m: `[b, m, n]`, in float32 or float64.
         numerics: The coefficients; `numerics.method` must be iterative.
 
     Returns:
@@ -272,9 +273,10 @@ def polar_as_published(m: Tensor, numerics: Numerics) -> Tensor:
     """
     # The division by a power of two rounds nothing. Without it, the squares of the momentum of a long-unused expert
     # would vanish. What contains only denormal numbers has no significant digits and becomes zero.
-    size = m.float().abs().amax((-2, -1), keepdim=True)
-    exponent = torch.frexp(size).exponent.clamp(-125, 126)
-    x = torch.where(size >= torch.finfo(size.dtype).tiny, torch.ldexp(m, -exponent), 0).bfloat16()
+    tiny = torch.finfo(m.dtype).tiny
+    size, lowest = m.abs().amax((-2, -1), keepdim=True), math.frexp(tiny)[1]
+    exponent = torch.frexp(size).exponent.clamp(lowest, 1 - lowest)
+    x = torch.where(size >= tiny, torch.ldexp(m, -exponent), 0).bfloat16()
     tall = m.shape[-2] > m.shape[-1]
     x = x.mT if tall else x
     x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True)).clamp_min(torch.finfo(x.dtype).tiny)
