@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
-from symdist.rounding import StochasticRounding
+from symdist.rounding import StochasticRounding, write
 
 
 def decaying(weight: Tensor, update: Tensor) -> Tensor:
@@ -76,6 +76,6 @@ def decay_and_subtract(
             mask = mask * decaying(weight, update)
         stepped = weight.to(update.dtype) * (1 - lr * weight_decay * mask) - lr * update
         if rounding is None:
-            weight.copy_(stepped)
+            write(weight, stepped)
         else:
             rounding.write(weight, stepped, key=keys[i])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+<<<<<<< HEAD
+=======
+import sys
+>>>>>>> h-numbers
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, TypedDict
 
+import torch
 from torch import Tensor
 
 from symdist.layouts import FlatLayout, Group, Layout
@@ -218,13 +223,23 @@ def with_defaults(group: Mapping[str, Any]) -> dict[str, Any]:
             f"it knows {', '.join(sorted({*rule_options, *COMMON, 'lr'}))}. Values of your own may be stored under a "
             "name that begins with '_'"
         )
-    chosen = {key: group[key] for key in rule_options if key in group}
-    completed = {**COMMON, **rule.options(chosen, where=where), **group}
-    _check_common(completed, where)
+    completed = {**COMMON, **rule_options, **group}
+    check_values(completed, where)
     return completed
 
 
-def _check_common(group: Mapping[str, Any], where: str) -> None:
+def check_values(group: Mapping[str, Any], where: str) -> None:
+    """Check the values of a completed group, or of one with saved options in their place.
+
+    Args:
+        group: A group with every common option and every option of its rule. Other keys are not looked at.
+        where: The group, for error messages.
+
+    Raises:
+        ValueError: Naming the group and the option, if a value is missing, has the wrong type or is out of range.
+    """
+    rule = get_rule(group["rule"])
+    rule.options({key: group[key] for key in _rule_options(rule)}, where=where)
     lr = group.get("lr")
     if lr is None:
         raise ValueError(f"{where} has no 'lr'; learning rates of different rules have no common default")
@@ -232,24 +247,45 @@ def _check_common(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: lr is a tensor of shape {tuple(lr.shape)}; a learning rate is one number")
     for key in ("lr", "weight_decay"):
         if not _is_rate(group[key]):
+<<<<<<< HEAD
             raise ValueError(f"{where}: {key}={group[key]!r} must be a finite number, 0 or more and at most {_RATE:g}")
     for key in ("cautious_weight_decay", "skip_zero_grad_rows"):
         if not isinstance(group[key], bool):
             raise ValueError(f"{where}: {key}={group[key]!r} must be true or false")
     if group["weight_rounding"] not in ("nearest", "stochastic"):
+=======
+            raise ValueError(f"{where}: {key}={group[key]!r} must be a finite number, 0 or more")
+    if not isinstance(group["role"], str):
+        raise ValueError(f"{where}: role={group['role']!r} must be a text")
+    for key in ("cautious_weight_decay", "skip_zero_grad_rows"):
+        if not isinstance(group[key], bool):
+            raise ValueError(f"{where}: {key}={group[key]!r} must be true or false")
+    if not isinstance(group["weight_rounding"], str) or group["weight_rounding"] not in ("nearest", "stochastic"):
+>>>>>>> h-numbers
         raise ValueError(f"{where}: weight_rounding={group['weight_rounding']!r} is not 'nearest' or 'stochastic'")
     for key in ("padding_rows", "rounding_seed", "rounding_step"):
         if not isinstance(group[key], int) or isinstance(group[key], bool) or group[key] < 0:
             raise ValueError(f"{where}: {key}={group[key]!r} must be a whole number, 0 or more")
-    if group["strategy"] not in ("auto", "local", "reduce", "owner"):
+    if not isinstance(group["strategy"], str) or group["strategy"] not in ("auto", "local", "reduce", "owner"):
         raise ValueError(f"{where}: strategy={group['strategy']!r} is not 'auto', 'local', 'reduce' or 'owner'")
 
 
 def _is_rate(value: Any) -> bool:
+<<<<<<< HEAD
     """Whether a value is a number, or a tensor of one, that float32 can step weights by."""
     if isinstance(value, Tensor):
         return value.numel() == 1 and 0 <= float(value) <= _RATE
     return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= _RATE
+=======
+    """Return whether a value is a finite number, 0 or more, or a tensor of one."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+            return False
+        value = value.item()
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    # A whole number may be too large for a float.
+    return is_number and 0 <= value <= sys.float_info.max
+>>>>>>> h-numbers
 
 
 def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:

@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 
+def write(target: Tensor, value: Tensor) -> None:
+    """Write a value to a weight, rounded to the nearest; no finite value becomes inf in float16, which ends at 65504.
+
+    Args:
+        target: The weight, in any dtype and strides.
+        value: The value, in the same shape.
+    """
+    if target.dtype == torch.float16:
+        value = value.clamp(-torch.finfo(torch.float16).max, torch.finfo(torch.float16).max)
+    target.copy_(value)
+
+
 class StochasticRounding:
     """Rounds numbers to bfloat16 at random: up with the share of the gap below that they have passed.
 

@@ -1,7 +1,9 @@
 """Loading of saved state. A state dict is matched to the parameters and checked before anything is changed."""
 
+import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +13,20 @@ from torch import Tensor
 
 from symdist.layouts import local
 from symdist.layouts.fsdp1 import is_flattened
+from symdist.param_groups import check_values
 from symdist.param_names import plain_name
 from symdist.param_specs import ParamSpec
 from symdist.rules import get_rule
 
 _UNNAMED = re.compile(r"param_\d+$")
 _REMEDY = "Build the optimizer with the recipe of the saved run"
+_FORMS = "load a state dict of Optimizer.state_dict or of torch.distributed.checkpoint.state_dict, flattened or not"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.int32, torch.int64)
+_RANGES = {"step": (0.0, math.inf), "exp_avg_sq": (0.0, math.inf), "row_sq": (0.0, math.inf), "rotation": (-1.1, 1.1)}
+"""What values state of a name can have; other state is only finite. Outside of it, weights would become NaN."""
+_OWN = {"params", "param_names", "state_dtype"}
+"""Keys of a group that are not loaded: names may be those of another pipeline stage, and state keeps its dtype."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +72,11 @@ def read_saved(
         ValueError: If the state dict has another form; or, naming the parameters or the group, if something does not
             match.
     """
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"the saved state is a {type(state_dict).__name__}, not a dict; {_FORMS}")
     if "param_groups" not in state_dict or "state" not in state_dict:
         state_dict = _nested(state_dict)
+    _check_form(state_dict, strict=strict)
     saved, states = state_dict["param_groups"], state_dict["state"]
     keys = [key for group in saved for key in group["params"]]
     if any(isinstance(key, str) for key in keys):
@@ -123,6 +136,8 @@ def load_state(
     names = [group["param_names"] for group in groups]
     saved = read_saved(groups, names, state_dict, strict=strict, matched=matched)
     pairs: list[tuple[Tensor, Tensor]] = []
+    for group, theirs in zip(groups, saved.groups, strict=True):
+        _check_values(group, theirs)
     for spec, theirs in zip(specs, saved.states, strict=True):
         mine = state[spec.parameter]
         # Flattened state has empty values where nothing was saved, and `set_state_dict` leaves out frozen parameters.
@@ -133,8 +148,7 @@ def load_state(
             check_state(spec.name, mine, theirs)
             pairs += [(tensor, value) for key, tensor in mine.items() if (value := as_tensor(theirs[key])) is not None]
     for group, theirs in zip(groups, saved.groups, strict=True):
-        # Do not load names: the saved ones may be those of another pipeline stage.
-        group.update({key: value for key, value in theirs.items() if key not in ("params", "param_names")})
+        group.update({key: value for key, value in theirs.items() if key not in _OWN})
     # A trainer may load the same tensor objects that the optimizer returned. Then there is nothing to write.
     written = [(tensor, value) for tensor, value in pairs if value is not tensor]
     with torch.no_grad():
@@ -157,7 +171,7 @@ def check_groups(groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[st
     if len(saved) != len(groups):
         raise ValueError(f"the saved state has {len(saved)} param groups, this optimizer {len(groups)}. {_REMEDY}")
     for mine, theirs in zip(groups, saved, strict=True):
-        if theirs.get("rule") != mine["rule"] or len(theirs["params"]) != len(mine["params"]):
+        if _differs(theirs.get("rule"), mine["rule"]) or len(theirs["params"]) != len(mine["params"]):
             raise ValueError(
                 f"param group {_label(mine)} has rule {mine['rule']!r} and "
                 f"{len(mine['params'])} parameters; the saved one has {theirs.get('rule')!r} and "
@@ -178,7 +192,7 @@ def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str
         ValueError: If the rule or one of these options differs.
     """
     fixed = {"rule", "view", "skip_zero_grad_rows", "padding_rows", *get_rule(mine["rule"]).defaults}
-    changed = sorted(key for key in fixed if key in theirs and theirs[key] != mine[key])
+    changed = sorted(key for key in fixed if key in theirs and _differs(theirs[key], mine[key]))
     if changed:
         raise ValueError(
             f"{where}: the saved run had {', '.join(f'{key}={theirs[key]!r}' for key in changed)}, this one has "
@@ -187,7 +201,7 @@ def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str
 
 
 def check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]) -> None:
-    """Check that saved state has every tensor of a parameter's state, in the same whole and local shape.
+    """Check that saved state has every tensor of a parameter's state, in the same whole and local shape, and finite.
 
     Args:
         name: The parameter's name, for error messages.
@@ -195,7 +209,7 @@ def check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]
         theirs: The saved state. Keys that `mine` lacks are ignored.
 
     Raises:
-        ValueError: If a tensor is missing or has a different shape.
+        ValueError: If a tensor is missing, has a different shape, or has values that no training gives.
     """
     for key, tensor in mine.items():
         saved = as_tensor(theirs.get(key))
@@ -214,6 +228,7 @@ def check_state(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Any]
                 f"{name}: state {key!r} was saved in pieces of shape {tuple(local(saved).shape)}, but this rank holds "
                 f"{tuple(local(tensor).shape)}; load it through torch.distributed.checkpoint, which reshards it"
             )
+        _check_numbers(name, key, saved)
 
 
 def as_tensor(value: Any) -> Tensor | None:
@@ -227,7 +242,10 @@ def as_tensor(value: Any) -> Tensor | None:
     """
     if isinstance(value, Tensor):
         return value
-    return torch.tensor(float(value)) if isinstance(value, int | float) else None
+    # A whole number may be too large for a float.
+    limit = sys.float_info.max
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return torch.tensor(float(max(-limit, min(value, limit)))) if is_number else None
 
 
 def flattened_zeros(
@@ -285,15 +303,89 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
         kind, _, path = str(key).partition(".")
         name, _, word = path.rpartition(".")
         if kind not in ("state", "param_groups") or not name:
-            raise ValueError(
-                f"the saved state has a key {key!r}; load a state dict of Optimizer.state_dict or of "
-                "torch.distributed.checkpoint.state_dict, flattened or not"
-            )
+            raise ValueError(f"the saved state has a key {key!r}; {_FORMS}")
         (states if kind == "state" else groups).setdefault(name, {})[word] = value
     return {
         "state": states,
         "param_groups": [{**groups.get(name, {}), "params": [name]} for name in dict.fromkeys([*groups, *states])],
     }
+
+
+def _check_form(state_dict: Mapping[str, Any], *, strict: bool) -> None:
+    """Check the types of everything in a nested state dict besides the values of options and of state."""
+
+    def refuse(what: str, value: Any, expected: str) -> None:
+        raise ValueError(f"{what} of the saved state is a {type(value).__name__}, not {expected}; {_FORMS}")
+
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    if not isinstance(groups, list | tuple):
+        refuse("'param_groups'", groups, "a list")
+    for i, group in enumerate(groups):
+        where = f"'param_groups'[{i}]"
+        if not isinstance(group, Mapping):
+            refuse(where, group, "a dict")
+        for key in group:
+            if not isinstance(key, str):
+                refuse(f"the key {key!r} in {where}", key, "a text")
+        for key in ("params", "param_names"):
+            values = group.get(key, None if key == "params" else ())
+            if not isinstance(values, list | tuple):
+                refuse(f"{key!r} of {where}", values, "a list")
+            for value in values:
+                if not isinstance(value, int | str) or isinstance(value, bool):
+                    refuse(f"an entry of {key!r} of {where}", value, "an index or a name")
+    if not isinstance(states, Mapping):
+        refuse("'state'", states, "a dict")
+    listed = [key for group in groups for key in group["params"]]
+    twice = [key for key, count in Counter(listed).items() if count > 1]
+    if twice:
+        raise ValueError(f"the saved state lists {twice[0]!r} more than once in its param groups")
+    known = set(listed)
+    for key, state in states.items():
+        if not isinstance(state, Mapping):
+            refuse(f"'state'[{key!r}]", state, "a dict")
+        for name, value in state.items():
+            # What was not saved may be empty, see `load_state`.
+            if as_tensor(value) is None and not (value is None or (isinstance(value, Mapping) and not value)):
+                refuse(f"{name!r} of 'state'[{key!r}]", value, "a tensor or a number")
+        if strict and key not in known:
+            raise ValueError(f"the saved state has state for {key!r}, which none of its param groups lists")
+
+
+def _check_values(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Check what a saved param group would write to the optimizer's, as at construction."""
+    where = f"param group {_label(mine)} of the saved state"
+    check_values({**mine, **{key: value for key, value in theirs.items() if key not in _OWN}}, where)
+    for key, value in theirs.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: {key}={value!r} must be finite")
+
+
+def _check_numbers(name: str, key: str, saved: Tensor) -> None:
+    """Check the dtype and the values of saved state, of which this reads a few numbers."""
+    values = local(saved.detach())
+    if values.layout != torch.strided or not (values.dtype in _FLOATS or (key == "step" and values.dtype in _INTEGERS)):
+        kind = f"{values.dtype} and {values.layout}"
+        raise ValueError(f"{name}: state {key!r} of the saved state is {kind}, not a dense tensor of numbers")
+    if values.is_meta or not values.numel():
+        return
+    low, high = _RANGES.get(key, (-math.inf, math.inf))
+    least, most = (float(value) for value in values.aminmax())
+    # Both are NaN if any element is.
+    if not (math.isfinite(least) and math.isfinite(most) and low <= least and most <= high):
+        bounds = f" and in [{low:g}, {high:g}]" if key in _RANGES else ""
+        raise ValueError(
+            f"{name}: state {key!r} of the saved state has values from {least:g} to {most:g}; they must be finite"
+            + bounds
+        )
+
+
+def _differs(one: Any, other: Any) -> bool:
+    """Return whether two values of an option differ; a tensor or an array never equals one of ours."""
+    try:
+        return bool(one != other)
+    except (RuntimeError, TypeError, ValueError):
+        return True
 
 
 def _names_of(group: Mapping[str, Any]) -> Sequence[Any]:

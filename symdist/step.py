@@ -15,7 +15,7 @@ from symdist.exchange import Job, Plan, StepInputs, StepOutputs, StepProgress, T
 from symdist.gradients.momentum import adamw_step, advance
 from symdist.layouts import local
 from symdist.param_specs import ParamSpec
-from symdist.rounding import StochasticRounding
+from symdist.rounding import StochasticRounding, write
 
 if TYPE_CHECKING:
     from symdist.diagnostics.steps import StepMonitor
@@ -169,7 +169,7 @@ class Step:
                 if weight is stepped:
                     continue
                 if rounding is None:
-                    weight.copy_(stepped)
+                    write(weight, stepped)
                 else:
                     rounding.write(weight, stepped, key=self._specs[i].key)
             if self._observer is not None:

@@ -52,7 +52,20 @@ GATE: dict[str, tuple[str, ...]] = {
     "tests/test_overlapping.py::test_no_ring_of_waits_closes": ("drawn 0-1-*", "nested-3000-*", "drawn 1-1073741824-*"),
     "tests/rules/test_aro.py::test_a_rotation_stays_one": ("sinkhorn-residual_stage", "row_norm-matrix", "adam-matrix"),
     # Denormal numbers are slow to compute with, and the view has no part in it.
-    "tests/rules/test_numbers.py::test_an_idle_expert_stays_finite": ("one a rule-*",),
+    "tests/attacks/test_numbers.py::test_an_idle_expert_stays_finite": ("one a rule-*",),
+    "tests/attacks/test_numbers.py::test_a_dead_matrix_passes_through_denormal_numbers": ("one a rule-*",),
+    # Of the kinds of gradients those at the ends; every rule and option on each.
+    "tests/attacks/test_numbers.py::test_no_finite_gradient_makes_a_weight_that_is_not": (
+        *("1e-38-raise-*None", "1e+20-raise-*None", "1e+33-raise-*None", "1e+38-zero-*None", "of all sizes-zero-*1.0"),
+        *("denormal-raise-*None", "zero-raise-*None", "rank one, huge-raise-*None", "tiny rows-raise-*None"),
+    ),
+    "tests/attacks/test_numbers.py::test_nor_on_the_smallest_matrices": (
+        *("zero-1 x 1", "1e+33-one row", "of all sizes-one column"),
+    ),
+    "tests/attacks/test_numbers.py::test_nor_at_the_ends_of_float64": ("1e-300", "1e+119"),
+    "tests/attacks/test_numbers.py::test_nor_in_another_dtype": (
+        *("1e+33-bfloat16", "zero rows-float64", "of all sizes-narrow momentum", "1e-38-rounded by chance"),
+    ),
     # All rules at every stage of ZeRO, with masters of either dtype and any number of ranks.
     "tests/symdist_deepspeed/test_parity.py::test_every_rule_at_every_stage": (
         *("0-2-bf16", "1-3-fp32", "2-2-bf16", "3-3-fp32"),

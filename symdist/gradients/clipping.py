@@ -40,7 +40,7 @@ def clip_grad_norm_(
         transport: The transport that runs the collectives, for example to count them; `TorchTransport()` by default.
 
     Returns:
-        The norm before clipping, a 0-d float32 tensor.
+        The norm before clipping, a 0-d float64 tensor: that of float32 gradients may be outside the range of float32.
 
     Raises:
         ValueError: If `max_norm` is not positive, `pipeline_group` is neither a process group nor a mesh, or the layout
@@ -78,10 +78,15 @@ def clip_grad_norm_(
     # If the norm is inf or NaN, leave the gradients unchanged. The optimizer has its own policy for them.
     factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1), 1)
     if read and factor == 1:
-        return norm.float()
+        return norm
     for gradients in _by_kind(local(parameter.grad) for _, parameter in named if parameter.grad is not None):
-        torch._foreach_mul_(gradients, factor.to(gradients[0].device, gradients[0].dtype))
-    return norm.float()
+        dtype = gradients[0].dtype
+        # A factor outside the range of the dtype, where it would be 0, is applied in two parts. In float16 that is one
+        # that training meets; in others it takes gradients of 1e38, for which no accelerator makes a second pass.
+        parts = 2 if (factor < torch.finfo(dtype).tiny if read else dtype == torch.float16) else 1
+        for _ in range(parts):
+            torch._foreach_mul_(gradients, factor.pow(1 / parts).to(gradients[0].device, dtype))
+    return norm
 
 
 def _by_kind(gradients: Iterable[Tensor]) -> list[list[Tensor]]:

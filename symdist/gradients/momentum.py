@@ -123,7 +123,7 @@ def adamw_step(
         states: The "exp_avg", "exp_avg_sq" and "step" of each piece, updated in place.
         gradients: The gradients, in the shapes of `weights`; not written to.
         betas: The decay rates of the first and the second moment.
-        eps: The number added to the denominator.
+        eps: The number added to the denominator. Below √tiny, where squares vanish, it counts as that.
         lr: The learning rate, a number or 0-d on the device of the weights.
         weight_decay: The decoupled weight decay: a step subtracts `lr · weight_decay` times the weight.
         gate: 0-d float32, 1, or 0 to change nothing, whatever the gradients are; None (default) for 1.
@@ -157,7 +157,7 @@ def adamw_step(
         beta2=betas[1],
         lr=lr,
         weight_decay=weight_decay,
-        eps=eps,
+        eps=max(eps, torch.finfo(weights[0].dtype).tiny ** 0.5),
         maximize=False,
     )
     for original, weight in zip(originals, weights, strict=True):

@@ -10,17 +10,12 @@ from torch.distributed.tensor import DTensor
 
 from symdist.exchange import Transport
 from symdist.layouts import FlatLayout, Group, Layout, peers
+from symdist.rules.matrix import LARGEST, LARGEST_FLOAT64, largest
 
 NonFinite: TypeAlias = Literal["raise", "skip", "zero"]
 
-
-_LARGEST = 2.0**113
-_LARGEST_FLOAT64 = 2.0**400
-"""Magnitudes above which a gradient is treated as not finite, because its moments and sums could overflow.
-
-`_LARGEST_FLOAT64` applies to float64 gradients, `_LARGEST` to all others.
-"""
-
+_LARGEST_SQUARED = 2.0**63
+"""The largest magnitude whose square is in range in float32. A second moment of inf would stay so, and its weight."""
 
 Norms: TypeAlias = dict[float, tuple[list[int], Tensor]]
 """Largest magnitudes of gradients; see `largest_of`."""
@@ -83,6 +78,7 @@ def ranks_that_agree(
 
 def agree(
     gradients: Sequence[Tensor],
+    limits: Sequence[float],
     world: Group | None,
     *,
     elsewhere: bool,
@@ -97,6 +93,7 @@ def agree(
 
     Args:
         gradients: This rank's local gradients, except those whose placements differ from their weights'.
+        limits: The largest magnitude of each, see `limit_of`.
         world: The ranks that must agree; None if this rank trains alone.
         elsewhere: Whether this rank has gradients whose placements differ from their weights'.
         has_gradient: Whether this rank has any gradient.
@@ -109,9 +106,9 @@ def agree(
     """
     # On CPUs a 2-norm is twenty times as fast as a largest magnitude. The squares of finite numbers can overflow; the
     # largest magnitudes then decide.
-    norms = largest_of(gradients, order=2) if read else {}
+    norms = largest_of(gradients, limits, order=2) if read else {}
     if not (read and _all_finite(norms, device)):
-        norms = largest_of(gradients)
+        norms = largest_of(gradients, limits)
     flags = torch.zeros(FLAGS, device=device)
     flags[0] = ~_all_finite(norms, device)
     flags[1:2].fill_(float(elsewhere))
@@ -154,9 +151,41 @@ def gated(gradients: list[Tensor], gate: Tensor) -> list[Tensor]:
     return [one.view(gradients[0].dtype) for one in bits]
 
 
-def zeroed(gradient: Tensor) -> Tensor:
-    """Return a gradient with zeros in place of the elements that are not finite."""
-    return torch.where(gradient.abs() <= _largest(gradient), gradient, 0)
+def limit_of(dtype: torch.dtype, *, squared: bool) -> float:
+    """Return the magnitude above which a gradient is treated as not finite, because moments and sums could overflow.
+
+    Args:
+        dtype: The dtype of the gradient.
+        squared: Whether its squares must be in range, too, because nothing bounds it for AdamW; see `bounded`.
+
+    Returns:
+        The largest magnitude that counts as finite.
+    """
+    return _LARGEST_SQUARED if squared and dtype != torch.float64 else largest(dtype)
+
+
+def bounded(gradients: Sequence[Tensor], norms: Norms, squared: Sequence[bool]) -> list[Tensor]:
+    """Bound the magnitudes of gradients whose squares AdamW accumulates, where the host knows that it has to.
+
+    Args:
+        gradients: This rank's local gradients.
+        norms: Upper bounds of their magnitudes, see `largest_of`; they are read.
+        squared: Which gradients AdamW accumulates.
+
+    Returns:
+        The gradients, of which only those are copied that could have larger elements.
+    """
+    result = list(gradients)
+    for indices, of_all in norms.values():
+        for i, norm in zip(indices, of_all.tolist(), strict=True):
+            if squared[i] and not norm <= _LARGEST_SQUARED and gradients[i].dtype != torch.float64:
+                result[i] = gradients[i].clamp(-_LARGEST_SQUARED, _LARGEST_SQUARED)
+    return result
+
+
+def zeroed(gradient: Tensor, limit: float) -> Tensor:
+    """Return a gradient with zeros in place of the elements that are not finite or above a limit."""
+    return torch.where(gradient.abs() <= limit, gradient, 0)
 
 
 class Unread:
@@ -225,38 +254,36 @@ def not_finite_error(norms: Norms, names: Sequence[str]) -> FloatingPointError:
     Returns:
         The error; it is not raised here.
     """
-    bad = [
-        names[i]
-        for limit, (indices, of_all) in sorted(norms.items())
+    large = [
+        i
+        for limit, (indices, of_all) in norms.items()
         for i, norm in zip(indices, of_all.tolist(), strict=True)
         if not norm <= limit
     ]
+    bad = [names[i] for i in sorted(large)]
     place = f"of {', '.join(bad[:5])}{' and others' if len(bad) > 5 else ''}" if bad else "held by another rank"
     return FloatingPointError(
         f"a gradient {place} is not finite; no weight was changed. Not finite means inf, NaN or larger than "
-        f"{_LARGEST:.0e} ({_LARGEST_FLOAT64:.0e} in float64). Pass nonfinite='skip' to skip such "
-        "steps, or nonfinite='zero' to set these elements to zero"
+        f"{LARGEST:.0e} ({LARGEST_FLOAT64:.0e} in float64, {_LARGEST_SQUARED:.0e} for AdamW on an accelerator). Pass "
+        "nonfinite='skip' to skip such steps, or nonfinite='zero' to set these elements to zero"
     )
 
 
-def _largest(gradient: Tensor) -> float:
-    return _LARGEST_FLOAT64 if gradient.dtype == torch.float64 else _LARGEST
-
-
-def largest_of(gradients: Sequence[Tensor], *, order: float = float("inf")) -> Norms:
+def largest_of(gradients: Sequence[Tensor], limits: Sequence[float], *, order: float = float("inf")) -> Norms:
     """Return the largest magnitude in each gradient, by the limit above which it counts as not finite.
 
     Args:
         gradients: This rank's local gradients.
+        limits: The largest magnitude that counts as finite, for each.
         order: The order of the norm that is found; 2 gives an upper bound. By default, the largest magnitude.
 
     Returns:
         By limit, the indices of the gradients that have elements, and `[number of indices]`, float64.
     """
     by_limit: dict[float, list[int]] = {}
-    for i, gradient in enumerate(gradients):
+    for i, (gradient, limit) in enumerate(zip(gradients, limits, strict=True)):
         if gradient.numel():
-            by_limit.setdefault(_largest(gradient), []).append(i)
+            by_limit.setdefault(limit, []).append(i)
     return {
         limit: (indices, _stacked(torch._foreach_norm([gradients[i] for i in indices], order)))
         for limit, indices in by_limit.items()

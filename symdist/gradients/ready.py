@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from symdist.exchange import StepProgress, Transport
-from symdist.gradients.nonfinite import Agreed, NonFinite, agree, zeroed
+from symdist.gradients.nonfinite import Agreed, NonFinite, agree, bounded, limit_of, zeroed
 from symdist.gradients.partial_sums import bring_home, in_doubt, sum_up
 from symdist.layouts import Group, local
 from symdist.param_specs import ParamSpec
@@ -60,11 +60,14 @@ def ready_gradients(
     trainable = [(spec.name, spec.parameter) for spec in specs if spec.parameter.requires_grad]
     has_gradient = any(parameter.grad is not None for _, parameter in trainable)
     misplaced = {id(parameter) for _, parameter in bring_home(trainable)}
-    pieces = [gradient_of(spec) for spec in specs if id(spec.parameter) not in misplaced]
+    present = [spec for spec in specs if id(spec.parameter) not in misplaced]
+    pieces = [gradient_of(spec) for spec in present]
+    limits = [_limit(spec, piece, read=read) for spec, piece in zip(present, pieces, strict=True)]
     device = specs[0].parameter.device if specs else torch.device("cpu")
     progress.before = "agreeing on whether gradients are finite"
     agreed = agree(
         pieces,
+        limits,
         peers,
         elsewhere=bool(misplaced),
         has_gradient=has_gradient,
@@ -82,14 +85,30 @@ def ready_gradients(
         progress.before = "summing gradients whose placements differ from their weights'"
         sum_up(trainable, transport=transport, read=read)
         pieces = [gradient_of(spec) for spec in specs]
+        limits = [_limit(spec, piece, read=read) for spec, piece in zip(specs, pieces, strict=True)]
         progress.before = "agreeing on whether gradients are finite"
         agreed = agree(
-            pieces, peers, elsewhere=False, has_gradient=has_gradient, transport=transport, read=read, device=device
+            pieces,
+            limits,
+            peers,
+            elsewhere=False,
+            has_gradient=has_gradient,
+            transport=transport,
+            read=read,
+            device=device,
         )
     progress.before = ""
     if nonfinite == "zero":
-        return Gradients(pieces=[zeroed(piece) for piece in pieces], agreed=None)
-    return Gradients(pieces=pieces, agreed=agreed)
+        pieces = [zeroed(piece, limit) for piece, limit in zip(pieces, limits, strict=True)]
+    if read:
+        pieces = bounded(pieces, agreed.norms, [spec.rule.accumulator == "adam" for spec in specs])
+    return Gradients(pieces=pieces, agreed=None if nonfinite == "zero" else agreed)
+
+
+def _limit(spec: ParamSpec, gradient: Tensor, *, read: bool) -> float:
+    """Return above which magnitude a gradient counts as not finite."""
+    # Bounding every gradient of AdamW would take an accelerator half as long as its update.
+    return limit_of(gradient.dtype, squared=not read and spec.rule.accumulator == "adam")
 
 
 def gradient_of(spec: ParamSpec) -> Tensor:

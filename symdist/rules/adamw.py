@@ -9,9 +9,9 @@ from symdist.rules.requests import Asking
 def adamw(matrix: Matrix, *, centered: bool = False) -> Asking:
     """AdamW's update: the bias-corrected Adam direction.
 
-    The accumulator (options `betas` (0.9, 0.95) and `eps` 1e-8) computes that direction; the rule only centres it if
-    `centered` is set. Not equivariant under rotations, because Adam treats every coordinate separately. It communicates
-    nothing, or with `centered` one row of sums if the rows are split over ranks.
+    The accumulator (options `betas` (0.9, 0.95) and `eps` 1e-8, which counts as 1e-19 below that) computes that
+    direction; the rule only centres it if `centered` is set. Not equivariant under rotations, because Adam treats every
+    coordinate separately. It communicates nothing, or with `centered` one row of sums if the rows are split over ranks.
     Source: Loshchilov & Hutter, arXiv 1711.05101.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from symdist.rules.matrix import Matrix
+from symdist.rules.matrix import Matrix, largest_magnitude
 from symdist.rules.registry import rule
 from symdist.rules.requests import Asking, Orthonormal, StageSum, Sum
 
@@ -17,6 +17,7 @@ _BETA2 = 0.95
 # Elements of RᵀM smaller than this many rounding errors are set to zero. They are noise (rows beyond the rank of M,
 # elements that are zero in exact arithmetic), which signs and row norms would magnify.
 _NOISE = 100.0
+_LIGHTEST, _HEAVIEST = 2.0**-100, 2.0**100
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -89,7 +90,8 @@ def aro(
     """
     coupled = share == "residual_stage"
     scale, previous = yield from _previous_rotation(matrix, coupled=coupled)
-    m = matrix.values / torch.where(scale > 0, scale, 1)
+    # What contains only denormal numbers has no significant digits and becomes zero.
+    m = matrix.values / torch.where(scale >= torch.finfo(scale.dtype).tiny, scale, torch.inf)
     frame = _Frame(
         matrix, base=base, sinkhorn_steps=sinkhorn_steps or _SINKHORN_STEPS, beta2=_BETA2 if beta2 is None else beta2
     )
@@ -100,6 +102,8 @@ def aro(
             base_squares = yield Sum(values=base_image.square().sum((-2, -1), keepdim=True), across="columns")
             count = base_image.shape[-2] * matrix.columns
             weight = scale * (count / torch.where(base_squares > 0, base_squares, 1)).sqrt()
+        # Between these bounds, the products and their sum stay in range.
+        weight = weight.clamp(_LIGHTEST, _HEAVIEST)
         q = yield StageSum(values=(m * weight) @ base_image.mT, orthonormal=True)
     else:
         q = yield Orthonormal(values=m @ base_image.mT, across="columns")
@@ -134,19 +138,20 @@ def _previous_rotation(matrix: Matrix, *, coupled: bool) -> Generator[Any, Any, 
     """Assemble the rotation of the last step, whose columns are stored on different ranks and matrices.
 
     Returns:
-        The mean magnitude of M, `[b, 1, 1]`, and the rotation, `[b, m, k]`. The first rotation is the identity.
+        The largest magnitude in M or, if its columns are split, the sum over the parts of the largest in each, `[b, 1,
+        1]`, and the rotation, `[b, m, k]`. The first rotation is the identity.
     """
     b, m, _ = matrix.values.shape
     k = min(m, matrix.columns) if matrix.places is None else matrix.places.width
     whole = matrix.values.new_zeros(b, m, k)
     for members, state_columns, rotation_columns in _parts(matrix):
         whole[members, :, rotation_columns] = matrix.state["rotation"][members, :, state_columns]
-    magnitude = matrix.values.abs().sum((-2, -1)) / (matrix.rows * matrix.columns)
+    magnitude = largest_magnitude(matrix.values, (-2, -1))
     if coupled:
-        scale = yield Sum(values=magnitude[:, None, None], across="columns")
+        scale = yield Sum(values=magnitude, across="columns")
         whole = yield StageSum(values=whole)
     else:
-        total = yield Sum(values=torch.cat([whole.flatten(1), magnitude[:, None]], dim=1), across="columns")
+        total = yield Sum(values=torch.cat([whole.flatten(1), magnitude.flatten(1)], dim=1), across="columns")
         scale, whole = total[:, -1, None, None], total[:, :-1].view(b, m, k)
     start = torch.eye(m, k, dtype=whole.dtype, device=whole.device)
     return scale, torch.where(whole.abs().amax((-2, -1), keepdim=True) > 0, whole, start)

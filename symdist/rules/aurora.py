@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from symdist.rules.linalg.inverse_root import Method
 from symdist.rules.linalg.precision import check_precision
@@ -13,6 +14,9 @@ from symdist.rules.muon import AdjustLr, MuonPrecision, muon_polar, muon_splits,
 from symdist.rules.registry import MatrixAxis, rule
 from symdist.rules.requests import Asking, Sum
 from symdist.rules.row_norm import unit_rows
+
+_LARGEST = 2.0**40
+"""The largest factor of a row, whose Gram is still in range."""
 
 
 def _check(options: Mapping[str, Any]) -> None:
@@ -88,9 +92,11 @@ def aurora(
         return scaled_lr(matrix, u, adjust_lr)
     x = yield from unit_rows(matrix.values)
     u = yield from polar(x, unit_scale=True)
+    d: Tensor | float = 1.0
     for _ in range(iterations - 1):
         squares = yield Sum(values=u.square().sum(-1, keepdim=True), across="columns")
         ratio = matrix.columns / matrix.rows / torch.where(squares > smallest, squares, matrix.columns / matrix.rows)
-        x = x * ratio**beta
-        u = yield from polar(x, unit_scale=True)
+        # Large powers and many iterations let D swing ever further.
+        d = (d * ratio**beta).clamp_max(_LARGEST)
+        u = yield from polar(x * d, unit_scale=True)
     return scaled_lr(matrix, u, adjust_lr)

@@ -1,5 +1,6 @@
 """The matrix that a rule works on, and operations that rules share: centring, row lengths, scaling to unit size."""
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,17 @@ from torch import Tensor
 
 from symdist.hardware import Hardware
 from symdist.rules.requests import Sum
+
+LARGEST = 2.0**113
+LARGEST_FLOAT64 = 2.0**400
+"""The largest magnitudes of gradients and of updates, so that moments and sums of them stay in range; see `largest`."""
+_BLOCK = 256
+"""As many rows can be summed in float32, whatever the momentum: it exceeds `LARGEST` at most by `1/(1 − β)`."""
+
+
+def largest(dtype: torch.dtype) -> float:
+    """Return the largest magnitude of gradients and updates: `LARGEST_FLOAT64` for float64, otherwise `LARGEST`."""
+    return LARGEST_FLOAT64 if dtype == torch.float64 else LARGEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +85,8 @@ def center_rows(matrix: Matrix, x: Tensor) -> Generator[Any, Any, Tensor]:
 
             m = yield from center_rows(matrix, matrix.values)
     """
-    total = yield Sum(values=x.sum(-2, keepdim=True), across="rows")
-    centered = x - total / matrix.rows
+    mean = yield Sum(values=_sum_of_rows(x, matrix.rows), across="rows")
+    centered = x - mean
     return centered if matrix.real is None else centered * matrix.real
 
 
@@ -91,10 +103,20 @@ def row_lengths(x: Tensor) -> Generator[Any, Any, Tensor]:
     Returns:
         `[b, rows here, 1]`, in the dtype of `x`.
     """
-    peak = _largest_magnitude(x, (-1,))
+    peak = largest_magnitude(x, (-1,))
     local_lengths = peak * torch.linalg.vector_norm(x / torch.where(peak > 0, peak, 1), dim=-1, keepdim=True)
     squares = yield Sum(values=local_lengths.double().square(), across="columns")
     return squares.sqrt().to(x.dtype)
+
+
+def _sum_of_rows(x: Tensor, divisor: int) -> Tensor:
+    """Return the sum of the rows divided by a number at least as large as their number, `[b, 1, columns here]`."""
+    whole = x.shape[-2] // _BLOCK * _BLOCK
+    rest = x[..., whole:, :].sum(-2, keepdim=True) / divisor
+    if not whole:
+        return rest
+    blocks = x[..., :whole, :].unflatten(-2, (-1, _BLOCK)).sum(-2)
+    return rest + (blocks / divisor).sum(-2, keepdim=True)
 
 
 def at_unit_scale(x: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
@@ -112,17 +134,23 @@ def at_unit_scale(x: Tensor) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
         The scaled `x`, and the powers of two, `[b, 1, 1]`.
     """
     # Rules can request only sums across ranks. The sum of the pieces' maxima exceeds the maximum at most by a factor of
-    # the number of pieces.
-    size = yield Sum(values=_largest_magnitude(x, (-2, -1)), across="all")
-    tiny = torch.finfo(x.dtype).tiny
-    unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent.clamp_min(-125))
-    return x * torch.where(size >= tiny, 1 / unit, 0), unit
+    # the number of pieces. Of thousands of pieces, it may leave the range.
+    limits = torch.finfo(x.dtype)
+    size = yield Sum(values=largest_magnitude(x, (-2, -1)), across="all")
+    size = size.clamp_max(0.5 / limits.tiny)
+    unit = torch.ldexp(torch.ones_like(size), torch.frexp(size).exponent.clamp_min(math.frexp(limits.tiny)[1]))
+    return x * torch.where(size >= limits.tiny, 1 / unit, 0), unit
 
 
-def _largest_magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return the largest magnitude along `dims`, which are kept with size 1.
+def largest_magnitude(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the largest magnitude along dimensions.
 
-    The result is 0 where one of the dimensions is empty.
+    Args:
+        x: Of any shape.
+        dims: The dimensions, as negative numbers; they are kept with size 1.
+
+    Returns:
+        The magnitudes; 0 where one of the dimensions is empty.
     """
     if x.numel() == 0:
         return x.new_zeros([1 if dim - x.dim() in dims else size for dim, size in enumerate(x.shape)])

@@ -81,7 +81,8 @@ def normuon(
     previous = matrix.state["row_sq"]
     average = previous.lerp((squares / matrix.columns).expand_as(previous), 1 - beta2)
     # All columns of v are equal, so the first is enough. On a rank that holds no column, the factor is empty.
-    factor = 1 / (average[..., :1].sqrt() + eps)
+    # The bound keeps its square finite, should eps be 0: a row without a direction has a factor, too.
+    factor = 1 / (average[..., :1].sqrt() + eps).clamp_min(torch.finfo(q.dtype).tiny ** 0.5)
     norms = torch.cat([squares.expand_as(factor), squares * factor.square()], dim=-1)
     norms = yield Sum(values=norms.sum(-2, keepdim=True), across="rows")
     before, after = norms.tensor_split(2, dim=-1)

@@ -11,7 +11,7 @@ from symdist.hardware import hardware_of
 from symdist.rules.linalg.inverse_root import HEADROOM, InverseRoot, Method, Numerics
 from symdist.rules.linalg.precision import Precision, with_precision
 from symdist.rules.linalg.products import symmetric
-from symdist.rules.matrix import Matrix, at_unit_scale
+from symdist.rules.matrix import Matrix, at_unit_scale, largest
 from symdist.rules.registry import MatrixAxis
 from symdist.rules.requests import Factored, Root, Sum
 
@@ -45,6 +45,8 @@ class Polar:
         unit: `[b, 1, 1]`, the factors that the matrices were divided by; None if they were not divided.
         across: The axis along which other ranks hold parts of the matrices, if any do.
         root: The inverse root that the factor was computed with; None if the iteration was restarted.
+        scale: `[b, 1, 1]`, what brings `values` to the Frobenius norm `HEADROOM` if the iteration was restarted; 0 for
+            those of hardly any size. None if it was not.
     """
 
     factor: Tensor
@@ -52,24 +54,21 @@ class Polar:
     unit: Tensor | None
     across: MatrixAxis
     root: InverseRoot | None
+    scale: Tensor | None
 
     def nu(self, scale: Scale) -> Generator[Any, Any, Tensor]:
         """Compute ν, `[b, 1, 1]`: the nuclear norm of the matrix or its ratio to the Frobenius norm.
 
-        With restarts, it yields one `Sum`: the nuclear norm is then `⟨M, polar(M)⟩`, and no Gram of M is at hand.
+        The nuclear norm may leave the range and be inf; the ratio does not. With restarts, it yields one `Sum`: the
+        nuclear norm is then `⟨M, polar(M)⟩`, and no Gram of M is at hand.
         """
+        over_frobenius = scale == "nuclear_over_frobenius"
         if self.root is not None:
-            nuclear, frobenius = self.root.nuclear, self.root.frobenius
-        else:
-            parts = [(self.values * self.factor).sum((-2, -1), keepdim=True)]
-            parts.append(self.values.square().sum((-2, -1), keepdim=True))
-            sums = yield Sum(values=torch.cat(parts, dim=-1), across=self.across)
-            nuclear, frobenius = sums[..., :1], sums[..., 1:].sqrt()
-            if scale != "nuclear_over_frobenius" and self.unit is not None:
-                nuclear = nuclear * self.unit
-        if scale == "nuclear_over_frobenius":
-            return nuclear / frobenius.clamp_min(torch.finfo(nuclear.dtype).tiny)
-        return nuclear
+            return self.root.nuclear_over_frobenius if over_frobenius else self.root.nuclear
+        assert self.scale is not None
+        here = (self.values * self.scale * self.factor).sum((-2, -1), keepdim=True)
+        nuclear = yield Sum(values=here, across=self.across)
+        return nuclear / HEADROOM if over_frobenius else nuclear / torch.where(self.scale > 0, self.scale, 1)
 
 
 def numerics_of(
@@ -132,9 +131,10 @@ def polar_factor(
     """
     right = gram_side(side, matrix.rows, matrix.columns) == "right"
     across: MatrixAxis = "rows" if right else "columns"
-    root = unit = None
+    root = unit = scale = None
     if numerics.half is not None:
-        u = yield from _restarted(x, right=right, across=across, numerics=numerics, whole=across not in matrix.parts)
+        whole = across not in matrix.parts
+        u, scale = yield from _restarted(x, right=right, across=across, numerics=numerics, whole=whole)
     else:
         if not unit_scale:
             x, unit = yield from at_unit_scale(x)
@@ -143,23 +143,31 @@ def polar_factor(
         del gram
         u = root.applied(x, right=right)
     yield Factored(values=x, polar=u, unit=unit, parts=matrix.parts.get(across, 1))
-    return Polar(factor=u, values=x, unit=unit, across=across, root=root)
+    return Polar(factor=u, values=x, unit=unit, across=across, root=root, scale=scale)
 
 
-def _scale(norm: Tensor) -> Tensor:
-    """Return the factor that brings a matrix of this Frobenius norm to `HEADROOM`; 0 for one of hardly any size."""
-    return torch.where(norm > _ZERO, HEADROOM / norm, 0)
+def _scale(norm: Tensor, peak: Tensor | float = 1.0) -> Tensor:
+    """Return the factor that brings matrices to the Frobenius norm `HEADROOM`; 0 for those of hardly any size.
+
+    Args:
+        norm: The Frobenius norms of the matrices divided by `peak`.
+        peak: What they were divided by; 1 by default.
+
+    Returns:
+        The factors.
+    """
+    return torch.where(norm * peak > _ZERO, HEADROOM / norm / peak, 0)
 
 
 def _scale_on_cpu(x: Tensor) -> Tensor:
     """Return the factor of `_scale` for whole matrices, without float64, in which a CPU takes ten times as long."""
     peak = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True)).clamp_min(_ZERO)
-    return _scale(torch.linalg.vector_norm(x / peak, dim=(-2, -1), keepdim=True) * peak)
+    return _scale(torch.linalg.vector_norm(x / peak, dim=(-2, -1), keepdim=True), peak)
 
 
 def _restarted(
     x: Tensor, *, right: bool, across: MatrixAxis, numerics: Numerics, whole: bool
-) -> Generator[Any, Any, Tensor]:
+) -> Generator[Any, Any, tuple[Tensor, Tensor]]:
     """Compute polar factors in half precision, forming a new Gram after each segment of steps.
 
     Args:
@@ -170,7 +178,7 @@ def _restarted(
         whole: Whether matrices are whole on this rank.
 
     Returns:
-        The polar factors, in the shape and dtype of `x`.
+        The polar factors, in the shape and dtype of `x`, and the factors that brought `x` to the norm `HEADROOM`.
     """
     assert numerics.half is not None
     size, scales = max(1, x.shape[0]), None
@@ -180,11 +188,12 @@ def _restarted(
         # In float64 no square overflows or vanishes.
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float64)
         norm = (yield Sum(values=norm.square(), across=across)).sqrt()
-        scales = _scale(norm)
-    result = torch.empty_like(x)
+        scales = _scale(norm).to(x.dtype)
+    result, used = torch.empty_like(x), []
     for start in range(0, max(1, x.shape[0]), size):
         part = slice(start, start + size)
-        scale = (_scale_on_cpu(x[part]) if scales is None else scales[part]).to(x.dtype)
+        scale = _scale_on_cpu(x[part]) if scales is None else scales[part]
+        used.append(scale)
         y = torch.mul(x[part], scale, out=torch.empty_like(x[part], dtype=numerics.half))
         # What the dtype has no digits for is small, but not in comparison with the smallest singular values.
         rest = (x[part] * scale).sub_(y).to(y.dtype) if numerics.split else None
@@ -198,12 +207,15 @@ def _restarted(
                 y, rest = y.add_(root.applied(rest, right=right)), None
             spare = root.matrix if root.matrix.dtype == y.dtype else None
         result[part] = y
-    return result
+    return result, torch.cat(used)
 
 
 def scaled(u: Tensor, polar: Polar, *, alpha: float, scale: Scale) -> Generator[Any, Any, Tensor]:
-    """Return `ν^alpha·u`, where ν is the nuclear norm or its ratio to the Frobenius norm, depending on `scale`."""
+    """Return `ν^alpha·u`, where ν is the nuclear norm or its ratio to the Frobenius norm, depending on `scale`.
+
+    A factor above the largest magnitude of a gradient is replaced by that: a weight that is no number trains no more.
+    """
     if alpha == 0:
         return u
     nu = yield from polar.nu(scale)
-    return nu.clamp_min(0).pow(alpha) * u
+    return nu.clamp_min(0).pow(alpha).clamp_max(largest(u.dtype)) * u

@@ -1,7 +1,7 @@
 """The registry of rules: the name and options of each rule, and the splits of a matrix under which it runs in place."""
 
 import inspect
-import math
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class Rule:
         """
         options = {**ACCUMULATOR_OPTIONS[self.accumulator], **self.defaults, **chosen}
         for key, choices in self.choices.items():
-            if options[key] not in choices:
+            if type(options[key]) not in map(type, choices) or options[key] not in choices:
                 raise ValueError(f"{where}: {key}={options[key]!r} is not one of {', '.join(map(repr, choices))}")
         defaults = {**ACCUMULATOR_OPTIONS[self.accumulator], **self.defaults}
         try:
@@ -153,7 +153,8 @@ def _check_value(key: str, value: Any, default: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # A whole number may be too large for a float, and then for any arithmetic.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def rule(

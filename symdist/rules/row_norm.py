@@ -18,8 +18,8 @@ _REFERENCE_EPS = 1e-8
 def unit_rows(x: Tensor, *, eps: Eps = "none", noise: float = 0.0) -> Generator[Any, Any, Tensor]:
     """Scale rows to length one: `D(x)·x` with `D = diag(1/‖x_i‖₂)`.
 
-    A zero row stays zero. The length of a row of denormal numbers is replaced by the smallest normal number, because
-    such numbers have too few significant digits to be scaled up.
+    A zero row stays zero. A row whose length is a denormal number becomes zero, because such numbers have too few
+    significant digits to be scaled up.
 
     Args:
         x: `[b, rows here, columns here]`.
@@ -34,7 +34,7 @@ def unit_rows(x: Tensor, *, eps: Eps = "none", noise: float = 0.0) -> Generator[
         x = torch.where(lengths > noise, x, 0)
     if eps == "reference":
         lengths = lengths + _REFERENCE_EPS
-    return x / lengths.clamp_min(torch.finfo(x.dtype).tiny)
+    return x / torch.where(lengths >= torch.finfo(x.dtype).tiny, lengths, torch.inf)
 
 
 @rule("row_norm", splits=("rows", "columns"))

@@ -9,6 +9,7 @@ so there the polynomial so far is applied to `M` every few steps, and a new Gram
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -191,19 +192,31 @@ class InverseRoot:
 
     @property
     def nuclear(self) -> Tensor:
-        """`‖M‖_* = tr(C·C^{-1/2})`, `[b, 1, 1]`."""
-        if self._norms is not None:
-            return self._norms[0] * self._unit
-        assert self._gram is not None
-        return (self._gram * self.matrix).sum((-2, -1), keepdim=True) * self._unit
+        """`‖M‖_* = tr(C·C^{-1/2})`, `[b, 1, 1]`; inf if it leaves the range of the dtype."""
+        return self._divided_nuclear() * self._unit
 
     @property
     def frobenius(self) -> Tensor:
-        """`‖M‖_F = √tr C`, `[b, 1, 1]`."""
+        """`‖M‖_F = √tr C`, `[b, 1, 1]`; inf if it leaves the range of the dtype."""
+        return self._divided_frobenius() * self._unit
+
+    @property
+    def nuclear_over_frobenius(self) -> Tensor:
+        """`‖M‖_* / ‖M‖_F`, `[b, 1, 1]`, also where the norms leave the range; 0 for a zero matrix."""
+        nuclear = self._divided_nuclear()
+        return nuclear / self._divided_frobenius().clamp_min(torch.finfo(nuclear.dtype).tiny)
+
+    def _divided_nuclear(self) -> Tensor:
         if self._norms is not None:
-            return self._norms[1] * self._unit
+            return self._norms[0]
         assert self._gram is not None
-        return _trace(self._gram).clamp_min(0).sqrt() * self._unit
+        return (self._gram * self.matrix).sum((-2, -1), keepdim=True)
+
+    def _divided_frobenius(self) -> Tensor:
+        if self._norms is not None:
+            return self._norms[1]
+        assert self._gram is not None
+        return _trace(self._gram).clamp_min(0).sqrt()
 
 
 def inverse_root(gram: Tensor, numerics: Numerics, segment: int = 0, *, spare: Tensor | None = None) -> InverseRoot:
@@ -252,16 +265,18 @@ def polar_as_published(m: Tensor, numerics: Numerics) -> Tensor:
     The rounding error, a few percent of a singular value, is part of the published method.
 
     Args:
-        m: `[b, m, n]`.
+        m: `[b, m, n]`, in float32 or float64.
         numerics: The coefficients; `numerics.method` must be iterative.
 
     Returns:
         The polar factor, in the shape and dtype of `m`.
     """
     # The division by a power of two rounds nothing. Without it, the squares of the momentum of a long-unused expert
-    # would vanish.
-    exponent = torch.frexp(m.float().abs().amax((-2, -1), keepdim=True)).exponent.clamp(-126, 126)
-    x = torch.ldexp(m, -exponent).bfloat16()
+    # would vanish. What contains only denormal numbers has no significant digits and becomes zero.
+    tiny = torch.finfo(m.dtype).tiny
+    size, lowest = m.abs().amax((-2, -1), keepdim=True), math.frexp(tiny)[1]
+    exponent = torch.frexp(size).exponent.clamp(lowest, 1 - lowest)
+    x = torch.where(size >= tiny, torch.ldexp(m, -exponent), 0).bfloat16()
     tall = m.shape[-2] > m.shape[-1]
     x = x.mT if tall else x
     x = x / (1.02 * torch.linalg.matrix_norm(x, keepdim=True)).clamp_min(torch.finfo(x.dtype).tiny)
