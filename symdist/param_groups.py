@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import difflib
-<<<<<<< HEAD
-=======
-import sys
->>>>>>> h-numbers
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, TypedDict
@@ -247,21 +243,13 @@ def check_values(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: lr is a tensor of shape {tuple(lr.shape)}; a learning rate is one number")
     for key in ("lr", "weight_decay"):
         if not _is_rate(group[key]):
-<<<<<<< HEAD
             raise ValueError(f"{where}: {key}={group[key]!r} must be a finite number, 0 or more and at most {_RATE:g}")
-    for key in ("cautious_weight_decay", "skip_zero_grad_rows"):
-        if not isinstance(group[key], bool):
-            raise ValueError(f"{where}: {key}={group[key]!r} must be true or false")
-    if group["weight_rounding"] not in ("nearest", "stochastic"):
-=======
-            raise ValueError(f"{where}: {key}={group[key]!r} must be a finite number, 0 or more")
     if not isinstance(group["role"], str):
         raise ValueError(f"{where}: role={group['role']!r} must be a text")
     for key in ("cautious_weight_decay", "skip_zero_grad_rows"):
         if not isinstance(group[key], bool):
             raise ValueError(f"{where}: {key}={group[key]!r} must be true or false")
     if not isinstance(group["weight_rounding"], str) or group["weight_rounding"] not in ("nearest", "stochastic"):
->>>>>>> h-numbers
         raise ValueError(f"{where}: weight_rounding={group['weight_rounding']!r} is not 'nearest' or 'stochastic'")
     for key in ("padding_rows", "rounding_seed", "rounding_step"):
         if not isinstance(group[key], int) or isinstance(group[key], bool) or group[key] < 0:
@@ -271,21 +259,13 @@ def check_values(group: Mapping[str, Any], where: str) -> None:
 
 
 def _is_rate(value: Any) -> bool:
-<<<<<<< HEAD
     """Whether a value is a number, or a tensor of one, that float32 can step weights by."""
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and 0 <= float(value) <= _RATE
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= _RATE
-=======
-    """Return whether a value is a finite number, 0 or more, or a tensor of one."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             return False
         value = value.item()
     is_number = isinstance(value, Real) and not isinstance(value, bool)
-    # A whole number may be too large for a float.
-    return is_number and 0 <= value <= sys.float_info.max
->>>>>>> h-numbers
+    return is_number and 0 <= value <= _RATE
 
 
 def named_params(params: Any, group: Mapping[str, Any]) -> tuple[list[str], list[Tensor]]:
