@@ -125,7 +125,7 @@ class FolderLock:
                 f"the run that held {self._folder}, process {holder.get('pid')} on {holder.get('host')}, is dead: "
                 "this one takes the folder over"
             )
-        moved = self._path.with_name(f"{_FILE}.{self._own['lock']}")
+        moved = self._path.with_name(f"{_FILE}.{self._own['lock']}.before")
         with contextlib.suppress(FileNotFoundError):
             os.rename(self._path, moved)
             if self._holder(moved)[0] != holder:

@@ -16,17 +16,17 @@ from tests.processes import agent_ends_with_parent
 
 # Before the training the main thread waits in C, where Python calls no handler.
 PROGRAM = """
-import ctypes, sys, threading, time
+import ctypes, sys, time
 from launch.runtime.signals import StopSignals
 signals = StopSignals(lambda text: print(text, flush=True))
 signals.training = sys.argv[1] == "training"
 signals.before_leaving = lambda: print("leaving", flush=True)
 signals.listen()
-other = threading.Thread(target=time.sleep, args=(600,), daemon=True)
-other.start()
 print("waiting", flush=True)
 if not signals.training:
-    ctypes.CDLL(None).pthread_join(ctypes.c_ulong(other.ident), None)
+    mutex = (ctypes.c_char * 64)()
+    for _ in "twice":
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
 while not signals.requested:
     time.sleep(0.01)
 print("requested", flush=True)
@@ -86,7 +86,7 @@ def test_a_validation_is_left_and_done_when_the_run_goes_on(tmp_path: Path) -> N
     )
     # The line of a step is written before its validation begins.
     while not ((output / "log.jsonl").exists() and "train" in (output / "log.jsonl").read_text()):
-        assert running.poll() is None
+        assert running.poll() is None, running.communicate()[1]
         time.sleep(0.002)
     for tasks in Path(f"/proc/{running.pid}/task").glob("*/children"):
         for rank in tasks.read_text().split():
