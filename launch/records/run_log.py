@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -86,7 +87,12 @@ class RunLog:
         if self._board is not None:
             with contextlib.suppress(OSError):
                 self._board.close()
-        self._board = SummaryWriter(str(self._folder), purge_step=None if step is None else step + 1)
+        threading.excepthook = self._tell_of_thread
+        try:
+            self._board = SummaryWriter(str(self._folder), purge_step=None if step is None else step + 1)
+        except OSError as error:
+            self._board = None
+            self.say(f"cannot write TensorBoard's files ({error.strerror}); the run goes on without them")
         if self._progress is None and sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -98,6 +104,13 @@ class RunLog:
             self._task = self._progress.add_task("training", total=self._steps)
             self._progress.start()
         self.advance(step or 0)
+
+    def _tell_of_thread(self, ended: threading.ExceptHookArgs) -> None:
+        """Say in one line that TensorBoard's writer has ended, as it does when the disk is full."""
+        if isinstance(ended.exc_value, OSError) and type(ended.thread).__module__.startswith("tensorboard."):
+            self.say(f"cannot write TensorBoard's files ({ended.exc_value.strerror}); the run goes on without them")
+        else:
+            threading.__excepthook__(ended)
 
     def _lines(self) -> list[tuple[bytes, LogLine]]:
         """Return the lines of the log; what is no line of a log is said and passed over."""
@@ -139,15 +152,15 @@ class RunLog:
         """
         if not self.write:
             return
-        assert self._board is not None
         self._unwritten.append(log_line(step, kind, values))
         if _append(self._folder / LOG, "".join(self._unwritten)):
             self._unwritten.clear()
         elif len(self._unwritten) == 1:
             self.say(f"cannot write {self._folder / LOG}; its lines are kept in memory until there is space")
-        with contextlib.suppress(OSError):
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                for name, value in values.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
         shortened = "  ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
         self.say(f"step {step:>6}  {kind:<10}  {shortened}")
 
