@@ -1,5 +1,6 @@
 """Roles, recipes and groups: the five model families, plain transformers, overrides, and every refusal."""
 
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,11 @@ def test_frozen_parameters_are_left_out() -> None:
         (ADAMW | GATE | {"router": {"rule": "row_norm", "lr": 1, "view": "neurons"}}, {}, "for MLP and expert"),
         (ADAMW | GATE | {"router": {"rule": "muon", "lr": 1, "view": "heads"}}, {}, "needs the number of heads"),
         ({"default": {"lr": 1.0}} | GATE, {}, "names no rule for role"),
+        (ADAMW | {"patterns": 5}, {}, "patterns should consist of tables"),
+        (ADAMW | {"patterns": [5]}, {}, "patterns should consist of tables"),
+        (ADAMW | {"router": {"rule": "adamw", "lr": "fast"}}, {}, r"\[router\]: lr='fast' must be a finite number"),
+        (ADAMW | {"patterns": [{"match": "x", "lr": math.nan}]}, {}, "pattern 'x': lr=nan must be a finite number"),
+        ({5: {}}, {}, "names 5, which is no role"),
     ],
 )
 def test_what_cannot_be_routed_is_refused(recipe: Any, overrides: dict[str, Any], message: str) -> None:
@@ -369,6 +375,27 @@ def test_what_cannot_be_routed_is_refused(recipe: Any, overrides: dict[str, Any]
 def test_an_option_no_rule_knows_names_group_and_option() -> None:
     with pytest.raises(ValueError, match=r"'router': rule 'row_norm' knows no option 'alpha'"):
         build_optimizer(Plain(), ADAMW | GATE | {"router": {"rule": "row_norm", "lr": 1.0, "alpha": 1.0}})
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"ns_steps": 99_999_999}, "ns_steps=99999999 must be at most 100"),
+        ({"damping": 1e300}, r"damping=1e\+300 must be at most 1"),
+        ({"lr": 1e300}, r"lr=1e\+300 must be a finite number, 0 or more and at most 1e\+09"),
+        ({"weight_decay": True}, "weight_decay=True must be a finite number"),
+        ({"padding_rows": True}, "padding_rows=True must be a whole number"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(option: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(Plain(), ADAMW | GATE | {"router": {"rule": "muon", "lr": 1.0} | option})
+
+
+def test_all_rates_are_scaled_by_a_positive_number() -> None:
+    for lr in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="must be a positive number"):
+            load_recipe("olmoe").adjusted(lr=lr)
 
 
 def test_overriding_the_rule_leaves_the_old_rules_options_behind() -> None:

@@ -110,7 +110,9 @@ class Study:
         if not (1 <= self.jobs <= 1024 and 1 <= self.nproc <= 1024):
             raise ValueError(f"--jobs {self.jobs} and --nproc {self.nproc} must be from 1 to 1024")
         if not self.multipliers or not all(1e-6 <= multiplier <= 1e6 for multiplier in self.multipliers):
-            raise ValueError(f"--multipliers {self.multipliers} must be numbers from 1e-6 to 1e6, at least one")
+            raise ValueError(
+                f"--multipliers {self.multipliers} must be positive numbers, from 1e-6 to 1e6, at least one"
+            )
         if not all(0 <= seed < 2**32 for seed in (self.sweep_seed, *self.seeds)):
             raise ValueError(f"--seeds {self.seeds} and --sweep-seed {self.sweep_seed} must be from 0 to 2**32 - 1")
         if not self.seeds or self.sweep_seed in self.seeds:

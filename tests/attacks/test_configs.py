@@ -38,13 +38,14 @@ SETTINGS = (
     *("attention_dropout", "initializer_range", "rms_norm_eps", "pad_token_id", "attn_implementation", "dtype"),
 )
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_experts": 2, "vocab_size": 32}
+ARM = {"model": "olmoe-tiny", "name": "arm", "recipe": "adamw", "override": ["router.lr=0.1"]}
 STUDY = {
     "output": "runs",
     "multipliers": [1.0, 2.0],
     "sweep_seed": 1,
     "seeds": [2],
     "run": {"steps": 4, "batch": 4, "data": {"source": "stdlib", "vocabulary": 300}},
-    "arms": [{"model": "olmoe-tiny", "name": "arm", "recipe": "adamw", "override": ["router.lr=0.1"]}],
+    "arms": [ARM],
 }
 
 
@@ -123,7 +124,8 @@ def test_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) ->
         path.write_text(as_toml(content), errors="surrogatepass")
         one_line(outcome(lambda: runner.main(["--config", str(path), "--dry-run"]), tmp_path))
 
-    attack(spoilt(STUDY), check, batch=batch, cases=CASES)
+    overridden = st.sampled_from(CHANGES).map(lambda word: STUDY | {"arms": [{**ARM, "override": [word]}]})
+    attack(spoilt(STUDY) | overridden, check, batch=batch, cases=2 * CASES)
 
 
 READERS: dict[str, Callable[[str], Any]] = {

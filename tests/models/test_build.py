@@ -248,6 +248,41 @@ def test_malformed_file(tmp_path, text: str, message: str):
         models.build(path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vocab_size": 10**11}, "vocab_size=100000000000 must be between 1 and 16,777,216"),
+        ({"hidden_size": 0}, "hidden_size=0 must be between 1 and"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers=-1 must be between 1 and 1,000"),
+        ({"initializer_range": math.nan}, "initializer_range=nan must be between"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_parameters=.* must be between 1 and"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, "num_attention_heads=3 must divide hidden_size=128"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
+        ({"hidden_size": 136, "num_attention_heads": 8, "num_key_value_heads": 8}, "17 dimensions, but positions"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be between 1 and the number of experts, 8"),
+        ({"intermediate_size": 9}, "width of 9 must be multiples of 8"),
+        ({"pad_token_id": 4096}, "pad_token_id=4096 must be below vocab_size=4096"),
+        ({"num_local_experts": 4, "num_experts": 4}, "num_local_experts is another name of num_experts"),
+        ({"attn_implementation": "someone/kernel"}, "attn_implementation='someone/kernel' is not one of eager"),
+        ({"hidden_act": "nope"}, "transformers cannot build it .KeyError.*nope"),
+        ({"return_dict": False}, "has no setting return_dict"),
+        ({"vocab_size": "abc"}, "'vocab_size' expected int, got str"),
+        ({"hidden_size": 2**17, "vocab_size": 2**24}, "weights take .* GB, and cpu has"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(settings, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        models.build("olmoe-tiny", overrides=settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_files_own_settings_are_checked_where_others_replace_them(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('family = "qwen3"\n[config]\nvocab_size = "abc"\n')
+    with pytest.raises(ValueError, match="'vocab_size' expected int, got str"):
+        models.build(path, device="meta", vocabulary=100)
+
+
 def test_import_is_light_and_a_missing_transformers_names_the_extra():
     code = """
 import sys

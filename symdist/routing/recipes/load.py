@@ -6,8 +6,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
+
+from torch import Tensor
 
 from symdist.param_groups import COMMON
 from symdist.rules import get_rule, rule_names
@@ -193,7 +196,7 @@ class Recipe:
             The changed recipe.
 
         Raises:
-            ValueError: For an unknown role or rule, or options that are not a mapping.
+            ValueError: For an unknown role or rule, options that are no mapping, or a learning rate that is no number.
         """
         sections = {role: dict(options) for role, options in self.sections.items()}
         for role, changes in overrides.items():
@@ -203,6 +206,7 @@ class Recipe:
                     f"the override of role {role!r} is {changes!r}, which is no mapping; give its options, like "
                     "{'lr': 0.01}"
                 )
+            _check_rate(changes, f"recipe {self.name!r}: override of {role!r}")
             base = self.options(role) or {}
             if "rule" in changes and changes["rule"] != base.get("rule"):
                 rule = get_rule(changes["rule"])
@@ -353,7 +357,7 @@ def _load_rules(files: Any, folder: Path, *, name: str) -> None:
 def _check_rate(options: Mapping[str, Any], where: str) -> None:
     """Check a learning rate, by which others are scaled; other options are checked where the optimizer is built."""
     lr = options.get("lr", 0)
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor) or not 0 <= float(lr) < math.inf:
         raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
 
 
