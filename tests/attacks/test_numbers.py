@@ -233,8 +233,8 @@ def test_a_dead_matrix_passes_through_denormal_numbers(cases: list[str], dtype: 
             optimizer.step()
         assert weight.isfinite().all(), case
         assert all(each.isfinite().all() for each in optimizer.state[weight].values()), case
-        # The root of a sum of squares does not halve.
-        assert all(each.abs().max() <= start * 1e-9 for each in averages) or group.get("base") == "adam", case
+        # The rule's own averages last longer: they are fed while the momentum has digits.
+        assert averages[0].abs().max() <= start * 1e-9, case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
