@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
-from launch.checkpoints.directory import CHOOSE, DamagedCheckpointError
+from launch.checkpoints.manifest import CHOOSE, DamagedCheckpointError
 
 METADATA = ".metadata"
 

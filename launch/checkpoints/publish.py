@@ -7,7 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from launch.checkpoints.directory import CheckpointError, prepare, prune, publish
+from launch.checkpoints.directory import prepare, prune, publish
+from launch.checkpoints.manifest import CheckpointError
 from launch.runtime.agreement import gather, on_rank_0, rank_and_world
 from symdist.tools.tables import in_bytes
 

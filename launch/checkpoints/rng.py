@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from launch.checkpoints.directory import CHOOSE, DamagedCheckpointError, read_json
+from launch.checkpoints.manifest import CHOOSE, DamagedCheckpointError, read_json
 
 
 def rng_file(path: Path, rank: int) -> Path:

@@ -30,18 +30,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from typing_extensions import TypedDict
 
-from launch.checkpoints.directory import (
+from launch.checkpoints.directory import describe_files, latest, verify
+from launch.checkpoints.manifest import (
     CHOOSE,
     STRICT,
     CheckpointError,
     DamagedCheckpointError,
     FiniteJson,
     Manifest,
-    describe_files,
-    latest,
     read_json,
     validated,
-    verify,
     write_json,
 )
 from launch.checkpoints.pickles import PlainPlanner, read_metadata

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints.directory import CheckpointError, latest, verify_sizes
+from launch.checkpoints.directory import latest, verify_sizes
+from launch.checkpoints.manifest import CheckpointError
 from launch.data import survey
 from launch.loop.config import Config
 from launch.records.run_log import already_finished, check_folder

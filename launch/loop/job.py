@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-from launch.checkpoints.directory import CheckpointError
+from launch.checkpoints.manifest import CheckpointError
 from launch.data import Corpus, prepare, prepare_on_ranks
 from launch.loop.config import Config
 from launch.loop.dry_run import dry_run

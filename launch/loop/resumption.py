@@ -9,14 +9,12 @@ from typing import Annotated, Any
 from pydantic import Field, FiniteFloat, NonNegativeInt, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from launch.checkpoints.directory import (
+from launch.checkpoints.directory import check_mixing, newest_first, quarantine
+from launch.checkpoints.manifest import (
     STRICT,
     CheckpointError,
     DamagedCheckpointError,
     by_path,
-    check_mixing,
-    newest_first,
-    quarantine,
     read_json,
     write_json,
 )

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from launch.checkpoints.directory import CheckpointError, DamagedCheckpointError
+from launch.checkpoints.manifest import CheckpointError, DamagedCheckpointError
 from symdist.engines.agreement import gather
 
 T = TypeVar("T")

@@ -20,8 +20,8 @@ import torch.distributed.checkpoint as dcp
 from pydantic import TypeAdapter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata
 
-from launch.checkpoints import directory
-from launch.checkpoints.directory import CheckpointError, describe_files
+from launch.checkpoints.directory import describe_files
+from launch.checkpoints.manifest import CheckpointError
 from launch.checkpoints.pickles import check_objects, check_torch_file, read_metadata
 from launch.checkpoints.sharded import load, load_weights, save
 from launch.engines.deepspeed.checkpoint import check_files
@@ -94,7 +94,7 @@ def resign(path: Path) -> None:
 
 
 def sign(path: Path, manifest: dict[str, Any]) -> None:
-    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": directory._digest(manifest)}))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": manifest.digest(manifest)}))
 
 
 def damage(path: Path, draw: random.Random) -> None:

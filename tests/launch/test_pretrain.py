@@ -273,7 +273,7 @@ def test_a_dry_run_looks_at_the_newest_checkpoint(
     (tmp_path / "cut" / "summary.json").unlink()
     (tmp_path / "cut" / "checkpoints" / "step-00000030" / "__1_0.distcp").write_bytes(b"")
     out = previewed(capsys, *options(corpus, tmp_path / "cut", steps=STEPS), "--resume", "auto")
-    assert "step-00000030 is damaged: __1_0.distcp is missing" in out
+    assert "step-00000030 is damaged: __1_0.distcp has 0 bytes instead of" in out
     assert "take the one before" in out
 
 
@@ -288,7 +288,7 @@ def test_a_start_again_goes_on_without_being_told(corpus: Path, whole: Path, tmp
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "mine"}
     alone["GROUP_WORLD_SIZE"] = "2"
-    dead = {"place": folder_lock._place(), "pid": 1, "started": -1}
+    dead = {"lock": "x", "place": folder_lock._place(), "pid": 1, "started": -1}
     (output / ".launch").write_text(json.dumps({"launch": "mine", "begun": True, **dead}))
     done = subprocess.run(
         [*start, "launch.pretrain", *options(corpus, output, steps=STEPS), "--accumulation", "4"],

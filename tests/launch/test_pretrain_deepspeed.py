@@ -16,7 +16,8 @@ import torch
 
 import symdist
 from launch.checkpoints import directory
-from launch.checkpoints.directory import CheckpointError, DamagedCheckpointError, describe_files
+from launch.checkpoints.directory import describe_files
+from launch.checkpoints.manifest import CheckpointError, DamagedCheckpointError
 from launch.engines.deepspeed import checkpoint, entry
 from launch.engines.deepspeed.checkpoint import JOB
 from launch.engines.deepspeed.config import DeepSpeedRun, precision, zero_stage
@@ -162,11 +163,24 @@ def test_another_number_of_ranks_needs_a_conversion(
     assert {step: here[step][0] for step in here} == pytest.approx({step: there[step][0] for step in here}, abs=1e-3)
 
 
+JOB_STATE: dict[str, Any] = {
+    "step": 10,
+    "elapsed": 1.0,
+    "data": {"position": 40, "fingerprint": "abc", "seed": 1},
+    "counts": {"skipped_steps": 0, "spikes": 0},
+    "spikes": {"seen": []},
+    "skipped_in_a_row": 0,
+    "unvalidated": False,
+    "settings": {},
+}
+
+
 def test_checkpoints_that_cannot_be_gone_on_from(tmp_path: Path) -> None:
     def save(name: str, **job: Any) -> Path:
         path = tmp_path / name
         path.mkdir(exist_ok=True)
-        torch.save({JOB: {"step": 10, "identity": {"seed": 1}, "stage": 1, "ranks": 1} | job}, path / MODEL_STATES)
+        content = JOB_STATE | {"identity": {"seed": 1}, "stage": 1, "ranks": 1} | job
+        torch.save({JOB: content}, path / MODEL_STATES)
         return path
 
     def publish(name: str, **job: Any) -> Path:

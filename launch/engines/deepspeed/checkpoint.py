@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from launch.checkpoints.directory import (
+from launch.checkpoints.directory import verify
+from launch.checkpoints.manifest import (
     CHOOSE,
     CheckpointError,
     DamagedCheckpointError,
     check_identity,
     validated,
-    verify,
 )
 from launch.checkpoints.pickles import check_torch_file
 from launch.loop.resumption import Job

@@ -19,12 +19,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 import symdist
-from launch.checkpoints.directory import (
-    CHOOSE,
-    CheckpointError,
-    describe_files,
-    write_json,
-)
+from launch.checkpoints.directory import describe_files
+from launch.checkpoints.manifest import CHOOSE, CheckpointError, write_json
 from launch.checkpoints.publish import publish_together
 from launch.checkpoints.rng import read_rng_state, rng_file, rng_state, set_rng_state
 from launch.data import Corpus

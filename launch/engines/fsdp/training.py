@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 import symdist
 from launch.checkpoints import sharded
 from launch.checkpoints.background import BackgroundSaver
-from launch.checkpoints.directory import CheckpointError
+from launch.checkpoints.manifest import CheckpointError
 from launch.engines.fsdp.config import FsdpRun
 from launch.loop.resumption import Job, keeping_options
 from launch.loop.schedules import build_scheduler, move_to

@@ -20,13 +20,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from pydantic import TypeAdapter
 
-from launch.checkpoints.directory import (
+from launch.checkpoints.directory import describe_files, verify
+from launch.checkpoints.manifest import (
     CHOOSE,
     CheckpointError,
     DamagedCheckpointError,
-    describe_files,
     read_json,
-    verify,
     write_json,
 )
 from launch.checkpoints.pickles import check_objects, check_torch_file, read_metadata
