@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata
 
 from launch.checkpoints.directory import describe_files
-from launch.checkpoints.manifest import CheckpointError
+from launch.checkpoints.manifest import CheckpointError, digest
 from launch.checkpoints.pickles import check_objects, check_torch_file, read_metadata
 from launch.checkpoints.sharded import load, load_weights, save
 from launch.engines.deepspeed.checkpoint import check_files
@@ -94,7 +94,7 @@ def resign(path: Path) -> None:
 
 
 def sign(path: Path, manifest: dict[str, Any]) -> None:
-    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": manifest.digest(manifest)}))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": digest(manifest)}))
 
 
 def damage(path: Path, draw: random.Random) -> None:
