@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # DeepSpeed pads a group of parameters to a multiple of this number times the number of ranks.
 _ALIGN = 2
 # Every rank takes memory and time.
-_MOST_RANKS = 2**17
+_MOST_RANKS = 2**15
 
 
 @dataclass(frozen=True, kw_only=True)
