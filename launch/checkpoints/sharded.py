@@ -225,7 +225,8 @@ def load(
     Raises:
         CheckpointError: On all ranks, if the directory is missing, unfinished, damaged, of another format or another
             run's, or holds other tensors than the model and the optimizer need. Weights and existing optimizer state
-            are then unchanged, except if a file of tensors is not what the rest of the checkpoint says it is.
+            are then unchanged, except if a file of tensors is not what the rest of the checkpoint says it is, or the
+            optimizer refuses an option's value.
     """
     rank, world = rank_and_world()
     failed = f"cannot read {path}"
@@ -246,7 +247,11 @@ def load(
 
     state, rng = on_all_ranks(read_state, failed, CHOOSE)
     _read_tensors(path, tensors, failed)
-    _restore(model, optimizer, tensors=tensors, plain=cast("dict[str, Any]", state["optimizer"]))
+    try:
+        _restore(model, optimizer, tensors=tensors, plain=cast("dict[str, Any]", state["optimizer"]))
+    except ValueError as error:
+        # The same on all ranks, since all read the same file.
+        raise DamagedCheckpointError(f"{path / _STATE} is damaged: {error}; {CHOOSE}") from error
     if rng is not None:
         set_rng_state(rng)
     return state["trainer"] | {"rng_restored": same_world}
@@ -344,8 +349,7 @@ def _other_options(stored: _Options, plain: dict[str, Any]) -> str | None:
         if differing := there[name].keys() ^ options.keys():
             return f"{name} has {', '.join(sorted(differing)[:5])} on one side only"
         for key, value in options.items():
-            kinds = {_kind(value), _kind(there[name][key])} - {"nothing"}
-            if len(kinds) > 1:
+            if _kind(value) != _kind(there[name][key]):
                 return f"{key} of {name} is {there[name][key]!r} in the checkpoint, but {value!r} in this run"
     return None
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from symdist.tools.texts import printable
+
 _LINE_CHARACTERS = 1000
 _SHOWN_CHARACTERS = 200
 _SHOWN_NAMES = 3
@@ -15,11 +17,6 @@ class DataError(ValueError):
         line = printable(message)
         half = _LINE_CHARACTERS // 2
         super().__init__(line if len(line) <= 2 * half else f"{line[:half]}…{line[-half:]}")
-
-
-def printable(text: str) -> str:
-    """Return the text on one line that every terminal can show; other characters are written as escapes."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def reason(error: BaseException) -> str:

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 
 from launch.data.cache import LAYOUT, TOKENIZER, load, publish, sweep, work_folder, write_manifest
 from launch.data.corpus import Corpus
-from launch.data.errors import DataError, printable, reason, some_of
+from launch.data.errors import DataError, reason, some_of
 from launch.data.pretokenized import describe_split, split_shards
 from launch.data.shards import ShardWriter, open_shard
 from launch.data.sources import Document, TextSource, open_source
 from launch.data.tokenizer import encode_documents, train_tokenizer
+from symdist.tools.texts import printable
 
 Progress = Callable[[str], None]
 

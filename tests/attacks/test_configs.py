@@ -131,6 +131,7 @@ def test_studies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int) ->
 READERS: dict[str, Callable[[str], Any]] = {
     "recipe": lambda path: main(["route", "--model", "olmoe-tiny", "--recipe", path]),
     "model": lambda path: main(["route", "--model", path]),
+    "study": lambda path: runner.main(["--config", path, "--dry-run"]),
 }
 
 
