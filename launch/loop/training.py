@@ -209,7 +209,7 @@ class Training(Resumable):
                 self._checkpoint(log, wait=True)
             elif due and not self.skipped_in_a_row:
                 written = self._checkpoint(log, wait=False)
-                # Asked here, so that a signal while a checkpoint is written does not wait for another one.
+                # So that a signal that comes while a checkpoint is written does not wait for another one.
                 stopping = self._asked_to_stop()
                 if stopping and not written:
                     self._checkpoint(log, wait=True)

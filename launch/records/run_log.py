@@ -140,7 +140,8 @@ class RunLog:
         last = 0
         with contextlib.suppress(OSError):
             last = max((line["step"] for _, line in self._lines()), default=0)
-        return f"{self._folder / LOG} comes to step {last}" if every and last >= every else None
+        # By then the first checkpoint was written, or it had failed; before, a run that is lost may have none.
+        return f"{self._folder / LOG} comes to step {last}" if every and last >= 2 * every else None
 
     def step(self, step: int, kind: LineKind, values: dict[str, float]) -> None:
         """Log the measures of a step; the terminal shows the most important ones.

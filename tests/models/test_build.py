@@ -260,7 +260,7 @@ def test_malformed_file(tmp_path, text: str, message: str):
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide num_attention_heads=4"),
         ({"hidden_size": 136, "num_attention_heads": 8, "num_key_value_heads": 8}, "17 dimensions, but positions"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be between 1 and the number of experts, 8"),
-        ({"intermediate_size": 9}, "width of 9 must be multiples of 8"),
+        ({"intermediate_size": 9}, "width of 9 must be multiples of 4"),
         ({"pad_token_id": 4096}, "pad_token_id=4096 must be below vocab_size=4096"),
         ({"num_local_experts": 4, "num_experts": 4}, "num_local_experts is another name of num_experts"),
         ({"attn_implementation": "someone/kernel"}, "attn_implementation='someone/kernel' is not one of eager"),

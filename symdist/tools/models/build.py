@@ -87,7 +87,7 @@ def build(
     # The file's own settings are checked as well where others replace them.
     for checked in (given, settings):
         config = configure(config_class, family, checked, defaults=_DEFAULTS, where=where)
-    check_fit(config, where=where)
+    check_fit(config, dtype=dtype, where=where)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             model = model_class._from_config(config, dtype=dtype)

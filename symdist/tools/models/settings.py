@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 # Settings that transformers reads from a config although the config class has no such field, and their values. It
 # would download other implementations, and run them.
 _IMPLEMENTATIONS = {
@@ -80,17 +82,18 @@ def configure(
     return config
 
 
-def check_fit(config: Any, *, where: str) -> None:
+def check_fit(config: Any, *, dtype: torch.dtype, where: str) -> None:
     """Check that the settings of a configuration fit together.
 
     Args:
         config: The configuration.
+        dtype: The dtype of the weights.
         where: Where its settings come from; error messages start with it.
 
     Raises:
         ValueError: If two settings do not fit; the message names both.
     """
-    for problem in _misfits(config):
+    for problem in _misfits(config, dtype):
         raise ValueError(f"{where}: {problem}")
 
 
@@ -106,7 +109,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, value
 
 
-def _misfits(config: Any) -> Iterator[str]:
+def _misfits(config: Any, dtype: torch.dtype) -> Iterator[str]:
     """Yield what does not fit together in a configuration."""
 
     def of(name: str) -> Any:
@@ -129,9 +132,11 @@ def _misfits(config: Any) -> Iterator[str]:
     if experts and not (chosen and chosen <= experts):
         yield f"num_experts_per_tok={chosen} must be between 1 and the number of experts, {experts}"
     width = of("moe_intermediate_size") or config.intermediate_size
-    if experts and of("_experts_implementation") not in ("eager", "batched_mm") and (width % 8 or hidden % 8):
+    # Rows of grouped matrix products must start at multiples of 16 bytes.
+    step = 16 // dtype.itemsize
+    if experts and of("_experts_implementation") not in ("eager", "batched_mm") and (width % step or hidden % step):
         yield (
-            f"hidden_size={hidden} and the experts' width of {width} must be multiples of 8 for grouped matrix "
+            f"hidden_size={hidden} and the experts' width of {width} must be multiples of {step} for grouped matrix "
             'products; or give experts_implementation = "eager"'
         )
     if groups:
