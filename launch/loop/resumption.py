@@ -366,6 +366,8 @@ class Resumable(ABC):
         self.loader.position = position
         self.counts = counts
         self.skipped_in_a_row = 0
+        # If a signal had ended that step's validation, it was made up for when the run went on.
+        self.unvalidated = False
         if self.ranks.rank == 0:
             # In case the run is interrupted before its next checkpoint.
             rollback = {"count": self._rollbacks, "step": self.step, "position": position}
