@@ -5,6 +5,7 @@ No function here communicates; the callers decide which rank calls what.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -93,9 +94,9 @@ def read_json(file: Path, kind: TypeAdapter[T]) -> T:
         DamagedCheckpointError: If it is missing, no JSON file, or holds anything else.
         CheckpointError: If the disk does not let it be read.
     """
-    if not file.is_file():
-        raise DamagedCheckpointError(f"{file} is missing, or not a file; {CHOOSE}")
     try:
+        if not file.is_file():
+            raise DamagedCheckpointError(f"{file} is missing, or not a file; {CHOOSE}")
         content = from_json(file.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); {CHOOSE}") from error
@@ -133,10 +134,14 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not os.path.lexists(path):
         raise CheckpointError(f"there is no checkpoint directory {path}; check the path")
-    if not (path / MANIFEST).exists():
-        raise DamagedCheckpointError(
-            f"{path} has no {MANIFEST}: it was never finished, or is no symdist checkpoint; {CHOOSE}"
-        )
+    try:
+        (path / MANIFEST).stat()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise DamagedCheckpointError(
+                f"{path} has no {MANIFEST}: it was never finished, or is no symdist checkpoint; {CHOOSE}"
+            ) from error
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}); mend its permissions, or move it") from error
     content = read_json(path / MANIFEST, TypeAdapter(dict[str, Any]))
     if content.get("format") != FORMAT:
         raise DamagedCheckpointError(f"{path} is not a {FORMAT} directory but another program's; {CHOOSE}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pathlib
 import pickle  # nosec B403
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,26 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
+@contextlib.contextmanager
+def _classes_unchanged() -> Iterator[None]:
+    """Refuse a pickle that changes a class, such as how two keys compare; the classes are as before in any case."""
+    before = {one: dict(vars(one)) for one in _CLASSES if isinstance(one, type)}
+    changed = []
+    try:
+        yield
+    finally:
+        for one, attributes in before.items():
+            for name in vars(one).keys() | attributes.keys():
+                if vars(one).get(name) is not attributes.get(name):
+                    changed.append(f"{one.__name__}.{name}")
+                    if name in attributes:
+                        setattr(one, name, attributes[name])
+                    else:
+                        delattr(one, name)
+    if changed:
+        raise pickle.UnpicklingError(f"it changes {', '.join(changed)}; it was not loaded, as it could run code")
+
+
 def read_metadata(path: Path) -> Metadata:
     """Read the ``.metadata`` of ``torch.distributed.checkpoint`` (DCP), and check that it holds what DCP writes.
 
@@ -53,7 +74,7 @@ def read_metadata(path: Path) -> Metadata:
     """
     file = path / METADATA
     try:
-        with open(file, "rb") as stream:
+        with open(file, "rb") as stream, _classes_unchanged():
             content = _Unpickler(stream).load()
         problem = _problem(content, path)
     except Exception as error:  # whatever a pickle can be made to raise
@@ -83,6 +104,10 @@ def _problem(content: Any, path: Path) -> str | None:
             or place.transform_descriptors
         ):
             return f"{index!r} is stored as {place!r}"
+        # A key that was changed after it became one would be found under another name than it shows.
+        shown = MetadataIndex(index.fqn, index.offset) if type(index.fqn) is str else None
+        if shown is None or id(places.get(shown)) != id(place):
+            return f"{index!r} is not found under its own name"
         name = place.relative_path
         if type(name) is not str or name != Path(name).name:
             return f"{name!r} is not the name of a file in the checkpoint"
@@ -149,10 +174,15 @@ def check_torch_file(
     Raises:
         DamagedCheckpointError: If it refers to others, or is no such file.
     """
+    # Those that libraries have registered are safe to read with PyTorch's restricted reader, which engines do not use.
+    registered = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
     try:
         unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - set(harmless)
     except Exception as error:  # whatever a damaged archive can be made to raise
         raise DamagedCheckpointError(f"{name} is no file of torch.save ({error}); {CHOOSE}") from error
+    finally:
+        torch.serialization.add_safe_globals(registered)
     if unknown:
         raise DamagedCheckpointError(
             f"{name} refers to {', '.join(sorted(unknown))}, which could run code; it was not loaded; {remedy}"

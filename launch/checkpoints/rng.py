@@ -40,6 +40,14 @@ def read_rng_state(path: Path, rank: int) -> dict[str, Any]:
     try:
         # Draws the order of data and the like, no secrets.
         _set(state, python=random.Random(), numpy=np.random.RandomState(), of_torch=torch.Generator())  # nosec B311
+        # NumPy itself would read past the end of the words.
+        words = state["numpy"]["state"]
+        if len(words["key"]) != 624 or not 0 <= words["pos"] <= 624:
+            raise ValueError("NumPy's has 624 words, and a position among them")
+        if "cuda" in state:
+            on_card = _decode(state["cuda"])
+            if torch.cuda.is_available():
+                torch.Generator("cuda").set_state(on_card)
     except Exception as error:  # whatever a generator does with what is not its state
         raise DamagedCheckpointError(f"{file} is damaged: it holds no generator's state ({error}); {CHOOSE}") from error
     return state

@@ -5,6 +5,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -104,7 +105,7 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
 
     def first() -> None:
         lock.acquire()
-        signals.before_leaving = lock.release
+        signals.before_leaving = partial(lock.release, failed=True)
         prepare(config.data, progress=log.say)
 
     watchdog = Watchdog(config.timeout, rank=rank, report=lambda text: log.event(0, "timeout", text))
@@ -127,12 +128,13 @@ def _pretrain(config: C, start: Callable[[C, Corpus, Ranks, Watchdog], Training]
             try:
                 training = start(config, corpus, ranks, watchdog)
                 resumed_at = training.resume(log)
+                # On all ranks at once, before rank 0 writes: one that left now would leave the others waiting.
+                signals.training = True
                 if rank == 0:
                     lock.begin()
                 log.begin(resumed_at)
                 _log_start(log, training, resumed_at, output=config.output)
                 summary = None
-                signals.training = True
                 try:
                     summary = training.run(log)
                 finally:

@@ -2,7 +2,7 @@
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,16 +82,20 @@ class _Rollback(TypedDict):
 
 
 @contextlib.contextmanager
-def keeping_options(groups: Callable[[], list[dict[str, Any]]]) -> Iterator[None]:
+def keeping_options(groups: Callable[[], list[dict[str, Any]]], *, but: Collection[str] = ()) -> Iterator[None]:
     """Have param groups keep the options of this run while a checkpoint is loaded into their optimizer.
 
     Args:
         groups: Returns the param groups; loading may replace them.
+        but: Options that are the checkpoint's.
     """
-    own = [{name: value for name, value in group.items() if name not in _PROGRESS} for group in groups()]
-    yield
-    for group, options in zip(groups(), own, strict=True):
-        group.update(options)
+    theirs = {*_PROGRESS, *but}
+    own = [{name: value for name, value in group.items() if name not in theirs} for group in groups()]
+    try:
+        yield
+    finally:
+        for group, options in zip(groups(), own, strict=True):
+            group.update(options)
 
 
 class DivergedError(AllRanksError):
@@ -253,6 +257,9 @@ class Resumable(ABC):
 
     def _begin(self, log: RunLog) -> None:
         """Take weights alone from another run's checkpoint, if the configuration says so."""
+        if self.ranks.rank == 0:
+            with contextlib.suppress(OSError):
+                (self.config.output / _ROLLBACK).unlink()
         if self.config.from_weights is not None:
             self.watchdog.doing(f"loading {self.config.from_weights}", slow=True)
             step = self.load_weights(self.config.from_weights)
@@ -314,6 +321,7 @@ class Resumable(ABC):
             self._rollbacks = rollback["count"]
             if rollback["step"] == self.step:
                 self.loader.position = rollback["position"]
+                log.say(f"the run was rolled back to step {self.step}: it goes on with the data after those read then")
 
     def _checkpoint(self, log: RunLog, *, wait: bool) -> bool:
         """Save; log a failure, and raise it only if `wait` (at the end of the run). Return whether it is written."""

@@ -18,6 +18,8 @@ DEAD = 60.0
 """Seconds without a sign of life after which a launch on another host is taken for dead."""
 
 _FILE = ".launch"
+# What file systems without hard links say.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS}
 
 
 class FolderLock:
@@ -84,7 +86,7 @@ class FolderLock:
         if failed and self._own["begun"]:
             return
         with contextlib.suppress(OSError):
-            if self._holder(self._path)[0].get("lock") == self._own["lock"]:
+            if self._is_own():
                 self._path.unlink()
             if failed and self._made:
                 self._folder.rmdir()
@@ -99,10 +101,23 @@ class FolderLock:
         try:
             os.link(writing, self._path)
         except FileExistsError:
-            return False
+            # A network file system may have made the link and lost its answer.
+            return self._is_own()
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with contextlib.suppress(FileExistsError), open(self._path, "x") as stream:
+                json.dump(self._own, stream)
+            return self._is_own()
         finally:
             writing.unlink()
         return True
+
+    def _is_own(self) -> bool:
+        try:
+            return self._holder(self._path)[0].get("lock") == self._own["lock"]
+        except FileNotFoundError:
+            return False
 
     def _take_over(self) -> None:
         """Move the file of a dead launch out of the way; refuse if the launch lives."""

@@ -36,6 +36,8 @@ class StopSignals:
         self._sent.setblocking(False)
         signal.set_wakeup_fd(self._sent.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # As `nohup` wants it.
             signal.signal(number, lambda number, frame: None)
         threading.Thread(target=self._answer, name="signals", daemon=True).start()
 

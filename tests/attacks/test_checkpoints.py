@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import TypeAdapter
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
 from launch.checkpoints.directory import describe_files
 from launch.checkpoints.manifest import CheckpointError, digest
@@ -187,6 +187,8 @@ def at(*keys: str | int) -> Callable[[dict[str, Any], Any], None]:
         ("rng-00000.json", at("python"), [3, [1, 2], None], "no generator's state"),
         ("rng-00000.json", at("torch"), "AAAA", "no generator's state"),
         ("rng-00000.json", at("numpy"), {}, "no generator's state"),
+        ("rng-00000.json", at("numpy", "state", "pos"), 700, "no generator's state"),
+        ("rng-00000.json", at("cuda"), "?", "no generator's state"),
         ("manifest.json", at("world_size"), 0, "world_size"),
         ("manifest.json", at("step"), -1, "step"),
         ("manifest.json", at("files", "../state.json"), {"bytes": 1}, "../state.json"),
@@ -349,6 +351,34 @@ def test_no_pickle_runs_from_metadata(copy: Path, mark: Path, kind: str) -> None
     (copy / ".metadata").write_bytes(PICKLES[kind](mark))
     resign(copy)
     assert "it was not loaded, as it could run code" in (outcome(copy) or "")
+
+
+def test_a_key_that_compares_otherwise_hides_nothing(tmp_path: Path) -> None:
+    """A pickle may set attributes of the classes that it may name, and of keys that are in a table already."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"state": [1], "weight": torch.ones(2)}, checkpoint_id=tmp_path / "there")
+    file = tmp_path / "there" / ".metadata"
+    plain = file.read_bytes()
+    index, place = (
+        b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n",
+        b"ctorch.distributed.checkpoint.metadata\n",
+    )
+    equal = b"(N(dS'__eq__'\n" + place + b"Metadata\nst" + b"b"
+    before = dict(vars(MetadataIndex))
+    file.write_bytes(index + equal + b"0" + plain)
+    with pytest.raises(CheckpointError, match=r"it changes MetadataIndex\.__eq__"):
+        read_metadata(tmp_path / "there")
+    assert dict(vars(MetadataIndex)) == before
+
+
+def test_a_link_in_a_deepspeed_checkpoint_is_refused(tmp_path: Path, mark: Path) -> None:
+    """DeepSpeed would follow it to files that nobody has looked through."""
+    torch_file(tmp_path / "elsewhere" / "fp32.pt", {"module": Marks(os.mkdir, str(mark))})
+    (tmp_path / "step-00000002" / "zero").mkdir(parents=True)
+    (tmp_path / "step-00000002" / "zero" / "weight").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link"):
+        check_files(tmp_path / "step-00000002", rank=0, world=1)
 
 
 def torch_file(file: Path, content: Any, **options: Any) -> Path:

@@ -16,25 +16,36 @@ from tests.processes import agent_ends_with_parent
 
 # Before the training the main thread waits in C, where Python calls no handler.
 PROGRAM = """
-import ctypes, sys, time
+import ctypes, os, sys, time
 from launch.runtime.signals import StopSignals
-signals = StopSignals(lambda text: print(text, flush=True))
+said = []
+def say(text):
+    os.write(1, f"{text}\\n".encode())
+    said.append(text)
+signals = StopSignals(say)
 signals.training = sys.argv[1] == "training"
-signals.before_leaving = lambda: print("leaving", flush=True)
+signals.before_leaving = lambda: say("leaving")
 signals.listen()
 print("waiting", flush=True)
 if not signals.training:
     mutex = (ctypes.c_char * 64)()
     for _ in "twice":
         ctypes.CDLL(None).pthread_mutex_lock(mutex)
-while not signals.requested:
+while not (signals.requested and said):
     time.sleep(0.01)
 print("requested", flush=True)
 """
 
 
 def start(when: str) -> subprocess.Popen[str]:
-    running = subprocess.Popen([sys.executable, "-c", PROGRAM, when], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, when],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # These tests may be run under nohup, which has it ignored.
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL),
+    )
     assert running.stdout is not None
     assert running.stdout.readline() == "waiting\n"
     return running
@@ -90,10 +101,10 @@ def test_a_validation_is_left_and_done_when_the_run_goes_on(tmp_path: Path) -> N
         time.sleep(0.002)
     for tasks in Path(f"/proc/{running.pid}/task").glob("*/children"):
         for rank in tasks.read_text().split():
-            os.kill(int(rank), signal.SIGHUP)
+            os.kill(int(rank), signal.SIGUSR1)
     _, said = running.communicate()
     assert running.returncode == 0, said
-    assert "SIGHUP: the run saves a checkpoint" in said
+    assert "SIGUSR1: the run saves a checkpoint" in said
     assert "stopped by a signal: saved step 1" in said
     done = pretrain(corpus, output, *more, "--resume", "auto")
     assert done.returncode == 0, done.stderr

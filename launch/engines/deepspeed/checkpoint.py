@@ -109,8 +109,24 @@ def check_files(path: Path, *, rank: int, world: int) -> None:
         DamagedCheckpointError: If a file does; the message names `--trust-checkpoints`.
     """
     remedy = f"if you trust whoever wrote it, pass --trust-checkpoints, else {CHOOSE}"
-    for file in sorted(path.rglob("*.pt"))[rank::world]:
+    for file in _torch_files(path)[rank::world]:
         check_torch_file(file, str(file), harmless=_HARMLESS, remedy=remedy)
+
+
+def _torch_files(path: Path) -> list[Path]:
+    """Return all files of `torch.save` in a folder; a link in it could lead DeepSpeed to others."""
+
+    def refuse(error: OSError) -> None:
+        raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); {CHOOSE}") from error
+
+    found = []
+    for folder, folders, files in os.walk(path, onerror=refuse):
+        for entry in (Path(folder) / name for name in folders + files):
+            if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+                raise DamagedCheckpointError(f"{entry} is a link, or neither a file nor a folder; {CHOOSE}")
+            if entry.suffix == ".pt":
+                found.append(entry)
+    return sorted(found)
 
 
 def checked_job(

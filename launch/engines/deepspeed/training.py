@@ -182,7 +182,9 @@ class DeepSpeedTraining(Training):
 
         self._look_through(path)
         job, rng = on_all_ranks(checked, failed, CHOOSE)
-        with keeping_options(self._groups):
+        # DeepSpeed's own scheduler sets the rate of a step at the end of the one before.
+        ours = isinstance(self.engine.lr_scheduler, LambdaLR) or self.engine.lr_scheduler is None
+        with keeping_options(self._groups, but=() if ours else ("lr", "initial_lr", "betas", "momentum")):
             loaded, _ = self.engine.load_checkpoint(str(path.parent), tag=path.name)
         if loaded is None:
             raise CheckpointError(f"DeepSpeed found no files to load in {path}; choose another checkpoint")
