@@ -29,6 +29,8 @@ COMMON: dict[str, Any] = {
 }
 # The largest learning rate and decay. Their product is below the largest float32, so that no step overflows by them.
 _RATE = 1e9
+A_RATE = f"must be a finite number, 0 or more and at most {_RATE:g}"
+"""What `is_rate` holds a value to, for error messages."""
 _READERS = {"params", "param_names", "lr", "rule"}
 # Keys that trainers and PyTorch's schedulers store in param groups. They are accepted and kept, but not used here.
 _BOOKKEEPING = frozenset(
@@ -242,8 +244,8 @@ def check_values(group: Mapping[str, Any], where: str) -> None:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"{where}: lr is a tensor of shape {tuple(lr.shape)}; a learning rate is one number")
     for key in ("lr", "weight_decay"):
-        if not _is_rate(group[key]):
-            raise ValueError(f"{where}: {key}={group[key]!r} must be a finite number, 0 or more and at most {_RATE:g}")
+        if not is_rate(group[key]):
+            raise ValueError(f"{where}: {key}={group[key]!r} {A_RATE}")
     if not isinstance(group["role"], str):
         raise ValueError(f"{where}: role={group['role']!r} must be a text")
     for key in ("cautious_weight_decay", "skip_zero_grad_rows"):
@@ -258,8 +260,15 @@ def check_values(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: strategy={group['strategy']!r} is not 'auto', 'local', 'reduce' or 'owner'")
 
 
-def _is_rate(value: Any) -> bool:
-    """Whether a value is a number, or a tensor of one, that float32 can step weights by."""
+def is_rate(value: Any) -> bool:
+    """Return whether a value is a learning rate or decay.
+
+    Args:
+        value: The value of the option.
+
+    Returns:
+        Whether it is a number of 0 or more, or a tensor of one, that float32 can step weights by.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
             return False

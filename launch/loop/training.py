@@ -144,7 +144,7 @@ class Training(Resumable):
         return {
             "model": config.model,
             "model_overrides": dict(config.model_overrides),
-            "recipe": {role: numbers(options, False) for role, options in self.recipe.sections.items()},
+            "recipe": self._recipe_options(wanted=False),
             "corpus": self.corpus.fingerprint,
             "vocabulary": self.corpus.vocabulary,
             "sequence": config.sequence,
@@ -155,11 +155,16 @@ class Training(Resumable):
     def settings(self) -> dict[str, Any]:
         """See `Resumable`."""
         config = self.config
-        own = ("steps", "batch", "accumulation", "clip", "aux_loss", "z_loss", "nonfinite")
+        own = ("steps", "batch", "accumulation", "clip", "aux_loss", "z_loss", "nonfinite", "precision")
         return {name: getattr(config, name) for name in own} | {
-            "recipe": {role: numbers(options, True) for role, options in self.recipe.sections.items()},
+            "recipe": self._recipe_options(wanted=True),
             "schedule": {key: dict(options) for key, options in self.recipe.schedules.items()},
         }
+
+    def _recipe_options(self, *, wanted: bool) -> dict[str, dict[str, Any]]:
+        """Return the options by role and pattern that are numbers, or all others; see `numbers`."""
+        patterns = {f"patterns[{i}]": pattern for i, pattern in enumerate(self.recipe.patterns)}
+        return {name: numbers(options, wanted) for name, options in {**self.recipe.sections, **patterns}.items()}
 
     def run(self, log: RunLog) -> dict[str, Any] | None:
         """Train to the last step, or until a signal asks the run to stop; all ranks must call it.

@@ -4,9 +4,12 @@ import importlib.util
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launch.loop.training import Training
+from symdist.routing.recipes import Recipe
 from tests.launch.runs import options, trained, warm, write_corpus
 
 STEPS, FIRST = 12, 4
@@ -66,6 +69,17 @@ def test_another_rate_is_used_and_said(job: Job) -> None:
     # Megatron gives symdist the rates with each step, so that these are zero before.
     assert all(are[name] == pytest.approx(was[name] / 5) for name in was)
     assert trained(now)[STEPS][0] > trained(before)[STEPS][0] + 0.2
+
+
+def test_patterns_count_like_roles() -> None:
+    """What may change in a role may change in a pattern, and all else is compared."""
+    pattern = {"match": "layers.*.weird.weight", "role": "head", "lr": 0.1, "centered": True}
+    run = SimpleNamespace(
+        recipe=Recipe(name="own", sections={"head": {"rule": "muon", "lr": 0.2}}, patterns=(pattern,))
+    )
+    kept = {"head": {"rule": "muon"}, "patterns[0]": {key: pattern[key] for key in ("match", "role", "centered")}}
+    assert Training._recipe_options(run, wanted=True) == {"head": {"lr": 0.2}, "patterns[0]": {"lr": 0.1}}
+    assert Training._recipe_options(run, wanted=False) == kept
 
 
 def test_another_rule_is_refused_and_the_value_named(job: Job) -> None:

@@ -6,13 +6,10 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import Tensor
-
-from symdist.param_groups import COMMON
+from symdist.param_groups import A_RATE, COMMON, is_rate
 from symdist.rules import get_rule, rule_names
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 from symdist.toml_file import read_toml
@@ -356,9 +353,8 @@ def _load_rules(files: Any, folder: Path, *, name: str) -> None:
 
 def _check_rate(options: Mapping[str, Any], where: str) -> None:
     """Check a learning rate, by which others are scaled; other options are checked where the optimizer is built."""
-    lr = options.get("lr", 0)
-    if isinstance(lr, bool) or not isinstance(lr, Real | Tensor) or not 0 <= float(lr) < math.inf:
-        raise ValueError(f"{where}: lr={lr!r} must be a finite number, 0 or more")
+    if not is_rate(lr := options.get("lr", 0)):
+        raise ValueError(f"{where}: lr={lr!r} {A_RATE}")
 
 
 def _check_role(role: Any, where: str) -> None:
