@@ -20,6 +20,7 @@ def build_optimizer(
     *,
     lr: float | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    strict: bool = False,
     nonfinite: NonFinite = "raise",
     capturable: bool = False,
     exchange: ExchangeLike = None,
@@ -36,6 +37,7 @@ def build_optimizer(
             recipe's own.
         overrides: Options by role that replace the recipe's: `{"router": {"lr": 1e-3}}`. Learning rates in it are
             final: `lr` does not scale them.
+        strict: Whether to refuse linear layers of which no more is known than that they are matrices; False by default.
         nonfinite: What all ranks do together if a gradient is inf or NaN: "raise" (default), "skip" or "zero".
         capturable: Whether steps are to be captured in a CUDA graph; see `SymDist`.
         exchange: How matrices travel between ranks, `ExchangeOptions` or a mapping of its keys.
@@ -56,7 +58,7 @@ def build_optimizer(
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
     return SymDist(
-        route(model, recipe, lr=lr, overrides=overrides),
+        route(model, recipe, lr=lr, overrides=overrides, strict=strict),
         nonfinite=nonfinite,
         capturable=capturable,
         exchange=exchange,

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from symdist import build_optimizer, load_recipe, recipe_names, route
-from symdist.routing.sites import find_sites, norm_role
+from symdist.routing.route import UnroutedError
+from symdist.routing.sites import find_sites
+from symdist.routing.words import norm_role
 from symdist.tools.models import build, names
 
 BLOCK = {
@@ -139,9 +141,9 @@ def test_the_residual_stream_is_the_rows_whatever_the_shape(name: str, transpose
 
 def test_a_matrix_of_unknown_side_is_told() -> None:
     model = nn.Module()
-    model.gizmo = nn.Linear(4, 4, bias=False)
-    patterns = {"patterns": [{"match": "gizmo.weight", "role": "matrix"}]}
-    with pytest.raises(ValueError, match=r"gizmo.weight: view 'residual' does not know which dimension"):
+    model.gizmo = nn.Parameter(torch.zeros(4, 4))
+    patterns = {"patterns": [{"match": "gizmo", "role": "matrix"}]}
+    with pytest.raises(ValueError, match=r"gizmo: view 'residual' does not know which dimension"):
         route(model, RESIDUAL | patterns)
     patterns["patterns"][0]["view"] = "as_stored"
     assert route(model, RESIDUAL | patterns)[0]["view"] == "as_stored"
@@ -287,7 +289,7 @@ class Plain(nn.Module):
 
 
 ADAMW = {"default": {"rule": "adamw", "lr": 1.0}}
-GATE = {"patterns": [{"match": "*.attn_gate.weight", "role": "matrix"}]}
+GATE = {"patterns": [{"match": "*.wq.weight", "role": "attention_q"}]}
 
 
 def test_plain_modules() -> None:
@@ -308,7 +310,7 @@ def test_plain_modules() -> None:
         "encoder.linear1.weight": "mlp_up",
         "encoder.linear2.weight": "mlp_down",
         "ln.weight": "norm",
-        "attention.attn_gate.weight": None,
+        "attention.attn_gate.weight": "attention_gate",
     }
     assert {name: found[name] for name in expected} == expected
     groups = route(Plain(), ADAMW | GATE | {"attention": {"rule": "muon", "lr": 1.0, "view": "heads"}})
@@ -319,15 +321,15 @@ def test_plain_modules() -> None:
     assert views["encoder.self_attn.out_proj.weight"] == {"heads": 4, "dim": 1}
 
 
-def test_a_gate_that_is_no_router_is_not_guessed() -> None:
-    with pytest.raises(ValueError, match=r"(?s)attention\.attn_gate\.weight .* has no role.*\[\[patterns\]\]"):
-        route(Plain(), ADAMW)
+def test_a_gate_that_is_no_router_is_a_matrix_by_heads() -> None:
+    heads = {"attention": {"rule": "muon", "lr": 1.0, "view": "heads"}}
+    views = {name: group["view"] for group in route(Plain(), ADAMW | heads) for name in group["param_names"]}
+    assert views["attention.attn_gate.weight"] == {"heads": 4, "dim": 0}
 
 
 def test_patterns_come_first_and_in_order() -> None:
     patterns = [
         {"match": "tok.*", "lr": 7.0},
-        {"match": "*.attn_gate.weight", "role": "matrix"},
         {"match": "*experts.1.*.weight", "role": "experts", "rule": "row_norm"},
     ]
     groups = route(Plain(), ADAMW | {"patterns": patterns})
@@ -424,20 +426,15 @@ def test_wrappers_leave_names_as_they_are() -> None:
 
 
 class Strange(nn.Module):
-    """Weights of kinds that routing does not know, beside one that it does."""
+    """Weights of kinds that nothing explains, beside one that a linear layer does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.fc1 = nn.Linear(6, 8)
-        self.mixer = nn.ModuleDict(
-            {
-                "conv1d": nn.Conv1d(6, 6, 3, groups=6),
-                "patches": nn.Conv2d(3, 6, 2),
-                "odd_gate": nn.Linear(6, 4, bias=False),
-                "shared_gate": nn.Linear(6, 1, bias=False),
-                "mix[0]": nn.Linear(6, 6, bias=False),
-            }
-        )
+        self.mixer = nn.Module()
+        self.mixer.register_parameter("mix[0]", nn.Parameter(torch.zeros(6, 6)))
+        self.mixer.stack = nn.Parameter(torch.zeros(3, 4, 5))
+        self.whatever = nn.Linear(6, 6, bias=False)
 
 
 @pytest.mark.parametrize(
@@ -445,22 +442,35 @@ class Strange(nn.Module):
     [
         {"matrix": {"rule": "muon", "lr": 0.1}, "router": {"rule": "row_norm", "lr": 0.1}},
         {"matrix": {"rule": "muon", "lr": 0.1}, "default": {"rule": "adamw", "lr": 0.1}},
-        {"matrix": {"rule": "muon", "lr": 0.1}, "other": {"rule": "adamw", "lr": 0.1}},
+        {"other": {"rule": "adamw", "lr": 0.1}, "mlp": {"rule": "muon", "lr": 0.1}},
     ],
-    ids=["no default", "default", "other"],
+    ids=["no default", "default", "no matrix"],
 )
 def test_all_that_has_no_role_is_told_with_patterns_that_work(recipe: dict[str, Any]) -> None:
     model = Strange()
     recipe = {**recipe, "bias": {"rule": "adamw", "lr": 0.1}}
-    with pytest.raises(ValueError, match=r"mixer\.conv1d\.weight .* has no role.*, nor 4 others") as error:
-        route(model, recipe)
-    said = str(error.value)
-    assert all(f"mixer.{name}.weight" in said.replace("[[]", "[") for name in model.mixer)
-    patterns = tomllib.loads(said[said.index("[[patterns]]") :])["patterns"]
-    groups = route(model, {**recipe, "patterns": patterns})
+    with pytest.raises(
+        UnroutedError, match=r"mixer\.mix\[0\] .* the likeliest are matrix, .* \(and 2 others\)"
+    ) as error:
+        route(model, recipe, strict=True)
+    assert error.value.snippet in str(error.value)
+    patterns = tomllib.loads(error.value.snippet)["patterns"]
+    assert len(patterns) == 3
+    groups = route(model, {**recipe, "patterns": patterns}, strict=True)
     rules = {name: group["rule"] for group in groups for name in group["param_names"]}
     assert set(rules) == {name for name, _ in model.named_parameters()}
-    assert rules["mixer.conv1d.weight"] == rules["mixer.patches.weight"] == rules["mixer.shared_gate.weight"] == "adamw"
-    assert rules["mixer.mix[0].weight"] == rules["fc1.weight"] == "muon"
-    assert rules["mixer.odd_gate.weight"] == ("row_norm" if "router" in recipe else "adamw")
-    build_optimizer(model, {**recipe, "patterns": patterns})
+    assert rules["mixer.mix[0]"] == rules["whatever.weight"] == ("muon" if "matrix" in recipe else "adamw")
+    assert rules["fc1.weight"] == "muon"
+    build_optimizer(model, {**recipe, "patterns": patterns}, strict=True)
+
+
+def test_a_linear_layer_of_which_no_more_is_known_is_a_matrix_unless_routing_is_strict() -> None:
+    model = Strange()
+    del model.mixer
+    site = find_sites(model)["whatever.weight"][1]
+    assert (site.role, site.evidence) == ("matrix", "type")
+    assert {"fc1.weight", "whatever.weight"} <= {
+        name for group in route(model, "muon") for name in group["param_names"]
+    }
+    with pytest.raises(UnroutedError, match=r"whatever\.weight .* no more is known, and strict routing refuses"):
+        route(model, "muon", strict=True)

@@ -7,9 +7,11 @@ from typing import Any
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
+from symdist.routing.facts import ModuleChain
 from symdist.routing.fused_weights import MatrixSpec, matrices_of
+from symdist.routing.param_site import ParamSite
 from symdist.routing.recipes import Recipe
-from symdist.routing.sites import ModuleChain, ParamSite, walk
+from symdist.routing.sites import walk
 from symdist_megatron.rank_grids import RankGrids
 from symdist_megatron.sites import global_name, in_experts, is_vocabulary, megatron_site, sections_of, stacks_experts
 

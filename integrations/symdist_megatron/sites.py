@@ -9,7 +9,10 @@ from megatron.core.transformer.moe import experts, router
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 from torch import nn
 
-from symdist.routing.sites import ModuleChain, ParamSite, norm_role, site_of
+from symdist.routing.evidence import site_of
+from symdist.routing.facts import ModuleChain
+from symdist.routing.param_site import ParamSite
+from symdist.routing.words import norm_role
 
 # megatron-core 0.17 removed GroupedMLP.
 _EXPERTS = tuple(

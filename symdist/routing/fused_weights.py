@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.rank_grid import RankGrid
 from symdist.layouts.strided_slice import StridedSlice
+from symdist.routing.param_site import ParamSite
 from symdist.routing.recipes import Recipe
-from symdist.routing.sites import ParamSite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,12 +9,12 @@ from symdist.param_names import plain_name
 # That is the same side as for the matrices that read the stream, so it is listed with them.
 READS_RESIDUAL = frozenset(
     (
-        *("embedding", "tied_embedding", "head", "router"),
-        *("attention_q", "attention_k", "attention_v", "attention_qkv"),
+        *("embedding", "tied_embedding", "position_embedding", "head", "router", "gate", "mixer_in"),
+        *("attention_q", "attention_k", "attention_v", "attention_qkv", "attention_gate"),
         *("mlp_gate", "mlp_up", "mlp_gate_up", "expert_gate", "expert_up", "expert_gate_up"),
     )
 )
-WRITES_RESIDUAL = frozenset(("attention_o", "mlp_down", "expert_down"))
+WRITES_RESIDUAL = frozenset(("attention_o", "mixer_out", "mlp_down", "expert_down"))
 
 
 @dataclass(frozen=True, kw_only=True)

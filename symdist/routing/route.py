@@ -9,13 +9,33 @@ from torch import Tensor, nn
 
 from symdist.layouts.fsdp1 import whole_shape
 from symdist.param_groups import COMMON
+from symdist.routing.param_site import ParamSite
 from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
 from symdist.routing.residual_stream import READS_RESIDUAL, WRITES_RESIDUAL
-from symdist.routing.sites import ParamSite, find_sites
+from symdist.routing.sites import find_sites
 from symdist.rules import get_rule
 
 # A forward pass reads single rows of these, so a shift of all their rows changes its result.
-_LOOKED_UP = ("embedding", "tied_embedding")
+_LOOKED_UP = ("embedding", "tied_embedding", "position_embedding", "per_layer_embedding")
+
+
+class UnroutedError(ValueError):
+    """Weights have no role.
+
+    Attributes:
+        snippet: TOML, to paste into a recipe: a pattern for each of these weights.
+    """
+
+    def __init__(self, message: str, *, snippet: str):
+        super().__init__(message)
+        self.snippet = snippet
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unrouted, (str(self), self.snippet)
+
+
+def _unrouted(message: str, snippet: str) -> UnroutedError:
+    return UnroutedError(message, snippet=snippet)
 
 
 def route(
@@ -24,6 +44,7 @@ def route(
     *,
     lr: float | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    strict: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the param groups of a model by a recipe.
 
@@ -39,7 +60,7 @@ def route(
     - "neurons": rows are the hidden neurons of an MLP.
     - "residual": rows are the residual stream.
     - "apart": gate and up projections that share a tensor are two matrices.
-    - no view: the tensor as `[out, in]`.
+    - no view: the tensor as `[out, in]`; of several in one tensor, such as q, k and v one after another, each.
 
     Args:
         model: The model, sharded or not.
@@ -48,23 +69,30 @@ def route(
             recipe's.
         overrides: Options by role that replace the recipe's. Learning rates in it are used as they are, not scaled.
             None by default.
+        strict: Whether to refuse linear layers of which no more is known than that they are matrices. False (default)
+            gives them the role "matrix".
 
     Returns:
         The param groups, with the keys `params`, `param_names`, `role`, `rule`, `view` and further options.
 
     Raises:
-        ValueError: If a matrix has no known role, a role has no section, a pattern matches no parameter, or a view does
-            not fit. The message names the parameter and what to do.
+        UnroutedError: If nothing tells what a weight is for. The message has patterns to paste into the recipe.
+        ValueError: If a role has no section, a pattern matches no parameter, or a view does not fit. The message names
+            the parameter and what to do.
 
     Example:
         >>> groups = symdist.route(model, "olmoe", overrides={"router": {"rule": "left_spectral"}})
         >>> optimizer = symdist.SymDist(groups)
     """
-    return route_sites(find_sites(model), load_recipe(recipe).adjusted(lr=lr, overrides=overrides))
+    return route_sites(find_sites(model), load_recipe(recipe).adjusted(lr=lr, overrides=overrides), strict=strict)
 
 
 def route_sites(
-    sites: Mapping[str, tuple[Any, ParamSite]], recipe: Recipe, *, used_patterns: set[int] | None = None
+    sites: Mapping[str, tuple[Any, ParamSite]],
+    recipe: Recipe,
+    *,
+    used_patterns: set[int] | None = None,
+    strict: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the param groups of parameters whose sites are known already, see `route`.
 
@@ -74,6 +102,7 @@ def route_sites(
         used_patterns: If the sites are only a part of a model, such as one pipeline stage: a set to which the indices
             of the patterns in use are added. Pass it to `check_patterns` when all parts are known. None (default) means
             that the sites are the whole model, and an unused pattern is an error at once.
+        strict: See `route`.
 
     Returns:
         The param groups.
@@ -86,18 +115,18 @@ def route_sites(
     unrouted: list[tuple[str, tuple[int, ...], ParamSite]] = []
     for name, (parameter, site) in sites.items():
         shape = whole_shape(parameter) if isinstance(parameter, Tensor) else tuple(parameter.shape)
-        assigned = _options(name, site, recipe, used)
+        assigned = _options(name, site, recipe, used, strict=strict)
         if assigned is None:
             unrouted.append((name, shape, site))
             continue
         role, options = assigned
-        options["view"] = _view(name, options, role, site)
+        options["view"] = _view(name, options, role, site, recipe)
         key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
         group = groups.setdefault(key, {"params": [], "param_names": [], "role": role, **options})
         group["params"].append(parameter)
         group["param_names"].append(name)
     if unrouted:
-        raise ValueError(_advice(unrouted, recipe))
+        raise _advice(unrouted, recipe)
     if used_patterns is None:
         check_patterns(recipe, used, list(sites))
     return list(groups.values())
@@ -123,34 +152,48 @@ def check_patterns(recipe: Recipe, used_patterns: set[int], names: Sequence[str]
         )
 
 
-def _advice(unrouted: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Recipe) -> str:
-    """Return an error message about weights without a role, with patterns that can be pasted into the recipe."""
+def _advice(unrouted: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Recipe) -> UnroutedError:
+    """Return an error about weights without a role, with patterns that can be pasted into the recipe."""
     patterns = []
     for name, shape, site in unrouted:
-        role = site.likely
+        role, *others = (site.role,) if site.role is not None else site.likely
         if recipe.options(role) is None:
             assignment = 'rule = "adamw"\nlr = 1e-3'
         else:
-            assignment = f'role = "{role}"'
+            assignment = f'role = "{role}"' + (f"  # or {', '.join(others)}" if others else "")
+            if site.doubt:
+                assignment += '\nview = "as_stored"  # or "transposed", if it is stored [in, out]'
         match = re.sub(r"([\[*?])", r"[\1]", name)
         patterns.append(f'[[patterns]]  # {shape}\nmatch = "{match}"\n{assignment}')
-    name, shape, _ = unrouted[0]
+    name, shape, site = unrouted[0]
     more = len(unrouted) - 1
-    return (
-        f"{name} {shape} has no role: symdist does not recognize this kind of weight"
-        + (f", nor {more} other{'s' if more > 1 else ''}" if more else "")
-        + ". Add a pattern for each to the recipe. These are guesses, so check them:\n\n"
-        + "\n\n".join(patterns)
+    if site.doubt:
+        reason = f"cannot be placed: {site.doubt}"
+    elif site.role is not None:
+        reason = "is a linear layer of which no more is known, and strict routing refuses those"
+    else:
+        reason = (
+            f"has no role: symdist does not recognize this kind of weight; the likeliest are {', '.join(site.likely)}"
+        )
+    snippet = "\n\n".join(patterns)
+    return UnroutedError(
+        f"{name} {shape} {reason}"
+        + (f" (and {more} other{'s' if more > 1 else ''})" if more else "")
+        + f". Add a pattern for each to the recipe. These are guesses, so check them:\n\n{snippet}",
+        snippet=snippet,
     )
 
 
-def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
+def _options(
+    name: str, site: ParamSite, recipe: Recipe, used: set[int], *, strict: bool
+) -> tuple[str, dict[str, Any]] | None:
     """Return the role and options of a parameter, or None if its role is unknown and no pattern gives one.
 
     The index of the pattern that applies, if any, is added to `used`. Raises ValueError, naming the parameter, if the
     recipe has no rule for it or names an unknown rule.
     """
-    role, pattern_options = None if site.role is None else recipe.grouped_role(site.role), {}
+    unknown = site.role is None or (strict and site.evidence == "type")
+    role, pattern_options = None if unknown else recipe.grouped_role(str(site.role)), {}
     for i, pattern in enumerate(recipe.patterns):
         if fnmatchcase(name, pattern["match"]):
             used.add(i)
@@ -182,7 +225,7 @@ def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tupl
     return role, options
 
 
-def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite) -> Any:
+def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite, recipe: Recipe) -> Any:
     """Return the param-group view that the recipe's view means for this parameter."""
     view = options.get("view")
     if not get_rule(options["rule"]).matrices:
@@ -190,22 +233,16 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite) -> 
         return COMMON["view"]
     match view:
         case "apart" if site.fused is not None:
-            if site.fused != "stacked" or site.transposed:
+            if site.fused != "stacked":
                 raise ValueError(
-                    f"{name}: view 'apart' needs a tensor [2 * neurons, in] with all rows of gate before those of up; "
-                    "this one is stored otherwise, so choose another view"
+                    f"{name}: view 'apart' needs a tensor that holds all gates before all ups; in this one they "
+                    "alternate, so choose another view"
                 )
-            return {"heads": 2, "dim": 0}
+            return _heads(2, site.transposed, dim=int(site.transposed))
         case None | "apart":
-            return "transposed" if site.transposed else "as_stored"
+            return _as_it_is(role, site, recipe)
         case "residual":
-            if not site.latent and role not in READS_RESIDUAL | WRITES_RESIDUAL:
-                raise ValueError(
-                    f"{name}: view 'residual' does not know which dimension of a matrix of role {role!r} is the "
-                    'residual stream; in a pattern or section, set view = "as_stored" if it is the rows of the stored '
-                    'tensor, or "transposed" if it is the columns'
-                )
-            return "as_stored" if (role in WRITES_RESIDUAL) != site.transposed else "transposed"
+            return _residual(name, role, site)
         case "groups":
             if site.groups is None:
                 raise ValueError(
@@ -214,13 +251,15 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite) -> 
                 )
             return {"heads": site.groups, "dim": 0}
         case "heads":
-            if site.heads is None:
-                raise ValueError(
-                    f"{name}: view 'heads' needs the number of heads, which its module does not give; in a pattern or "
-                    "section, set view = { heads = ..., dim = 0 } (heads along rows; dim = 1 for columns), or remove "
-                    "the view"
-                )
-            return {"heads": site.heads, "dim": site.head_dim_index}
+            if site.heads is not None:
+                return _heads(site.heads, site.transposed, dim=site.head_dim_index)
+            if site.section_heads:
+                return {"sections": list(site.sections), "heads": list(site.section_heads)}
+            raise ValueError(
+                f"{name}: view 'heads' needs the number of heads, which its module does not give; in a pattern or "
+                "section, set view = { heads = ..., dim = 0 } (heads along rows; dim = 1 for columns), or remove "
+                "the view"
+            )
         case "neurons":
             kind = role.partition("_")[2]
             if role.partition("_")[0] not in ("mlp", "expert") or not kind:
@@ -234,3 +273,37 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite) -> 
                 return f"gate_up_{site.fused}"
             return "transposed" if (kind == "down") != site.transposed else "as_stored"
     return view
+
+
+def _heads(count: int, transposed: bool, *, dim: int) -> dict[str, Any]:
+    return {"heads": count, "dim": dim, **({"transposed": True} if transposed else {})}
+
+
+def _as_it_is(role: str, site: ParamSite, recipe: Recipe) -> Any:
+    """Return the view of a weight as `[out, in]`; one that holds several matrices is each of them.
+
+    A section of the recipe for the whole of a fused weight takes it as one matrix.
+    """
+    whole = role in ("attention_qkv", "mlp_gate_up") and role in recipe.sections
+    if not whole and site.fused == "stacked" and role == "mlp_gate_up" and site.blocks == 1:
+        return _heads(2, site.transposed, dim=int(site.transposed))
+    if not whole and site.sections:
+        if len(set(site.sections)) == 1:
+            return _heads(len(site.sections), False, dim=0)
+        return {"sections": list(site.sections)}
+    return "transposed" if site.transposed else "as_stored"
+
+
+def _residual(name: str, role: str, site: ParamSite) -> str:
+    stream = site.stream if role == site.role else None
+    if stream is None and (site.latent or role in READS_RESIDUAL):
+        stream = "input"
+    elif stream is None and role in WRITES_RESIDUAL:
+        stream = "output"
+    if stream is None:
+        raise ValueError(
+            f"{name}: view 'residual' does not know which dimension of a matrix of role {role!r} is the "
+            'residual stream; in a pattern or section, set view = "as_stored" if it is the rows of the stored '
+            'tensor, or "transposed" if it is the columns'
+        )
+    return "as_stored" if (stream == "output") != site.transposed else "transposed"

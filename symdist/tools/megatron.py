@@ -22,9 +22,10 @@ from symdist.layouts.rank_grid import RankGrid
 from symdist.param_groups import with_defaults
 from symdist.param_specs import coordinate_wise
 from symdist.routing.fused_weights import MatrixSpec, matrices_of
+from symdist.routing.param_site import ParamSite
 from symdist.routing.recipes import Recipe
 from symdist.routing.route import route_sites
-from symdist.routing.sites import ParamSite, find_sites
+from symdist.routing.sites import find_sites
 from symdist.tools.weights import Weight
 
 if TYPE_CHECKING:

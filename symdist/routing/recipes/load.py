@@ -23,6 +23,8 @@ _LOADED: set[Path] = set()
 FALLBACK: dict[str, str] = {
     "embedding": "default",
     "tied_embedding": "embedding",
+    "position_embedding": "embedding",
+    "per_layer_embedding": "embedding",
     "head": "default",
     "router": "default",
     "matrix": "default",
@@ -32,6 +34,13 @@ FALLBACK: dict[str, str] = {
     "attention_v": "attention",
     "attention_qkv": "attention",
     "attention_o": "attention",
+    "attention_gate": "attention",
+    "indexer": "matrix",
+    "mixer": "matrix",
+    "mixer_in": "mixer",
+    "mixer_out": "mixer",
+    "gate": "matrix",
+    "adapter": "matrix",
     "mlp": "matrix",
     "mlp_gate": "mlp",
     "mlp_up": "mlp",
@@ -50,6 +59,8 @@ FALLBACK: dict[str, str] = {
     "bias": "other",
     "router_bias": "other",
     "sink": "other",
+    "convolution": "other",
+    "state_space": "other",
 }
 
 

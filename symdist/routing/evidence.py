@@ -1,0 +1,388 @@
+"""What tells the use of a weight: its module's class, the residual stream, counts in the config, and at last its name.
+
+The order is a principle. A class says what a module computes. Whoever has the width of the residual stream on one side
+reads or writes it, whatever it is called. Names only choose between what these leave open.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from symdist.layouts.fsdp1 import whole_shape
+from symdist.routing import words
+from symdist.routing.facts import ModelFacts, ModuleChain, expert_counts, is_table, number
+from symdist.routing.heads import count_heads, fused_heads, mixer_sections
+from symdist.routing.param_site import Evidence, ParamSite, Stream
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+_ROUTER_CLASS = re.compile(r"(Router|Gating)$")
+_ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)|mla$", re.IGNORECASE)
+_MIXER_ATTRIBUTES = ("A_log", "dt_bias", "conv1d", "conv_1d", "conv", "time_decay", "rg_lru")
+
+
+def site_of(leaf: str, shape: tuple[int, ...], chain: ModuleChain, facts: ModelFacts | None = None) -> ParamSite:
+    """Return the site of a parameter that is not the head.
+
+    Args:
+        leaf: The name under which its module holds it, such as "weight".
+        shape: The shape of the whole parameter.
+        chain: The modules around it.
+        facts: What is known of the model as a whole. None (default) if nothing is; then no residual stream is found.
+
+    Returns:
+        The site, with role None for a weight that nothing explains.
+    """
+    weight = _Weight(leaf, shape, chain, facts)
+    return weight.by_class() or weight.by_block() or weight.by_type()
+
+
+class _Weight:
+    """A parameter and what is around it."""
+
+    def __init__(self, leaf: str, shape: tuple[int, ...], chain: ModuleChain, facts: ModelFacts | None):
+        self.leaf, self.shape, self.chain, self.facts = leaf, shape, chain, facts
+        self.attribute, self.module = chain[-1]
+        self.parent = chain[-2][1] if len(chain) > 1 else self.module
+        self.kind = type(self.module).__name__
+        self.linear = len(shape) == 2 and leaf == "weight" and _is_linear(self.module)
+        self.conv1d = self.kind.endswith("Conv1D") and len(shape) == 2
+
+    @cached_property
+    def word(self) -> str:
+        """The name that says what the weight is for.
+
+        The weight of a linear layer is identified by the layer's attribute, or that of the module around it if the
+        layer is all that this holds; a parameter that its module holds directly by its own.
+        """
+        if self.leaf != "weight":
+            return self.leaf.removesuffix("_weight")
+        names = [name for name, _ in reversed(self.chain) if name not in words.HOLDERS and not name.isdecimal()]
+        return names[0] if names else self.attribute
+
+    @cached_property
+    def width(self) -> int | None:
+        return None if self.facts is None else self.facts.width(self.chain)
+
+    @cached_property
+    def holder(self) -> nn.Module:
+        """The block that the weight belongs to: the module around its linear layer, or the one that holds it."""
+        depth = len(self.chain) - 1
+        if self.leaf == "weight" and (self.linear or self.conv1d):
+            depth -= 1
+            while depth > 0 and (self.chain[depth + 1][0] in words.HOLDERS or self.chain[depth + 1][0].isdecimal()):
+                depth -= 1
+        return self.chain[max(depth, 0)][1]
+
+    def within(self, pattern: str | re.Pattern[str], *, levels: int = 0) -> bool:
+        """Return whether the name or the class of a module around the weight matches; of all if `levels` is 0."""
+        near = self.chain[-levels:]
+        return any(re.search(pattern, name) or re.search(pattern, type(module).__name__) for name, module in near)
+
+    # The class of a module
+
+    def by_class(self) -> ParamSite | None:
+        """Return the site if the class of a module, or the shape, tells it."""
+        if is_table(self.module) and self.leaf == "weight":
+            return self._of_table()
+        if self._is_router():
+            return ParamSite(role="router", stream="input", evidence="class")
+        if self.leaf.endswith("bias"):
+            return ParamSite(role="router_bias" if self._is_router_bias() else "bias", evidence="class")
+        if self.leaf.endswith("sinks"):
+            return ParamSite(role="sink", evidence="name")
+        if self._is_norm():
+            return ParamSite(role=words.norm_role(self.attribute, self.parent), evidence="class")
+        if self.leaf in words.STATE_SPACE:
+            return ParamSite(role="state_space", evidence="name")
+        if self._convolves():
+            return ParamSite(role="convolution", evidence="class")
+        if not self.linear and sum(size > 1 for size in self.shape) < 2:
+            mixes = any(_is_mixer(module) for _, module in self.chain[-2:])
+            return ParamSite(role="state_space" if mixes else "other", evidence="class")
+        if not self.linear and not self.conv1d and any(word in self.leaf for word in words.POSITIONS):
+            return ParamSite(role="position_embedding" if len(self.shape) == 2 else "other", evidence="name")
+        if not self.linear and len(self.shape) > 3:
+            return ParamSite(role="other", evidence="class")
+        return None
+
+    def _of_table(self) -> ParamSite:
+        """Return the site of a table whose rows are looked up."""
+        rows, columns = self.shape
+        vocabularies = set() if self.facts is None else self.facts.vocabularies
+        name = self.attribute.lower() if not self.attribute.isdecimal() else self.word.lower()
+        if rows not in vocabularies and any(word in name for word in words.POSITIONS):
+            return ParamSite(role="position_embedding", stream="input", evidence="config")
+        per_layer = "per_layer" in name or (self.attribute.isdecimal() and columns != self.width)
+        if rows in vocabularies and not per_layer:
+            return ParamSite(role="embedding", stream="input", evidence="config")
+        role = "per_layer_embedding" if per_layer else "embedding"
+        return ParamSite(role=role, stream="input" if columns == self.width else None, evidence="class")
+
+    def _is_router(self) -> bool:
+        if len(self.shape) != 2 or self.shape[0] == 1 or not (self.leaf == "weight" or self.linear):
+            return False
+        counts = expert_counts(self.chain)
+        for _, module in self.chain[-3:]:
+            if _ROUTER_CLASS.search(type(module).__name__):
+                # Only one matrix of a router scores experts; others, if any, lead up to it.
+                matrices = [p for p in module.parameters() if len(whole_shape(p)) == 2]
+                return len(matrices) == 1 or self.shape[0] in counts
+        around = [module for _, module in self.chain[-3:-1]]
+        routes = any(hasattr(module, "experts") or hasattr(module, "local_experts") for module in around)
+        return routes and self.attribute in ("router", "gate", "classifier", "wg") and self._counts(counts)
+
+    def _counts(self, counts: set[int]) -> bool:
+        return not counts or self.shape[0] >= min(counts)
+
+    def _is_router_bias(self) -> bool:
+        if sum(size > 1 for size in self.shape) != 1:
+            return False
+        own = getattr(self.module, "weight", None)
+        if isinstance(own, Tensor):
+            return _Weight("weight", whole_shape(own), self.chain, self.facts)._is_router()
+        in_router = any(_ROUTER_CLASS.search(type(module).__name__) for _, module in self.chain[-3:])
+        routes = in_router or hasattr(self.module, "experts")
+        return routes and (max(self.shape) in expert_counts(self.chain) or "correction" in self.leaf or in_router)
+
+    def _is_norm(self) -> bool:
+        named = "norm" in self.kind.lower() or (self.attribute.endswith("norm") and self.leaf in ("scale", "weight"))
+        return (named or "norm" in self.leaf) and not self.linear and len(self.shape) < 3
+
+    def _convolves(self) -> bool:
+        if isinstance(self.module, _CONVOLUTIONS) or "Convolution" in self.kind:
+            return not self.linear
+        return "conv" in f"{self.kind} {self.attribute}".lower() and len(self.shape) > 2
+
+    # The residual stream
+
+    @cached_property
+    def outputs_first(self) -> bool | None:
+        """Whether the weight is stored `[…, out, in]`; None if nothing tells."""
+        if self.linear or self.conv1d:
+            return self.linear
+        declared = getattr(self.module, "is_transposed", None)
+        if isinstance(declared, bool):
+            return not declared
+        sizes = [
+            (number(self.module, inside), number(self.module, outside))
+            for inside, outside in (("in_features", "out_features"), ("input_size", "output_size"))
+        ]
+        for inside, outside in sizes:
+            if inside is not None and outside is not None and inside != outside:
+                return (outside, inside) == self.shape[-2:]
+        return None
+
+    def sides(self, p: int, q: int) -> set[str]:
+        """Return which of two dimensions have the width of the residual stream: "p", "q", both or neither."""
+        return {name for name, size in (("p", p), ("q", q)) if size == self.width}
+
+    @cached_property
+    def stream(self) -> Stream | None:
+        """The side of the matrix `[out, in]` that alone has the width of the residual stream."""
+        found = self.sides(*self.shape[-2:])
+        if len(found) != 1 or self.outputs_first is None:
+            return None
+        return "output" if (found == {"p"}) == self.outputs_first else "input"
+
+    # The block around it
+
+    def by_block(self) -> ParamSite | None:
+        """Return the site if the block around the weight, and the weight's part in it, tell it."""
+        matrix = self.linear or self.conv1d
+        if not matrix and len(self.shape) not in (2, 3):
+            return None
+        word = self.word.lower()
+        if any(mark in name.lower() for name, _ in self.chain for mark in words.ADAPTERS):
+            return self._matrix("adapter", "name") if matrix else None
+        if self.within(re.compile("indexer", re.IGNORECASE)):
+            return self._matrix("indexer", "name") if matrix else None
+        if self.linear and self.shape[0] == 1 and "gate" in word:
+            return self._matrix("gate", "name")
+        if any("experts" in name for name, _ in self.chain) or "Expert" in self.kind:
+            return self._of_expert(word)
+        if not matrix and self.leaf == "weight":
+            return None
+        attends = self.within(_ATTENTION, levels=3)
+        mixes = any(_is_mixer(module) for _, module in self.chain[-3:])
+        if mixes and not attends:
+            if word in words.MIXER_IN | words.MIXER_OUT:
+                return self._of_mixer(word)
+        elif (attends or self._beside_queries()) and word in words.ATTENTION:
+            return self._of_attention(word)
+        if word in words.MLP and (matrix or self.leaf != "weight"):
+            return self._of_mlp(word, "mlp_") if matrix else None
+        return None
+
+    def _beside_queries(self) -> bool:
+        return any(hasattr(self.holder, name) for name in ("q_proj", "c_q", "wq", "q_a_proj"))
+
+    def _matrix(self, role: str, evidence: Evidence) -> ParamSite:
+        # Of a linear layer that neither reads nor writes the stream, or may do both, the input counts as the stream.
+        stream = self.stream or "input"
+        return ParamSite(role=role, transposed=self.outputs_first is False, stream=stream, evidence=evidence)
+
+    def _of_mixer(self, word: str) -> ParamSite | None:
+        block = next(module for _, module in reversed(self.chain) if _is_mixer(module))
+        role = "mixer_out" if word in words.MIXER_OUT else "mixer_in"
+        if self.linear:
+            sections = mixer_sections(word, self.shape[0], self.shape[1], block) if role == "mixer_in" else ()
+            stream = self.stream or self._by_part("input" if role == "mixer_in" else "output") or "input"
+            return ParamSite(role=role, stream=stream, sections=sections, evidence="name")
+        if len(self.shape) == 3 and self.leaf.endswith("_proj_weight"):
+            # Zamba's heads, each with a projection of its own, applied as weight @ x.
+            return ParamSite(role=role, stream="input", evidence="name")
+        if len(self.shape) == 3 and self.shape[-2] == self.shape[-1] and "LRU" in self.kind.upper():
+            # Blocks on a diagonal, applied from the left: x @ W.
+            return ParamSite(role="mixer", transposed=True, evidence="name")
+        return None
+
+    def _by_part(self, side: Stream) -> Stream | None:
+        """Return a side that has the width of the residual stream, as both sides of this weight may."""
+        out, into = self.shape[-2:] if self.outputs_first is not False else self.shape[:-3:-1]
+        return side if (into if side == "input" else out) == self.width else None
+
+    def _of_attention(self, word: str) -> ParamSite | None:
+        role = words.ATTENTION[word]
+        if not self.linear and not self.conv1d and self.leaf == "weight":
+            return None
+        if role == "attention_o" and self.stream == "input":
+            return None
+        transposed = self.outputs_first is False
+        along_output = role != "attention_o"
+        index = int(along_output == transposed)
+        size = self.shape[-2:][index]
+        stream: Stream | None = self._by_part("output" if role == "attention_o" else "input")
+        site = ParamSite(
+            role=role, head_dim_index=index, transposed=transposed, stream=stream, latent=word in words.LATENT
+        )
+        blocks = number(self.module, "n_groups")
+        if word in words.LATENT:
+            if blocks is not None and size % blocks == 0 and blocks > 1:
+                # Every group of heads has a projection of its own.
+                site = replace(site, sections=(size // blocks,) * blocks)
+            return site
+        if role == "attention_qkv":
+            heads, sections, section_heads = fused_heads(word, size, self.around)
+            sections = () if transposed else sections
+            return replace(site, heads=heads, sections=sections, section_heads=section_heads if sections else ())
+        return replace(site, heads=count_heads(role, size, self.around))
+
+    @cached_property
+    def around(self) -> ModuleChain:
+        """The modules around the weight, without its own layer, which knows no heads."""
+        return self.chain[:-1] if self.linear or self.conv1d else self.chain
+
+    def _of_mlp(self, word: str, prefix: str) -> ParamSite:
+        part = words.MLP[word]
+        # Whoever alone has the residual stream as its output is a down projection, whatever its name.
+        if self.stream == "output":
+            part = "down"
+        elif self.stream == "input" and part == "down":
+            part = "up"
+        fused: Literal["stacked"] | None = "stacked" if part == "gate_up" else None
+        side: Stream = "output" if part == "down" else "input"
+        evidence: Evidence = "name" if part == words.MLP[word] else "residual stream"
+        transposed = self.outputs_first is False
+        stream = self._by_part(side)
+        return ParamSite(role=prefix + part, transposed=transposed, fused=fused, stream=stream, evidence=evidence)
+
+    def _of_expert(self, word: str) -> ParamSite | None:
+        if word not in words.MLP and len(self.shape) == 3 and self.leaf != "weight":
+            return None
+        if word not in words.MLP:
+            return None
+        if len(self.shape) < 3:
+            return self._of_mlp(word, "expert_") if self.linear or self.conv1d else None
+        part = words.MLP[word]
+        stored = self._stored_outputs_first(part)
+        role = f"expert_{part}"
+        if stored is None:
+            return ParamSite(
+                role=None,
+                likely=(role, "experts", "other"),
+                doubt="both of its sides are as wide as the residual stream, or neither, and its module does not say "
+                "which is the output",
+            )
+        fused = self._fused() if part == "gate_up" else None
+        stream: Stream = "output" if part == "down" else "input"
+        evidence: Evidence = "residual stream" if self.outputs_first is None else "class"
+        return ParamSite(role=role, transposed=not stored, fused=fused, stream=stream, evidence=evidence)
+
+    def _stored_outputs_first(self, part: str) -> bool | None:
+        """Return whether stacked experts are stored `[expert, out, in]`, by the side that is the residual stream."""
+        if self.outputs_first is not None:
+            return self.outputs_first
+        found = self._told_by(part, self.shape)
+        if found is not None:
+            return found
+        # Both sides are as wide as the stream. The other weights of the module are stored alike.
+        for name, parameter in self.module.named_parameters(recurse=False):
+            shape = whole_shape(parameter)
+            other = words.MLP.get(name.lower().removesuffix("_weight"))
+            if len(shape) == 3 and other is not None and (found := self._told_by(other, shape)) is not None:
+                return found
+        return None
+
+    def _told_by(self, part: str, shape: tuple[int, ...]) -> bool | None:
+        sides = self.sides(*shape[-2:])
+        return None if len(sides) != 1 else (sides == {"p"}) == (part == "down")
+
+    def _fused(self) -> Literal["stacked", "interleaved"]:
+        declared = getattr(self.module, "is_concatenated", None)
+        if isinstance(declared, bool):
+            return "stacked" if declared else "interleaved"
+        return "interleaved" if _takes_every_second(type(self.module)) else "stacked"
+
+    # The type
+
+    def by_type(self) -> ParamSite:
+        """Return the site of a weight of which no more is known than its type and sides."""
+        if self.linear or self.conv1d:
+            if self.linear and self.shape[0] == 1:
+                return self._matrix("gate", "type" if self.stream is None else "residual stream")
+            return self._matrix("matrix", "type" if self.stream is None else "residual stream")
+        known = self._known_raw()
+        if known is not None:
+            return known
+        if len(self.shape) == 2:
+            likely = ("matrix", "position_embedding", "other")
+            if self.shape[0] in expert_counts(self.chain):
+                likely = ("router", "matrix", "other")
+            return ParamSite(role=None, likely=likely)
+        return ParamSite(role=None, likely=("matrix", "experts", "other"))
+
+    def _known_raw(self) -> ParamSite | None:
+        """Return the site of a matrix that its module holds itself, if its module's class tells its use."""
+        if len(self.shape) != 2 or self.width is None:
+            return None
+        rows, columns = self.shape
+        if "Hyper" in self.kind and columns % self.width == 0 and rows < self.width:
+            # Reads all copies of the residual stream at once (hyper-connections, arXiv 2409.19606).
+            return ParamSite(role="matrix", stream="input", evidence="class")
+        if "Projector" in self.kind and len(self.sides(rows, columns)) == 1:
+            # Writes what another tower has seen into the residual stream.
+            return ParamSite(role="matrix", transposed=columns == self.width, stream="output", evidence="class")
+        return None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _is_mixer(module: Any) -> bool:
+    """Return whether a module mixes tokens along the sequence with a state or a short convolution."""
+    return any(name in module._parameters or name in module._modules for name in _MIXER_ATTRIBUTES)
+
+
+def _takes_every_second(module_class: type[nn.Module]) -> bool:
+    """Return whether the code of a module takes every second element, as for gates and ups that alternate."""
+    try:
+        return "::2" in inspect.getsource(module_class)
+    except (OSError, TypeError):
+        return False

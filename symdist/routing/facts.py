@@ -1,0 +1,156 @@
+"""What a model says of itself besides its names: the width of the residual stream, vocabularies, counts of heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from symdist.layouts.fsdp1 import whole_shape
+
+ModuleChain: TypeAlias = list[tuple[str, nn.Module]]
+"""The modules around a parameter, from the root to its own, each with the attribute that holds it; without wrappers."""
+
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "emb_dim")
+_EXPERTS = (
+    *("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "num_moe_experts", "n_experts"),
+    "num_routed_experts",
+)
+
+
+def number(source: Any, name: str) -> int | None:
+    """Return a whole number that a module or config has under a name; None if it has none.
+
+    Args:
+        source: A module, or the config of one.
+        name: The attribute.
+
+    Returns:
+        The number.
+    """
+    try:
+        value = getattr(source, name, None)
+    except Exception:  # A config whose layers differ may raise anything where asked for what they do not share.
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def config_of(module: nn.Module) -> Any:
+    """Return the config of the text model that a module holds; None if it holds none.
+
+    Args:
+        module: The module.
+
+    Returns:
+        The config: of models of several kinds of input, the part that describes their text model.
+    """
+    config = getattr(module, "config", None)
+    if config is None or isinstance(config, dict):
+        return None
+    return getattr(config, "text_config", None) or config
+
+
+def sources(chain: ModuleChain) -> Iterator[Any]:
+    """Yield the modules around a parameter, nearest first, each followed by its config if it has one.
+
+    Args:
+        chain: The modules around the parameter.
+
+    Yields:
+        Modules and configs.
+    """
+    for _, module in reversed(chain):
+        yield module
+        config = config_of(module)
+        if config is not None:
+            yield config
+
+
+def numbers(chain: ModuleChain, names: Sequence[str]) -> list[int]:
+    """Return the numbers that the modules around a parameter, or their configs, have under any of the names.
+
+    Args:
+        chain: The modules around the parameter.
+        names: The names, the most telling one first.
+
+    Returns:
+        The numbers, each once: by name, and for each name those of the nearest module first.
+    """
+    around = list(sources(chain))
+    found = (number(source, name) for name in names for source in around)
+    return list(dict.fromkeys(value for value in found if value is not None))
+
+
+def expert_counts(chain: ModuleChain) -> set[int]:
+    """Return the numbers of routed experts that the modules around a parameter, or their configs, name."""
+    return set(numbers(chain, _EXPERTS))
+
+
+class ModelFacts:
+    """What is known of a model as a whole.
+
+    Args:
+        models: The model, or the parts of one.
+
+    Attributes:
+        vocabularies: The sizes of its vocabularies.
+    """
+
+    def __init__(self, models: Iterable[nn.Module]):
+        self.vocabularies: set[int] = set()
+        self._widths: list[int] = []
+        self._by_module: dict[int, int | None] = {}
+        for model in models:
+            self._read(model)
+
+    def _read(self, model: nn.Module) -> None:
+        configs = {id(config): config for module in model.modules() if (config := config_of(module)) is not None}
+        for config in configs.values():
+            keys = [key for key in vars(config) if "vocab" in key]
+            self.vocabularies |= {size for key in keys if (size := number(config, key)) is not None}
+        declared = getattr(model, "get_input_embeddings", None)
+        try:
+            inputs = [declared()] if declared is not None else []
+        except (AttributeError, NotImplementedError):
+            inputs = []
+        tables = [m for m in inputs if is_table(m)] or [m for m in model.modules() if is_table(m)]
+        shapes = [whole_shape(table.weight) for table in tables]
+        if not self.vocabularies and shapes:
+            # Without a config, the first table is the one of tokens.
+            self.vocabularies.add(shapes[0][0])
+        self._widths += [shape[1] for shape in shapes if shape[0] in self.vocabularies] or [s[1] for s in shapes[:1]]
+
+    def width(self, chain: ModuleChain) -> int | None:
+        """Return the width of the residual stream around a parameter; None if nothing tells it.
+
+        It is that of the nearest config around the parameter, so that each tower of a model has its own; without
+        configs, that of the embedding of tokens.
+
+        Args:
+            chain: The modules around the parameter.
+
+        Returns:
+            The width.
+        """
+        key = id(chain[-1][1])
+        if key not in self._by_module:
+            self._by_module[key] = self._find_width(chain)
+        return self._by_module[key]
+
+    def _find_width(self, chain: ModuleChain) -> int | None:
+        for _, module in reversed(chain):
+            config = config_of(module)
+            found = (number(config, name) for name in _WIDTHS) if config is not None else ()
+            width = next((value for value in found if value is not None), None)
+            if width is not None:
+                return width
+        return self._widths[0] if self._widths else None
+
+
+def is_table(module: Any) -> bool:
+    """Return whether a module looks up rows of a weight, as `nn.Embedding` does."""
+    if not (isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")):
+        return False
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and len(whole_shape(weight)) == 2

@@ -1,0 +1,151 @@
+"""How many heads an attention weight consists of, and which rows of a fused weight belong to which projection."""
+
+from torch import nn
+
+from symdist.routing.facts import ModuleChain, number, numbers
+from symdist.routing.words import CONTIGUOUS
+
+_QUERIES = (
+    *("num_heads", "n_heads", "n_head", "num_attention_heads", "nheads", "num_q_heads", "num_query_heads"),
+    *("num_attn_heads", "attention_heads"),
+)
+_KEYS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "num_k_heads", "n_head_kv", "kv_n_heads")
+_VALUES = ("num_v_heads", "num_value_heads")
+_SIZES = ("head_dim", "attention_head_size", "head_size", "d_head", "d_kv", "dim_per_head", "attn_head_dim")
+_KEY_SIZES = ("qk_head_dim", "head_k_dim", "qk_dim_per_head")
+_VALUE_SIZES = ("v_head_dim", "head_v_dim", "value_head_dim")
+
+
+def head_counts(role: str, chain: ModuleChain) -> list[int]:
+    """Return the numbers of heads that the modules around an attention weight, or their configs, name.
+
+    Args:
+        role: The role of the weight.
+        chain: The modules around it.
+
+    Returns:
+        The numbers, the likeliest first.
+    """
+    match role:
+        case "attention_k":
+            return numbers(chain, (*_KEYS, *_QUERIES))
+        case "attention_v":
+            return numbers(chain, (*_VALUES, *_KEYS, *_QUERIES))
+        case "attention_q":
+            return numbers(chain, (*_QUERIES, *_KEYS))
+    return numbers(chain, (*_VALUES, *_QUERIES))
+
+
+def head_sizes(role: str, chain: ModuleChain) -> list[int]:
+    """Return the sizes of a head that the modules around an attention weight, or their configs, name."""
+    first = _KEY_SIZES if role in ("attention_q", "attention_k") else _VALUE_SIZES
+    return numbers(chain, (*first, *_SIZES))
+
+
+def count_heads(role: str, size: int, chain: ModuleChain) -> int | None:
+    """Return how many heads, one after another, a projection of attention consists of.
+
+    Args:
+        role: The role of the projection: "attention_q", "attention_k", "attention_v", "attention_o" or
+            "attention_gate".
+        size: The size of the dimension along which the heads lie.
+        chain: The modules around the projection.
+
+    Returns:
+        The number of heads. Queries that share a weight with a gate of their size, head by head, count as two. None if
+        nothing tells.
+    """
+    counts, sizes = head_counts(role, chain), head_sizes(role, chain)
+    if role == "attention_gate":
+        # A gate has a number for each head, or one for each element of each head.
+        sizes = [*sizes, 1]
+    for count in counts:
+        if size % count == 0 and size // count in sizes:
+            return count
+    for count in counts:
+        if size % (2 * count) == 0 and size // (2 * count) in sizes:
+            return 2 * count
+    for head_size in sizes:
+        if size % head_size == 0:
+            return size // head_size
+    return next((count for count in counts if size % count == 0), None) if not sizes else None
+
+
+def fused_heads(word: str, size: int, chain: ModuleChain) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
+    """Return how queries, keys and values share a weight.
+
+    Args:
+        word: The name of the weight.
+        size: The size of the dimension along which they lie.
+        chain: The modules around it.
+
+    Returns:
+        The number of heads, if all have the same size; the sizes of q, k and v, if they lie one after another; and the
+        number of heads of each. What is not known is None or empty.
+    """
+    attention = chain[-2][1] if len(chain) > 1 else chain[-1][1]
+    queries = head_counts("attention_q", chain)
+    keys = numbers(chain, _KEYS)[:1] or queries[:1]
+    values = numbers(chain, _VALUES)[:1] or keys
+    key_sizes, value_sizes = head_sizes("attention_q", chain)[:1], head_sizes("attention_v", chain)[:1]
+    if getattr(attention, "multi_query", False) is True and not getattr(attention, "new_decoder_architecture", False):
+        keys = values = [1]
+    if not queries or not keys or not values:
+        return None, (), ()
+    linear = number(attention, "num_k_heads")
+    q, k, v = queries[0] if linear is None else linear, keys[0], values[0]
+    if not key_sizes:
+        # All of one size.
+        return (
+            (q + k + v, *_sections(word, attention, q, k, v, size // (q + k + v)))
+            if size % (q + k + v) == 0
+            else (
+                None,
+                (),
+                (),
+            )
+        )
+    key_size, value_size = key_sizes[0], (value_sizes or key_sizes)[0]
+    heads = size // key_size if key_size == value_size and size % key_size == 0 else None
+    if (q + k) * key_size + v * value_size != size:
+        return heads, (), ()
+    sections, section_heads = _sections(word, attention, q, k, v, key_size, value_size)
+    return heads, sections, section_heads
+
+
+def _sections(
+    word: str, attention: nn.Module, q: int, k: int, v: int, key_size: int, value_size: int | None = None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    # CodeGen cuts q, v and k for ranks of another time, and puts those of each rank one after another.
+    if word not in CONTIGUOUS or "CodeGen" in type(attention).__name__:
+        return (), ()
+    return (q * key_size, k * key_size, v * (value_size or key_size)), (q, k, v)
+
+
+def mixer_sections(word: str, rows: int, columns: int, mixer: nn.Module) -> tuple[int, ...]:
+    """Return which rows of a projection of a state-space or short-convolution block belong to which of its inputs.
+
+    Sources: Mamba (arXiv 2312.00752) projects to x and z, and from x to dt, B and C; Mamba 2 (arXiv 2405.21060)
+    projects to z, x, B, C and dt at once; a gated short convolution to B, C and x.
+
+    Args:
+        word: The name of the projection.
+        rows: Its rows.
+        columns: Its columns.
+        mixer: The block.
+
+    Returns:
+        The rows of each, in order; empty if the block does not say.
+    """
+
+    def size(*names: str) -> int:
+        return next((value for name in names if (value := number(mixer, name)) is not None), 0)
+
+    inner = size("intermediate_size", "d_inner", "mamba_intermediate_size")
+    state, groups = size("ssm_state_size", "d_state", "state_size"), size("n_groups", "ngroups", "num_groups") or 1
+    heads, rank = size("num_heads", "nheads", "mamba_num_heads"), size("time_step_rank", "dt_rank")
+    forms: list[tuple[int, ...]] = [(rank, state, state)]
+    if word != "x_proj":
+        forms = [(inner, inner), (inner, inner, groups * state, groups * state, heads)]
+        forms += [] if inner else [(columns,) * 3]
+    return next((form for form in forms if all(form) and sum(form) == rows), ())
