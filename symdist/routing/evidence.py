@@ -15,14 +15,18 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from symdist.layouts.fsdp1 import whole_shape
+from symdist.param_names import class_name
 from symdist.routing import words
 from symdist.routing.facts import ModelFacts, ModuleChain, expert_counts, is_table, number
-from symdist.routing.heads import count_heads, fused_heads, mixer_sections
+from symdist.routing.heads import count_heads, fused_heads, head_counts, mixer_sections
 from symdist.routing.param_site import Evidence, ParamSite, Stream
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+_SHAPE_SUFFIX = re.compile(r"_([A-Z]{2,3})$")
+"""How torchtitan ends the names of raw parameters: a letter for each dimension, D for the residual stream."""
 _ROUTER_CLASS = re.compile(r"(Router|Gating)$")
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)|mla$", re.IGNORECASE)
+_MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _MIXER_ATTRIBUTES = ("A_log", "dt_bias", "conv1d", "conv_1d", "conv", "time_decay", "rg_lru")
 
 
@@ -49,7 +53,7 @@ class _Weight:
         self.leaf, self.shape, self.chain, self.facts = leaf, shape, chain, facts
         self.attribute, self.module = chain[-1]
         self.parent = chain[-2][1] if len(chain) > 1 else self.module
-        self.kind = type(self.module).__name__
+        self.kind = class_name(self.module)
         self.linear = len(shape) == 2 and leaf == "weight" and _is_linear(self.module)
         self.conv1d = self.kind.endswith("Conv1D") and len(shape) == 2
 
@@ -61,7 +65,7 @@ class _Weight:
         layer is all that this holds; a parameter that its module holds directly by its own.
         """
         if self.leaf != "weight":
-            return self.leaf.removesuffix("_weight")
+            return _SHAPE_SUFFIX.sub("", self.leaf).removesuffix("_weight")
         names = [name for name, _ in reversed(self.chain) if name not in words.HOLDERS and not name.isdecimal()]
         return names[0] if names else self.attribute
 
@@ -79,10 +83,17 @@ class _Weight:
                 depth -= 1
         return self.chain[max(depth, 0)][1]
 
-    def within(self, pattern: str | re.Pattern[str], *, levels: int = 0) -> bool:
-        """Return whether the name or the class of a module around the weight matches; of all if `levels` is 0."""
-        near = self.chain[-levels:]
-        return any(re.search(pattern, name) or re.search(pattern, type(module).__name__) for name, module in near)
+    @cached_property
+    def block(self) -> Literal["attention", "mlp"] | None:
+        """Whether the weight is one of attention or of an MLP, by the nearest module around it that says so."""
+        for depth, (name, module) in enumerate(reversed(self.chain)):
+            # The class of a module further out may name all that it holds.
+            kinds = (name, class_name(module)) if depth < 2 else (name,)
+            if any(_ATTENTION.search(kind) for kind in kinds):
+                return "attention"
+            if any(_MLP.search(kind) for kind in kinds):
+                return "mlp"
+        return None
 
     # The class of a module
 
@@ -91,8 +102,8 @@ class _Weight:
         if is_table(self.module) and self.leaf == "weight":
             return self._of_table()
         if self._is_router():
-            return ParamSite(role="router", stream="input", evidence="class")
-        if self.leaf.endswith("bias"):
+            return ParamSite(role="router", stream=self.stream or "input", evidence="class")
+        if _SHAPE_SUFFIX.sub("", self.leaf).endswith("bias"):
             return ParamSite(role="router_bias" if self._is_router_bias() else "bias", evidence="class")
         if self.leaf.endswith("sinks"):
             return ParamSite(role="sink", evidence="name")
@@ -106,7 +117,8 @@ class _Weight:
             mixes = any(_is_mixer(module) for _, module in self.chain[-2:])
             return ParamSite(role="state_space" if mixes else "other", evidence="class")
         if not self.linear and not self.conv1d and any(word in self.leaf for word in words.POSITIONS):
-            return ParamSite(role="position_embedding" if len(self.shape) == 2 else "other", evidence="name")
+            rows = len(self.shape) == 2 or (len(self.shape) == 3 and self.shape[-1] == self.width)
+            return ParamSite(role="position_embedding" if rows else "other", evidence="name")
         if not self.linear and len(self.shape) > 3:
             return ParamSite(role="other", evidence="class")
         return None
@@ -129,10 +141,11 @@ class _Weight:
             return False
         counts = expert_counts(self.chain)
         for _, module in self.chain[-3:]:
-            if _ROUTER_CLASS.search(type(module).__name__):
+            if _ROUTER_CLASS.search(class_name(module)):
                 # Only one matrix of a router scores experts; others, if any, lead up to it.
-                matrices = [p for p in module.parameters() if len(whole_shape(p)) == 2]
-                return len(matrices) == 1 or self.shape[0] in counts
+                matrices = [p for p in module.parameters() if len(shape := whole_shape(p)) == 2 and shape[0] > 1]
+                last = min(reversed(matrices), key=lambda matrix: whole_shape(matrix)[0])
+                return last is getattr(self.module, self.leaf)
         around = [module for _, module in self.chain[-3:-1]]
         routes = any(hasattr(module, "experts") or hasattr(module, "local_experts") for module in around)
         return routes and self.attribute in ("router", "gate", "classifier", "wg") and self._counts(counts)
@@ -146,7 +159,7 @@ class _Weight:
         own = getattr(self.module, "weight", None)
         if isinstance(own, Tensor):
             return _Weight("weight", whole_shape(own), self.chain, self.facts)._is_router()
-        in_router = any(_ROUTER_CLASS.search(type(module).__name__) for _, module in self.chain[-3:])
+        in_router = any(_ROUTER_CLASS.search(class_name(module)) for _, module in self.chain[-3:])
         routes = in_router or hasattr(self.module, "experts")
         return routes and (max(self.shape) in expert_counts(self.chain) or "correction" in self.leaf or in_router)
 
@@ -166,6 +179,9 @@ class _Weight:
         """Whether the weight is stored `[…, out, in]`; None if nothing tells."""
         if self.linear or self.conv1d:
             return self.linear
+        letters = _SHAPE_SUFFIX.search(self.leaf)
+        if letters and letters[1].count("D") == 1 and self.word.lower() in words.MLP:
+            return (letters[1][-2] == "D") == (words.MLP[self.word.lower()] == "down")
         declared = getattr(self.module, "is_transposed", None)
         if isinstance(declared, bool):
             return not declared
@@ -200,27 +216,26 @@ class _Weight:
         word = self.word.lower()
         if any(mark in name.lower() for name, _ in self.chain for mark in words.ADAPTERS):
             return self._matrix("adapter", "name") if matrix else None
-        if self.within(re.compile("indexer", re.IGNORECASE)):
-            return self._matrix("indexer", "name") if matrix else None
+        if any("indexer" in name.lower() or "Indexer" in class_name(module) for name, module in self.chain):
+            site = self._matrix("indexer", "name")
+            return replace(site, stream="input") if matrix else None
         if self.linear and self.shape[0] == 1 and "gate" in word:
             return self._matrix("gate", "name")
-        if any("experts" in name for name, _ in self.chain) or "Expert" in self.kind:
+        experts = any("experts" in name and "shared" not in name for name, _ in self.chain)
+        if experts or "Expert" in self.kind or (len(self.shape) == 3 and any("expert" in n for n, _ in self.chain)):
             return self._of_expert(word)
-        if not matrix and self.leaf == "weight":
-            return None
-        attends = self.within(_ATTENTION, levels=3)
         mixes = any(_is_mixer(module) for _, module in self.chain[-3:])
-        if mixes and not attends:
+        attends = self.block == "attention" or (self.block is None and self._beside_queries())
+        if mixes and not (attends and head_counts("attention_q", self.around)):
             if word in words.MIXER_IN | words.MIXER_OUT:
                 return self._of_mixer(word)
-        elif (attends or self._beside_queries()) and word in words.ATTENTION:
+        elif attends and word in words.ATTENTION:
             return self._of_attention(word)
-        if word in words.MLP and (matrix or self.leaf != "weight"):
-            return self._of_mlp(word, "mlp_") if matrix else None
-        return None
+        return self._of_mlp(word, "mlp_") if word in words.MLP and matrix else None
 
     def _beside_queries(self) -> bool:
-        return any(hasattr(self.holder, name) for name in ("q_proj", "c_q", "wq", "q_a_proj"))
+        holds = self.holder._modules
+        return any(name in holds for name in ("q_proj", "c_q", "wq", "q_a_proj")) or holds.keys() >= {"q", "k", "v"}
 
     def _matrix(self, role: str, evidence: Evidence) -> ParamSite:
         # Of a linear layer that neither reads nor writes the stream, or may do both, the input counts as the stream.
@@ -249,7 +264,7 @@ class _Weight:
 
     def _of_attention(self, word: str) -> ParamSite | None:
         role = words.ATTENTION[word]
-        if not self.linear and not self.conv1d and self.leaf == "weight":
+        if not (self.linear or self.conv1d or isinstance(self.module, nn.MultiheadAttention)):
             return None
         if role == "attention_o" and self.stream == "input":
             return None
@@ -268,15 +283,18 @@ class _Weight:
                 site = replace(site, sections=(size // blocks,) * blocks)
             return site
         if role == "attention_qkv":
-            heads, sections, section_heads = fused_heads(word, size, self.around)
+            heads, sections, section_heads = fused_heads(self.word, size, self.around)
             sections = () if transposed else sections
+            groups = number(self.holder, "heads_per_kv")
+            if heads is not None and groups is not None and heads % (groups + 2) == 0:
+                site = replace(site, groups=heads // (groups + 2))
             return replace(site, heads=heads, sections=sections, section_heads=section_heads if sections else ())
         return replace(site, heads=count_heads(role, size, self.around))
 
     @cached_property
     def around(self) -> ModuleChain:
         """The modules around the weight, without its own layer, which knows no heads."""
-        return self.chain[:-1] if self.linear or self.conv1d else self.chain
+        return self.chain[:-1] if (self.linear or self.conv1d) and len(self.chain) > 1 else self.chain
 
     def _of_mlp(self, word: str, prefix: str) -> ParamSite:
         part = words.MLP[word]
@@ -293,8 +311,6 @@ class _Weight:
         return ParamSite(role=prefix + part, transposed=transposed, fused=fused, stream=stream, evidence=evidence)
 
     def _of_expert(self, word: str) -> ParamSite | None:
-        if word not in words.MLP and len(self.shape) == 3 and self.leaf != "weight":
-            return None
         if word not in words.MLP:
             return None
         if len(self.shape) < 3:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from symdist.layouts.fsdp1 import whole_shape
+from symdist.param_names import class_name, unwrapped
 
 ModuleChain: TypeAlias = list[tuple[str, nn.Module]]
 """The modules around a parameter, from the root to its own, each with the attribute that holds it; without wrappers."""
@@ -107,9 +108,9 @@ class ModelFacts:
     def _read(self, model: nn.Module) -> None:
         configs = {id(config): config for module in model.modules() if (config := config_of(module)) is not None}
         for config in configs.values():
-            keys = [key for key in vars(config) if "vocab" in key]
+            keys = [key for key in getattr(config, "__dict__", None) or dir(config) if "vocab" in key]
             self.vocabularies |= {size for key in keys if (size := number(config, key)) is not None}
-        declared = getattr(model, "get_input_embeddings", None)
+        declared = getattr(unwrapped(model), "get_input_embeddings", None)
         try:
             inputs = [declared()] if declared is not None else []
         except (AttributeError, NotImplementedError):
@@ -150,7 +151,7 @@ class ModelFacts:
 
 def is_table(module: Any) -> bool:
     """Return whether a module looks up rows of a weight, as `nn.Embedding` does."""
-    if not (isinstance(module, nn.Embedding) or type(module).__name__.endswith("Embedding")):
+    if not (isinstance(module, nn.Embedding) or class_name(module).endswith("Embedding")):
         return False
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and len(whole_shape(weight)) == 2

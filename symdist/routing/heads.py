@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from symdist.param_names import class_name
 from symdist.routing.facts import ModuleChain, number, numbers
 from symdist.routing.words import CONTIGUOUS
 
@@ -12,7 +13,7 @@ _QUERIES = (
 _KEYS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "num_k_heads", "n_head_kv", "kv_n_heads")
 _VALUES = ("num_v_heads", "num_value_heads")
 _SIZES = ("head_dim", "attention_head_size", "head_size", "d_head", "d_kv", "dim_per_head", "attn_head_dim")
-_KEY_SIZES = ("qk_head_dim", "head_k_dim", "qk_dim_per_head")
+_KEY_SIZES = ("qk_head_dim", "head_k_dim", "key_head_dim")
 _VALUE_SIZES = ("v_head_dim", "head_v_dim", "value_head_dim")
 
 
@@ -57,18 +58,16 @@ def count_heads(role: str, size: int, chain: ModuleChain) -> int | None:
     """
     counts, sizes = head_counts(role, chain), head_sizes(role, chain)
     if role == "attention_gate":
-        # A gate has a number for each head, or one for each element of each head.
-        sizes = [*sizes, 1]
+        # A gate has a number for each head, or one for each element of each head of the values or of the queries.
+        sizes = [*sizes, *numbers(chain, _KEY_SIZES), 1]
     for count in counts:
         if size % count == 0 and size // count in sizes:
             return count
     for count in counts:
         if size % (2 * count) == 0 and size // (2 * count) in sizes:
             return 2 * count
-    for head_size in sizes:
-        if size % head_size == 0:
-            return size // head_size
-    return next((count for count in counts if size % count == 0), None) if not sizes else None
+    fitting = (size // head_size for head_size in sizes if head_size > 1 and size % head_size == 0)
+    return next(fitting, None) if sizes else next((count for count in counts if size % count == 0), None)
 
 
 def fused_heads(word: str, size: int, chain: ModuleChain) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
@@ -83,7 +82,7 @@ def fused_heads(word: str, size: int, chain: ModuleChain) -> tuple[int | None, t
         The number of heads, if all have the same size; the sizes of q, k and v, if they lie one after another; and the
         number of heads of each. What is not known is None or empty.
     """
-    attention = chain[-2][1] if len(chain) > 1 else chain[-1][1]
+    attention = chain[-1][1]
     queries = head_counts("attention_q", chain)
     keys = numbers(chain, _KEYS)[:1] or queries[:1]
     values = numbers(chain, _VALUES)[:1] or keys
@@ -96,30 +95,22 @@ def fused_heads(word: str, size: int, chain: ModuleChain) -> tuple[int | None, t
     q, k, v = queries[0] if linear is None else linear, keys[0], values[0]
     if not key_sizes:
         # All of one size.
-        return (
-            (q + k + v, *_sections(word, attention, q, k, v, size // (q + k + v)))
-            if size % (q + k + v) == 0
-            else (
-                None,
-                (),
-                (),
-            )
-        )
+        head_size, rest = divmod(size, q + k + v)
+        return (None, (), ()) if rest else (q + k + v, *_sections(word, attention, (q, k, v), (head_size,) * 3))
     key_size, value_size = key_sizes[0], (value_sizes or key_sizes)[0]
     heads = size // key_size if key_size == value_size and size % key_size == 0 else None
     if (q + k) * key_size + v * value_size != size:
         return heads, (), ()
-    sections, section_heads = _sections(word, attention, q, k, v, key_size, value_size)
-    return heads, sections, section_heads
+    return heads, *_sections(word, attention, (q, k, v), (key_size, key_size, value_size))
 
 
 def _sections(
-    word: str, attention: nn.Module, q: int, k: int, v: int, key_size: int, value_size: int | None = None
+    word: str, attention: nn.Module, heads: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     # CodeGen cuts q, v and k for ranks of another time, and puts those of each rank one after another.
-    if word not in CONTIGUOUS or "CodeGen" in type(attention).__name__:
+    if word not in CONTIGUOUS or "CodeGen" in class_name(attention):
         return (), ()
-    return (q * key_size, k * key_size, v * (value_size or key_size)), (q, k, v)
+    return tuple(count * size for count, size in zip(heads, sizes, strict=True)), heads
 
 
 def mixer_sections(word: str, rows: int, columns: int, mixer: nn.Module) -> tuple[int, ...]:

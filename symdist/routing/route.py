@@ -120,7 +120,7 @@ def route_sites(
             unrouted.append((name, shape, site))
             continue
         role, options = assigned
-        options["view"] = _view(name, options, role, site, recipe)
+        options["view"] = _view(name, shape, options, role, site, recipe)
         key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
         group = groups.setdefault(key, {"params": [], "param_names": [], "role": role, **options})
         group["params"].append(parameter)
@@ -225,7 +225,9 @@ def _options(
     return role, options
 
 
-def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite, recipe: Recipe) -> Any:
+def _view(
+    name: str, shape: tuple[int, ...], options: Mapping[str, Any], role: str, site: ParamSite, recipe: Recipe
+) -> Any:
     """Return the param-group view that the recipe's view means for this parameter."""
     view = options.get("view")
     if not get_rule(options["rule"]).matrices:
@@ -269,6 +271,9 @@ def _view(name: str, options: Mapping[str, Any], role: str, site: ParamSite, rec
                 )
             if site.fused == "stacked" and (site.blocks > 1 or site.transposed):
                 return {"gate_up": site.blocks, "dim": 1 if site.transposed else 0}
+            if site.fused == "interleaved" and not site.transposed:
+                # A block for each neuron.
+                return {"gate_up": shape[-2] // 2, "dim": 0}
             if site.fused is not None:
                 return f"gate_up_{site.fused}"
             return "transposed" if (kind == "down") != site.transposed else "as_stored"

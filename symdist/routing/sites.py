@@ -6,7 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from symdist.layouts.fsdp1 import read_units, whole_shape
-from symdist.param_names import WRAPPERS, plain_name
+from symdist.param_names import is_wrapped, plain_name, unwrapped
 from symdist.routing.evidence import site_of
 from symdist.routing.facts import ModelFacts, ModuleChain, is_table
 from symdist.routing.param_site import ParamSite
@@ -63,7 +63,7 @@ def walk(models: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter, Modul
         for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             yield prefix + leaf, parameter, chain
         for attribute, child in module.named_children():
-            if attribute in WRAPPERS or (attribute == "module" and len(list(module.children())) == 1):
+            if is_wrapped(attribute, module):
                 inner = [*chain[:-1], (chain[-1][0], child)]
             else:
                 inner = [*chain, (attribute, child)]
@@ -87,6 +87,6 @@ def _output_weights(model: nn.Module, facts: ModelFacts) -> Iterator[Tensor]:
         named = any(word in HEADS for word in words[-3:])
         if named and (words[-1:] == words or whole_shape(weight)[0] in facts.vocabularies):
             yield weight
-    declared = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    declared = getattr(getattr(unwrapped(model), "get_output_embeddings", lambda: None)(), "weight", None)
     if isinstance(declared, Tensor):
         yield declared

@@ -22,9 +22,9 @@ ROUTED = {
     "mlp.gate.weight": "router",
     "mlp.experts.gate_up_proj": "expert_gate_up",
     "mlp.experts.down_proj": "expert_down",
-    "mlp.shared_experts.gate_proj.weight": "expert_gate",
-    "mlp.shared_experts.up_proj.weight": "expert_up",
-    "mlp.shared_experts.down_proj.weight": "expert_down",
+    "mlp.shared_experts.gate_proj.weight": "mlp_gate",
+    "mlp.shared_experts.up_proj.weight": "mlp_up",
+    "mlp.shared_experts.down_proj.weight": "mlp_down",
 }
 
 
