@@ -15,10 +15,10 @@ from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """How the optimizer treats one parameter.
+    """How the optimizer treats one parameter, or one section of a parameter.
 
     Attributes:
-        name: The parameter's name.
+        name: The parameter's name; of a section, with its number.
         shape: The shape of the whole tensor, not of this rank's piece.
         role: What the parameter is used for, as its param group says; may be empty.
         rule: The name of its rule.
@@ -46,7 +46,7 @@ def assignment(spec: ParamSpec, group: Mapping[str, Any], strategy: Strategy, pr
     """Summarize how the optimizer treats a parameter.
 
     Args:
-        spec: The parameter.
+        spec: The parameter, or a section of one.
         group: Its param group.
         strategy: Where its rule runs.
         precision: In which precision its rule computes roots.
@@ -66,7 +66,7 @@ def assignment(spec: ParamSpec, group: Mapping[str, Any], strategy: Strategy, pr
         rule=group["rule"],
         options={key: group[key] for key, value in defaults.items() if group[key] != value},
         lr=float(group["lr"]),
-        view=group["view"],
+        view=spec.view,
         strategy=strategy,
         precision=precision,
     )

@@ -16,7 +16,7 @@ from symdist.gradients.nonfinite import FLAGS, NonFinite, Unread, may_read, not_
 from symdist.gradients.ready import ready_gradients
 from symdist.layouts.groups import Ranks, group_of
 from symdist.param_groups import ParamGroup, as_groups, check_unchanged, defaults_for, read_group
-from symdist.param_specs import ParamSpec, warn_of_narrow_weights
+from symdist.param_specs import ParamSpec, members_of, warn_of_narrow_weights
 from symdist.replaced_params import replacements, taken_over
 from symdist.state_checks import asked_by_pytorch, flattened_zeros, load_state
 from symdist.step import Step, check_capturable
@@ -282,16 +282,16 @@ class SymDist(torch.optim.Optimizer):
             after(self)
 
     def strategies(self) -> dict[str, Strategy]:
-        """Return where each parameter's rule runs, by name: "local", "reduce" or "owner"."""
+        """Return where each parameter's rule runs, by name: "local", "reduce" or "owner"; of sections, each its own."""
         return {entry.name: entry.strategy for entry in self.assignments()}
 
     def assignments(self) -> list[Assignment]:
-        """Return how every parameter is stepped, in the order of the groups."""
+        """Return how every parameter, or each of its sections, is stepped, in the order of the groups."""
         plan = self.plan()
         strategies, precisions = plan.strategies(), plan.precisions()
         return [
             assignment(spec, self.param_groups[spec.group], strategies.get(i, "local"), precisions.get(i, ""))
-            for i, spec in enumerate(self._specs)
+            for i, spec in enumerate(members_of(self._specs))
         ]
 
     def plan(self) -> Plan:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from symdist.layouts import FlatLayout, Group, Layout
-from symdist.param_specs import ParamSpec, describe_param
+from symdist.matrix_views import plain_view
+from symdist.param_specs import ParamSpec, describe_param, members_of
 from symdist.rules import Rule, get_rule, rule_names
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 
@@ -54,7 +55,8 @@ class ParamGroup(TypedDict, total=False):
             tensor of one; may change between steps. 0 by default.
         cautious_weight_decay: Whether to decay only the weights that their update does not move away from zero. False
             by default.
-        view: How the stored tensor is read as matrices, see `symdist.matrix_views.bind_view`. "as_stored" by default.
+        view: How the stored tensor is read as matrices, see `symdist.matrix_views.bind_view`, and `sections_of` there
+            for matrices of several sizes. "as_stored" by default.
         strategy: Where the rule runs: "local", "reduce", "owner", or "auto" (default) for the cheapest of these.
         skip_zero_grad_rows: Whether to leave a row unchanged, without decay, if its gradient is exactly zero, as for a
             token that did not occur. False by default.
@@ -222,6 +224,7 @@ def with_defaults(group: Mapping[str, Any]) -> dict[str, Any]:
             "name that begins with '_'"
         )
     completed = {**COMMON, **rule_options, **group}
+    completed["view"] = plain_view(completed["view"])
     check_values(completed, where)
     return completed
 
@@ -317,7 +320,7 @@ def check_unchanged(groups: Sequence[Mapping[str, Any]], specs: Iterable[ParamSp
     Raises:
         ValueError: Naming the group and the options, which the step would ignore.
     """
-    stacks = {spec.group: spec.stack for spec in specs if spec.stack is not None}
+    stacks = {spec.group: spec.stack for spec in members_of(specs) if spec.stack is not None}
     for i, stack in stacks.items():
         group = groups[i]
         fixed = {

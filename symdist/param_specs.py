@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,30 +15,36 @@ from torch.distributed.tensor import DTensor
 from symdist.exchange import Stack
 from symdist.hardware import hardware_of
 from symdist.layouts import FlatLayout, Group, Layout, layout_of, local
-from symdist.matrix_views import bind_view
+from symdist.matrix_views import Section, bind_view, sections_of
 from symdist.routing.residual_stream import ResidualStage, residual_stage
 from symdist.rules import Rule, get_rule
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ParamSpec:
-    """A parameter as the optimizer describes it.
+    """A parameter as the optimizer describes it, or a section of one: rows that are a matrix of their own.
+
+    State, gradients and saving are those of parameters. Planning and stepping go by their `members`.
 
     Attributes:
         parameter: The parameter: a plain tensor or a DTensor.
-        name: The parameter's name.
+        name: The parameter's name; of a section, with its number, as in "in_proj.weight[0]".
         group: The index of its param group.
         rule: Its rule.
         layout: How it is sharded.
+        view: How it is read as matrices, as its group says; of a section, how that is read.
         signature: Its dtype, device and shape when it was described. These can change while the parameter remains the
             same object.
         dtype: The dtype of its state and of all arithmetic: float32, or the parameter's dtype if that is wider.
         momentum_dtype: The dtype of its momentum, if its rule has one besides AdamW's.
         stack: The properties that parameters must share to run together. None if PyTorch's AdamW can step the local
-            piece.
+            piece, and if the parameter has sections.
         stage: Its stage of the residual stream, if its rule couples the matrices of a stage; otherwise None (the
             default).
         holds: Whether it may store part of the tensor that its stage shares; False by default.
+        sections: The sections that its rule steps one by one; empty (default) if it is stepped as a whole.
+        part: Where this rank's piece of a section lies along the first dimension of this rank's piece of the parameter;
+            None (default) for the whole piece.
     """
 
     parameter: Tensor
@@ -46,12 +52,35 @@ class ParamSpec:
     group: int
     rule: Rule
     layout: Layout | FlatLayout
+    view: Any
     signature: tuple[object, ...]
     dtype: torch.dtype
     momentum_dtype: torch.dtype
     stack: Stack | None
     stage: ResidualStage | None = None
     holds: bool = False
+    sections: tuple[ParamSpec, ...] = ()
+    part: range | None = None
+
+    @property
+    def members(self) -> tuple[ParamSpec, ...]:
+        """What its rule steps one by one: its sections, or itself."""
+        return self.sections or (self,)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this rank's piece of this parameter or section.
+
+        Args:
+            tensor: The parameter, or a tensor that is placed like it, such as its gradient or state. If it has no
+                dimensions it is returned as it is.
+
+        Returns:
+            The piece, which shares memory with `tensor`.
+        """
+        piece = local(tensor)
+        if self.part is None or not piece.dim():
+            return piece
+        return piece.narrow(0, self.part.start, len(self.part))
 
     def zeros(self, key: str) -> Tensor:
         """Return a state of this parameter before the first step, placed like the parameter."""
@@ -130,47 +159,83 @@ def describe_param(
         )
     plain = not rule.matrices and not group["centered"] and not padding and not skip
     stacked = not plain or group["strategy"] in ("reduce", "owner")
-    stack = None
-    # A view is checked even if nothing uses it. The default view is not, because a tensor of any shape may have it.
-    if stacked or group["view"] != "as_stored":
-        stored_view = group["view"]
-        if layout.interleaved:
-            stored_view = _view_of_interleaved(stored_view, layout, name=name, padding=padding, ordered=rule.ordered)
-        view = bind_view(stored_view, layout.shape, name=name)
-        if rule.ordered and view.kind.startswith("gate_up"):
-            raise ValueError(
-                f"{name}: the result of rule {rule.name!r} depends on the order of columns, and view "
-                f"{group['view']!r} changes that order; use view 'as_stored', 'transposed' or, in a recipe, 'residual'"
-            )
-    if stacked:
-        stack = Stack(
-            rule=rule,
-            options=tuple(sorted(rule.update_options(group).items())),
-            view=view,
-            layout=layout.everywhere,
-            dtype=dtype,
-            device=parameter.device,
-            hardware=hardware_of(parameter.device),
-            requested_strategy=group["strategy"],
-            skip_zero_grad_rows=skip,
-            padding_rows=padding,
-        )
-    stage = residual_stage(name, str(group.get("role", ""))) if stack is not None and stack.coupled else None
-    return ParamSpec(
+    spec = ParamSpec(
         parameter=parameter,
         name=name,
         group=index,
         rule=rule,
         layout=layout,
+        view=group["view"],
         signature=signature_of(parameter),
         dtype=dtype,
         momentum_dtype=dtype if group.get("state_dtype") is None else torch.bfloat16,
+        stack=None,
+    )
+    # A view is checked even if nothing uses it. The default view is not, because a tensor of any shape may have it.
+    sections = sections_of(spec.view, layout.shape, name=name)
+    if stacked and sections:
+        return replace(spec, sections=tuple(_stacked(part, group) for part in _divided(spec, sections)))
+    if stacked:
+        return _stacked(spec, group)
+    if spec.view != "as_stored" and not sections:
+        bind_view(spec.view, layout.shape, name=name)
+    return spec
+
+
+def _divided(spec: ParamSpec, sections: Sequence[Section]) -> Iterator[ParamSpec]:
+    """Yield the descriptions of the sections of a parameter, without their stacks."""
+    name, layout = spec.name, spec.layout
+    for i, section in enumerate(sections):
+        if any(interleaving.dim == 0 for interleaving in layout.interleaved):
+            raise ValueError(
+                f"{name}: its rows are sharded so that each rank holds pieces of several parts, not in their original "
+                f"order, which view {spec.view!r} needs; shard the parameter without interleaving"
+            )
+        try:
+            rows, part = layout.rows(section.start, section.stop)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        yield replace(spec, name=f"{name}[{i}]", layout=rows, view=section.view, part=part)
+
+
+def _stacked(spec: ParamSpec, group: Mapping[str, Any]) -> ParamSpec:
+    """Add its stack and residual stage to a description."""
+    name, rule, layout, stored_view = spec.name, spec.rule, spec.layout, spec.view
+    padding = group["padding_rows"]
+    if layout.interleaved:
+        stored_view = _view_of_interleaved(stored_view, layout, name=name, padding=padding, ordered=rule.ordered)
+    view = bind_view(stored_view, layout.shape, name=name)
+    if rule.ordered and view.kind.startswith("gate_up"):
+        raise ValueError(
+            f"{name}: the result of rule {rule.name!r} depends on the order of columns, and view "
+            f"{spec.view!r} changes that order; use view 'as_stored', 'transposed' or, in a recipe, 'residual'"
+        )
+    stack = Stack(
+        rule=rule,
+        options=tuple(sorted(rule.update_options(group).items())),
+        view=view,
+        layout=layout.everywhere,
+        dtype=spec.dtype,
+        device=spec.parameter.device,
+        hardware=hardware_of(spec.parameter.device),
+        requested_strategy=group["strategy"],
+        skip_zero_grad_rows=group["skip_zero_grad_rows"],
+        padding_rows=padding,
+    )
+    stage = residual_stage(name, str(group.get("role", ""))) if stack.coupled else None
+    return replace(
+        spec,
         stack=stack,
         stage=stage,
         # Experts store none of the shared columns. Under expert parallelism, ranks hold different experts, and what is
         # stored where must not depend on how the experts are distributed.
         holds=stage is not None and len(layout.shape) == 2 and not str(group["role"]).startswith("expert"),
     )
+
+
+def members_of(specs: Iterable[ParamSpec]) -> list[ParamSpec]:
+    """Return what the rules of parameters step one by one, in order; see `ParamSpec.members`."""
+    return [member for spec in specs for member in spec.members]
 
 
 def _check_memory(name: str, parameter: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from symdist.layouts import local
 from symdist.layouts.fsdp1 import is_flattened
+from symdist.matrix_views import plain_view
 from symdist.param_groups import check_values
 from symdist.param_names import plain_name
 from symdist.param_specs import ParamSpec
@@ -192,7 +193,7 @@ def check_options(mine: Mapping[str, Any], theirs: Mapping[str, Any], where: str
         ValueError: If the rule or one of these options differs.
     """
     fixed = {"rule", "view", "skip_zero_grad_rows", "padding_rows", *get_rule(mine["rule"]).defaults}
-    changed = sorted(key for key in fixed if key in theirs and _differs(theirs[key], mine[key]))
+    changed = sorted(key for key in fixed if key in theirs and _differs(plain_view(theirs[key]), plain_view(mine[key])))
     if changed:
         raise ValueError(
             f"{where}: the saved run had {', '.join(f'{key}={theirs[key]!r}' for key in changed)}, this one has "

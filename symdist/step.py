@@ -13,8 +13,7 @@ from torch import Tensor
 from symdist.decay import decay_and_subtract, decaying
 from symdist.exchange import Job, Plan, StepInputs, StepOutputs, StepProgress, Task, Transport, run
 from symdist.gradients.momentum import adamw_step, advance
-from symdist.layouts import local
-from symdist.param_specs import ParamSpec
+from symdist.param_specs import ParamSpec, members_of
 from symdist.rounding import StochasticRounding, write
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class Step:
         specs: All parameters of the optimizer.
         groups: The optimizer's param groups.
         state: The state of every parameter, by parameter.
-        gradients: This rank's piece of every gradient, in the order of `specs`.
+        gradients: This rank's piece of every parameter's gradient, in the order of `specs`.
         observer: Measures this step; None for a step without diagnostics.
         gate: 0-d float32 on the device of the weights: 1, or 0 for a step that changes nothing. None (default) for 1.
     """
@@ -97,10 +96,11 @@ class Step:
         *,
         gate: Tensor | None = None,
     ):
-        self._specs = specs
+        self._specs = members_of(specs)
         self._groups = groups
-        self._state = state
-        self._gradients = gradients
+        self._states = [own for spec in specs for own in _states_of(spec, state[spec.parameter])]
+        pairs = zip(specs, gradients, strict=True)
+        self._gradients = [member.of(gradient) for spec, gradient in pairs for member in spec.members]
         self._observer = observer
         self._gate = gate
 
@@ -139,7 +139,7 @@ class Step:
         """Step the parameters without a stack by PyTorch's AdamW, on the local pieces; nothing is sent."""
         plain = [i for i, spec in enumerate(self._specs) if spec.stack is None and spec.parameter.requires_grad]
         for group, indices in self._by_group(plain):
-            weights = [local(self._specs[i].parameter) for i in indices]
+            weights = [self._specs[i].of(self._specs[i].parameter) for i in indices]
             wide = [weight.to(self._specs[i].dtype) for i, weight in zip(indices, weights, strict=True)]
             lr, decay = self._rates(group)
             cautious = group["cautious_weight_decay"]
@@ -147,7 +147,7 @@ class Step:
             before = [weight.clone() for weight in wide] if self._observer is not None or apart else []
             adamw_step(
                 wide,
-                [self._local_state(i) for i in indices],
+                [self._states[i] for i in indices],
                 [self._gradients[i].to(self._specs[i].dtype) for i in indices],
                 betas=group["betas"],
                 eps=group["eps"],
@@ -180,7 +180,7 @@ class Step:
         directions: dict[int, Tensor] = {}
         for group, indices in self._by_group(job.members):
             directions.update(zip(indices, self._advanced(job, group, indices), strict=True))
-        job_states = [self._local_state(i) for i in job.members] if job.stack.state_names else []
+        job_states = [self._states[i] for i in job.members] if job.stack.state_names else []
         return StepInputs(
             directions=[directions[i] for i in job.members],
             gradients=[self._gradients[i] for i in job.members] if job.stack.skip_zero_grad_rows else None,
@@ -189,7 +189,7 @@ class Step:
 
     def _advanced(self, job: Job, group: Mapping[str, Any], indices: Sequence[int]) -> list[Tensor]:
         """Update the momentum of parameters of a group, and return their directions."""
-        states: list[Mapping[str, Tensor]] = [self._local_state(i) for i in indices]
+        states: list[Mapping[str, Tensor]] = [self._states[i] for i in indices]
         gradients = [self._gradients[i].to(job.stack.dtype) for i in indices]
         narrow = [state["momentum"] for state in states] if group.get("state_dtype") is not None else []
         if narrow:
@@ -207,11 +207,11 @@ class Step:
         for group, indices in self._by_group(job.members):
             places = [place_of[i] for i in indices]
             for name, field in zip(job.stack.state_names, outputs.states, strict=True):
-                self._store([self._local_state(i)[name] for i in indices], [field[place] for place in places])
+                self._store([self._states[i][name] for i in indices], [field[place] for place in places])
             updates = [outputs.updates[place] for place in places]
             lr, decay = self._rates(group)
             decay_and_subtract(
-                [local(self._specs[i].parameter) for i in indices],
+                [self._specs[i].of(self._specs[i].parameter) for i in indices],
                 updates,
                 lr=lr,
                 weight_decay=decay,
@@ -250,7 +250,7 @@ class Step:
         self._observer.moved(
             self._role(specs[0].group),
             [spec.layout for spec in specs],
-            [local(spec.parameter) for spec in specs],
+            [spec.of(spec.parameter) for spec in specs],
             list(steps),
             padding_rows=self._groups[specs[0].group]["padding_rows"],
         )
@@ -264,5 +264,11 @@ class Step:
             by_group.setdefault(self._specs[i].group, []).append(i)
         return [(self._groups[group], members) for group, members in by_group.items()]
 
-    def _local_state(self, index: int) -> dict[str, Tensor]:
-        return {key: local(value) for key, value in self._state[self._specs[index].parameter].items()}
+
+def _states_of(spec: ParamSpec, state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Return this rank's pieces of the state of every member of a parameter."""
+    states = [{key: member.of(value) for key, value in state.items()} for member in spec.members]
+    for own in states[1:]:
+        # Every section counts the step, and the parameter's count must rise by one.
+        own.update({key: value.clone() for key, value in own.items() if not value.dim()})
+    return states

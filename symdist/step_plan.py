@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from symdist.exchange import ExchangeOptions, Plan, Stack, StageSlot, Transport, check_agreement, lines_of, make_plan
 from symdist.gradients.nonfinite import ranks_that_agree
 from symdist.layouts import Group
-from symdist.param_specs import ParamSpec
+from symdist.param_specs import ParamSpec, members_of
 from symdist.routing.residual_stream import ResidualStage
 
 _REMEDY = "use share = 'matrix', which gives every matrix a rotation of its own"
@@ -78,7 +78,7 @@ class StepPlanner:
         """
         plan = self.plan(specs)
         if self.peers is not None and self.peers.size > 1:
-            lines = lines_of(plan, [spec.name for spec in specs])
+            lines = lines_of(plan, [member.name for member in members_of(specs)])
             check_agreement(lines, peers=self.peers, transport=self.transport)
 
     def forget(self) -> None:
@@ -103,12 +103,13 @@ def plan_params(specs: Sequence[ParamSpec], *, exchange: ExchangeOptions) -> Pla
         exchange: The settings of the communication.
 
     Returns:
-        The plan, the same on all ranks that hold the same parameters.
+        The plan, the same on all ranks that hold the same parameters; its indices are those of `members_of(specs)`.
 
     Raises:
         ValueError: Naming a parameter, if its layout does not allow its strategy, or its residual stage cannot be
             shared.
     """
+    specs = members_of(specs)
     stacks: dict[Stack, list[int]] = {}
     for i, spec in enumerate(specs):
         if spec.stack is not None and spec.parameter.requires_grad:

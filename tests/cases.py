@@ -19,7 +19,10 @@ NORMUON = {"rule": "normuon"}
 AURORA = {"rule": "aurora"}
 SCION = {"rule": "scion"}
 
-# Row counts do not divide by 2, 3 and 4 at once; some leave ranks empty (2 and 3 rows on 4 ranks).
+TURNED = {"transposed": True}
+
+# Row counts do not divide by 2, 3 and 4 at once; some leave ranks empty (2 and 3 rows on 4 ranks). Sections end within
+# what ranks hold, and several lie on one rank, the first not on the last and so on.
 CASES: dict[str, Case] = {
     "row": ((17, 6), ROW),
     "row_few": ((3, 6), ROW | {"weight_decay": 0.1}),
@@ -102,6 +105,35 @@ CASES: dict[str, Case] = {
     "adamw_vector": ((3,), ADAMW),
     "adamw_bias_centered": ((7,), ADAMW | {"centered": True}),
     "adamw_hold": ((17, 6), ADAMW | {"skip_zero_grad_rows": True}),
+    "muon_heads_out_turned": ((12, 15), MUON | {"view": {"heads": 3, "dim": 0} | TURNED}),
+    "muon_heads_in_turned": ((15, 12), MUON | {"view": {"heads": 3, "dim": 1} | TURNED}),
+    "aro_heads_turned": ((6, 12), ARO | {"view": {"heads": 3, "dim": 1} | TURNED}),
+    "normuon_heads_turned": ((12, 15), NORMUON | {"view": {"heads": 3, "dim": 0} | TURNED}),
+    "row_sections": ((23, 6), ROW | {"view": {"sections": [11, 7, 3, 2]}, "weight_decay": 0.1}),
+    "row_sections_centered": ((23, 6), ROW | {"view": {"sections": [11, 7, 3, 2]}, "centered": True}),
+    "row_sections_columns": ((23, 6), ROW | {"view": {"sections": [11, 7, 5]} | TURNED}),
+    "row_sections_hold": (
+        (23, 6),
+        ROW | {"view": {"sections": [2, 10, 11]}, "skip_zero_grad_rows": True, "weight_decay": 0.1},
+    ),
+    "right_sections": ((29, 6), RIGHT | {"view": {"sections": [13, 9, 7]}, "alpha": 1.0}),
+    "left_sections": ((12, 16), LEFT | {"view": {"sections": [5, 4, 3]}}),
+    "hybrid_sections": ((29, 6), HYBRID | {"view": {"sections": [13, 9, 7]}, "alpha": 1.0}),
+    "polar_sections": ((29, 6), POLAR | {"view": {"sections": [2, 17, 3, 7]}}),
+    "muon_sections": ((30, 8), MUON | {"view": {"sections": [13, 11, 5, 1]}, "weight_decay": 0.1}),
+    "muon_sections_heads": ((25, 8), MUON | {"view": {"sections": [12, 4, 6, 3], "heads": [3, 1, 2, 0]}}),
+    "muon_sections_turned": ((25, 8), MUON | {"view": {"sections": [12, 4, 6, 3], "heads": [3, 1, 2, 0]} | TURNED}),
+    "muon_sections_cautious": (
+        (30, 8),
+        MUON | {"view": {"sections": [13, 17]}, "weight_decay": 0.3, "cautious_weight_decay": True},
+    ),
+    "normuon_sections": ((25, 8), NORMUON | {"view": {"sections": [12, 4, 6, 3], "heads": [3, 0, 2, 0]}}),
+    "aurora_sections": ((30, 7), AURORA | {"view": {"sections": [18, 12]}}),
+    "scion_sections": ((29, 6), SCION | {"view": {"sections": [17, 8, 4]}}),
+    "aro_sections": ((14, 9), ARO | {"view": {"sections": [6, 5, 3]}, "weight_decay": 0.1}),
+    "aro_sections_adam": ((27, 6), ARO | {"view": {"sections": [13, 14]} | TURNED, "base": "adam"}),
+    "adamw_sections_centered": ((23, 6), ADAMW | {"view": {"sections": [11, 7, 5]}, "centered": True}),
+    "adamw_sections": ((23, 6), ADAMW | {"view": {"sections": [11, 7, 5]}}),
 }
 # Engines keep two tensors of a parameter's shape, so what remembers more is not for them.
 KEPT_BY_ENGINES = [case for case, (_, group) in CASES.items() if group.get("base") != "adam"]

@@ -27,16 +27,17 @@ def whole(case: str) -> list[tuple[Tensor, list[Tensor]]]:
 
 
 def possible(weight: Tensor, group: dict[str, Any], replicas: DeviceMesh | None) -> set[str]:
-    """The strategies that a group on such a weight admits."""
+    """The strategies that a group on such a weight admits, for all its sections."""
     ranks = None if replicas is None else group_from(replicas)
     full = with_defaults({**group, "lr": LR, "param_names": ["w"], "strategy": "owner"})
-    spec = describe_param(weight, name="w", index=0, group=full, replicas=ranks)
-    assert spec.stack is not None
-    (kind,) = kinds_of({spec.stack: [0]}, names=["w"], layouts=[spec.layout], exchange=ExchangeOptions())
-    found = {"auto", *possible_strategies(kind)}
+    found = {"local", "reduce", "owner"}
+    for spec in describe_param(weight, name="w", index=0, group=full, replicas=ranks).members:
+        assert spec.stack is not None
+        (kind,) = kinds_of({spec.stack: [0]}, names=["w"], layouts=[spec.layout], exchange=ExchangeOptions())
+        found &= {*possible_strategies(kind)}
     # What treats every number by itself is local wherever it lies.
-    plain = describe_param(weight, name="w", index=0, group=full | {"strategy": "local"}, replicas=ranks).stack is None
-    return found | {"local"} if plain else found
+    (spec, *_) = describe_param(weight, name="w", index=0, group=full | {"strategy": "local"}, replicas=ranks).members
+    return {"auto", *found, *(["local"] if spec.stack is None else [])}
 
 
 def train(place: Callable[[Tensor], Tensor], dtype: torch.dtype, strategies: tuple[str, ...], **options: Any) -> Any:

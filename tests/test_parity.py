@@ -102,6 +102,9 @@ def test_all_three_strategies_ran(many: Ranks) -> None:
         ("hsdp on 2 x 3", "muon_tall/0/owner", "owner"),
         ("replicated on 3", "muon_tall/0/local", "local"),
         ("replicated on 3", "muon_tall/0/owner", "owner"),
+        ("shard0 on 3", "row_sections/0/reduce[1]", "reduce"),
+        ("shard0 on 3", "muon_sections_heads/0/auto[0]", "owner"),
+        ("hsdp on 2 x 3", "muon_sections_heads/0/owner[2]", "owner"),
     ):
         assert on_ranks(many, way, "float64")[1][name] == strategy
     assert replicas(many, 2)[0][1]["muon_tall/0/owner"] == "owner"

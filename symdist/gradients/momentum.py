@@ -136,17 +136,22 @@ def adamw_step(
             return
         gate = None
     # The fused kernels go through memory in order. On a slice, they would also update the memory between its rows. If a
-    # gradient has other strides than its weight, they would pair the wrong elements. Such tensors are copied first.
-    originals, weights = weights, [w if _dense(w) else torch.empty_like(w).copy_(w) for w in weights]
-    gradients = [
-        gradient if gradient.stride() == weight.stride() else torch.empty_like(weight).copy_(gradient)
-        for weight, gradient in zip(weights, gradients, strict=True)
-    ]
+    # gradient or moment has other strides than its weight, as where that is some rows of one stored column by column,
+    # they would pair the wrong elements. Such tensors are copied first.
+    originals = [weights, *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))]
+    weights = [w if _dense(w) else torch.empty_like(w).copy_(w) for w in weights]
+    gradients, first, second = (
+        [
+            tensor if tensor.stride() == weight.stride() else torch.empty_like(weight).copy_(tensor)
+            for weight, tensor in zip(weights, tensors, strict=True)
+        ]
+        for tensors in (gradients, *originals[1:])
+    )
     adamw(
         weights,
         gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
+        first,
+        second,
         [],
         [state["step"] for state in states],
         fused=fused,
@@ -160,9 +165,10 @@ def adamw_step(
         eps=max(eps, torch.finfo(weights[0].dtype).tiny ** 0.5),
         maximize=False,
     )
-    for original, weight in zip(originals, weights, strict=True):
-        if original is not weight:
-            original.copy_(weight)
+    for kept, stepped in zip(originals, (weights, first, second), strict=True):
+        for original, tensor in zip(kept, stepped, strict=True):
+            if original is not tensor:
+                original.copy_(tensor)
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -214,6 +214,40 @@ class FlatLayout:
             shape=self.shape, grid=_line(self.group), splits=(DimSplit(dim=0, axes=(0,), ranges=tuple(ranges)),)
         )
 
+    def rows(self, start: int, stop: int) -> "tuple[FlatLayout, range]":
+        """Return the layout of some rows of this tensor, as a tensor of their own.
+
+        Args:
+            start: The first row.
+            stop: The row after the last one.
+
+        Returns:
+            The layout, in which ranks may hold nothing; and where this rank's elements of the rows lie among its
+            elements of the whole tensor.
+
+        Raises:
+            ValueError: If a rank holds elements of several column blocks, so that these are not all together.
+        """
+        # The rows are consecutive elements of each block of columns.
+        runs, end = [], 0
+        for width in self.column_blocks or (self.width,):
+            runs.append((end + start * width, end + stop * width))
+            end += self.shape[0] * width
+
+        def before(offset: int) -> int:
+            return sum(min(max(offset, low), high) - low for low, high in runs)
+
+        bounds = tuple(map(before, self.bounds))
+        if any(sum(low < b and a < high for low, high in runs) > 1 for a, b in itertools.pairwise(self.bounds)):
+            raise ValueError(
+                f"bounds {self.bounds} give a rank elements of several of the column blocks {self.column_blocks}, so "
+                "that its elements of some rows are not together; divide the columns over the ranks"
+            )
+        layout = dataclasses.replace(self, shape=(stop - start, *self.shape[1:]), bounds=bounds)
+        mine = self.mine
+        first = next((max(low, mine[0]) - mine[0] for low, high in runs if low < mine[1] and mine[0] < high), 0)
+        return layout, range(first, first + layout.local_shape[0])
+
     def piece(self, whole: Tensor) -> Tensor:
         """Cut this rank's piece from a whole tensor.
 

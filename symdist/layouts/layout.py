@@ -224,6 +224,26 @@ class Layout:
             return self
         return dataclasses.replace(self, grid=self.grid.at(self.grid.order[index]))
 
+    def rows(self, start: int, stop: int) -> "tuple[Layout, range]":
+        """Return the layout of some rows of this tensor, as a tensor of their own.
+
+        Args:
+            start: The first index along dimension 0, which must not be interleaved.
+            stop: The index after the last one.
+
+        Returns:
+            The layout, on the same grid, in which ranks may hold nothing; and where this rank's piece of the rows lies
+            along dimension 0 of its piece of the whole tensor.
+        """
+        assert all(interleaving.dim for interleaving in self.interleaved)
+        splits = tuple(
+            dataclasses.replace(split, ranges=_within(split.ranges, start, stop)) if split.dim == 0 else split
+            for split in self.splits
+        )
+        layout = dataclasses.replace(self, shape=(stop - start, *self.shape[1:]), splits=splits)
+        first = min(max(start, self.box[0].start), self.box[0].stop) - self.box[0].start
+        return layout, range(first, first + len(layout.box[0]))
+
     def piece(self, whole: Tensor) -> Tensor:
         """Cut this rank's piece from a whole tensor.
 
@@ -287,6 +307,12 @@ def blocks(dim: int, sizes: Sequence[int], *, axis: int = 0) -> DimSplit:
     """
     ends = list(itertools.accumulate(sizes))
     return DimSplit(dim=dim, axes=(axis,), ranges=tuple(zip([0, *ends], ends, strict=False)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _within(ranges: tuple[tuple[int, int], ...], start: int, stop: int) -> tuple[tuple[int, int], ...]:
+    """Return what lies of each range between two indices, counted from the first of these."""
+    return tuple((min(max(a, start), stop) - start, min(max(b, start), stop) - start) for a, b in ranges)
 
 
 def numel(box: Box) -> int:

@@ -187,9 +187,11 @@ class Stack:
         if len(box) == 1:
             return 0
         match self.view.kind:
-            case "as_stored" | "heads_0":
+            case "as_stored" | "heads_0" if not self.view.transposed:
                 return box[-1].start
             case "transposed":
+                return box[-2].start
+            case "heads_1" if self.view.transposed:
                 return box[-2].start
         # In other views, a cut between heads or neurons leaves all columns on each rank. Rules that need to know the
         # column do not run on other cuts.
