@@ -244,7 +244,7 @@ def _view(
         case None | "apart":
             return _as_it_is(role, site, recipe)
         case "residual":
-            return _residual(name, role, site)
+            return _residual(name, role, site, recipe)
         case "groups":
             if site.groups is None:
                 raise ValueError(
@@ -299,7 +299,7 @@ def _as_it_is(role: str, site: ParamSite, recipe: Recipe) -> Any:
     return "transposed" if site.transposed else "as_stored"
 
 
-def _residual(name: str, role: str, site: ParamSite) -> str:
+def _residual(name: str, role: str, site: ParamSite, recipe: Recipe) -> Any:
     stream = site.stream if role == site.role else None
     if stream is None and (site.latent or role in READS_RESIDUAL):
         stream = "input"
@@ -311,4 +311,10 @@ def _residual(name: str, role: str, site: ParamSite) -> str:
             'residual stream; in a pattern or section, set view = "as_stored" if it is the rows of the stored '
             'tensor, or "transposed" if it is the columns'
         )
-    return "as_stored" if (stream == "output") != site.transposed else "transposed"
+    view = _as_it_is(role, site, recipe)
+    if stream == "output":
+        return view
+    if isinstance(view, str):
+        return "as_stored" if view == "transposed" else "transposed"
+    kept = {key: value for key, value in view.items() if key != "transposed"}
+    return kept if "transposed" in view else {**kept, "transposed": True}
