@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from symdist.layouts.fsdp1 import whole_shape
 from symdist.param_names import class_name
 from symdist.routing import words
-from symdist.routing.facts import ModelFacts, ModuleChain, expert_counts, is_table, number
+from symdist.routing.facts import ModelFacts, ModuleChain, is_table
 from symdist.routing.heads import count_heads, fused_heads, head_counts, mixer_sections
 from symdist.routing.param_site import Evidence, ParamSite, Stream
 
@@ -42,14 +42,14 @@ def site_of(leaf: str, shape: tuple[int, ...], chain: ModuleChain, facts: ModelF
     Returns:
         The site, with role None for a weight that nothing explains.
     """
-    weight = _Weight(leaf, shape, chain, facts)
+    weight = _Weight(leaf, shape, chain, facts or ModelFacts())
     return weight.by_class() or weight.by_block() or weight.by_type()
 
 
 class _Weight:
     """A parameter and what is around it."""
 
-    def __init__(self, leaf: str, shape: tuple[int, ...], chain: ModuleChain, facts: ModelFacts | None):
+    def __init__(self, leaf: str, shape: tuple[int, ...], chain: ModuleChain, facts: ModelFacts):
         self.leaf, self.shape, self.chain, self.facts = leaf, shape, chain, facts
         self.attribute, self.module = chain[-1]
         self.parent = chain[-2][1] if len(chain) > 1 else self.module
@@ -71,7 +71,7 @@ class _Weight:
 
     @cached_property
     def width(self) -> int | None:
-        return None if self.facts is None else self.facts.width(self.chain)
+        return self.facts.width(self.chain)
 
     @cached_property
     def holder(self) -> nn.Module:
@@ -126,20 +126,20 @@ class _Weight:
     def _of_table(self) -> ParamSite:
         """Return the site of a table whose rows are looked up."""
         rows, columns = self.shape
-        vocabularies = set() if self.facts is None else self.facts.vocabularies
+        vocabularies = self.facts.vocabularies
         name = self.attribute.lower() if not self.attribute.isdecimal() else self.word.lower()
-        if rows not in vocabularies and any(word in name for word in words.POSITIONS):
-            return ParamSite(role="position_embedding", stream="input", evidence="config")
         per_layer = "per_layer" in name or (self.attribute.isdecimal() and columns != self.width)
-        if rows in vocabularies and not per_layer:
-            return ParamSite(role="embedding", stream="input", evidence="config")
-        role = "per_layer_embedding" if per_layer else "embedding"
-        return ParamSite(role=role, stream="input" if columns == self.width else None, evidence="class")
+        if per_layer:
+            return ParamSite(role="per_layer_embedding", stream="input", evidence="class")
+        positions = any(word in around.lower() for word in words.POSITIONS for around, _ in self.chain[-2:])
+        if rows not in vocabularies and (positions or rows < min(vocabularies, default=0)):
+            return ParamSite(role="position_embedding", stream="input", evidence="config")
+        return ParamSite(role="embedding", stream="input", evidence="config" if rows in vocabularies else "class")
 
     def _is_router(self) -> bool:
         if len(self.shape) != 2 or self.shape[0] == 1 or not (self.leaf == "weight" or self.linear):
             return False
-        counts = expert_counts(self.chain)
+        counts = self.facts.expert_counts(self.chain)
         for _, module in self.chain[-3:]:
             if _ROUTER_CLASS.search(class_name(module)):
                 # Only one matrix of a router scores experts; others, if any, lead up to it.
@@ -161,7 +161,9 @@ class _Weight:
             return _Weight("weight", whole_shape(own), self.chain, self.facts)._is_router()
         in_router = any(_ROUTER_CLASS.search(class_name(module)) for _, module in self.chain[-3:])
         routes = in_router or hasattr(self.module, "experts")
-        return routes and (max(self.shape) in expert_counts(self.chain) or "correction" in self.leaf or in_router)
+        return routes and (
+            max(self.shape) in self.facts.expert_counts(self.chain) or "correction" in self.leaf or in_router
+        )
 
     def _is_norm(self) -> bool:
         named = "norm" in self.kind.lower() or (self.attribute.endswith("norm") and self.leaf in ("scale", "weight"))
@@ -186,7 +188,7 @@ class _Weight:
         if isinstance(declared, bool):
             return not declared
         sizes = [
-            (number(self.module, inside), number(self.module, outside))
+            (self.facts.number(self.module, inside), self.facts.number(self.module, outside))
             for inside, outside in (("in_features", "out_features"), ("input_size", "output_size"))
         ]
         for inside, outside in sizes:
@@ -226,7 +228,7 @@ class _Weight:
             return self._of_expert(word)
         mixes = any(_is_mixer(module) for _, module in self.chain[-3:])
         attends = self.block == "attention" or (self.block is None and self._beside_queries())
-        if mixes and not (attends and head_counts("attention_q", self.around)):
+        if mixes and not (attends and head_counts("attention_q", self.around, self.facts)):
             if word in words.MIXER_IN | words.MIXER_OUT:
                 return self._of_mixer(word)
         elif attends and word in words.ATTENTION:
@@ -238,23 +240,23 @@ class _Weight:
         return any(name in holds for name in ("q_proj", "c_q", "wq", "q_a_proj")) or holds.keys() >= {"q", "k", "v"}
 
     def _matrix(self, role: str, evidence: Evidence) -> ParamSite:
-        # Of a linear layer that neither reads nor writes the stream, or may do both, the input counts as the stream.
-        stream = self.stream or "input"
+        # Of a linear layer that neither reads nor writes the stream, the input counts as the stream.
+        both = len(self.sides(*self.shape)) == 2
+        stream = self.stream or (None if both else "input")
         return ParamSite(role=role, transposed=self.outputs_first is False, stream=stream, evidence=evidence)
 
     def _of_mixer(self, word: str) -> ParamSite | None:
         block = next(module for _, module in reversed(self.chain) if _is_mixer(module))
         role = "mixer_out" if word in words.MIXER_OUT else "mixer_in"
         if self.linear:
-            sections = mixer_sections(word, self.shape[0], self.shape[1], block) if role == "mixer_in" else ()
+            sections = (
+                mixer_sections(word, self.shape[0], self.shape[1], block, self.facts) if role == "mixer_in" else ()
+            )
             stream = self.stream or self._by_part("input" if role == "mixer_in" else "output") or "input"
             return ParamSite(role=role, stream=stream, sections=sections, evidence="name")
-        if len(self.shape) == 3 and self.leaf.endswith("_proj_weight"):
-            # Zamba's heads, each with a projection of its own, applied as weight @ x.
-            return ParamSite(role=role, stream="input", evidence="name")
         if len(self.shape) == 3 and self.shape[-2] == self.shape[-1] and "LRU" in self.kind.upper():
             # Blocks on a diagonal, applied from the left: x @ W.
-            return ParamSite(role="mixer", transposed=True, evidence="name")
+            return ParamSite(role="mixer", transposed=True, stream="input", evidence="name")
         return None
 
     def _by_part(self, side: Stream) -> Stream | None:
@@ -276,20 +278,22 @@ class _Weight:
         site = ParamSite(
             role=role, head_dim_index=index, transposed=transposed, stream=stream, latent=word in words.LATENT
         )
-        blocks = number(self.module, "n_groups")
+        blocks = self.facts.number(self.module, "n_groups")
         if word in words.LATENT:
+            if word in ("o_b_proj", "wo_b"):
+                site = replace(site, stream=self._by_part("output"))
             if blocks is not None and size % blocks == 0 and blocks > 1:
                 # Every group of heads has a projection of its own.
                 site = replace(site, sections=(size // blocks,) * blocks)
             return site
         if role == "attention_qkv":
-            heads, sections, section_heads = fused_heads(self.word, size, self.around)
-            sections = () if transposed else sections
-            groups = number(self.holder, "heads_per_kv")
+            heads, sections, section_heads = fused_heads(self.word, size, self.around, self.facts)
+            sections = () if transposed and len(set(sections)) > 1 else sections
+            groups = self.facts.number(self.holder, "heads_per_kv")
             if heads is not None and groups is not None and heads % (groups + 2) == 0:
                 site = replace(site, groups=heads // (groups + 2))
             return replace(site, heads=heads, sections=sections, section_heads=section_heads if sections else ())
-        return replace(site, heads=count_heads(role, size, self.around))
+        return replace(site, heads=count_heads(role, size, self.around, self.facts))
 
     @cached_property
     def around(self) -> ModuleChain:
@@ -368,7 +372,7 @@ class _Weight:
             return known
         if len(self.shape) == 2:
             likely = ("matrix", "position_embedding", "other")
-            if self.shape[0] in expert_counts(self.chain):
+            if self.shape[0] in self.facts.expert_counts(self.chain):
                 likely = ("router", "matrix", "other")
             return ParamSite(role=None, likely=likely)
         return ParamSite(role=None, likely=("matrix", "experts", "other"))

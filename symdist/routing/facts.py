@@ -20,23 +20,6 @@ _EXPERTS = (
 )
 
 
-def number(source: Any, name: str) -> int | None:
-    """Return a whole number that a module or config has under a name; None if it has none.
-
-    Args:
-        source: A module, or the config of one.
-        name: The attribute.
-
-    Returns:
-        The number.
-    """
-    try:
-        value = getattr(source, name, None)
-    except Exception:  # A config whose layers differ may raise anything where asked for what they do not share.
-        return None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
 def config_of(module: nn.Module) -> Any:
     """Return the config of the text model that a module holds; None if it holds none.
 
@@ -68,40 +51,21 @@ def sources(chain: ModuleChain) -> Iterator[Any]:
             yield config
 
 
-def numbers(chain: ModuleChain, names: Sequence[str]) -> list[int]:
-    """Return the numbers that the modules around a parameter, or their configs, have under any of the names.
-
-    Args:
-        chain: The modules around the parameter.
-        names: The names, the most telling one first.
-
-    Returns:
-        The numbers, each once: by name, and for each name those of the nearest module first.
-    """
-    around = list(sources(chain))
-    found = (number(source, name) for name in names for source in around)
-    return list(dict.fromkeys(value for value in found if value is not None))
-
-
-def expert_counts(chain: ModuleChain) -> set[int]:
-    """Return the numbers of routed experts that the modules around a parameter, or their configs, name."""
-    return set(numbers(chain, _EXPERTS))
-
-
 class ModelFacts:
-    """What is known of a model as a whole.
+    """What is known of a model as a whole. It remembers what it has read, so make a new one if the model changes.
 
     Args:
-        models: The model, or the parts of one.
+        models: The model, or the parts of one; none by default.
 
     Attributes:
         vocabularies: The sizes of its vocabularies.
     """
 
-    def __init__(self, models: Iterable[nn.Module]):
+    def __init__(self, models: Iterable[nn.Module] = ()):
         self.vocabularies: set[int] = set()
         self._widths: list[int] = []
-        self._by_module: dict[int, int | None] = {}
+        self._width_by_module: dict[int, int | None] = {}
+        self._numbers: dict[tuple[int, str], int | None] = {}
         for model in models:
             self._read(model)
 
@@ -109,7 +73,7 @@ class ModelFacts:
         configs = {id(config): config for module in model.modules() if (config := config_of(module)) is not None}
         for config in configs.values():
             keys = [key for key in getattr(config, "__dict__", None) or dir(config) if "vocab" in key]
-            self.vocabularies |= {size for key in keys if (size := number(config, key)) is not None}
+            self.vocabularies |= {size for key in keys if (size := self.number(config, key)) is not None}
         declared = getattr(unwrapped(model), "get_input_embeddings", None)
         try:
             inputs = [declared()] if declared is not None else []
@@ -121,6 +85,43 @@ class ModelFacts:
             # Without a config, the first table is the one of tokens.
             self.vocabularies.add(shapes[0][0])
         self._widths += [shape[1] for shape in shapes if shape[0] in self.vocabularies] or [s[1] for s in shapes[:1]]
+
+    def number(self, source: Any, name: str) -> int | None:
+        """Return a whole number that a module or config has under a name; None if it has none.
+
+        Args:
+            source: A module, or the config of one.
+            name: The attribute.
+
+        Returns:
+            The number.
+        """
+        key = id(source), name
+        if key not in self._numbers:
+            try:
+                value = getattr(source, name, None)
+            except Exception:  # A config whose layers differ may raise anything where asked for what they do not share.
+                value = None
+            is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+            self._numbers[key] = value if is_count else None
+        return self._numbers[key]
+
+    def numbers(self, chain: ModuleChain, names: Sequence[str]) -> list[int]:
+        """Return the numbers that the modules around a parameter, or their configs, have under any of the names.
+
+        Args:
+            chain: The modules around the parameter.
+            names: The names.
+
+        Returns:
+            The numbers, each once: those of the nearest module or config first, and of each in the order of the names.
+        """
+        found = (self.number(source, name) for source in sources(chain) for name in names)
+        return list(dict.fromkeys(value for value in found if value is not None))
+
+    def expert_counts(self, chain: ModuleChain) -> set[int]:
+        """Return the numbers of routed experts that the modules around a parameter, or their configs, name."""
+        return set(self.numbers(chain, _EXPERTS))
 
     def width(self, chain: ModuleChain) -> int | None:
         """Return the width of the residual stream around a parameter; None if nothing tells it.
@@ -135,14 +136,14 @@ class ModelFacts:
             The width.
         """
         key = id(chain[-1][1])
-        if key not in self._by_module:
-            self._by_module[key] = self._find_width(chain)
-        return self._by_module[key]
+        if key not in self._width_by_module:
+            self._width_by_module[key] = self._find_width(chain)
+        return self._width_by_module[key]
 
     def _find_width(self, chain: ModuleChain) -> int | None:
         for _, module in reversed(chain):
             config = config_of(module)
-            found = (number(config, name) for name in _WIDTHS) if config is not None else ()
+            found = (self.number(config, name) for name in _WIDTHS) if config is not None else ()
             width = next((value for value in found if value is not None), None)
             if width is not None:
                 return width

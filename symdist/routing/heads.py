@@ -3,7 +3,7 @@
 from torch import nn
 
 from symdist.param_names import class_name
-from symdist.routing.facts import ModuleChain, number, numbers
+from symdist.routing.facts import ModelFacts, ModuleChain, sources
 from symdist.routing.words import CONTIGUOUS
 
 _QUERIES = (
@@ -17,33 +17,29 @@ _KEY_SIZES = ("qk_head_dim", "head_k_dim", "key_head_dim")
 _VALUE_SIZES = ("v_head_dim", "head_v_dim", "value_head_dim")
 
 
-def head_counts(role: str, chain: ModuleChain) -> list[int]:
+def head_counts(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
     """Return the numbers of heads that the modules around an attention weight, or their configs, name.
 
     Args:
         role: The role of the weight.
         chain: The modules around it.
+        facts: What is known of the model.
 
     Returns:
         The numbers, the likeliest first.
     """
-    match role:
-        case "attention_k":
-            return numbers(chain, (*_KEYS, *_QUERIES))
-        case "attention_v":
-            return numbers(chain, (*_VALUES, *_KEYS, *_QUERIES))
-        case "attention_q":
-            return numbers(chain, (*_QUERIES, *_KEYS))
-    return numbers(chain, (*_VALUES, *_QUERIES))
+    own = {"attention_k": _KEYS, "attention_v": (*_VALUES, *_KEYS), "attention_q": ()}.get(role, _VALUES)
+    rest = (*_QUERIES, *_KEYS) if role == "attention_q" else _QUERIES
+    return list(dict.fromkeys([*facts.numbers(chain, own), *facts.numbers(chain, rest)]))
 
 
-def head_sizes(role: str, chain: ModuleChain) -> list[int]:
+def head_sizes(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
     """Return the sizes of a head that the modules around an attention weight, or their configs, name."""
     first = _KEY_SIZES if role in ("attention_q", "attention_k") else _VALUE_SIZES
-    return numbers(chain, (*first, *_SIZES))
+    return list(dict.fromkeys([*facts.numbers(chain, first), *facts.numbers(chain, _SIZES)]))
 
 
-def count_heads(role: str, size: int, chain: ModuleChain) -> int | None:
+def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> int | None:
     """Return how many heads, one after another, a projection of attention consists of.
 
     Args:
@@ -51,15 +47,16 @@ def count_heads(role: str, size: int, chain: ModuleChain) -> int | None:
             "attention_gate".
         size: The size of the dimension along which the heads lie.
         chain: The modules around the projection.
+        facts: What is known of the model.
 
     Returns:
         The number of heads. Queries that share a weight with a gate of their size, head by head, count as two. None if
         nothing tells.
     """
-    counts, sizes = head_counts(role, chain), head_sizes(role, chain)
+    counts, sizes = head_counts(role, chain, facts), head_sizes(role, chain, facts)
     if role == "attention_gate":
         # A gate has a number for each head, or one for each element of each head of the values or of the queries.
-        sizes = [*sizes, *numbers(chain, _KEY_SIZES), 1]
+        sizes = [*sizes, *facts.numbers(chain, _KEY_SIZES), 1]
     for count in counts:
         if size % count == 0 and size // count in sizes:
             return count
@@ -70,29 +67,27 @@ def count_heads(role: str, size: int, chain: ModuleChain) -> int | None:
     return next(fitting, None) if sizes else next((count for count in counts if size % count == 0), None)
 
 
-def fused_heads(word: str, size: int, chain: ModuleChain) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
+def fused_heads(
+    word: str, size: int, chain: ModuleChain, facts: ModelFacts
+) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
     """Return how queries, keys and values share a weight.
 
     Args:
         word: The name of the weight.
         size: The size of the dimension along which they lie.
         chain: The modules around it.
+        facts: What is known of the model.
 
     Returns:
         The number of heads, if all have the same size; the sizes of q, k and v, if they lie one after another; and the
         number of heads of each. What is not known is None or empty.
     """
     attention = chain[-1][1]
-    queries = head_counts("attention_q", chain)
-    keys = numbers(chain, _KEYS)[:1] or queries[:1]
-    values = numbers(chain, _VALUES)[:1] or keys
-    key_sizes, value_sizes = head_sizes("attention_q", chain)[:1], head_sizes("attention_v", chain)[:1]
-    if getattr(attention, "multi_query", False) is True and not getattr(attention, "new_decoder_architecture", False):
-        keys = values = [1]
-    if not queries or not keys or not values:
+    counts = _fused_counts(chain, facts)
+    if counts is None:
         return None, (), ()
-    linear = number(attention, "num_k_heads")
-    q, k, v = queries[0] if linear is None else linear, keys[0], values[0]
+    q, k, v = counts
+    key_sizes, value_sizes = (head_sizes(role, chain, facts)[:1] for role in ("attention_q", "attention_v"))
     if not key_sizes:
         # All of one size.
         head_size, rest = divmod(size, q + k + v)
@@ -104,6 +99,26 @@ def fused_heads(word: str, size: int, chain: ModuleChain) -> tuple[int | None, t
     return heads, *_sections(word, attention, (q, k, v), (key_size, key_size, value_size))
 
 
+def _fused_counts(chain: ModuleChain, facts: ModelFacts) -> tuple[int, int, int] | None:
+    """Return the numbers of query, key and value heads, by the nearest module or config that names those of queries."""
+    attention = chain[-1][1]
+    linear, values = facts.number(attention, "num_k_heads"), facts.number(attention, "num_v_heads")
+    if linear is not None and values is not None:
+        return linear, linear, values
+    keys: int | None = None
+    for source in sources(chain):
+        keys = keys or next(filter(None, (facts.number(source, name) for name in _KEYS)), None)
+        queries = next(filter(None, (facts.number(source, name) for name in _QUERIES)), None)
+        if queries is not None:
+            # Falcon's one key head, which its new architecture does not have.
+            if getattr(attention, "multi_query", False) is True and not getattr(
+                attention, "new_decoder_architecture", False
+            ):
+                keys = 1
+            return queries, keys or queries, keys or queries
+    return None
+
+
 def _sections(
     word: str, attention: nn.Module, heads: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -113,7 +128,7 @@ def _sections(
     return tuple(count * size for count, size in zip(heads, sizes, strict=True)), heads
 
 
-def mixer_sections(word: str, rows: int, columns: int, mixer: nn.Module) -> tuple[int, ...]:
+def mixer_sections(word: str, rows: int, columns: int, mixer: nn.Module, facts: ModelFacts) -> tuple[int, ...]:
     """Return which rows of a projection of a state-space or short-convolution block belong to which of its inputs.
 
     Sources: Mamba (arXiv 2312.00752) projects to x and z, and from x to dt, B and C; Mamba 2 (arXiv 2405.21060)
@@ -124,13 +139,14 @@ def mixer_sections(word: str, rows: int, columns: int, mixer: nn.Module) -> tupl
         rows: Its rows.
         columns: Its columns.
         mixer: The block.
+        facts: What is known of the model.
 
     Returns:
         The rows of each, in order; empty if the block does not say.
     """
 
     def size(*names: str) -> int:
-        return next((value for name in names if (value := number(mixer, name)) is not None), 0)
+        return next((value for name in names if (value := facts.number(mixer, name)) is not None), 0)
 
     inner = size("intermediate_size", "d_inner", "mamba_intermediate_size")
     state, groups = size("ssm_state_size", "d_state", "state_size"), size("n_groups", "ngroups", "num_groups") or 1

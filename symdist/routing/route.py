@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,7 +21,7 @@ _LOOKED_UP = ("embedding", "tied_embedding", "position_embedding", "per_layer_em
 
 
 class UnroutedError(ValueError):
-    """Weights have no role.
+    """Weights have no role, or none of the view that the recipe gives them.
 
     Attributes:
         snippet: TOML, to paste into a recipe: a pattern for each of these weights.
@@ -76,7 +77,8 @@ def route(
         The param groups, with the keys `params`, `param_names`, `role`, `rule`, `view` and further options.
 
     Raises:
-        UnroutedError: If nothing tells what a weight is for. The message has patterns to paste into the recipe.
+        UnroutedError: If nothing tells what a weight is for, or what its view means for it. The message has patterns to
+            paste into the recipe.
         ValueError: If a role has no section, a pattern matches no parameter, or a view does not fit. The message names
             the parameter and what to do.
 
@@ -112,21 +114,25 @@ def route_sites(
     """
     used: set[int] = set() if used_patterns is None else used_patterns
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    unrouted: list[tuple[str, tuple[int, ...], ParamSite]] = []
+    unplaced: list[_Unplaced] = []
     for name, (parameter, site) in sites.items():
         shape = whole_shape(parameter) if isinstance(parameter, Tensor) else tuple(parameter.shape)
         assigned = _options(name, site, recipe, used, strict=strict)
         if assigned is None:
-            unrouted.append((name, shape, site))
+            unplaced.append(_without_role(name, shape, site, recipe))
             continue
         role, options = assigned
-        options["view"] = _view(name, shape, options, role, site, recipe)
+        view = _view(name, shape, options, role, site, recipe)
+        if isinstance(view, _Unplaced):
+            unplaced.append(view)
+            continue
+        options["view"] = view
         key = (role, repr(sorted(options.items(), key=lambda item: item[0])))
         group = groups.setdefault(key, {"params": [], "param_names": [], "role": role, **options})
         group["params"].append(parameter)
         group["param_names"].append(name)
-    if unrouted:
-        raise _advice(unrouted, recipe)
+    if unplaced:
+        raise _advice(unplaced)
     if used_patterns is None:
         check_patterns(recipe, used, list(sites))
     return list(groups.values())
@@ -152,34 +158,48 @@ def check_patterns(recipe: Recipe, used_patterns: set[int], names: Sequence[str]
         )
 
 
-def _advice(unrouted: Sequence[tuple[str, tuple[int, ...], ParamSite]], recipe: Recipe) -> UnroutedError:
-    """Return an error about weights without a role, with patterns that can be pasted into the recipe."""
-    patterns = []
-    for name, shape, site in unrouted:
-        role, *others = (site.role,) if site.role is not None else site.likely
-        if recipe.options(role) is None:
-            assignment = 'rule = "adamw"\nlr = 1e-3'
-        else:
-            assignment = f'role = "{role}"' + (f"  # or {', '.join(others)}" if others else "")
-            if site.doubt:
-                assignment += '\nview = "as_stored"  # or "transposed", if it is stored [in, out]'
-        match = re.sub(r"([\[*?])", r"[\1]", name)
-        patterns.append(f'[[patterns]]  # {shape}\nmatch = "{match}"\n{assignment}')
-    name, shape, site = unrouted[0]
-    more = len(unrouted) - 1
+@dataclass(frozen=True, kw_only=True)
+class _Unplaced:
+    """A weight that cannot be placed: why, and the lines of a pattern that would place it."""
+
+    name: str
+    shape: tuple[int, ...]
+    reason: str
+    lines: str
+
+
+def _without_role(name: str, shape: tuple[int, ...], site: ParamSite, recipe: Recipe) -> _Unplaced:
+    role, *others = (site.role,) if site.role is not None else site.likely
+    if recipe.options(role) is None:
+        lines = 'rule = "adamw"\nlr = 1e-3'
+    else:
+        lines = f'role = "{role}"' + (f"  # or {', '.join(others)}" if others else "")
+        if site.doubt:
+            lines += '\nview = "as_stored"  # or "transposed", if it is stored [in, out]'
     if site.doubt:
-        reason = f"cannot be placed: {site.doubt}"
+        reason = f"{name} {shape} cannot be placed: {site.doubt}"
     elif site.role is not None:
-        reason = "is a linear layer of which no more is known, and strict routing refuses those"
+        reason = f"{name} {shape} is a linear layer of which no more is known, and strict routing refuses those"
     else:
         reason = (
-            f"has no role: symdist does not recognize this kind of weight; the likeliest are {', '.join(site.likely)}"
+            f"{name} {shape} has no role: symdist does not recognize this kind of weight; the likeliest are "
+            + ", ".join(site.likely)
         )
+    return _Unplaced(name=name, shape=shape, reason=reason, lines=lines)
+
+
+def _advice(unplaced: Sequence[_Unplaced]) -> UnroutedError:
+    """Return an error about weights that cannot be placed, with patterns that can be pasted into the recipe."""
+    patterns = []
+    for each in unplaced:
+        match = re.sub(r"([\[*?])", r"[\1]", each.name)
+        patterns.append(f'[[patterns]]  # {each.shape}\nmatch = "{match}"\n{each.lines}')
+    more = len(unplaced) - 1
     snippet = "\n\n".join(patterns)
     return UnroutedError(
-        f"{name} {shape} {reason}"
+        unplaced[0].reason
         + (f" (and {more} other{'s' if more > 1 else ''})" if more else "")
-        + f". Add a pattern for each to the recipe. These are guesses, so check them:\n\n{snippet}",
+        + f". Put a pattern for each before the recipe's others. These are guesses, so check them:\n\n{snippet}",
         snippet=snippet,
     )
 
@@ -244,7 +264,17 @@ def _view(
         case None | "apart":
             return _as_it_is(role, site, recipe)
         case "residual":
-            return _residual(name, role, site, recipe)
+            found = _residual(role, site, recipe)
+            if found is not None:
+                return found
+            reads, writes = ("as_stored", "transposed") if site.transposed else ("transposed", "as_stored")
+            return _Unplaced(
+                name=name,
+                shape=shape,
+                reason=f"{name}: view 'residual' does not know which dimension of a matrix of role {role!r} is the "
+                "residual stream",
+                lines=f'role = "{role}"\nview = "{reads}"  # or "{writes}", if it writes to the residual stream',
+            )
         case "groups":
             if site.groups is None:
                 raise ValueError(
@@ -257,10 +287,13 @@ def _view(
                 return _heads(site.heads, site.transposed, dim=site.head_dim_index)
             if site.section_heads:
                 return {"sections": list(site.sections), "heads": list(site.section_heads)}
-            raise ValueError(
-                f"{name}: view 'heads' needs the number of heads, which its module does not give; in a pattern or "
-                "section, set view = { heads = ..., dim = 0 } (heads along rows; dim = 1 for columns), or remove "
-                "the view"
+            return _Unplaced(
+                name=name,
+                shape=shape,
+                reason=f"{name}: view 'heads' needs the number of heads, which neither its modules nor their configs "
+                "give",
+                lines=f'role = "{role}"\nview = "{"transposed" if site.transposed else "as_stored"}"  # or '
+                "{ heads = ..., dim = 0 } for heads along rows, dim = 1 for columns",
             )
         case "neurons":
             kind = role.partition("_")[2]
@@ -294,23 +327,20 @@ def _as_it_is(role: str, site: ParamSite, recipe: Recipe) -> Any:
         return _heads(2, site.transposed, dim=int(site.transposed))
     if not whole and site.sections:
         if len(set(site.sections)) == 1:
-            return _heads(len(site.sections), False, dim=0)
+            return _heads(len(site.sections), site.transposed, dim=int(site.transposed))
         return {"sections": list(site.sections)}
     return "transposed" if site.transposed else "as_stored"
 
 
-def _residual(name: str, role: str, site: ParamSite, recipe: Recipe) -> Any:
+def _residual(role: str, site: ParamSite, recipe: Recipe) -> Any:
+    """Return the view whose rows are the residual stream; None if nothing tells which side that is."""
     stream = site.stream if role == site.role else None
     if stream is None and (site.latent or role in READS_RESIDUAL):
         stream = "input"
     elif stream is None and role in WRITES_RESIDUAL:
         stream = "output"
     if stream is None:
-        raise ValueError(
-            f"{name}: view 'residual' does not know which dimension of a matrix of role {role!r} is the "
-            'residual stream; in a pattern or section, set view = "as_stored" if it is the rows of the stored '
-            'tensor, or "transposed" if it is the columns'
-        )
+        return None
     view = _as_it_is(role, site, recipe)
     if stream == "output":
         return view
