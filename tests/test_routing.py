@@ -367,6 +367,7 @@ def test_frozen_parameters_are_left_out() -> None:
         (ADAMW | {"router": {"rule": "adamw", "lr": "fast"}}, {}, r"\[router\]: lr='fast' must be a finite number"),
         (ADAMW | {"patterns": [{"match": "x", "lr": math.nan}]}, {}, "pattern 'x': lr=nan must be a finite number"),
         ({5: {}}, {}, "names 5, which is no role"),
+        (ADAMW | {"strict": "yes"}, {}, "strict = 'yes' should be true or false"),
     ],
 )
 def test_what_cannot_be_routed_is_refused(recipe: Any, overrides: dict[str, Any], message: str) -> None:
@@ -474,3 +475,33 @@ def test_a_linear_layer_of_which_no_more_is_known_is_a_matrix_unless_routing_is_
     }
     with pytest.raises(UnroutedError, match=r"whatever\.weight .* no more is known, and strict routing refuses"):
         route(model, "muon", strict=True)
+    with pytest.raises(UnroutedError, match=r"whatever\.weight .* no more is known"):
+        route(model, {"default": {"rule": "adamw", "lr": 0.1}, "strict": True})
+
+
+class Fused(nn.Module):
+    """An attention whose queries, keys and values share a weight, with fewer key heads than query heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = 4, 2, 5
+        self.qkv_proj = nn.Linear(16, 40, bias=False)
+
+
+def test_q_k_and_v_of_one_weight_are_each_a_matrix_or_heads() -> None:
+    model = nn.ModuleDict({"tok": nn.Embedding(11, 16), "attention": Fused()})
+
+    def view(recipe: dict[str, Any]) -> Any:
+        groups = route(model, ADAMW | recipe)
+        return next(group["view"] for group in groups if "attention.qkv_proj.weight" in group["param_names"])
+
+    muon = {"rule": "muon", "lr": 1.0}
+    assert view({"attention": muon}) == {"sections": [20, 10, 10]}
+    assert view({"attention": muon | {"view": "heads"}}) == {"heads": 8, "dim": 0}
+    assert view({"attention_qkv": muon}) == "as_stored"
+    aro = {"rule": "aro", "lr": 1.0, "view": "residual"}
+    assert view({"attention": aro}) == {"sections": [20, 10, 10], "transposed": True}
+    with pytest.raises(
+        ValueError, match=r"holds attention_q, attention_k, attention_v in one tensor.*\[attention_qkv\]"
+    ):
+        view({"attention": muon, "attention_k": muon})

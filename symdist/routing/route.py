@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +16,11 @@ from symdist.routing.residual_stream import READS_RESIDUAL, WRITES_RESIDUAL
 from symdist.routing.sites import find_sites
 from symdist.rules import get_rule
 
+_PARTS = {
+    "attention_qkv": ("attention_q", "attention_k", "attention_v"),
+    "mlp_gate_up": ("mlp_gate", "mlp_up"),
+    "expert_gate_up": ("expert_gate", "expert_up"),
+}
 # A forward pass reads single rows of these, so a shift of all their rows changes its result.
 _LOOKED_UP = ("embedding", "tied_embedding", "position_embedding", "per_layer_embedding")
 
@@ -70,8 +75,8 @@ def route(
             recipe's.
         overrides: Options by role that replace the recipe's. Learning rates in it are used as they are, not scaled.
             None by default.
-        strict: Whether to refuse linear layers of which no more is known than that they are matrices. False (default)
-            gives them the role "matrix".
+        strict: Whether to refuse linear layers of which no more is known than that they are matrices, as a recipe with
+            `strict = true` does. False (default) gives them the role "matrix" unless the recipe is strict.
 
     Returns:
         The param groups, with the keys `params`, `param_names`, `role`, `rule`, `view` and further options.
@@ -86,7 +91,8 @@ def route(
         >>> groups = symdist.route(model, "olmoe", overrides={"router": {"rule": "left_spectral"}})
         >>> optimizer = symdist.SymDist(groups)
     """
-    return route_sites(find_sites(model), load_recipe(recipe).adjusted(lr=lr, overrides=overrides), strict=strict)
+    adjusted = load_recipe(recipe).adjusted(lr=lr, overrides=overrides)
+    return route_sites(find_sites(model), replace(adjusted, strict=adjusted.strict or strict))
 
 
 def route_sites(
@@ -94,7 +100,6 @@ def route_sites(
     recipe: Recipe,
     *,
     used_patterns: set[int] | None = None,
-    strict: bool = False,
 ) -> list[dict[str, Any]]:
     """Return the param groups of parameters whose sites are known already, see `route`.
 
@@ -104,7 +109,6 @@ def route_sites(
         used_patterns: If the sites are only a part of a model, such as one pipeline stage: a set to which the indices
             of the patterns in use are added. Pass it to `check_patterns` when all parts are known. None (default) means
             that the sites are the whole model, and an unused pattern is an error at once.
-        strict: See `route`.
 
     Returns:
         The param groups.
@@ -117,7 +121,7 @@ def route_sites(
     unplaced: list[_Unplaced] = []
     for name, (parameter, site) in sites.items():
         shape = whole_shape(parameter) if isinstance(parameter, Tensor) else tuple(parameter.shape)
-        assigned = _options(name, site, recipe, used, strict=strict)
+        assigned = _options(name, site, recipe, used)
         if assigned is None:
             unplaced.append(_without_role(name, shape, site, recipe))
             continue
@@ -204,15 +208,13 @@ def _advice(unplaced: Sequence[_Unplaced]) -> UnroutedError:
     )
 
 
-def _options(
-    name: str, site: ParamSite, recipe: Recipe, used: set[int], *, strict: bool
-) -> tuple[str, dict[str, Any]] | None:
+def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
     """Return the role and options of a parameter, or None if its role is unknown and no pattern gives one.
 
     The index of the pattern that applies, if any, is added to `used`. Raises ValueError, naming the parameter, if the
     recipe has no rule for it or names an unknown rule.
     """
-    unknown = site.role is None or (strict and site.evidence == "type")
+    unknown = site.role is None or (recipe.strict and site.evidence == "type")
     role, pattern_options = None if unknown else recipe.grouped_role(str(site.role)), {}
     for i, pattern in enumerate(recipe.patterns):
         if fnmatchcase(name, pattern["match"]):
@@ -223,6 +225,12 @@ def _options(
     if role is None and "rule" not in pattern_options:
         return None
     role = role or "other"
+    parts = [part for part in _PARTS.get(role, ()) if part in recipe.sections]
+    if parts and role not in recipe.sections:
+        raise ValueError(
+            f"{name} holds {', '.join(_PARTS[role])} in one tensor, and recipe {recipe.name!r} has a section for "
+            f"{parts[0]} that it cannot get: add a section [{role}], or leave [{parts[0]}] out"
+        )
     options = recipe.options(role)
     if options is None and "rule" not in pattern_options:
         raise ValueError(

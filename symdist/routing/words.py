@@ -9,7 +9,7 @@ HOLDERS = {"linear", "layer", "lin", "base_layer", "inner"}
 # "matrix".
 LATENT = dict.fromkeys(
     (
-        *("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj", "o_a_proj", "o_b_proj"),
+        *("q_a_proj", "q_gate_proj", "kv_a_proj_with_mqa", "kv_a_proj", "kv_b_proj", "o_a_proj", "o_b_proj"),
         *("wq_a", "wkv_a", "wkv_b", "wo_a", "wo_b"),
     ),
     "matrix",
@@ -26,7 +26,7 @@ ATTENTION = {
     **dict.fromkeys(("out_lin", "to_out", "linear_out", "output"), "attention_o"),
     **dict.fromkeys(("qkv_proj", "qkv", "c_attn", "in_proj", "wqkv", "query_key_value"), "attention_qkv"),
     **dict.fromkeys(("in_proj_qkv", "in_proj_qkvz", "kv_proj", "wkv", "linear_qkv"), "attention_qkv"),
-    **dict.fromkeys(("g_proj", "q_gate_proj", "output_gate", "attn_gate", "gate_proj", "in_proj_z"), "attention_gate"),
+    **dict.fromkeys(("g_proj", "output_gate", "attn_gate", "gate_proj", "in_proj_z"), "attention_gate"),
     **dict.fromkeys(("in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "sink_proj"), "attention_gate"),
     **dict.fromkeys(("ogate_preact", "igate_preact", "fgate_preact", "f_proj", "f_b_proj"), "attention_gate"),
     **dict.fromkeys(("g_b_proj", "o_gate"), "attention_gate"),

@@ -74,12 +74,15 @@ class Recipe:
         patterns: Exceptions by parameter name, such as `{"match": "layers.*.weird.weight", "role": "matrix"}`. A
             pattern may name a role, give options of its own, or both. The first pattern that matches a name applies.
         schedules: Learning-rate schedules by role, rule or "default", for the training loop to use.
+        strict: Whether linear layers of which no more is known than that they are matrices are refused; False by
+            default.
     """
 
     name: str
     sections: Mapping[str, Mapping[str, Any]]
     patterns: tuple[Mapping[str, Any], ...] = ()
     schedules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    strict: bool = False
 
     def options(self, role: str) -> dict[str, Any] | None:
         """Return the options of a role, or of the nearest role it falls back to.
@@ -306,6 +309,9 @@ def _parse(content: dict[str, Any], *, name: str, folder: Path = Path()) -> Reci
     content.pop("name", None)
     content.pop("description", None)
     _load_rules(content.pop("rules", []), folder, name=name)
+    strict = content.pop("strict", False)
+    if not isinstance(strict, bool):
+        raise ValueError(f"recipe {name!r}: strict = {strict!r} should be true or false")
     schedules = content.pop("schedule", {})
     patterns = content.pop("patterns", ())
     for role, options in content.items():
@@ -333,7 +339,7 @@ def _parse(content: dict[str, Any], *, name: str, folder: Path = Path()) -> Reci
         if "role" in pattern:
             _check_role(pattern["role"], f"recipe {name!r}: pattern {pattern['match']!r}")
         _check_rate(pattern, f"recipe {name!r}: pattern {pattern['match']!r}")
-    return Recipe(name=name, sections=content, patterns=tuple(patterns), schedules=schedules)
+    return Recipe(name=name, sections=content, patterns=tuple(patterns), schedules=schedules, strict=strict)
 
 
 def _load_rules(files: Any, folder: Path, *, name: str) -> None:
