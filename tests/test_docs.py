@@ -20,6 +20,7 @@ from launch.loop.config import Config, parse_as
 from launch.study.plan import parse as parse_study
 from symdist import SymDist, build_optimizer, route
 from symdist.routing.recipes import load, load_recipe, parse_overrides, recipe_names
+from symdist.routing.roles import FALLBACK
 from symdist.rules import get_rule, registry, rule_names
 from symdist.tools.cli import Plan, Route, _parse
 from symdist.tools.megatron import MegatronMesh
@@ -367,7 +368,7 @@ def test_recipes_and_roles_are_listed() -> None:
         for roles, target in re.findall(r"^\| (`.*?`) \| `(\w+)` \|$", text, re.M)
         for role in re.findall(r"`(\w+)`", roles)
     }
-    assert fallback == load.FALLBACK
+    assert fallback == FALLBACK
 
 
 def constant(file: str, name: str) -> str:

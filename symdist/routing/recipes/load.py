@@ -4,12 +4,13 @@ import difflib
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from symdist.param_groups import A_RATE, COMMON, is_rate
+from symdist.routing.roles import FALLBACK, roles_up
 from symdist.rules import get_rule, rule_names
 from symdist.rules.registry import ACCUMULATOR_OPTIONS
 from symdist.toml_file import read_toml
@@ -18,50 +19,6 @@ RecipeLike: TypeAlias = "str | Path | Mapping[str, Any] | Recipe"
 
 _FOLDER = Path(__file__).parent
 _LOADED: set[Path] = set()
-
-# For each role, the section to use if the recipe has none for the role itself. Every chain ends at "default".
-FALLBACK: dict[str, str] = {
-    "embedding": "default",
-    "tied_embedding": "embedding",
-    "position_embedding": "embedding",
-    "per_layer_embedding": "embedding",
-    "head": "default",
-    "router": "default",
-    "matrix": "default",
-    "attention": "matrix",
-    "attention_q": "attention",
-    "attention_k": "attention",
-    "attention_v": "attention",
-    "attention_qkv": "attention",
-    "attention_o": "attention",
-    "attention_gate": "attention",
-    "indexer": "matrix",
-    "mixer": "matrix",
-    "mixer_in": "mixer",
-    "mixer_out": "mixer",
-    "gate": "matrix",
-    "adapter": "matrix",
-    "mlp": "matrix",
-    "mlp_gate": "mlp",
-    "mlp_up": "mlp",
-    "mlp_gate_up": "mlp",
-    "mlp_down": "mlp",
-    "experts": "matrix",
-    "expert_gate": "experts",
-    "expert_up": "experts",
-    "expert_gate_up": "experts",
-    "expert_down": "experts",
-    "other": "default",
-    "norm": "other",
-    "input_norm": "norm",
-    "output_norm": "norm",
-    "qk_norm": "norm",
-    "bias": "other",
-    "router_bias": "other",
-    "sink": "other",
-    "convolution": "other",
-    "state_space": "other",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,21 +182,6 @@ class Recipe:
                 base = {key: value for key, value in base.items() if key in known}
             sections[role] = {**base, **changes}
         return replace(self, sections=sections)
-
-
-def roles_up(role: str) -> Iterator[str]:
-    """Yield a role and then the roles it falls back to, nearest first.
-
-    Args:
-        role: The role to start from.
-
-    Yields:
-        The roles, usually down to "default".
-    """
-    current: str | None = role
-    while current is not None:
-        yield current
-        current = FALLBACK.get(current)
 
 
 def schedule_key(schedules: Mapping[str, Any], role: str, rule: str) -> str | None:
