@@ -6,13 +6,14 @@ from symdist.gradients.clipping import clip_grad_norm_
 from symdist.optimizer import SymDist
 from symdist.param_groups import ParamGroup
 from symdist.routing.recipes import load_recipe, recipe_names
-from symdist.routing.route import route
+from symdist.routing.route import UnroutedError, route
 from symdist.rules import rule, rule_names
 
 __all__ = [
     "ExchangeOptions",
     "ParamGroup",
     "SymDist",
+    "UnroutedError",
     "build_optimizer",
     "clip_grad_norm_",
     "load_recipe",

@@ -375,7 +375,9 @@ class _Weight:
             if self.shape[0] in self.facts.expert_counts(self.chain):
                 likely = ("router", "matrix", "other")
             return ParamSite(role=None, likely=likely)
-        return ParamSite(role=None, likely=("matrix", "experts", "other"))
+        # Whoever has the stream as its first dimension is no stack of matrices, but one matrix by heads.
+        stack = self.shape[0] != self.width
+        return ParamSite(role=None, likely=("matrix", "experts", "other") if stack else ("other", "matrix", "experts"))
 
     def _known_raw(self) -> ParamSite | None:
         """Return the site of a matrix that its module holds itself, if its module's class tells its use."""

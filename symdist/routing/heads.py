@@ -4,7 +4,7 @@ from torch import nn
 
 from symdist.param_names import class_name
 from symdist.routing.facts import ModelFacts, ModuleChain, sources
-from symdist.routing.words import CONTIGUOUS
+from symdist.routing.words import CONTIGUOUS, KEYS_AND_VALUES
 
 _QUERIES = (
     *("num_heads", "n_heads", "n_head", "num_attention_heads", "nheads", "num_q_heads", "num_query_heads"),
@@ -94,6 +94,8 @@ def fused_heads(
         return (None, (), ()) if rest else (q + k + v, *_sections(word, attention, (q, k, v), (head_size,) * 3))
     key_size, value_size = key_sizes[0], (value_sizes or key_sizes)[0]
     heads = size // key_size if key_size == value_size and size % key_size == 0 else None
+    if word in KEYS_AND_VALUES and size == k * key_size + v * value_size:
+        return heads, (k * key_size, v * value_size), (k, v)
     if (q + k) * key_size + v * value_size != size:
         return heads, (), ()
     return heads, *_sections(word, attention, (q, k, v), (key_size, key_size, value_size))

@@ -25,7 +25,9 @@ ATTENTION = {
     **dict.fromkeys(("o_proj", "wo", "out_proj", "dense", "c_proj", "proj", "attention_out"), "attention_o"),
     **dict.fromkeys(("out_lin", "to_out", "linear_out", "output"), "attention_o"),
     **dict.fromkeys(("qkv_proj", "qkv", "c_attn", "in_proj", "wqkv", "query_key_value"), "attention_qkv"),
-    **dict.fromkeys(("in_proj_qkv", "in_proj_qkvz", "kv_proj", "wkv", "linear_qkv"), "attention_qkv"),
+    **dict.fromkeys(
+        ("in_proj_qkv", "in_proj_qkvz", "kv_proj", "wkv", "c_kv", "linear_kv", "linear_qkv"), "attention_qkv"
+    ),
     **dict.fromkeys(("g_proj", "output_gate", "attn_gate", "gate_proj", "in_proj_z"), "attention_gate"),
     **dict.fromkeys(("in_proj_a", "in_proj_b", "in_proj_ba", "a_proj", "b_proj", "sink_proj"), "attention_gate"),
     **dict.fromkeys(("ogate_preact", "igate_preact", "fgate_preact", "f_proj", "f_b_proj"), "attention_gate"),
@@ -34,6 +36,7 @@ ATTENTION = {
 # Of these, q, k and v lie one after another. In others every head has its own, as in GPT-NeoX's query_key_value, or
 # every query group, as in torchtitan's wqkv.
 CONTIGUOUS = {"qkv_proj", "qkv", "c_attn", "in_proj", "Wqkv", "in_proj_qkv"}
+KEYS_AND_VALUES = {"kv_proj", "c_kv", "linear_kv"}
 MLP = {
     **dict.fromkeys(("gate_proj", "w1", "wg", "gate", "proj_up_gate", "w_0", "linear_v"), "gate"),
     **dict.fromkeys(("up_proj", "w3", "fc1", "c_fc", "linear1", "dense_h_to_4h", "fc_in", "lin1", "proj_up"), "up"),
