@@ -18,7 +18,7 @@ from symdist.layouts.fsdp1 import whole_shape
 from symdist.param_names import class_name
 from symdist.routing import words
 from symdist.routing.facts import ModelFacts, ModuleChain, is_table
-from symdist.routing.heads import count_heads, fused_heads, head_counts, mixer_sections
+from symdist.routing.heads import count_heads, fused_heads, head_counts, head_sizes, mixer_sections
 from symdist.routing.param_site import Evidence, ParamSite, Stream
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -27,6 +27,7 @@ _SHAPE_SUFFIX = re.compile(r"_([A-Z]{2,3})$")
 _ROUTER_CLASS = re.compile(r"(Router|Gating)$")
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)|mla$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
+_BEFORE_HEAD = re.compile(r"lm_?head|Head$|predictions|HeadTransform|pooler", re.IGNORECASE)
 _MIXER_ATTRIBUTES = ("A_log", "dt_bias", "conv1d", "conv_1d", "conv", "time_decay", "rg_lru")
 
 
@@ -117,7 +118,9 @@ class _Weight:
             mixes = any(_is_mixer(module) for _, module in self.chain[-2:])
             return ParamSite(role="state_space" if mixes else "other", evidence="class")
         if not self.linear and not self.conv1d and any(word in self.leaf for word in words.POSITIONS):
-            rows = len(self.shape) == 2 or (len(self.shape) == 3 and self.shape[-1] == self.width)
+            rows = len(self.shape) == 2 or (
+                len(self.shape) == 3 and (self.shape[-1] == self.width or self.shape[0] == 1)
+            )
             return ParamSite(role="position_embedding" if rows else "other", evidence="name")
         if not self.linear and len(self.shape) > 3:
             return ParamSite(role="other", evidence="class")
@@ -216,8 +219,10 @@ class _Weight:
         if not matrix and len(self.shape) not in (2, 3):
             return None
         word = self.word.lower()
-        if any(mark in name.lower() for name, _ in self.chain for mark in words.ADAPTERS):
-            return self._matrix("adapter", "name") if matrix else None
+        if any(
+            mark in name.lower() for name in (self.leaf, *(name for name, _ in self.chain)) for mark in words.ADAPTERS
+        ):
+            return self._matrix("adapter", "name") if matrix or len(self.shape) == 2 else None
         if any("indexer" in name.lower() or "Indexer" in class_name(module) for name, module in self.chain):
             site = self._matrix("indexer", "name")
             return replace(site, stream="input") if matrix else None
@@ -228,12 +233,18 @@ class _Weight:
             return self._of_expert(word)
         mixes = any(_is_mixer(module) for _, module in self.chain[-3:])
         attends = self.block == "attention" or (self.block is None and self._beside_queries())
-        if mixes and not (attends and head_counts("attention_q", self.around, self.facts)):
+        if mixes and not (attends and self._has_heads()):
             if word in words.MIXER_IN | words.MIXER_OUT:
                 return self._of_mixer(word)
         elif attends and word in words.ATTENTION:
             return self._of_attention(word)
+        elif attends and matrix and "gate" in word and "gate" in word.split("_")[-1]:
+            return self._of_attention(word, role="attention_gate")
         return self._of_mlp(word, "mlp_") if word in words.MLP and matrix else None
+
+    def _has_heads(self) -> bool:
+        counts, sizes = (f("attention_q", self.around, self.facts) for f in (head_counts, head_sizes))
+        return bool(counts or sizes)
 
     def _beside_queries(self) -> bool:
         holds = self.holder._modules
@@ -264,8 +275,8 @@ class _Weight:
         out, into = self.shape[-2:] if self.outputs_first is not False else self.shape[:-3:-1]
         return side if (into if side == "input" else out) == self.width else None
 
-    def _of_attention(self, word: str) -> ParamSite | None:
-        role = words.ATTENTION[word]
+    def _of_attention(self, word: str, *, role: str = "") -> ParamSite | None:
+        role = role or words.ATTENTION[word]
         if not (self.linear or self.conv1d or isinstance(self.module, nn.MultiheadAttention)):
             return None
         if role == "attention_o" and self.stream == "input":
@@ -364,9 +375,18 @@ class _Weight:
     def by_type(self) -> ParamSite:
         """Return the site of a weight of which no more is known than its type and sides."""
         if self.linear or self.conv1d:
-            if self.linear and self.shape[0] == 1:
-                return self._matrix("gate", "type" if self.stream is None else "residual stream")
-            return self._matrix("matrix", "type" if self.stream is None else "residual stream")
+            evidence: Evidence = "type" if self.stream is None else "residual stream"
+            site = self._matrix("gate" if self.shape[0] == 1 else "matrix", evidence)
+            if site.stream is None:
+                # Both sides are as wide as the stream, and at last names tell which of them it is.
+                word = self.word.lower()
+                head = any(_BEFORE_HEAD.search(name) for name, _ in self.chain) or _BEFORE_HEAD.search(
+                    class_name(self.holder)
+                )
+                side: Stream | None = "input" if head or word in words.MIXER_IN else None
+                side = "output" if word in words.MIXER_OUT else side
+                site = replace(site, stream=side, evidence="name" if side is not None else evidence)
+            return site
         known = self._known_raw()
         if known is not None:
             return known
@@ -381,9 +401,15 @@ class _Weight:
 
     def _known_raw(self) -> ParamSite | None:
         """Return the site of a matrix that its module holds itself, if its module's class tells its use."""
+        if self.kind.endswith("AttentionResidual") and self.leaf == "query":
+            # Each row weighs the elements of earlier states of the residual stream, one by one.
+            return ParamSite(role="other", evidence="class")
         if len(self.shape) != 2 or self.width is None:
             return None
         rows, columns = self.shape
+        if "Relative" in self.kind and self.leaf == "proj":
+            # From what a query says of distances to a number for each: x @ W.
+            return ParamSite(role="matrix", transposed=True, stream="input", evidence="class")
         if "Hyper" in self.kind and columns % self.width == 0 and rows < self.width:
             # Reads all copies of the residual stream at once (hyper-connections, arXiv 2409.19606).
             return ParamSite(role="matrix", stream="input", evidence="class")
@@ -404,7 +430,13 @@ def _is_mixer(module: Any) -> bool:
 
 def _takes_every_second(module_class: type[nn.Module]) -> bool:
     """Return whether the code of a module takes every second element, as for gates and ups that alternate."""
+    methods = [method for method in vars(module_class).values() if inspect.isfunction(method)]
+    called = [method.__globals__.get(name) for method in methods for name in method.__code__.co_names]
+    return any("::2" in _source(function) for function in (*methods, *filter(inspect.isfunction, called)))
+
+
+def _source(function: Any) -> str:
     try:
-        return "::2" in inspect.getsource(module_class)
+        return inspect.getsource(function)
     except (OSError, TypeError):
-        return False
+        return ""

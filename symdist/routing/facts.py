@@ -63,7 +63,7 @@ class ModelFacts:
 
     def __init__(self, models: Iterable[nn.Module] = ()):
         self.vocabularies: set[int] = set()
-        self._widths: list[int] = []
+        self._widths: list[int | None] = []
         self._width_by_module: dict[int, int | None] = {}
         self._numbers: dict[tuple[int, str], int | None] = {}
         for model in models:
@@ -84,7 +84,20 @@ class ModelFacts:
         if not self.vocabularies and shapes:
             # Without a config, the first table is the one of tokens.
             self.vocabularies.add(shapes[0][0])
-        self._widths += [shape[1] for shape in shapes if shape[0] in self.vocabularies] or [s[1] for s in shapes[:1]]
+        self._widths.append(self._width_without_config(model, shapes))
+
+    def _width_without_config(self, model: nn.Module, tables: Sequence[tuple[int, ...]]) -> int | None:
+        """Return the width of the stream as weights show it: of tables, head and norms, the one most matrices have.
+
+        An embedding or head alone may be narrower, with a projection beside it.
+        """
+        shapes = [whole_shape(parameter) for parameter in model.parameters()]
+        matrices = [shape for shape in shapes if len(shape) == 2 and shape[0] not in self.vocabularies]
+        looked_up = [shape[1] for shape in tables if shape[0] in self.vocabularies] or [s[1] for s in tables[:1]]
+        heads = [shape[1] for shape in shapes if len(shape) == 2 and shape[0] in self.vocabularies]
+        norms = [shape[0] for shape in shapes if len(shape) == 1]
+        candidates = list(dict.fromkeys([*looked_up, *heads, *(norms if looked_up else [])]))
+        return max(candidates, key=lambda width: sum(width in shape for shape in matrices), default=None)
 
     def number(self, source: Any, name: str) -> int | None:
         """Return a whole number that a module or config has under a name; None if it has none.
@@ -126,8 +139,8 @@ class ModelFacts:
     def width(self, chain: ModuleChain) -> int | None:
         """Return the width of the residual stream around a parameter; None if nothing tells it.
 
-        It is that of the nearest config around the parameter, so that each tower of a model has its own; without
-        configs, that of the embedding of tokens.
+        It is that of the nearest config around the parameter, so that each tower of a model has its own. Without
+        configs, embedding, head and norms show it.
 
         Args:
             chain: The modules around the parameter.
@@ -147,7 +160,7 @@ class ModelFacts:
             width = next((value for value in found if value is not None), None)
             if width is not None:
                 return width
-        return self._widths[0] if self._widths else None
+        return next(filter(None, self._widths), None)
 
 
 def is_table(module: Any) -> bool:

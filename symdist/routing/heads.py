@@ -63,6 +63,8 @@ def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> 
     for count in counts:
         if size % (2 * count) == 0 and size // (2 * count) in sizes:
             return 2 * count
+    if role == "attention_gate" and size < min(filter(lambda each: each > 1, sizes), default=0):
+        return size
     fitting = (size // head_size for head_size in sizes if head_size > 1 and size % head_size == 0)
     return next(fitting, None) if sizes else next((count for count in counts if size % count == 0), None)
 

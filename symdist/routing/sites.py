@@ -78,14 +78,19 @@ def walk(models: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter, Modul
 
 
 def _output_weights(model: nn.Module, facts: ModelFacts) -> Iterator[Tensor]:
-    """Yield the weights that turn the residual stream into a number for each token of a vocabulary."""
+    """Yield the weights that turn the residual stream into a number for each token of a vocabulary.
+
+    Beside the declared one, these are linear layers as long as a vocabulary that are called a head or lie in no
+    numbered layer, as those for several next tokens do.
+    """
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(module, nn.Linear) or not isinstance(weight, Tensor):
             continue
         words = plain_name(name).split(".")
+        outside = not any(word.isdecimal() for word in words[:-1])
         named = any(word in HEADS for word in words[-3:])
-        if named and (words[-1:] == words or whole_shape(weight)[0] in facts.vocabularies):
+        if (named and len(words) == 1) or (whole_shape(weight)[0] in facts.vocabularies and (named or outside)):
             yield weight
     declared = getattr(getattr(unwrapped(model), "get_output_embeddings", lambda: None)(), "weight", None)
     if isinstance(declared, Tensor):
