@@ -5,6 +5,7 @@ from typing import Any
 
 from tests.symdist_megatron.how import How
 
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -18,6 +19,7 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmod
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.experimental_attention_variant import dsa
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -33,7 +35,11 @@ else:
     from megatron.core.ssm.mamba_block import MambaStack as Stack
     from megatron.core.ssm.mamba_block import MambaStackSubmodules as StackSubmodules
 
+from torch import Tensor, nn
+
 SEQUENCE = 16
+# It believes that it has Transformer Engine, whose modules are mocks.
+multi_latent_attention.HAVE_TE = False
 
 _LATENT: dict[str, Any] = {
     "q_lora_rank": 12,
@@ -51,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "sparse": _LATENT
     | {
         "experimental_attention_variant": "dsa",
-        "dsa_indexer_n_heads": 3,
+        "dsa_indexer_n_heads": 6,
         "dsa_indexer_head_dim": 4,
         "dsa_indexer_topk": 4,
     },
@@ -78,6 +84,20 @@ class WholeLinear(Linear):
     def __init__(self, *args: Any, parallel_mode: str = "duplicated", **kwargs: Any):
         assert parallel_mode == "duplicated"
         super().__init__(*args, **kwargs)
+
+
+class PlainAttention(nn.Module):
+    """In place of Transformer Engine's: Megatron's own is only for keys and values of one size."""
+
+    def __init__(self, *, softmax_scale: float, **_: Any):
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Of `[token, batch, head, size]`."""
+        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        found = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=self.scale)
+        return found.permute(2, 0, 1, 3).flatten(2)
 
 
 def config_class(how: How) -> type[Config]:
@@ -113,6 +133,7 @@ def model_of(config: Any, how: How, *, first: bool, last: bool) -> Any:
 def _latent(attention: Any, *, sparse: bool) -> None:
     """One projection down whole on all ranks, the other cut, as in Transformer Engine's modules and in Megatron's."""
     attention.linear_q_down_proj = Linear
+    attention.core_attention = PlainAttention
     if sparse:
         attention.core_attention = ModuleSpec(
             module=dsa.DSAttention,
