@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from symdist.routing.evidence import site_of
-from symdist.routing.facts import ModuleChain
+from symdist.routing.facts import ModuleChain, number
 from symdist.routing.fused_weights import Sections
 from symdist.routing.param_site import ParamSite
 from symdist.routing.words import norm_role
@@ -86,9 +86,7 @@ def megatron_site(leaf: str, parameter: nn.Parameter, chain: ModuleChain) -> Par
     elif attribute in ("linear_fc1", "linear_fc2") and isinstance(parent, (mlp.MLP, *_EXPERTS)):
         known = _mlp_site(attribute == "linear_fc1", parent, "expert" if in_experts(chain) else "mlp")
     elif _is_a(parent, "DSAIndexer"):
-        # linear_wq_b reads the latent of the queries.
-        latent = attribute == "linear_wq_b"
-        known = ParamSite(role="indexer", latent=latent, stream=None if latent else "input", evidence="class")
+        known = ParamSite(role="indexer", stream="input", evidence="class")
     elif _is_a(parent, "MultiTokenPredictionLayer") and attribute == "eh_proj":
         # It reads a hidden state and an embedding, side by side.
         known = ParamSite(role="matrix", stream="output", evidence="class")
@@ -97,7 +95,7 @@ def megatron_site(leaf: str, parameter: nn.Parameter, chain: ModuleChain) -> Par
     elif attribute in ("gate", "router") and hasattr(parent, "experts"):
         known = ParamSite(role="router", stream="input", evidence="name")
     if known is None and leaf.startswith("weight") and _is_linear(module):
-        known = ParamSite(role="matrix", evidence="type")
+        known = _linear_site(module)
     return known or ParamSite(role=None)
 
 
@@ -252,3 +250,17 @@ def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, (ColumnParallelLinear, RowParallelLinear, nn.Linear)):
         return True
     return any(each.__name__ == "TransformerEngineBaseModule" for each in type(module).__mro__)
+
+
+def _linear_site(module: Any) -> ParamSite:
+    """Return the site of a linear layer that nothing else explains, from the sides that are the residual stream."""
+    into, out = (
+        number(module, whole) or number(module, part)
+        for whole, part in (("input_size", "in_features"), ("output_size", "out_features"))
+    )
+    width = number(getattr(module, "config", None), "hidden_size")
+    role = "gate" if out == 1 else "matrix"
+    if width is None or (into == width) == (out == width):
+        # Its input counts as the stream.
+        return ParamSite(role=role, stream="input", evidence="type")
+    return ParamSite(role=role, stream="output" if out == width else "input", evidence="residual stream")

@@ -1,5 +1,6 @@
 """Kinds of Megatron models besides GPT's own: their configuration, their modules, and what it says of their weights."""
 
+import copy
 import importlib.util
 from typing import Any
 
@@ -113,11 +114,14 @@ def model_of(config: Any, how: How, *, first: bool, last: bool) -> Any:
     }
     if how.kind == "mamba":
         return _mamba(config, common, how)
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    # Since 0.17 it refuses variants.
+    plain = copy.copy(config)
+    plain.experimental_attention_variant = None
+    block = get_gpt_decoder_block_spec(plain, use_transformer_engine=False)
     for i, layer in enumerate(block.layer_specs):
         if how.kind in ("latent", "sparse"):
             _latent(layer.submodules.self_attention.submodules, sparse=how.kind == "sparse")
-        elif how.kind == "delta" and config.linear_attention_freq[i]:
+        elif how.kind == "delta" and not i:
             layer.submodules.self_attention = ModuleSpec(
                 module=GatedDeltaNet,
                 submodules=GatedDeltaNetSubmodules(
