@@ -16,6 +16,7 @@ def install() -> None:
     _module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=scan, mamba_split_conv1d_scan_combined=mix)
     _module("fla.modules.l2norm", l2norm=unit)
     sys.modules["fla.modules"].l2norm = unit  # type: ignore[attr-defined]
+    _module("fla.modules.convolution", causal_conv1d=convolve)
     _module("fla.ops.gated_delta_rule", chunk_gated_delta_rule=delta_rule)
 
 
@@ -58,8 +59,8 @@ def mix(
     heads, channels = len(A), len(weight)
     inner = heads * headdim
     z, xbc, dt = zxbcdt.split([inner, channels, heads], -1)
-    xbc = F.conv1d(xbc.mT, weight[:, None], bias, padding=weight.shape[1] - 1, groups=channels)[..., : z.shape[1]]
-    x, b, c = F.silu(xbc).mT.split([inner, (channels - inner) // 2, (channels - inner) // 2], -1)
+    states = (channels - inner) // 2
+    x, b, c = convolve(xbc, weight, bias, activation="silu")[0].split([inner, states, states], -1)
     b, c = (each.unflatten(-1, (ngroups, -1)) for each in (b, c))
     y = scan(x.unflatten(-1, (heads, headdim)), F.softplus(dt + dt_bias), A, b, c, D=D)
     return y.flatten(-2) * F.silu(z)
@@ -74,6 +75,14 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor) -
         state = state * (dt[:, t] * A).exp()[..., None, None] + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
         found.append((state * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
     return torch.stack(found, 1)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *, activation: str, **_: Any) -> tuple[Tensor, None]:
+    """A causal convolution of each channel of `[b, l, channels]`."""
+    assert activation == "silu"
+    channels, width = weight.shape
+    x = F.conv1d(x.mT, weight[:, None], bias, padding=width - 1, groups=channels)[..., : x.shape[1]]
+    return F.silu(x).mT, None
 
 
 def unit(x: Tensor) -> Tensor:

@@ -39,8 +39,9 @@ else:
 from torch import Tensor, nn
 
 SEQUENCE = 16
-# It believes that it has Transformer Engine, whose modules are mocks.
+# Without Transformer Engine it has mocks of its modules, which it takes for the real ones, or none.
 multi_latent_attention.HAVE_TE = False
+multi_latent_attention.Linear = Linear
 
 _LATENT: dict[str, Any] = {
     "q_lora_rank": 12,
