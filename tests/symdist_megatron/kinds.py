@@ -136,8 +136,11 @@ def model_of(config: Any, how: How, *, first: bool, last: bool) -> Any:
 
 
 def _latent(attention: Any, *, sparse: bool) -> None:
-    """One projection down whole on all ranks, the other cut, as in Transformer Engine's modules and in Megatron's."""
-    attention.linear_q_down_proj = Linear
+    """One projection down cut, as in Megatron's modules, the other whole on all ranks, as in Transformer Engine's.
+
+    Where this one is cut, Megatron does not sum the gradients of rotary keys over the ranks.
+    """
+    attention.linear_kv_down_proj = Linear
     attention.core_attention = PlainAttention
     if sparse:
         attention.core_attention = ModuleSpec(
