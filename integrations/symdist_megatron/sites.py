@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from symdist.routing.evidence import site_of
-from symdist.routing.facts import ModuleChain, number
+from symdist.routing.facts import ModuleChain
 from symdist.routing.fused_weights import Sections
 from symdist.routing.param_site import ParamSite
 from symdist.routing.words import norm_role
@@ -254,11 +254,10 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _linear_site(module: Any) -> ParamSite:
     """Return the site of a linear layer that nothing else explains, from the sides that are the residual stream."""
-    into, out = (
-        number(module, whole) or number(module, part)
-        for whole, part in (("input_size", "in_features"), ("output_size", "out_features"))
-    )
-    width = number(getattr(module, "config", None), "hidden_size")
+    # Megatron's layers have the sizes of the whole weight under other names.
+    into = getattr(module, "input_size", None) or getattr(module, "in_features", None)
+    out = getattr(module, "output_size", None) or getattr(module, "out_features", None)
+    width = getattr(getattr(module, "config", None), "hidden_size", None)
     role = "gate" if out == 1 else "matrix"
     if width is None or (into == width) == (out == width):
         # Its input counts as the stream.

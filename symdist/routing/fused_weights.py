@@ -182,18 +182,14 @@ def _resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
 def _are_apart(recipe: Recipe, role: str, sections: Sections) -> bool:
     """Return whether the sections of a fused weight are matrices of their own.
 
-    Those of a fused q, k and v are, unless the recipe has a section for it or gives all of them the same options by
+    Those of a fused q, k and v are, unless the recipe has a section for it or gives all of them the same options, by
     heads. A fused gate and up of a dense MLP are unless the recipe says otherwise, because many models store them
     apart; of experts, only if the recipe says so, because other models store them as one as well.
     """
     options = recipe.options(role) or {}
-    roles = [str(site.role) for _, site in sections.by_name.values()]
+    own = any(str(site.role) in recipe.sections for _, site in sections.by_name.values())
     if role == "attention_qkv":
-        by_role = [recipe.options(section_role) for section_role in roles]
-        alike = all(section_options == by_role[0] for section_options in by_role)
-        return role not in recipe.sections and not (alike and (by_role[0] or {}).get("view") == "heads")
-    if role not in ("mlp_gate_up", "expert_gate_up"):
-        return True
-    if options.get("view") == "apart" or any(section_role in recipe.sections for section_role in roles):
+        return role not in recipe.sections and (own or options.get("view") != "heads")
+    if role not in ("mlp_gate_up", "expert_gate_up") or own or options.get("view") == "apart":
         return True
     return role == "mlp_gate_up" and role not in recipe.sections and options.get("view") != "neurons"
