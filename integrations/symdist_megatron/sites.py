@@ -134,12 +134,12 @@ def sections_of(site: ParamSite, shape: tuple[int, ...], chain: ModuleChain, *, 
                 for name, heads in _heads_in_group(attribute, config).items()
             },
         )
-    if site.role == "mixer_in":
+    if _is_mixer(parent) and attribute == "in_proj":
         return Sections(
             repeats=ranks,
             by_name={
-                name: (size, ParamSite(role="mixer_in", heads=heads, stream="input", evidence="config"))
-                for name, (size, heads) in _mixer_sections(parent).items()
+                name: (size, ParamSite(role=role, heads=heads, stream="input", evidence="config"))
+                for name, (role, size, heads) in _mixer_sections(parent).items()
             },
         )
     if attribute == "linear_qkv_down_proj":
@@ -206,33 +206,35 @@ def _heads_in_group(attribute: str, config: Any) -> dict[str, int]:
 
 
 def _mixer_site(attribute: str, mixer: Any) -> ParamSite | None:
+    mamba = _is_a(mixer, "MambaMixer")
     if attribute == "in_proj":
-        return ParamSite(role="mixer_in", stream="input", evidence="class")
+        return ParamSite(role="mixer_in" if mamba else "attention", stream="input", evidence="class")
     if attribute == "out_proj":
-        heads = mixer.nheads if _is_a(mixer, "MambaMixer") else mixer.num_value_heads
-        return ParamSite(role="mixer_out", heads=heads, head_dim_index=1, stream="output", evidence="config")
+        role, heads = ("mixer_out", mixer.nheads) if mamba else ("attention_o", mixer.num_value_heads)
+        return ParamSite(role=role, heads=heads, head_dim_index=1, stream="output", evidence="config")
     return None
 
 
-def _mixer_sections(mixer: Any) -> dict[str, tuple[int, int]]:
-    """Return the sections of a mixer's `in_proj`, in order: the rows on each rank, and the heads on all ranks."""
+def _mixer_sections(mixer: Any) -> dict[str, tuple[str, int, int]]:
+    """Return the sections of a mixer's `in_proj`, in order: the role, the rows on each rank, and the heads on all."""
     if _is_a(mixer, "MambaMixer"):
         states = mixer.ngroups_local_tp * mixer.d_state
         return {
-            "z": (mixer.d_inner_local_tp, mixer.nheads),
-            "x": (mixer.d_inner_local_tp, mixer.nheads),
-            "B": (states, mixer.ngroups),
-            "C": (states, mixer.ngroups),
-            "dt": (mixer.nheads_local_tp, 1),
+            "z": ("mixer_in", mixer.d_inner_local_tp, mixer.nheads),
+            "x": ("mixer_in", mixer.d_inner_local_tp, mixer.nheads),
+            "B": ("mixer_in", states, mixer.ngroups),
+            "C": ("mixer_in", states, mixer.ngroups),
+            "dt": ("mixer_in", mixer.nheads_local_tp, 1),
         }
+    # Linear attention, with an output gate and, for each head, a rate of writing and one of forgetting.
     keys, values, ranks = mixer.num_key_heads, mixer.num_value_heads, mixer.tp_size
     return {
-        "query": (mixer.qk_dim // ranks, keys),
-        "key": (mixer.qk_dim // ranks, keys),
-        "value": (mixer.v_dim // ranks, values),
-        "z": (mixer.v_dim // ranks, values),
-        "beta": (values // ranks, 1),
-        "alpha": (values // ranks, 1),
+        "query": ("attention_q", mixer.qk_dim // ranks, keys),
+        "key": ("attention_k", mixer.qk_dim // ranks, keys),
+        "value": ("attention_v", mixer.v_dim // ranks, values),
+        "z": ("attention_gate", mixer.v_dim // ranks, values),
+        "beta": ("attention_gate", values // ranks, values),
+        "alpha": ("attention_gate", values // ranks, values),
     }
 
 

@@ -119,6 +119,8 @@ def model_of(config: Any, how: How, *, first: bool, last: bool) -> Any:
     plain = copy.copy(config)
     plain.experimental_attention_variant = None
     block = get_gpt_decoder_block_spec(plain, use_transformer_engine=False)
+    # Some of them are the same one.
+    block.layer_specs = [copy.deepcopy(layer) for layer in block.layer_specs]
     for i, layer in enumerate(block.layer_specs):
         if how.kind in ("latent", "sparse"):
             _latent(layer.submodules.self_attention.submodules, sparse=how.kind == "sparse")
@@ -226,7 +228,7 @@ def rows(name: str, config: Any) -> list[tuple[int, int]] | None:
         key_heads, heads = config.linear_num_key_heads, config.linear_num_value_heads
         keys, values = key_heads * config.linear_key_head_dim, heads * config.linear_value_head_dim
         if "in_proj" in name:
-            return [(keys, key_heads), (keys, key_heads), (values, heads), (values, heads), (heads, 1), (heads, 1)]
+            return [(keys, key_heads), (keys, key_heads), (values, heads), (values, heads), (heads, heads), (heads, heads)]
         if "conv1d" in name:
             return [(keys, key_heads), (keys, key_heads), (values, heads)]
     return None

@@ -4,7 +4,7 @@ import functools
 import multiprocessing
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -29,8 +29,11 @@ from torch import Tensor, nn
 Full = dict[str, Tensor]
 
 
-def build(how: How) -> tuple[TransformerConfig, list[Any]]:
-    """The configuration and this rank's model chunks, in DistributedDataParallel, with the weights of `full`."""
+def build(how: How, extend: Callable[[Any, Any], None] | None = None) -> tuple[TransformerConfig, list[Any]]:
+    """The configuration and this rank's model chunks, in DistributedDataParallel, with the weights of `full`.
+
+    `extend` puts more into the model, of which the weights stay as they are.
+    """
     dtype = getattr(torch, how.dtype)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -90,6 +93,8 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
             full_name = name_of(name, model)
             full = weight(full_name, full_shape(full_name, parameter, config))
             parameter.copy_(part_of(full_name, full, config).reshape(parameter.shape))
+    if extend is not None:
+        extend(config, model)
     if dtype == torch.bfloat16:
         model = Float16Module(config, model)
     ddp = DistributedDataParallelConfig(

@@ -34,8 +34,8 @@ def role_of(name: str, how: How) -> str:
         "linear_qkv.weight": "attention",
         "linear_q_up_proj.weight": "attention",
         ".linear_proj.weight": "attention",
-        "in_proj.weight": "mixer",
-        "out_proj.weight": "mixer",
+        "in_proj.weight": "mixer" if how.kind == "mamba" else "attention",
+        "out_proj.weight": "mixer" if how.kind == "mamba" else "attention",
         "down_proj.weight": "matrix",
         "linear_kv_up_proj.weight": "matrix",
         "eh_proj.weight": "matrix",
@@ -72,7 +72,10 @@ def matrices(
         views = [{"heads": heads, "dim": 0} if view == "heads" else view for _, heads in sections]
         return list(zip(parts, views, strict=True))
     if "out_proj" in name and view == "heads":
-        return [(full, {"heads": rows(name.replace("out_proj", "in_proj"), config)[3 if how.kind == "delta" else 0][1], "dim": 1})]
+        sections = rows(name.replace("out_proj", "in_proj"), config)
+        assert sections is not None
+        # As many as those of the gate.
+        return [(full, {"heads": sections[0 if how.kind == "mamba" else 3][1], "dim": 1})]
     if "linear_qkv" in name:
         queries = how.heads // how.groups
         gates = queries if config.attention_output_gate else 0
