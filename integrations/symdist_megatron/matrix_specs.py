@@ -8,7 +8,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import nn
 
 from symdist.routing.facts import ModuleChain
-from symdist.routing.fused_weights import MatrixSpec, matrices_of
+from symdist.routing.fused_weights import MatrixSpec, Sections, matrices_of
 from symdist.routing.param_site import ParamSite
 from symdist.routing.recipes import Recipe
 from symdist.routing.sites import walk
@@ -91,8 +91,13 @@ def _matrices(
 ) -> tuple[MatrixSpec, ...]:
     holder: Any = chain[-1][1]
     ranks = rank_grids.tensor_ranks(expert=expert)
-    cut = _cut(name, parameter, site, holder, expert=expert) if ranks > 1 and parameter.dim() == 2 else None
-    opaque = cut is not None and site.fused is None and getattr(parameter, "partition_stride", 1) != 1
+    cut, opaque = None, False
+    if ranks > 1 and parameter.dim() == 2:
+        cut = _cut(name, parameter, site, holder, expert=expert)
+        opaque = cut is not None and site.fused is None and getattr(parameter, "partition_stride", 1) != 1
+    elif ranks > 1:
+        # Vectors and convolutions of mixers say that they are cut, but not how.
+        opaque = bool(getattr(parameter, "tensor_model_parallel", False))
     if opaque:
         cut = None
     names, shape = [name], tuple(parameter.shape)
@@ -101,8 +106,9 @@ def _matrices(
         names = [f"{name}[{rank_grids.expert_rank * count + i}]" for i in range(count)]
         inner = parameter.numel() // count // hidden
         shape = (inner, hidden) if site.role == "expert_down" else (hidden, inner)
-    dim = 1 if site.transposed else 0
-    sections = sections_of(site, shape[dim], chain) if len(shape) == 2 else {}
+    sections = Sections()
+    if len(shape) == 2 and not opaque:
+        sections = sections_of(site, shape, chain, ranks=1 if cut is None else ranks)
     return tuple(
         matrices_of(
             names,

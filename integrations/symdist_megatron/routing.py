@@ -117,9 +117,9 @@ def _route(
             opaque = [unit.name for unit in units if unit.opaque and not coordinate_wise(param_group)]
             if opaque:
                 raise ValueError(
-                    f"{opaque[0]}: each tensor-parallel rank holds several pieces of it (its partition_stride is not "
-                    "1), and it is not known which; give it a coordinate-wise rule, such as adamw, in a pattern, or "
-                    "turn tensor parallelism off"
+                    f"{opaque[0]}: tensor parallelism cuts it, and it is not known how (it is no matrix, or its "
+                    "partition_stride is not 1); give it a coordinate-wise rule, such as adamw, in a pattern, or turn "
+                    "tensor parallelism off"
                 )
             for unit in units:
                 by_name[unit.name] = UnitAssignment(

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from symdist.layouts import FlatLayout, Layout
 from symdist.layouts.rank_grid import RankGrid
@@ -30,7 +30,7 @@ class MatrixSpec:
         widths: The size along `cut` on each tensor-parallel rank; empty by default.
         vocabulary: Whether its rows are those of the vocabulary, padded to a size that tensor parallelism divides.
             False by default.
-        opaque: Whether each rank holds several pieces of it, and it is not known which. False by default.
+        opaque: Whether tensor parallelism cuts it in a way that is not known. False by default.
     """
 
     name: str
@@ -77,12 +77,26 @@ class MatrixSpec:
         return start, self.strided_slice.between(first, last)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sections:
+    """The sections of a fused weight, which lie one after another and repeat together.
+
+    Attributes:
+        by_name: By the name of each section, in order, its size in one period and its site. Empty (the default) for a
+            weight that is not fused.
+        repeats: How often they repeat in the full weight, on all tensor-parallel ranks. 1 by default.
+    """
+
+    by_name: Mapping[str, tuple[int, ParamSite]] = field(default_factory=dict)
+    repeats: int = 1
+
+
 def matrices_of(
     names: Sequence[str],
     shape: tuple[int, ...],
     site: ParamSite,
     *,
-    sections: Mapping[str, tuple[int, ParamSite]],
+    sections: Sections,
     cut: int | None,
     ranks: int,
     recipe: Recipe,
@@ -93,14 +107,14 @@ def matrices_of(
 
     Experts that are stored together become one matrix each. A fused q, k and v becomes one matrix each, unless the
     recipe has a section `attention_qkv` or gives all of them the same options with `view = "heads"`. The gate and up of
-    a dense MLP become two, unless the recipe has a section `mlp_gate_up` or gives it `view = "neurons"`.
+    a dense MLP become two, unless the recipe has a section `mlp_gate_up` or gives it `view = "neurons"`. Any other
+    fused weight becomes one matrix for each section.
 
     Args:
         names: The parameter's name; if it holds several experts of one shape, one after another, a name for each.
         shape: The shape on each rank, of each expert.
         site: What it is used for.
-        sections: By name, the sections of a fused weight, which together repeat `site.groups` or `site.blocks` times:
-            their size in one period on a rank, and their site. Empty if it is not fused.
+        sections: The sections of a fused weight.
         cut: The dimension along which tensor parallelism cuts it; None if every rank has all of it.
         ranks: The number of tensor-parallel ranks.
         recipe: The recipe.
@@ -120,8 +134,8 @@ def matrices_of(
     if cut is not None:
         shape = _resized(shape, cut, shape[cut] * ranks)
     selections = [("", shape, site, StridedSlice.whole(math.prod(shape)))]
-    if sections and _are_apart(recipe, str(site.role), sections):
-        selections = list(_selections(names[0], shape, dim, sections, repeats=site.groups or site.blocks))
+    if sections.by_name and _are_apart(recipe, str(site.role), sections):
+        selections = list(_selections(names[0], shape, dim, sections))
     for i, name in enumerate(names):
         for suffix, unit_shape, unit_site, selected in selections:
             widths: tuple[int, ...] = ()
@@ -143,10 +157,10 @@ def matrices_of(
 
 
 def _selections(
-    name: str, shape: tuple[int, ...], dim: int, sections: Mapping[str, tuple[int, ParamSite]], *, repeats: int
+    name: str, shape: tuple[int, ...], dim: int, sections: Sections
 ) -> Iterator[tuple[str, tuple[int, ...], ParamSite, StridedSlice]]:
     """Yield the suffix, shape, site and elements of each section of a fused weight, which lie along `dim`."""
-    sizes = [size for size, _ in sections.values()]
+    sizes, repeats = [size for size, _ in sections.by_name.values()], sections.repeats
     if shape[dim] != repeats * sum(sizes):
         raise ValueError(
             f"{name} has {shape[dim]} rows, but by its module's config it should have {repeats} * "
@@ -154,7 +168,7 @@ def _selections(
         )
     width = math.prod(shape[dim + 1 :])
     period, start = sum(sizes) * width, 0
-    for section, (size, site) in sections.items():
+    for section, (size, site) in sections.by_name.items():
         stop = start + size * width
         selected = StridedSlice(count=math.prod(shape) // period, period=period, start=start, stop=stop)
         yield f"[{section}]", _resized(shape, dim, repeats * size), site, selected
@@ -165,19 +179,17 @@ def _resized(shape: tuple[int, ...], dim: int, size: int) -> tuple[int, ...]:
     return (*shape[:dim], size, *shape[dim + 1 :])
 
 
-def _are_apart(recipe: Recipe, role: str, sections: Mapping[str, tuple[int, ParamSite]]) -> bool:
+def _are_apart(recipe: Recipe, role: str, sections: Sections) -> bool:
     """Return whether the sections of a fused weight are matrices of their own.
 
-    Those of a fused q, k and v are, unless the recipe has a section for it or gives all of them the same options by
+    Those of a fused q, k and v are, unless the recipe has a section for it or gives all of them the same options, by
     heads. A fused gate and up of a dense MLP are unless the recipe says otherwise, because many models store them
     apart; of experts, only if the recipe says so, because other models store them as one as well.
     """
     options = recipe.options(role) or {}
-    roles = [str(site.role) for _, site in sections.values()]
+    own = any(str(site.role) in recipe.sections for _, site in sections.by_name.values())
     if role == "attention_qkv":
-        by_role = [recipe.options(section_role) for section_role in roles]
-        alike = all(section_options == by_role[0] for section_options in by_role)
-        return role not in recipe.sections and not (alike and (by_role[0] or {}).get("view") == "heads")
-    if options.get("view") == "apart" or any(section_role in recipe.sections for section_role in roles):
+        return role not in recipe.sections and (own or options.get("view") != "heads")
+    if role not in ("mlp_gate_up", "expert_gate_up") or own or options.get("view") == "apart":
         return True
     return role == "mlp_gate_up" and role not in recipe.sections and options.get("view") != "neurons"

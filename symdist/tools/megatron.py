@@ -21,7 +21,7 @@ from symdist.layouts.flat import flat_bounds
 from symdist.layouts.rank_grid import RankGrid
 from symdist.param_groups import with_defaults
 from symdist.param_specs import coordinate_wise
-from symdist.routing.fused_weights import MatrixSpec, matrices_of
+from symdist.routing.fused_weights import MatrixSpec, Sections, matrices_of
 from symdist.routing.param_site import ParamSite
 from symdist.routing.recipes import Recipe
 from symdist.routing.route import route_sites
@@ -339,7 +339,7 @@ def _described(
     site: ParamSite,
     *,
     cut: int | None = None,
-    sections: Mapping[str, tuple[int, ParamSite]] | None = None,
+    sections: Sections | None = None,
     vocabulary: bool = False,
     expert: int | None = None,
     experts: int = 1,
@@ -350,7 +350,7 @@ def _described(
         [name],
         shape,
         site,
-        sections=sections or {},
+        sections=sections or Sections(),
         cut=cut if ranks > 1 else None,
         ranks=ranks,
         recipe=recipe,
@@ -451,7 +451,11 @@ def _attention(shapes: Mapping[str, tuple[int, ...]], config: Any, mesh: Megatro
     rows, columns = groups * (queries + 2) * size, shapes["k_proj.weight"][1]
     site = ParamSite(role="attention_qkv", heads=groups * (queries + 2), groups=groups)
     shape = (_share(groups, mesh.tp, "key and value heads") * rows // groups, columns)
-    yield "self_attention.linear_qkv.weight", shape, {"site": site, "cut": 0, "sections": sections}
+    yield "self_attention.linear_qkv.weight", shape, {
+        "site": site,
+        "cut": 0,
+        "sections": Sections(by_name=sections, repeats=groups),
+    }
 
 
 def _feed_forward(
@@ -466,7 +470,8 @@ def _mlp(kind: str, name: str, inner: int, hidden: int, ranks: int) -> Iterator[
     share = _share(inner, ranks, f"neurons of {kind}")
     sections = {half: (share, ParamSite(role=f"{kind}_{half}")) for half in ("gate", "up")}
     up = ParamSite(role=f"{kind}_gate_up", fused="stacked")
-    yield f"{name}.linear_fc1.weight", (2 * share, hidden), {"site": up, "cut": 0, "sections": sections}
+    more = {"site": up, "cut": 0, "sections": Sections(by_name=sections, repeats=ranks)}
+    yield f"{name}.linear_fc1.weight", (2 * share, hidden), more
     yield f"{name}.linear_fc2.weight", (hidden, share), {"site": ParamSite(role=f"{kind}_down"), "cut": 1}
 
 

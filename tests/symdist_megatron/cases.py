@@ -60,6 +60,9 @@ def recipe(case: int) -> dict[str, Any]:
         "mlp": mlp,
         "experts": mlp,
         "router": router,
+        # What other kinds of models have besides.
+        "mixer": {key: value for key, value in attention.items() if value != "groups"},
+        "indexer": router,
         "matrix": MUON,
         "other": ADAMW,
     }

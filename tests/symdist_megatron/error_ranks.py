@@ -10,9 +10,12 @@ from tests.symdist_megatron.models import build, optimizer_config, parameters
 
 import megatron.core.optimizer as megatron_optimizer
 import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import symdist_megatron
+from symdist.routing.roles import FALLBACK, roles_up
 from symdist_megatron import get_symdist_optimizer
 from symdist_megatron.wrappers import SymDistChain
 
@@ -135,6 +138,45 @@ def norms(mesh: DeviceMesh, how: How) -> dict[str, str]:
     made = get_symdist_optimizer(optimizer_config(how), chunks, recipe=RECIPE | kinds)
     groups = made.joint_step.symdist.param_groups
     return {name: group["role"] for group in groups for name in group["param_names"] if "norm" in name}
+
+
+def roles(mesh: DeviceMesh, how: How) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The role and the shape of every matrix and vector, where the recipe has a section for each role."""
+    _, chunks = build(how)
+    recipe = {role: RECIPE["default"] for role in FALLBACK if role not in ("attention_qkv", "mlp_gate_up")}
+    recipe |= {role: RECIPE["other"] for role in FALLBACK if "other" in roles_up(role)}
+    made = get_symdist_optimizer(optimizer_config(how), chunks, recipe=recipe)
+    shapes = {shard.name: shard.unit.shape for bound in made.joint_step._bound for shard in bound.shards}
+    groups = made.joint_step.symdist.param_groups
+    return {name: (group["role"], shapes[name]) for group in groups for name in group["param_names"]}
+
+
+def extended(mesh: DeviceMesh, how: How, recipe: Any, names: list[str]) -> Any:
+    """The roles of weights that are no part of Megatron's models, by their names; or what the error says."""
+    _, chunks = build(how, extend=lambda config, model: setattr(model.decoder, "extra", Extra(config, names)))
+    try:
+        made = get_symdist_optimizer(optimizer_config(how), chunks, recipe=recipe)
+    except ValueError as error:
+        return str(error)
+    groups = made.joint_step.symdist.param_groups
+    return {name: group["role"] for group in groups for name in group["param_names"] if "extra" in name}
+
+
+class Extra(nn.Module):
+    """Some of: a layer that reads the residual stream, one that might read or write it, a gate, a bare weight."""
+
+    def __init__(self, config: Any, names: list[str]):
+        super().__init__()
+        width = config.hidden_size
+        shared: dict[str, Any] = {"config": config, "init_method": config.init_method, "bias": False}
+        if "reads" in names:
+            self.reads = ColumnParallelLinear(width, 6, **shared)
+        if "square" in names:
+            self.square = RowParallelLinear(width, width, input_is_parallel=True, skip_bias_add=False, **shared)
+        if "gate" in names:
+            self.gate = nn.Linear(width, 1, bias=False)
+        if "bare" in names:
+            self.bare = nn.Parameter(torch.ones(6, width))
 
 
 def command_line(mesh: DeviceMesh, words: list[str]) -> dict[str, Any]:

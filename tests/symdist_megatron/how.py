@@ -28,5 +28,9 @@ class How:
     tied: bool = False
     bucket: int = 500
     layer_wise: bool = False
+    kind: str = "gpt"
+    """Of `kinds.SETTINGS`."""
+    mtp: int = 0
+    """Layers of multi-token prediction."""
     overlap: bool = False
     """Of gradient reduction and parameter gathering with computation."""

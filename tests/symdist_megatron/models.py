@@ -4,33 +4,36 @@ import functools
 import multiprocessing
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.managers import SyncManager
 from typing import Any
 
 from launch.engines.megatron import on_cpu
 from tests.processes import end_with_parent
+from tests.symdist_megatron import kernels
 from tests.symdist_megatron.how import How
 
+kernels.install()
 on_cpu.install()
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from tests.symdist_megatron.kinds import SEQUENCE, SETTINGS, config_class, model_of, rows
 from torch import Tensor, nn
 
-SEQUENCE = 16
 Full = dict[str, Tensor]
 
 
-def build(how: How) -> tuple[TransformerConfig, list[Any]]:
-    """The configuration and this rank's model chunks, in DistributedDataParallel, with the weights of `full`."""
+def build(how: How, extend: Callable[[Any, Any], None] | None = None) -> tuple[TransformerConfig, list[Any]]:
+    """The configuration and this rank's model chunks, in DistributedDataParallel, with the weights of `full`.
+
+    `extend` puts more into the model, of which the weights stay as they are.
+    """
     dtype = getattr(torch, how.dtype)
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -40,7 +43,7 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
         expert_tensor_parallel_size=how.etp,
     )
     moe = how.moe if how.moe is not None else tuple(i % 2 for i in range(how.layers))
-    config = TransformerConfig(
+    config = config_class(how)(
         num_layers=how.layers,
         hidden_size=how.hidden,
         num_attention_heads=how.heads,
@@ -73,17 +76,15 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
         moe_router_load_balancing_type="none",
         moe_ffn_hidden_size=how.ffn // 2 if any(moe) else None,
         moe_shared_expert_intermediate_size=how.ffn if how.shared else None,
+        mtp_num_layers=how.mtp or None,
         **({"moe_use_legacy_grouped_gemm": True} if how.grouped else {}),
+        **SETTINGS[how.kind],
     )
-    model: Any = GPTModel(
+    model = model_of(
         config,
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False),
-        how.vocabulary,
-        SEQUENCE,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=how.tied,
-        position_embedding_type="rope",
+        how,
+        first=parallel_state.is_pipeline_first_stage(),
+        last=parallel_state.is_pipeline_last_stage(),
     )
     if dtype == torch.float64:
         model.double()
@@ -92,6 +93,8 @@ def build(how: How) -> tuple[TransformerConfig, list[Any]]:
             full_name = name_of(name, model)
             full = weight(full_name, full_shape(full_name, parameter, config))
             parameter.copy_(part_of(full_name, full, config).reshape(parameter.shape))
+    if extend is not None:
+        extend(config, model)
     if dtype == torch.bfloat16:
         model = Float16Module(config, model)
     ddp = DistributedDataParallelConfig(
@@ -189,6 +192,8 @@ def part_of(name: str, full: Tensor, config: TransformerConfig) -> Tensor:
         return torch.cat([half.chunk(ranks, 2)[rank] for half in full.chunk(2, 2)], 2)
     if name.endswith("experts.weight2"):
         return full.chunk(ranks, 1)[rank]
+    if sections := rows(name, config):
+        return torch.cat([part.chunk(ranks)[rank] for part in full.split([size for size, _ in sections])])
     if "linear_fc1" in name:
         return torch.cat([half.chunk(ranks)[rank] for half in full.chunk(2)])
     if _rows(name):
@@ -210,9 +215,17 @@ def _ranks(name: str) -> tuple[int, int]:
     return parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
 
 
+# Of a model's own modules: which weights tensor parallelism cuts along rows, and which along columns.
+_CUT_ROWS = (
+    r"word_embeddings|output_layer|linear_qkv|linear_fc1|linear_(q|q_up|kv_up|q_down)_proj|eh_proj|in_proj|conv1d|"
+    r"A_log|dt_bias|mixer\.D$|mixer\.norm|softmax_offset"
+)
+_CUT_COLUMNS = r"\.linear_proj|linear_fc2|out_proj"
+
+
 def _rows(name: str) -> bool:
-    return any(word in name for word in ("word_embeddings", "output_layer", "linear_qkv", "linear_fc1"))
+    return bool(re.search(_CUT_ROWS, name))
 
 
 def _columns(name: str) -> bool:
-    return "linear_proj" in name or "linear_fc2" in name
+    return bool(re.search(_CUT_COLUMNS, name))

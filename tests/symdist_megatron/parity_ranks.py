@@ -4,7 +4,7 @@ from typing import Any
 
 from tests.symdist_megatron.cases import STEPS, VOCABULARY, recipe
 from tests.symdist_megatron.how import How
-from tests.symdist_megatron.models import build, draw, optimizer_config, parameters, part_of, weight
+from tests.symdist_megatron.models import build, draw, optimizer_config, parameters, part_of, rows, weight
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,19 @@ def role_of(name: str, how: How) -> str:
     """By Megatron's names."""
     known = {
         "word_embeddings": "tied_embedding" if how.tied else "embedding",
+        "position_embeddings": "position_embedding",
         "output_layer": "tied_embedding" if how.tied else "head",
         "router": "router",
+        ".indexer.linear": "indexer",
+        "gate_weight": "gate",
         "linear_qkv.weight": "attention",
-        "linear_proj.weight": "attention",
+        "linear_q_up_proj.weight": "attention",
+        ".linear_proj.weight": "attention",
+        "in_proj.weight": "mixer" if how.kind == "mamba" else "attention",
+        "out_proj.weight": "mixer" if how.kind == "mamba" else "attention",
+        "down_proj.weight": "matrix",
+        "linear_kv_up_proj.weight": "matrix",
+        "eh_proj.weight": "matrix",
         ".experts.": "experts",
         "mlp.linear_fc": "mlp",
         "shared_experts": "mlp",
@@ -40,28 +49,46 @@ def role_of(name: str, how: How) -> str:
 
 def _options(name: str, how: How, case: int) -> dict[str, Any]:
     role = role_of(name, how)
-    options = recipe(case)["embedding" if role == "tied_embedding" else role]
+    role = {"tied_embedding": "embedding", "position_embedding": "embedding", "gate": "matrix"}.get(role, role)
+    options = recipe(case)[role]
     return recipe(case).get("attention_qkv", options) if "linear_qkv" in name else options
 
 
-def matrices(name: str, full: Tensor, options: dict[str, Any], how: How) -> list[tuple[Tensor, Any]]:
+def matrices(
+    name: str, full: Tensor, options: dict[str, Any], how: How, config: Any
+) -> list[tuple[Tensor, Any]]:
     """The matrices of a full weight as its rule sees them, `[out, in]`, and their views; changes show in `full`."""
     view = options.get("view", "as_stored")
     if view == "residual":
         # Of [out, in]: what writes to the stream has it as rows, what reads from it as columns.
-        view = "as_stored" if any(part in name for part in ("linear_proj", "linear_fc2", "weight2")) else "transposed"
+        writes = (".linear_proj", "linear_fc2", "weight2", "out_proj")
+        view = "as_stored" if any(part in name for part in writes) else "transposed"
         if "experts.weight" in name:
             return [pair for each in full for pair in _of_mlp(name, each.mT, view)]
+    if "in_proj" in name:
+        sections = rows(name, config)
+        assert sections is not None
+        parts = full.split([size for size, _ in sections])
+        views = [{"heads": heads, "dim": 0} if view == "heads" else view for _, heads in sections]
+        return list(zip(parts, views, strict=True))
+    if "out_proj" in name and view == "heads":
+        sections = rows(name.replace("out_proj", "in_proj"), config)
+        assert sections is not None
+        # As many as those of the gate.
+        return [(full, {"heads": sections[0 if how.kind == "mamba" else 3][1], "dim": 1})]
     if "linear_qkv" in name:
         queries = how.heads // how.groups
-        each = full.view(how.groups, (queries + 2) * how.kv_channels, how.hidden)
+        gates = queries if config.attention_output_gate else 0
+        each = full.view(how.groups, (queries + gates + 2) * how.kv_channels, how.hidden)
         if view == "groups":
             return [(part, "as_stored") for part in each]
-        cuts = [queries * how.kv_channels, how.kv_channels, how.kv_channels]
+        cuts = [heads * how.kv_channels for heads in (queries, gates, 1, 1) if heads]
         if view == "heads":
             return [(part, "as_stored") for part in full.view(-1, how.kv_channels, how.hidden)]
         return [(part, view) for part in each.split(cuts, 1)]
-    if "linear_proj" in name and view in ("heads", "groups"):
+    if "linear_q_up_proj" in name and view == "heads":
+        return [(full, {"heads": how.heads, "dim": 0})]
+    if ".linear_proj" in name and view in ("heads", "groups"):
         heads = {"heads": how.heads, "dim": 1} if view == "heads" else "as_stored"
         return [(full, heads)]
     if "experts.weight" in name:
@@ -87,7 +114,9 @@ def _of_mlp(name: str, full: Tensor, view: str) -> list[tuple[Tensor, Any]]:
     return [(full, view)]
 
 
-def alone(shapes: dict[str, tuple[int, ...]], how: How, case: int, *, vocabulary: int | None) -> dict[str, Tensor]:
+def alone(
+    shapes: dict[str, tuple[int, ...]], how: How, case: int, config: Any, *, vocabulary: int | None
+) -> dict[str, Tensor]:
     """The full weights after all steps in one process, without Megatron."""
     found = {name: weight(name, shape) for name, shape in shapes.items()}
     groups = []
@@ -98,7 +127,7 @@ def alone(shapes: dict[str, tuple[int, ...]], how: How, case: int, *, vocabulary
         gradients = [gradient(name, shapes[name], step, hold=hold) for step in range(STEPS)]
         # Of a vocabulary that is filled up the real rows alone, as if there were no others.
         real = slice(vocabulary if role in ("embedding", "head", "tied_embedding") else None)
-        seen = [matrices(name, tensor[real], options, how) for tensor in (full, *gradients)]
+        seen = [matrices(name, tensor[real], options, how, config) for tensor in (full, *gradients)]
         for i, (part, view) in enumerate(seen[0]):
             shape = (-1, part.shape[-1]) if part.dim() > 1 else (-1,)
             parameter = nn.Parameter(part.reshape(shape).clone())
@@ -150,13 +179,13 @@ def stepped(
                     parameter.main_grad.copy_(part_of(name, full, config).reshape(parameter.shape))
                 success, _, _ = optimizer.step()
                 assert success
-            expected = alone(shapes, how, case, vocabulary=vocabulary)
+            expected = alone(shapes, how, case, config, vocabulary=vocabulary)
             found[case] = {
                 name: (_error(name, parameter, expected[name], config, optimizer), _options(name, how, case)["rule"])
                 for name, parameter, _ in known
             }
             for name, parameter, shape in known:
-                if vocabulary is not None and name.startswith(("embedding.", "output_layer")):
+                if vocabulary is not None and name.startswith(("embedding.word", "output_layer")):
                     real = torch.arange(shape[0])[:, None].expand(shape) < vocabulary
                     padding = ~part_of(name, real, config)
                     before = part_of(name, weight(name, shape), config)[padding]

@@ -42,6 +42,19 @@ if GROUPED:
     }
 
 
+KINDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "latent attention": (1, {"kind": "latent", "shared": True, "mtp": 1}),
+    "latent attention, tp2": (2, {"kind": "latent", "shared": True, "mtp": 1, "tp": 2, "etp": 2}),
+    "latent attention, stages": (4, {"kind": "latent", "mtp": 1, "pp": 2, "tp": 2, "etp": 2}),
+    "sparse attention": (1, {"kind": "sparse"}),
+    "sparse attention, tp2": (4, {"kind": "sparse", "tp": 2, "etp": 2}),
+    "gated delta net": (1, {"kind": "delta"}),
+    "gated delta net, tp2": (4, {"kind": "delta", "tp": 2, "etp": 2}),
+    "mamba": (1, {"kind": "mamba", "layers": 4}),
+    "mamba, tp2": (4, {"kind": "mamba", "layers": 4, "tp": 2, "etp": 2}),
+    "mamba, stages": (4, {"kind": "mamba", "layers": 4, "tp": 2, "etp": 2, "pp": 2}),
+}
+
 STEPPED = "tests.symdist_megatron.parity_ranks:stepped"
 ALL = list(range(len(CASES)))
 
@@ -72,6 +85,15 @@ def test_and_where_layouts_meet(worlds: Worlds, layout: str) -> None:
     for distributed, cases in ((False, ALL[::3]), (True, ALL[1::3])):
         here = How(**how, distributed=distributed and not how.get("layer_wise"))
         check(worlds(world).run(world, STEPPED, here, cases), 1e-9, 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model(worlds: Worlds, kind: str) -> None:
+    """Mixers' sections, latents, indexers and multi-token prediction; the cases as above."""
+    world, how = KINDS[kind]
+    for distributed in (False, True):
+        here = How(**how, distributed=distributed)
+        check(worlds(world).run(world, STEPPED, here, ALL[int(distributed) :: 2]), 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("distributed", [False, True], ids=["plain", "distributed"])

@@ -64,6 +64,10 @@ OTHERS: dict[str, tuple[int, How]] = {
     "tied, pp2 tp2, distributed": (4, How(pp=2, tp=2, etp=2, tied=True, distributed=True)),
     "tied, pp2 dp2, distributed": (4, How(pp=2, tied=True, distributed=True)),
     "shared experts, tp2 ep2": (4, How(tp=2, ep=2, shared=True, distributed=True)),
+    "latent attention, tp2 pp2": (4, How(kind="latent", mtp=1, tp=2, etp=2, pp=2, distributed=True)),
+    "latent attention, tp2": (2, How(kind="latent", mtp=1, tp=2, etp=2, shared=True)),
+    "gated delta net, tp2": (2, How(kind="delta", tp=2, etp=2, distributed=True)),
+    "mamba, tp2 ep2": (4, How(kind="mamba", layers=4, tp=2, ep=2, distributed=True)),
 }
 
 
