@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -268,7 +269,8 @@ class Step:
 def _states_of(spec: ParamSpec, state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return this rank's pieces of the state of every member of a parameter."""
     states = [{key: member.of(value) for key, value in state.items()} for member in spec.members]
-    for own in states[1:]:
-        # Every section counts the step, and the parameter's count must rise by one.
+    # Every section counts the step, and the parameter's count must rise by one: a section that is stepped here has it.
+    counts = next((i for i, member in enumerate(spec.members) if math.prod(member.layout.local_shape)), 0)
+    for own in (*states[:counts], *states[counts + 1 :]):
         own.update({key: value.clone() for key, value in own.items() if not value.dim()})
     return states

@@ -59,8 +59,13 @@ def cut(keys: list[Key], way: str, ranks: int) -> dict[Key, dict[str, Any]]:
         if way in ("shuffled", "columns"):
             found[key]["rank_order"] = tuple(source.sample(range(ranks), ranks))
         if way == "columns" and len(found[key]["shape"]) == 2:
-            width = found[key]["shape"][1]
+            rows, width = found[key]["shape"]
             found[key]["column_blocks"] = (width - width // 3, width // 3)
+            if "sections" in CASES[key[0]][1].get("view", ()):
+                # A rank holds elements of one block, as under tensor parallelism.
+                first = rows * (width - width // 3)
+                found[key]["bounds"] = tuple(sorted({*range(0, rows * width, -(-first // (ranks - 1))), first}))[:ranks]
+                found[key]["bounds"] += (rows * width,)
     return found
 
 

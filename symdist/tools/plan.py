@@ -57,7 +57,7 @@ class RoleCosts:
     Attributes:
         role: The role.
         rules: The names of the rules of its parameters.
-        parameters: The number of parameters.
+        parameters: The number of parameters; of a parameter with sections, each counts.
         weights: The number of elements of these parameters.
         strategies: The number of parameters by strategy.
         precisions: In which precisions their rules compute roots.

@@ -67,7 +67,7 @@ class Simulated:
 
     @functools.cached_property
     def members(self) -> list[ParamSpec]:
-        """The descriptions of the optimizer's parameters on rank 0."""
+        """What the rules step one by one on rank 0: parameters, and sections of these."""
         return self.specs(0)
 
     @functools.cached_property
@@ -76,22 +76,26 @@ class Simulated:
         return plan_params(self.members, exchange=self.exchange)
 
     def specs(self, rank: int) -> list[ParamSpec]:
-        """Describe the optimizer's parameters on a rank.
+        """Describe what the rules step one by one on a rank: the optimizer's parameters, and sections of these.
 
         Args:
             rank: The rank.
 
         Returns:
-            The descriptions.
+            The descriptions, in the order of the plan's indices.
         """
-        specs = []
+        return [member for _, spec in self._described(rank) for member in spec.members]
+
+    def _described(self, rank: int) -> Iterator[tuple[Weight, ParamSpec]]:
         for weight in self.weights:
             layout = weight.layout(rank)
             if layout is not None:
                 piece = torch.empty(layout.local_shape, device="meta", requires_grad=True)
                 group = self.groups[weight.group]
-                specs.append(describe_param(piece, name=weight.name, index=weight.group, group=group, layout=layout))
-        return specs
+                yield (
+                    weight,
+                    describe_param(piece, name=weight.name, index=weight.group, group=group, layout=layout),
+                )
 
     def on_rank(self, rank: int) -> Plan:
         """Return the optimizer's plan on a rank.
@@ -121,7 +125,7 @@ class Simulated:
         Args:
             counting: Records what the rank sends.
             rank: The rank; 0 by default.
-            only: The indices of the rank's parameters to step; None (default) for all.
+            only: The indices in `specs` of what to step; None (default) for all.
 
         Returns:
             The operations of every rank, by group.
@@ -134,7 +138,7 @@ class Simulated:
         strategies = plan.strategies()
         if not any(weight.copies for weight in self.weights):
             return work
-        held = [(weight, layout) for weight in self.weights if (layout := weight.layout(rank)) is not None]
+        held = [(weight, member.layout) for weight, spec in self._described(rank) for member in spec.members]
         for i, (weight, layout) in enumerate(held):
             if weight.copies is not None and strategies.get(i, "local") != "local" and (only is None or i in only):
                 # Sums on several stages may differ in the last digit, so the first stage sends its copy.
