@@ -451,11 +451,15 @@ def _attention(shapes: Mapping[str, tuple[int, ...]], config: Any, mesh: Megatro
     rows, columns = groups * (queries + 2) * size, shapes["k_proj.weight"][1]
     site = ParamSite(role="attention_qkv", heads=groups * (queries + 2), groups=groups)
     shape = (_share(groups, mesh.tp, "key and value heads") * rows // groups, columns)
-    yield "self_attention.linear_qkv.weight", shape, {
-        "site": site,
-        "cut": 0,
-        "sections": Sections(by_name=sections, repeats=groups),
-    }
+    yield (
+        "self_attention.linear_qkv.weight",
+        shape,
+        {
+            "site": site,
+            "cut": 0,
+            "sections": Sections(by_name=sections, repeats=groups),
+        },
+    )
 
 
 def _feed_forward(

@@ -72,7 +72,9 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, D: Tensor) -
     B, C = (each.repeat_interleave(of_heads, 2) for each in (B, C))
     state, found = x.new_zeros(()), []
     for t in range(x.shape[1]):
-        state = state * (dt[:, t] * A).exp()[..., None, None] + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        state = (
+            state * (dt[:, t] * A).exp()[..., None, None] + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+        )
         found.append((state * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
     return torch.stack(found, 1)
 

@@ -4,8 +4,6 @@ import copy
 import importlib.util
 from typing import Any
 
-from tests.symdist_megatron.how import How
-
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -26,6 +24,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from tests.symdist_megatron.how import How
 
 if importlib.util.find_spec("megatron.core.models.hybrid"):
     from megatron.core.models.hybrid import hybrid_block as blocks
@@ -228,7 +228,14 @@ def rows(name: str, config: Any) -> list[tuple[int, int]] | None:
         key_heads, heads = config.linear_num_key_heads, config.linear_num_value_heads
         keys, values = key_heads * config.linear_key_head_dim, heads * config.linear_value_head_dim
         if "in_proj" in name:
-            return [(keys, key_heads), (keys, key_heads), (values, heads), (values, heads), (heads, heads), (heads, heads)]
+            return [
+                (keys, key_heads),
+                (keys, key_heads),
+                (values, heads),
+                (values, heads),
+                (heads, heads),
+                (heads, heads),
+            ]
         if "conv1d" in name:
             return [(keys, key_heads), (keys, key_heads), (values, heads)]
     return None

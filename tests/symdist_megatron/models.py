@@ -23,7 +23,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from tests.symdist_megatron.kinds import SEQUENCE, SETTINGS, config_class, model_of, rows
+from tests.symdist_megatron.kinds import SETTINGS, config_class, model_of, rows
 from torch import Tensor, nn
 
 Full = dict[str, Tensor]

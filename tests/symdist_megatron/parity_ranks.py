@@ -54,9 +54,7 @@ def _options(name: str, how: How, case: int) -> dict[str, Any]:
     return recipe(case).get("attention_qkv", options) if "linear_qkv" in name else options
 
 
-def matrices(
-    name: str, full: Tensor, options: dict[str, Any], how: How, config: Any
-) -> list[tuple[Tensor, Any]]:
+def matrices(name: str, full: Tensor, options: dict[str, Any], how: How, config: Any) -> list[tuple[Tensor, Any]]:
     """The matrices of a full weight as its rule sees them, `[out, in]`, and their views; changes show in `full`."""
     view = options.get("view", "as_stored")
     if view == "residual":

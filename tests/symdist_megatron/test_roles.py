@@ -158,5 +158,7 @@ def test_a_filter_that_is_cut_is_stepped_element_by_element(worlds: Worlds) -> N
     recipe = RECIPE | {"patterns": [{"match": "*.conv1d.weight", "rule": "row_norm", "lr": 0.1}]}
     said = worlds(2).run(2, RANKS + "refused", how, recipe, {}, {})
     assert said[0] == said[1]
-    assert said[0].startswith("decoder.layers.0.self_attention.conv1d.weight: tensor parallelism cuts it, and it is not")
+    assert said[0].startswith(
+        "decoder.layers.0.self_attention.conv1d.weight: tensor parallelism cuts it, and it is not"
+    )
     assert worlds(1).run(1, RANKS + "refused", replace(how, tp=1, etp=1), recipe, {}, {}) == ["nothing was refused"]
