@@ -430,7 +430,9 @@ def _is_mixer(module: Any) -> bool:
 
 def _takes_every_second(module_class: type[nn.Module]) -> bool:
     """Return whether the code of a module takes every second element, as for gates and ups that alternate."""
-    methods = [method for method in vars(module_class).values() if inspect.isfunction(method)]
+    # fully_shard makes a class of its own, on top of the module's.
+    kinds = [kind for kind in module_class.__mro__ if not kind.__module__.startswith("torch.")]
+    methods = [method for kind in kinds for method in vars(kind).values() if inspect.isfunction(method)]
     called = [method.__globals__.get(name) for method in methods for name in method.__code__.co_names]
     return any("::2" in _source(function) for function in (*methods, *filter(inspect.isfunction, called)))
 
