@@ -6,7 +6,7 @@ is multiplied with, by which of its dimensions is summed over, and by what becom
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ class Use:
     """What a forward pass does with a weight.
 
     Attributes:
-        stored: "out_in" or "in_out", as its last two dimensions are summed over: one or, if both happen, two.
+        stored: "out_in" or "in_out", by which of its last two dimensions is summed over; "other" if several are, or
+            another one. Empty if it meets no other tensor in a product of matrices.
         looked_up: Whether rows of it are looked up.
         convolved: Whether it is the kernel of a convolution.
         coordinates: Whether it meets other tensors element by element.
@@ -28,7 +29,8 @@ class Use:
         elsewhere: Whether its input is something other than the residual stream.
         writes: Whether its output is added to the residual stream.
         chooses: Whether the largest of its outputs are chosen (topk): what a router of experts is for.
-        cuts: The rows, of the weight as [out, in], at which its output is cut into parts.
+        cuts: The rows, of the weight as [out, in], at which its output is split into parts.
+        slices: The rows at which slices of its output begin or end: those of parts, or of rotary embeddings.
         alternating: Whether every other output is taken.
         heads: By rows (start, stop), the shape into which this part of the output is viewed: (…, heads, head size).
         periods: Where the output is viewed as heads that are cut in turn: their number, and the sizes of the parts.
@@ -44,6 +46,7 @@ class Use:
     writes: bool = False
     chooses: bool = False
     cuts: set[int] = field(default_factory=set)
+    slices: set[int] = field(default_factory=set)
     alternating: bool = False
     heads: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     periods: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
@@ -81,13 +84,14 @@ class _Trace:
 
 
 _NOTHING = _Trace()
+_TRACE = "_trace_of_use"
 _SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "rsub", "index_add"}
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "grouped_mm"}
 _OF_SHAPES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _OF_SHAPES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
 _VIEWS = {"__getitem__", "index_select", "to", "float", "type", "type_as", "contiguous", "clone", "detach", "unsqueeze"}
 _VIEWS |= {"squeeze", "unbind", "expand", "half", "bfloat16", "chunk", "split", "split_with_sizes", "select", "narrow"}
-_CHOICES = {"topk", "argmax", "sort", "argsort"}
+_CHOICES = {"topk", "argmax", "max", "sort", "argsort"}
 _TURNS = {torch.Tensor.mT.__get__, torch.Tensor.T.__get__}  # type: ignore[attr-defined]
 
 
@@ -98,6 +102,7 @@ class Follower(TorchFunctionMode):
         super().__init__()
         self.uses: dict[str, Use] = {}
         self._widths = widths
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
                 self.uses[name] = Use()
@@ -112,6 +117,10 @@ class Follower(TorchFunctionMode):
             return _ANSWERS[function](first)
         if function in (torch.where, Tensor.where) and len(args) == 1 and isinstance(first, Tensor) and first.is_meta:
             return tuple(torch.zeros(1, dtype=torch.long, device="meta") for _ in range(first.ndim))
+        if function in (torch.split, Tensor.split) and isinstance(sizes := args[1], list) and isinstance(first, Tensor):
+            # Numbers of tokens by expert, which are not known: all go to the first one.
+            size = first.shape[kwargs.get("dim", args[2] if len(args) > 2 else 0)]
+            args = (first, sizes if sum(sizes) == size else [size] + [0] * (len(sizes) - 1), *args[2:])
         result = function(*args, **kwargs)
         name = "turn" if function in _TURNS else getattr(function, "__name__", "")
         tensors = list(_tensors((args, kwargs)))
@@ -125,7 +134,10 @@ class Follower(TorchFunctionMode):
         if name == "linear":
             self._multiply(tensors[0], tensors[1], result, weight_last=True, turned=True)
         elif name in _PRODUCTS:
-            a, b = (tensors[-2:] if name in ("addmm", "baddbmm") else tensors[:2])
+            for bias in tensors[:-2]:
+                if (found := _trace(bias).weight) is not None and name in ("addmm", "baddbmm"):
+                    self.uses[found[0]].coordinates = True
+            a, b = tensors[-2:] if name in ("addmm", "baddbmm") else tensors[:2]
             a, b = (b, a) if name == "__rmatmul__" else (a, b)
             self._multiply(a, b, result, weight_last=_trace(b).weight is not None, turned=False)
         elif name == "einsum":
@@ -139,7 +151,7 @@ class Follower(TorchFunctionMode):
             self._convolve(tensors, result)
         elif name == "__setitem__":
             _mark(tensors[0], self._of_elements(name, tensors, tensors[0]))
-        elif _trace(tensors[0]).weight is not None and (name in _VIEWS or name in ("transpose", "t", "turn", "permute")):
+        elif _trace(tensors[0]).weight is not None and (name in _VIEWS or _keeps_last(name, tensors[0], result)):
             self._view_weight(name, args, kwargs, tensors[0], result)
         else:
             if name in _CHOICES:
@@ -177,8 +189,9 @@ class Follower(TorchFunctionMode):
         weight, other = tensors[index], tensors[1 - index]
         name, swapped = _trace(weight).weight  # type: ignore[misc]
         last_two = letters[index][-2:]
-        summed = [letter for letter in last_two if letter not in output]
-        if len(summed) != 1 or summed[0] not in letters[1 - index]:
+        summed = [letter for letter in letters[index] if letter not in output]
+        if len(summed) != 1 or summed[0] not in last_two:
+            self.uses[name].stored.add("other")
             return
         summed_last = last_two.index(summed[0]) == 1
         self.uses[name].stored.add("out_in" if summed_last != swapped else "in_out")
@@ -241,22 +254,19 @@ class Follower(TorchFunctionMode):
     def _rows(self, name: str) -> int:
         return self._shapes[name][-1 if self.uses[name].stored == {"in_out"} else -2]
 
-    @property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return self.shapes
-
-    shapes: dict[str, tuple[int, ...]]
-
     def _rest(
         self, name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor], result: Any
     ) -> None:
-        for tensor in tensors:
-            if (found := _trace(tensor).weight) is not None:
-                self.uses[found[0]].coordinates = True
         results = list(_tensors(result))
         if not results or results[0].dtype in (torch.bool, torch.long, torch.int):
             return
         first = tensors[0]
+        for tensor in tensors:
+            # A result of the same name is the weight itself, changed in place; a cast to its type is no use of it.
+            if (found := _trace(tensor).weight) is not None and name not in ("to", "type_as"):
+                self.uses[found[0]].coordinates = True
+        if any(each is tensor for each in results for tensor in tensors if _trace(tensor).weight is not None):
+            return
         product = _trace(first).product
         if name in ("split", "split_with_sizes", "chunk", "tensor_split", "unbind"):
             products = self._cut(first, product, results, args, kwargs)
@@ -346,7 +356,7 @@ class Follower(TorchFunctionMode):
             return product
         if product.heads is not None:
             return None
-        self.uses[product.weight].cuts.update({product.start + start, product.start + stop} - {0, product.stop})
+        self.uses[product.weight].slices.update({product.start + start, product.start + stop} - {0, product.stop})
         return replace(product, start=product.start + start, stop=product.start + stop)
 
     def _moved(
@@ -382,12 +392,117 @@ class Follower(TorchFunctionMode):
         return replace(product, axis=order.index(product.axis) - first.ndim)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Followed:
+    """What following a forward pass of a model found.
+
+    Attributes:
+        uses: What is done with each weight of two or more dimensions, by name. A weight that has a `twin` is not there.
+        twins: For each parameter of a layer that is built like an earlier one, the same parameter of the first such
+            layer. Only that one was followed.
+        error: The error that ended the pass before its end; None if it ran through.
+    """
+
+    uses: dict[str, Use]
+    twins: dict[str, str]
+    error: str | None
+
+
+def follow(model: nn.Module) -> Followed:
+    """Follow one forward pass of a causal language model on meta, on eight tokens. Layers built alike run once."""
+    followed = _followed(model, skip=True)
+    if followed.error is not None:  # Layers may hand each other more than the residual stream.
+        followed = _followed(model, skip=False)
+    return followed
+
+
+def _followed(model: nn.Module, *, skip: bool) -> Followed:
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    widths = {getattr(model.config.get_text_config(), "hidden_size", None)}  # type: ignore[operator, union-attr]
+    widths |= {embedding.weight.shape[1]} if embedding is not None else set()
+    follower = Follower(model, {width for width in widths if isinstance(width, int)})
+    tokens, error = torch.zeros(2, 8, dtype=torch.long, device="meta"), None
+    training, checked = model.training, torch.distributions.Distribution._validate_args
+    model.eval()
+    if hasattr(model, "set_default_language"):  # X-MOD runs in one of its languages.
+        model.set_default_language(model.config.languages[0])  # type: ignore[operator, union-attr]
+    torch.distributions.Distribution.set_default_validate_args(False)
+    if getattr(model, "set_experts_implementation", None) is not None and hasattr(model, "_can_set_experts_implementation"):
+        with suppress(ValueError):
+            model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    try:
+        with _each_kind_once(model) if skip else nullcontext({}) as twins:
+            with torch.device("meta"), torch.no_grad(), follower:
+                model(input_ids=tokens, use_cache=False)
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+    finally:
+        model.train(training)
+        torch.distributions.Distribution.set_default_validate_args(checked)
+        for parameter in model.parameters():
+            parameter.__dict__.pop(_TRACE, None)
+    uses = {name: use for name, use in follower.uses.items() if name not in twins}
+    return Followed(uses=uses, twins=twins, error=error)
+
+
+@contextmanager
+def _each_kind_once(model: nn.Module) -> Iterator[dict[str, str]]:
+    """Let a layer that is built like an earlier one of its list return what that returned. Yields the twins."""
+    twins: dict[str, str] = {}
+    changed: list[nn.Module] = []
+    for prefix, layers in list(model.named_modules()):
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        first: dict[Any, tuple[str, nn.Module]] = {}
+        returned: dict[str, Any] = {}
+        for number, layer in enumerate(layers):
+            path = f"{prefix}.{number}"
+            kind = _kind(layer)
+            if kind in first:
+                twin = first[kind][0]
+                twins |= {f"{path}.{name}": f"{twin}.{name}" for name, _ in layer.named_parameters()}
+                layer.forward = _repeating(returned, twin)
+            else:
+                first[kind] = path, layer
+                layer.forward = _noting(returned, path, layer.forward)
+            changed.append(layer)
+    try:
+        yield twins
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _kind(layer: nn.Module) -> Any:
+    modules = tuple((name, type(module)) for name, module in layer.named_modules())
+    return modules, tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+
+
+def _repeating(returned: dict[str, Any], twin: str) -> Callable[..., Any]:
+    return lambda *args, **kwargs: returned[twin]
+
+
+def _noting(returned: dict[str, Any], path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        returned[path] = forward(*args, **kwargs)
+        return returned[path]
+
+    return noting
+
+
+def _keeps_last(name: str, old: Tensor, new: Any) -> bool:
+    """Whether a reshaping leaves the last dimension, or only turns."""
+    return name in ("transpose", "t", "turn", "permute") or (
+        name in ("view", "reshape") and new.shape[-1:] == old.shape[-1:]
+    )
+
+
 def _trace(tensor: Tensor) -> _Trace:
-    return getattr(tensor, "_trace_of_use", _NOTHING)
+    return tensor.__dict__.get(_TRACE, _NOTHING)
 
 
 def _mark(tensor: Tensor, trace: _Trace) -> None:
-    tensor._trace_of_use = trace  # type: ignore[attr-defined]
+    tensor.__dict__[_TRACE] = trace
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
