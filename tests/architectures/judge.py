@@ -4,6 +4,7 @@ Nothing of the router is used but its groups. The facts are those of `uses.py` (
 modules where a weight has no part in that pass, and the numbers of the configuration.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -142,15 +143,18 @@ def _of_weight(name: str, group: Mapping[str, Any], facts: Facts, asked: Asked) 
     said = f"role {role!r}, rule {group['rule']!r}, view {view!r}"
     looked_up = use.looked_up or isinstance(module, nn.Embedding)
     stored = _stored(module, name, shape, use)
-    if looked_up and role not in LOOKED_UP:
+    if looked_up and role not in LOOKED_UP and (as_matrix or isinstance(module, nn.Embedding)):
         yield f"{said}; its rows are looked up, so it is an embedding"
-    if role in LOOKED_UP and not looked_up and not (len(shape) > 1 and use.coordinates and role.startswith("position")):
+    sliced = role == "position_embedding" and (use.coordinates or use == Use())
+    if role in LOOKED_UP and not looked_up and not sliced:
         yield f"{said}; no rows of it are looked up"
     if name == facts.output and role not in ("head", "tied_embedding"):
         yield f"{said}; the model declares it as its output embedding"
-    if role in ("embedding", "tied_embedding", "head") and shape[0] not in facts.vocabularies:
+    if role in ("embedding", "tied_embedding", "head") and not any(
+        shape[0] % rows == 0 for rows in facts.vocabularies
+    ):
         yield f"{said}; it has {shape[0]} rows, the vocabulary {sorted(facts.vocabularies)}"
-    if role.startswith("expert") and len(shape) == 3 and shape[0] not in facts.experts:
+    if role.startswith("expert") and len(shape) == 3 and shape[0] not in _counts(facts):
         yield f"{said}; it holds {shape[0]} experts, the configuration says {sorted(facts.experts)}"
     yield from _router(said, role, shape, use, facts)
     if not as_matrix:
@@ -174,16 +178,19 @@ def _of_weight(name: str, group: Mapping[str, Any], facts: Facts, asked: Asked) 
 
 
 def _router(said: str, role: str, shape: tuple[int, ...], use: Use, facts: Facts) -> Iterator[str]:
-    # Some routers also choose among experts that do nothing, or that are the layer's input.
-    sums = {count + more for count in facts.experts for more in (0, 1, *facts.experts)}
     if use.chooses and role != "router":
         yield f"{said}; the largest of its outputs are chosen, so it is a router"
     if role == "router" and shape[0] == 1:
         yield f"{said}; a gate of one row chooses nothing, so it is no router"
     elif role == "router" and not use.chooses and shape[0] not in facts.experts:
         yield f"{said}; nothing is chosen by its outputs, and there are {sorted(facts.experts)} experts"
-    elif role == "router" and shape[0] not in sums:
+    elif role == "router" and shape[0] not in _counts(facts):
         yield f"{said}; it has {shape[0]} rows, but there are {sorted(facts.experts)} experts"
+
+
+def _counts(facts: Facts) -> set[int]:
+    """Return the numbers of experts; some models add experts that do nothing, one that skips, or ones that all share."""
+    return {count + more for count in facts.experts for more in (0, 1, *facts.experts)}
 
 
 def _stored(module: nn.Module, name: str, shape: tuple[int, ...], use: Use) -> set[str]:
@@ -207,7 +214,7 @@ def _dim_of(side: Literal["out", "in"], stored: set[str]) -> int:
 
 def _rows(view: Any) -> Side:
     """Return which of the last two stored dimensions a view makes the rows of its matrices."""
-    if view == "transposed":
+    if view == "transposed" or (isinstance(view, Mapping) and view.get("transposed")):
         return "last"
     pairs = "gate_up" in view if isinstance(view, Mapping) else view.startswith("gate_up")
     return "pairs" if pairs else "first"
@@ -282,4 +289,6 @@ def _heads(
 def _units(heads: tuple[int, ...], use: Use, role: str) -> set[int]:
     """Return the sizes of a head: that of the view, or of its parts where these are q, k and v of one size."""
     parts = {sizes[0] for _, sizes in use.periods if len(set(sizes)) == 1 and sum(sizes) == heads[-1]}
-    return parts if parts and role == "attention_qkv" else {heads[-1]} | parts
+    if use.ends and role == "attention_qkv":
+        parts |= {math.gcd(*use.ends)}
+    return use.within or (parts if parts and role == "attention_qkv" else {heads[-1]} | parts)

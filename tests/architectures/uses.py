@@ -34,6 +34,8 @@ class Use:
         alternating: Whether every other output is taken.
         heads: By rows (start, stop), the shape into which this part of the output is viewed: (…, heads, head size).
         periods: Where the output is viewed as heads that are cut in turn: their number, and the sizes of the parts.
+        ends: Where the output is viewed as heads of which slices are taken: where these begin or end.
+        within: The sizes of heads into which such parts are viewed in turn.
         heads_in: The shapes (heads, head size) that were merged into its input.
     """
 
@@ -50,6 +52,8 @@ class Use:
     alternating: bool = False
     heads: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     periods: set[tuple[int, tuple[int, ...]]] = field(default_factory=set)
+    ends: set[int] = field(default_factory=set)
+    within: set[int] = field(default_factory=set)
     heads_in: set[tuple[int, int]] = field(default_factory=set)
 
 
@@ -248,7 +252,9 @@ class Follower(TorchFunctionMode):
     def _choose(self, args: Sequence[Any], kwargs: dict[str, Any], scores: Tensor) -> None:
         dim = kwargs.get("dim", -1)
         for output in _trace(scores).outputs:
-            if scores.ndim and self._rows(output) == scores.shape[dim if isinstance(dim, int) else -1]:
+            # A router may also score experts that every token goes to, and choose among the others.
+            rows = {self._rows(output), *self.uses[output].cuts, *self.uses[output].slices}
+            if scores.ndim and scores.shape[dim if isinstance(dim, int) else -1] in rows:
                 self.uses[output].chooses = True
 
     def _rows(self, name: str) -> int:
@@ -313,7 +319,7 @@ class Follower(TorchFunctionMode):
         sizes = [each.shape[dim] for each in results] if results[0].ndim == first.ndim else []
         if product.heads is not None:
             self.uses[product.weight].periods.add((product.heads, tuple(sizes)))
-            return [None] * len(results)
+            return [replace(product)] * len(results)
         parts, start = [], product.start
         for size in sizes:
             parts.append(replace(product, start=start, stop=start + size))
@@ -330,8 +336,14 @@ class Follower(TorchFunctionMode):
         for count in range(2, len(old) + 1):
             if math.prod(old[-count:]) == new[-1] and old[-1] > 1:
                 return None, (math.prod(old[-count:-1]), old[-1])
-        if product is not None and product.axis == -1 and product.heads is None:
+        if product is not None and product.axis == -1:
             for count in range(2, len(new) + 1):
+                if product.heads is not None:
+                    # A last dimension of two is that of pairs, which a rotary embedding turns.
+                    if math.prod(new[-count:]) in (old[-1], math.prod(old[-2:])) and new[-1] > 2:
+                        self.uses[product.weight].within.add(new[-1])
+                        return None, None
+                    continue
                 if math.prod(new[-count:]) == old[-1]:
                     self.uses[product.weight].heads.setdefault((product.start, product.stop), new[-count:])
                     return replace(product, heads=math.prod(new[-count:-1])), None
@@ -355,6 +367,7 @@ class Follower(TorchFunctionMode):
         if (start, stop) == (0, first.shape[product.axis]):
             return product
         if product.heads is not None:
+            self.uses[product.weight].ends.update({start, stop} - {0})
             return None
         self.uses[product.weight].slices.update({product.start + start, product.start + stop} - {0, product.stop})
         return replace(product, start=product.start + start, stop=product.start + stop)
