@@ -289,6 +289,6 @@ def _heads(
 def _units(heads: tuple[int, ...], use: Use, role: str) -> set[int]:
     """Return the sizes of a head: that of the view, or of its parts where these are q, k and v of one size."""
     parts = {sizes[0] for _, sizes in use.periods if len(set(sizes)) == 1 and sum(sizes) == heads[-1]}
-    if use.ends and role == "attention_qkv":
+    if 3 * math.gcd(*use.ends) == heads[-1]:
         parts |= {math.gcd(*use.ends)}
     return use.within or (parts if parts and role == "attention_qkv" else {heads[-1]} | parts)

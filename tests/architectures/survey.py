@@ -1,0 +1,180 @@
+"""Route every causal language model of the installed transformers and judge it: the verdicts, one by one, and cached."""
+
+import functools
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from symdist import load_recipe, route
+from tests.architectures.judge import Asked, Facts, facts_of, judge
+from tests.architectures.models import Unbuilt, build
+from tests.architectures.uses import Use, follow
+
+# Beside embeddings and heads, for which the side of the stream is a question too, whatever a recipe gives them.
+RESIDUAL: dict[str, Any] = {
+    "default": {"rule": "aro", "view": "residual", "lr": 0.01},
+    "other": {"rule": "adamw", "lr": 0.01},
+    "router": {"rule": "adamw", "lr": 0.01},
+}
+RECIPES: tuple[tuple[str | dict[str, Any], Asked], ...] = (
+    ("muon", "plain"),
+    ("olmoe", "heads"),
+    ("small-moe", "heads"),
+    (RESIDUAL, "residual"),
+)
+Status = Literal["right", "needs a line", "wrong", "not built"]
+
+SPECIAL = {
+    "tied_embedding": "tied embedding",
+    "position_embedding": "learned positions",
+    "per_layer_embedding": "embeddings by layer",
+    "attention_qkv": "fused q, k and v",
+    "attention_gate": "attention gates",
+    "indexer": "indexer",
+    "adapter": "adapters",
+    "gate": "gates of few rows",
+    "router_bias": "router with bias",
+    "sink": "attention sinks",
+    "convolution": "convolutions",
+    "state_space": "state-space parameters",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What routing does with an architecture at its default configuration.
+
+    Attributes:
+        model_type: Its name in transformers.
+        status: "right"; "needs a line" if routing refuses weights and takes them with the patterns that it prints;
+            "wrong"; or "not built".
+        faults: What is wrong, a line for each kind of weight.
+        lines: The kinds of weights for which patterns are needed.
+        special: What is special about how it stores its weights.
+        reason: Why it does not build; empty if it does.
+        raised_by: The module that raised that error; empty if it builds.
+        seen: The number of weights of two or more dimensions that the forward pass that was followed came to.
+        unseen: The number of those that it did not come to, which are judged by their classes.
+        ended: The error that ended that pass early; empty if it ran through.
+    """
+
+    model_type: str
+    status: Status
+    faults: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
+    special: tuple[str, ...] = ()
+    reason: str = ""
+    raised_by: str = ""
+    seen: int = 0
+    unseen: int = 0
+    ended: str = ""
+
+
+@functools.cache
+def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
+    """Route an architecture by recipes of every kind of view and judge what comes out; `thorough` takes every recipe."""
+    model = build(model_type)
+    if isinstance(model, Unbuilt):
+        return Verdict(model_type=model_type, status="not built", reason=model.reason, raised_by=model.module)
+    followed = follow(model)
+    facts = facts_of(model, followed)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    faults: dict[str, None] = {}
+    lines: dict[str, None] = {}
+    special: tuple[str, ...] = ()
+    for recipe, asked in RECIPES:
+        if recipe == "small-moe" and not thorough:
+            continue
+        try:
+            groups, needed = routed(model, recipe, facts)
+        except ValueError as error:
+            faults[f"{asked}: {' '.join(str(error).split())}"] = None
+            continue
+        lines |= dict.fromkeys(needed)
+        faults |= dict.fromkeys(f"{asked}: {line}" for line in judge(facts, groups, trainable, asked))
+        if asked == "plain":
+            special = tuple(_special(facts, groups))
+    return Verdict(
+        model_type=model_type,
+        status="wrong" if faults else "needs a line" if lines else "right",
+        faults=tuple(faults),
+        lines=tuple(lines),
+        special=special,
+        seen=sum(len(facts.shapes[name]) > 1 and use != Use() for name, use in facts.uses.items()),
+        unseen=sum(len(facts.shapes[name]) > 1 and use == Use() for name, use in facts.uses.items()),
+        ended=followed.error or "",
+    )
+
+
+def routed(
+    model: nn.Module, recipe: str | Mapping[str, Any], facts: Facts
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Route a model, with the patterns that refusals print pasted into the recipe.
+
+    A weight that has nothing to do with the residual stream may be refused the view "residual", without a pattern to
+    paste: it then gets the view that the message names.
+
+    Returns:
+        The groups, and the kinds of weights for which patterns were pasted.
+
+    Raises:
+        ValueError: If a refusal prints no patterns, or these do not help.
+    """
+    recipe = recipe if isinstance(recipe, Mapping) else _as_mapping(recipe)
+    patterns: list[dict[str, Any]] = []
+    needed: list[str] = []
+    for _ in range(10):
+        try:
+            return route(model, {**recipe, "patterns": patterns}), needed
+        except ValueError as error:
+            message = str(error)
+            name = message.partition(":")[0]
+            if "view 'residual' does not know" in message and not (facts.uses[name].reads or facts.uses[name].writes):
+                patterns.append({"match": re.sub(r"\.\d+\.", ".*.", name), "view": "as_stored"})
+                continue
+            if "[[patterns]]" not in message:
+                raise
+            pasted = tomllib.loads(message[message.index("[[patterns]]") :])["patterns"]
+            needed += dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".N", pattern["match"]) for pattern in pasted)
+            patterns += pasted
+    raise ValueError(f"ten times patterns were pasted, and still it is refused: {message}")
+
+
+def _as_mapping(name: str) -> dict[str, Any]:
+    recipe = load_recipe(name)
+    return {**recipe.sections, "schedule": dict(recipe.schedules)}
+
+
+def _special(facts: Facts, groups: list[dict[str, Any]]) -> list[str]:
+    """Say how a model stores its weights where it is not one [out, in] matrix for each, by what its forward does."""
+    roles = {name: group["role"] for group in groups for name in group["param_names"]}
+    views = {name: group["view"] for group in groups for name in group["param_names"]}
+    found: dict[str, None] = {}
+    heads: dict[str, set[int]] = {}
+    for name, use in facts.uses.items():
+        role = roles.get(name, "")
+        if role.startswith("expert") and len(facts.shapes[name]) == 3:
+            found["experts stored [in, out]" if use.stored == {"in_out"} else "experts stored [out, in]"] = None
+            if use.alternating:
+                found["gate and up of an expert alternate"] = None
+        elif use.stored == {"in_out"} and len(facts.shapes[name]) == 2:
+            found["weights stored [in, out]"] = None
+        if role == "mixer_in" and isinstance(views[name], Mapping) and "sections" in views[name]:
+            found[f"fused in-projection: {', '.join(map(str, views[name]['sections']))} rows"] = None
+        if role == "attention_qkv" and use.periods:
+            found["fused q, k and v, head by head"] = None
+        elif role in SPECIAL:
+            found[SPECIAL[role]] = None
+        for shape in use.heads.values():
+            heads.setdefault(role, set()).add(shape[-1])
+    for role, letter in (("attention_q", "q"), ("attention_v", "v")):
+        if len(heads.get(role, ())) > 1:
+            found[f"heads of {letter} differ by layer: {', '.join(map(str, sorted(heads[role])))}"] = None
+    q, v = heads.get("attention_q", set()), heads.get("attention_v", set())
+    if q and v and not q & v:
+        found[f"heads of q and v differ: {', '.join(map(str, sorted(q)))} and {', '.join(map(str, sorted(v)))}"] = None
+    return list(found)
