@@ -164,12 +164,11 @@ def _of_weight(name: str, group: Mapping[str, Any], facts: Facts, asked: Asked) 
         yield f"{said}; it is no stack of matrices in its last two dimensions"
     elif stored:
         yield from _sides(said, view, stored, use, looked_up, asked)
-        if asked != "residual":
-            yield from _parts(said, role, view, shape[_dim_of("out", stored)], use)
+        yield from _parts(said, role, view, shape[_dim_of("out", stored)], use)
         if asked == "heads" and role in ATTENTION:
             yield from _heads(said, role, view, shape, stored, use, facts)
     elif looked_up:
-        if asked == "residual" and view != "transposed":
+        if asked == "residual" and view != "transposed" and role != "per_layer_embedding":
             yield f"{said}; its rows are looked up, so the residual stream lies along its columns"
     elif len(shape) < 2:
         yield f"{said}; it is a vector, so each element is to be taken for itself"
@@ -250,8 +249,10 @@ def _parts(said: str, role: str, view: Any, out: int, use: Use) -> Iterator[str]
             yield f"{said}; its output is cut at {sorted(use.cuts | use.slices)}"
         elif not use.cuts <= ends:
             yield f"{said}; its output is also cut at {sorted(use.cuts - ends)}"
-    elif role in ("attention_qkv", "mixer_in") and use.cuts and not (isinstance(view, Mapping) and "heads" in view):
-        yield f"{said}; its output is cut at {sorted(use.cuts)}, so it is several matrices"
+    elif role in ("attention_qkv", "mixer_in") and use.cuts:
+        unit = out // view["heads"] if isinstance(view, Mapping) and "heads" in view else out
+        if any(cut % unit for cut in use.cuts):
+            yield f"{said}; its output is cut at {sorted(use.cuts)}, so it is several matrices"
 
 
 def _heads(

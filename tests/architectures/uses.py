@@ -289,7 +289,9 @@ class Follower(TorchFunctionMode):
             elif name == "__getitem__":
                 product = self._slice(product, first, args[1], each)
             else:
-                product = self._moved(name, product, args, kwargs, tensors, each)
+                # A norm may multiply its scale by what it normalizes, instead of the other way round.
+                moved = next((t for t in tensors if _trace(t).product is not None), first)
+                product = self._moved(name, _trace(moved).product, args, kwargs, moved, tensors, each)
             _mark(each, replace(trace, product=product, merged=merged))
 
     def _of_elements(self, name: str, tensors: list[Tensor], result: Tensor) -> _Trace:
@@ -378,10 +380,10 @@ class Follower(TorchFunctionMode):
         product: _Product | None,
         args: Sequence[Any],
         kwargs: dict[str, Any],
+        first: Tensor,
         tensors: list[Tensor],
         result: Tensor,
     ) -> _Product | None:
-        first = tensors[0]
         if product is None:
             return None
         if name in ("transpose", "swapaxes"):
@@ -394,7 +396,7 @@ class Follower(TorchFunctionMode):
             order = [dim % first.ndim - first.ndim for dim in given]
         elif name == "squeeze" and result.ndim == first.ndim - 1 and first.shape[-1] == 1:
             return replace(product, axis=product.axis + 1) if product.axis < -1 else None
-        elif any(_trace(t).product is not None or _trace(t).stream for t in tensors[1:]):
+        elif any(_trace(t).product is not None or _trace(t).stream for t in tensors if t is not first):
             return None
         elif result.ndim == first.ndim and result.shape[product.axis] == first.shape[product.axis]:
             return product

@@ -1,0 +1,75 @@
+"""Write docs/guide/architectures.md: how every causal language model of the installed transformers is routed.
+
+    python -m tests.architectures.table
+"""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import transformers
+
+from tests.architectures.models import MODEL_TYPES
+from tests.architectures.survey import Verdict, verdict
+
+PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "guide" / "architectures.md"
+
+_HEAD = """# Architectures
+
+How [routing](routing.md) does on every causal language model of transformers {version}, each at its default
+configuration: of {total}, {built} build, {right} of these are right as they are, and {lines} need lines in the recipe.
+
+*Right* is judged without the router. One forward pass of each model is followed, which shows of each weight which of its
+sides is summed over, whether it reads the residual stream or writes to it, where its output is cut, what its heads are,
+whether rows of it are looked up, and whether experts are chosen by it. With these must agree, for recipes of each kind
+of view (`muon`, `olmoe`, and one with `view = "residual"`), every weight's role, rule and view. Weights that the pass does
+not come to, such as those of a vision tower, are judged by the classes of their modules.
+
+`python -m tests.architectures.table` writes this page.
+
+| architecture | routing | what is special |
+|---|---|---|
+"""
+
+
+def page() -> str:
+    """Return the page for the installed transformers."""
+    verdicts = [verdict(model_type) for model_type in MODEL_TYPES]
+    count = Counter(each.status for each in verdicts)
+    head = _HEAD.format(
+        version=transformers.__version__,
+        total=len(verdicts),
+        built=len(verdicts) - count["not built"],
+        right=count["right"],
+        lines=count["needs a line"],
+    )
+    rows = (f"| `{each.model_type}` | {_routing(each)} | {'; '.join(each.special)} |\n" for each in verdicts)
+    return head + "".join(rows)
+
+
+def version_of(text: str) -> str:
+    """Return the version of transformers that a page is about."""
+    found = re.search(r"of transformers (\S+), each", text)
+    return found.group(1) if found else ""
+
+
+def _routing(found: Verdict) -> str:
+    match found.status:
+        case "not built":
+            return f"does not build: {_cell(found.reason)}"
+        case "needs a line":
+            return f"needs a pattern for {', '.join(f'`{line}`' for line in found.lines)}"
+        case "wrong":
+            return f"wrong: {_cell(found.faults[0])}"
+    return "right"
+
+
+def _cell(text: str) -> str:
+    """Return a text as one cell: its first sentence or so, with nothing that ends the cell or is taken for a tag."""
+    text = text.partition(". ")[0]
+    text = text if len(text) <= 120 else f"{text[:117].rstrip()}…"
+    return text.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
