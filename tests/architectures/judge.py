@@ -104,7 +104,7 @@ def judge(facts: Facts, groups: Sequence[Mapping[str, Any]], trainable: Mapping[
         twin = facts.twins.get(name)
         if twin is not None:
             if twin in placed and placed[twin] is not group:
-                wrong[name] = f"is routed unlike {twin}, though their layers are built alike"
+                wrong.setdefault(name, f"is routed unlike {twin}, though their layers are built alike")
             continue
         for line in _of_weight(name, group, facts, asked):
             wrong.setdefault(name, line)
@@ -283,7 +283,7 @@ def _heads(
         units = {unit for *_, heads in seen for unit in _units(heads, use, role)}
         if units and unit not in units:
             yield f"{said}; its heads have sizes {sorted(units)}, those of the view {unit}"
-        elif not units and unit not in facts.sizes and view["heads"] not in facts.heads:
+        elif not units and not {view["heads"], view["heads"] / 3} & facts.heads and unit not in facts.sizes:
             yield f"{said}; the configuration names neither {view['heads']} heads nor a head size of {unit}"
 
 

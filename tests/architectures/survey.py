@@ -90,14 +90,18 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
         if recipe == "small-moe" and not thorough:
             continue
         try:
-            groups, needed = routed(model, recipe, facts)
+            groups, pasted = routed(model, recipe)
         except ValueError as error:
             faults[f"{asked}: {' '.join(str(error).split())}"] = None
             continue
-        lines |= dict.fromkeys(needed)
-        # The view of a pasted pattern is what the message guesses, not what the recipe asks for.
-        if not (needed and asked == "residual"):
-            faults |= dict.fromkeys(f"{asked}: {line}" for line in judge(facts, groups, trainable, asked))
+        # The view "residual" has no meaning for a weight that neither reads the stream nor writes to it.
+        lines |= dict.fromkeys(
+            kind_of(name) for name in pasted if asked != "residual" or not _apart(name, facts)
+        )
+        found = judge(facts, groups, trainable, asked)
+        if asked == "residual":  # What was pasted names a view that the message guesses.
+            found = [line for line in found if line.split()[0] not in pasted]
+        faults |= dict.fromkeys(f"{asked}: {line}" for line in found)
         if asked == "plain":
             special = tuple(_special(facts, groups))
     return Verdict(
@@ -113,37 +117,40 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
 
 
 def routed(
-    model: nn.Module, recipe: str | Mapping[str, Any], facts: Facts
-) -> tuple[list[dict[str, Any]], list[str]]:
+    model: nn.Module, recipe: str | Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Route a model, with the patterns that refusals print pasted into the recipe.
 
-    A weight that has nothing to do with the residual stream may be refused the view "residual", without a pattern to
-    paste: it then gets the view that the message names.
-
     Returns:
-        The groups, and the kinds of weights for which patterns were pasted.
+        The groups, and the patterns that were pasted, by the name of the weight.
 
     Raises:
         ValueError: If a refusal prints no patterns, or these do not help.
     """
     recipe = recipe if isinstance(recipe, Mapping) else _as_mapping(recipe)
-    patterns: list[dict[str, Any]] = []
-    needed: list[str] = []
-    for _ in range(10):
+    pasted: dict[str, dict[str, Any]] = {}
+    for _ in range(4):
         try:
-            return route(model, {**recipe, "patterns": patterns}), needed
+            return route(model, {**recipe, "patterns": list(pasted.values())}), pasted
         except ValueError as error:
             message = str(error)
-            name = message.partition(":")[0]
-            if "view 'residual' does not know" in message and not (facts.uses[name].reads or facts.uses[name].writes):
-                patterns.append({"match": re.sub(r"\.\d+\.", ".*.", name), "view": "as_stored"})
-                continue
             if "[[patterns]]" not in message:
                 raise
-            pasted = tomllib.loads(message[message.index("[[patterns]]") :])["patterns"]
-            needed += dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".N", pattern["match"]) for pattern in pasted)
-            patterns += pasted
-    raise ValueError(f"ten times patterns were pasted, and still it is refused: {message}")
+            patterns = tomllib.loads(message[message.index("[[patterns]]") :])["patterns"]
+            pasted = {re.sub(r"\[(.)\]", r"\1", pattern["match"]): pattern for pattern in patterns} | {
+                name: pattern for name, pattern in pasted.items() if pattern["match"] not in message
+            }
+    raise ValueError(f"with what it prints pasted four times, it is still refused: {message}")
+
+
+def kind_of(name: str) -> str:
+    """Return a parameter's name with N for the number of its layer."""
+    return re.sub(r"\.\d+(?=\.)", ".N", name)
+
+
+def _apart(name: str, facts: Facts) -> bool:
+    use = facts.uses[facts.twins.get(name, name)]
+    return not use.reads and not use.writes
 
 
 def _as_mapping(name: str) -> dict[str, Any]:
