@@ -98,9 +98,8 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
         lines |= dict.fromkeys(
             kind_of(name) for name in pasted if asked != "residual" or not _apart(name, facts)
         )
-        found = judge(facts, groups, trainable, asked)
-        if asked == "residual":  # What was pasted names a view that the message guesses.
-            found = [line for line in found if line.split()[0] not in pasted]
+        # What is pasted is a guess, which the message asks to check.
+        found = [line for line in judge(facts, groups, trainable, asked) if line.split()[0] not in pasted]
         faults |= dict.fromkeys(f"{asked}: {line}" for line in found)
         if asked == "plain":
             special = tuple(_special(facts, groups))
