@@ -24,7 +24,7 @@ _COMMON: dict[str, Any] = {
 }
 _MLA = {"kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6, "num_key_value_heads": 4}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 4, "mamba_chunk_size": 8}
-_LINEAR = {"linear_key_head_dim": 6, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+_LINEAR = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 
 TINY: dict[str, dict[str, Any]] = {
@@ -57,7 +57,7 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "gemma3n_text": {
         **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [48] * 4, "laurel_rank": 4},
-        **{"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0, 0, 0]},
+        **{"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
         **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4, "altup_num_inputs": 2},
     },
     "bamba": _MAMBA | {"num_hidden_layers": 2, "attn_layer_indices": [1]},
@@ -74,8 +74,10 @@ TINY: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
 }
 
-# Weights that get no gradient whatever the tokens are, by model and part of their name.
-WITHOUT_GRADIENT: dict[str, dict[str, str]] = {}
+# Weights that no loss of the next token reaches, by model and pattern of their name, and why.
+WITHOUT_GRADIENT: dict[str, dict[str, str]] = {
+    "deepseek_v32": {"*.indexer.*": "an indexer only chooses which tokens attention sees; choosing has no gradient"},
+}
 
 
 def tiny(model_type: str) -> Any:
@@ -102,4 +104,4 @@ def backward(model: nn.Module, batch: Tensor) -> float:
     logits = model(input_ids=batch, use_cache=False).logits
     loss = cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
     loss.backward()
-    return float(loss)
+    return loss.item()
