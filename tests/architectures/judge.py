@@ -1,7 +1,7 @@
 """Judges what `symdist.route` says of a model, by what the model itself does with its weights.
 
-Nothing of the router is used but its groups. The facts are those of `uses.py` (one forward pass, followed), the classes of
-modules where a weight has no part in that pass, and the numbers of the configuration.
+Nothing of the router is used but its groups. The facts are those of `uses.py` (one forward pass, followed), the classes
+of modules where a weight has no part in that pass, and the numbers of the configuration.
 """
 
 import math
@@ -150,9 +150,7 @@ def _of_weight(name: str, group: Mapping[str, Any], facts: Facts, asked: Asked) 
         yield f"{said}; no rows of it are looked up"
     if name == facts.output and role not in ("head", "tied_embedding"):
         yield f"{said}; the model declares it as its output embedding"
-    if role in ("embedding", "tied_embedding", "head") and not any(
-        shape[0] % rows == 0 for rows in facts.vocabularies
-    ):
+    if role in ("embedding", "tied_embedding", "head") and not any(shape[0] % rows == 0 for rows in facts.vocabularies):
         yield f"{said}; it has {shape[0]} rows, the vocabulary {sorted(facts.vocabularies)}"
     if role.startswith("expert") and len(shape) == 3 and shape[0] not in _counts(facts):
         yield f"{said}; it holds {shape[0]} experts, the configuration says {sorted(facts.experts)}"
@@ -188,7 +186,7 @@ def _router(said: str, role: str, shape: tuple[int, ...], use: Use, facts: Facts
 
 
 def _counts(facts: Facts) -> set[int]:
-    """Return the numbers of experts; some models add experts that do nothing, one that skips, or ones that all share."""
+    """Return the numbers of experts: some models add experts that do nothing, or that all tokens go to."""
     return {count + more for count in facts.experts for more in (0, 1, *facts.experts)}
 
 
@@ -261,7 +259,7 @@ def _heads(
     """Heads are those into which the output is viewed, or that were merged into the input."""
     side: Literal["out", "in"] = "in" if role == "attention_o" else "out"
     dim = _dim_of(side, stored)
-    seen = [(0, shape[dim], heads) for heads in use.heads_in]
+    seen: list[tuple[int, int, tuple[int, ...]]] = [(0, shape[dim], heads) for heads in use.heads_in]
     if side == "out":
         seen = [(start, stop, heads) for (start, stop), heads in use.heads.items()]
     if not isinstance(view, Mapping) or "heads" not in view:

@@ -1,4 +1,4 @@
-"""Route every causal language model of the installed transformers and judge it: the verdicts, one by one, and cached."""
+"""Route every causal language model of the installed transformers and judge it: verdicts, one by one, and cached."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ from tests.architectures.judge import Asked, Facts, facts_of, judge
 from tests.architectures.models import Unbuilt, build
 from tests.architectures.uses import Use, follow
 
-# Beside embeddings and heads, for which the side of the stream is a question too, whatever a recipe gives them.
+# Of embeddings and heads, too, the residual stream is one side.
 RESIDUAL: dict[str, Any] = {
     "default": {"rule": "aro", "view": "residual", "lr": 0.01},
     "other": {"rule": "adamw", "lr": 0.01},
@@ -53,7 +53,7 @@ class Verdict:
         status: "right"; "needs a line" if routing refuses weights and takes them with the patterns that it prints;
             "wrong"; or "not built".
         faults: What is wrong, a line for each kind of weight.
-        lines: The kinds of weights for which patterns are needed.
+        lines: The kinds of weights for which patterns are needed, and whether only by the view "residual".
         special: What is special about how it stores its weights.
         reason: Why it does not build; empty if it does.
         raised_by: The module that raised that error; empty if it builds.
@@ -76,7 +76,7 @@ class Verdict:
 
 @functools.cache
 def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
-    """Route an architecture by recipes of every kind of view and judge what comes out; `thorough` takes every recipe."""
+    """Route an architecture by a recipe of each kind of view, or by all if `thorough`, and judge the groups."""
     model = build(model_type)
     if isinstance(model, Unbuilt):
         return Verdict(model_type=model_type, status="not built", reason=model.reason, raised_by=model.module)
@@ -84,7 +84,7 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
     facts = facts_of(model, followed)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     faults: dict[str, None] = {}
-    lines: dict[str, None] = {}
+    lines: dict[str, str] = {}
     special: tuple[str, ...] = ()
     for recipe, asked in RECIPES:
         if recipe == "small-moe" and not thorough:
@@ -95,9 +95,9 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
             faults[f"{asked}: {' '.join(str(error).split())}"] = None
             continue
         # The view "residual" has no meaning for a weight that neither reads the stream nor writes to it.
-        lines |= dict.fromkeys(
-            kind_of(name) for name in pasted if asked != "residual" or not _apart(name, facts)
-        )
+        needed = (name for name in pasted if asked != "residual" or not _apart(name, facts))
+        for kind in dict.fromkeys(map(kind_of, needed)):
+            lines.setdefault(kind, f"`{kind}`{' by view `residual`' if asked == 'residual' else ''}")
         # What is pasted is a guess, which the message asks to check.
         found = [line for line in judge(facts, groups, trainable, asked) if line.split()[0] not in pasted]
         faults |= dict.fromkeys(f"{asked}: {line}" for line in found)
@@ -107,7 +107,7 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
         model_type=model_type,
         status="wrong" if faults else "needs a line" if lines else "right",
         faults=tuple(faults),
-        lines=tuple(lines),
+        lines=tuple(lines.values()),
         special=special,
         seen=sum(len(facts.shapes[name]) > 1 and use != Use() for name, use in facts.uses.items()),
         unseen=sum(len(facts.shapes[name]) > 1 and use == Use() for name, use in facts.uses.items()),
@@ -115,9 +115,7 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
     )
 
 
-def routed(
-    model: nn.Module, recipe: str | Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+def routed(model: nn.Module, recipe: str | Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Route a model, with the patterns that refusals print pasted into the recipe.
 
     Returns:

@@ -1,6 +1,6 @@
 """Write docs/guide/architectures.md: how every causal language model of the installed transformers is routed.
 
-    python -m tests.architectures.table
+python -m tests.architectures.table
 """
 
 import re
@@ -17,13 +17,16 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "guide" / "archi
 _HEAD = """# Architectures
 
 How [routing](routing.md) does on every causal language model of transformers {version}, each at its default
-configuration: of {total}, {built} build, {right} of these are right as they are, and {lines} need lines in the recipe.
+configuration. Of {total}, {built} build, {right} of these are right as they are, and {lines} need lines in the recipe.
 
-*Right* is judged without the router. One forward pass of each model is followed, which shows of each weight which of its
-sides is summed over, whether it reads the residual stream or writes to it, where its output is cut, what its heads are,
-whether rows of it are looked up, and whether experts are chosen by it. With these must agree, for recipes of each kind
-of view (`muon`, `olmoe`, and one with `view = "residual"`), every weight's role, rule and view. Weights that the pass does
-not come to, such as those of a vision tower, are judged by the classes of their modules.
+What is *right* is judged without the router. A forward pass of each model is followed, which shows of a weight which side
+is summed over, whether it reads the residual stream or writes to it, where its output is cut, what its heads are, whether
+its rows are looked up, and whether experts are chosen by it. Every weight's role, rule and view must agree with that, by a
+recipe of each kind of view: `muon`, `olmoe`, and one with `view = "residual"`. Weights that the pass does not come to, such
+as those of a vision tower, are judged by the classes of their modules.
+
+A *pattern* is what `route` prints when it refuses a weight, to be checked and pasted into the recipe. Where it names the
+view `residual`, all recipes that do not ask for this view need no pattern.
 
 `python -m tests.architectures.table` writes this page.
 
@@ -32,9 +35,9 @@ not come to, such as those of a vision tower, are judged by the classes of their
 """
 
 
-def page() -> str:
-    """Return the page for the installed transformers."""
-    verdicts = [verdict(model_type) for model_type in MODEL_TYPES]
+def page(*, thorough: bool = False) -> str:
+    """Return the page for the installed transformers; see `verdict` for `thorough`, which should change nothing."""
+    verdicts = [verdict(model_type, thorough=thorough) for model_type in MODEL_TYPES]
     count = Counter(each.status for each in verdicts)
     head = _HEAD.format(
         version=transformers.__version__,
@@ -58,7 +61,7 @@ def _routing(found: Verdict) -> str:
         case "not built":
             return f"does not build: {_cell(found.reason)}"
         case "needs a line":
-            return f"needs a pattern for {', '.join(f'`{line}`' for line in found.lines)}"
+            return f"needs a pattern for {', '.join(found.lines)}"
         case "wrong":
             return f"wrong: {_cell(found.faults[0])}"
     return "right"

@@ -1,7 +1,6 @@
 """Every causal language model of the installed transformers finds its rules, or one line says what to add."""
 
 import importlib
-from pathlib import Path
 
 import pytest
 import transformers
@@ -39,15 +38,17 @@ def test_routing_is_right_or_says_what_to_add(model_type: str, thorough: bool) -
 
 
 def test_nearly_all_are_right(thorough: bool) -> None:
-    built = [found for found in (verdict(each, thorough=thorough) for each in MODEL_TYPES) if found.status != "not built"]
+    built = [
+        found for found in (verdict(each, thorough=thorough) for each in MODEL_TYPES) if found.status != "not built"
+    ]
     right = [found for found in built if found.status == "right"]
     assert len(right) >= 0.95 * len(built)
     # Of what is judged, nearly all is judged by what the forward pass does, not by the classes of modules.
     assert sum(found.unseen for found in built) < 0.1 * sum(found.seen + found.unseen for found in built)
 
 
-def test_the_page_is_what_the_command_makes() -> None:
-    made, stored = page(), Path(PAGE).read_text()
+def test_the_page_is_what_the_command_makes(thorough: bool) -> None:
+    made, stored = page(thorough=thorough), PAGE.read_text()
     if version_of(stored) == transformers.__version__:
         assert stored == made, "run python -m tests.architectures.table"
     else:

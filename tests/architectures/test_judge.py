@@ -52,7 +52,11 @@ def known(model_type: str) -> tuple[nn.Module, Facts]:
         ),
         ("olmoe", "model.layers.0.mlp.gate.weight", Use(stored={"out_in"}, reads=True, chooses=True)),
         ("olmoe", "model.layers.0.mlp.experts.gate_up_proj", Use(stored={"out_in"}, reads=True, cuts={2048})),
-        ("llama4_text", "model.layers.0.feed_forward.experts.gate_up_proj", Use(stored={"in_out"}, reads=True, cuts={8192})),
+        (
+            "llama4_text",
+            "model.layers.0.feed_forward.experts.gate_up_proj",
+            Use(stored={"in_out"}, reads=True, cuts={8192}),
+        ),
         (
             "gpt_oss",
             "model.layers.0.mlp.experts.gate_up_proj",
@@ -64,7 +68,13 @@ def known(model_type: str) -> tuple[nn.Module, Facts]:
         (
             "gpt_neox",
             "gpt_neox.layers.0.attention.query_key_value.weight",
-            Use(stored={"out_in"}, reads=True, heads={(0, 18432): (64, 288)}, periods={(64, (96, 96, 96))}, ends={24, 96}),
+            Use(
+                stored={"out_in"},
+                reads=True,
+                heads={(0, 18432): (64, 288)},
+                periods={(64, (96, 96, 96))},
+                ends={24, 96},
+            ),
         ),
     ],
 )
@@ -85,7 +95,9 @@ def test_to_follow_a_forward_leaves_the_model_as_it_was() -> None:
 Change = Callable[[dict[str, dict[str, Any]]], None]
 
 
-def regrouped(model_type: str, recipe: Any, changes: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], Facts, Any]:
+def regrouped(
+    model_type: str, recipe: Any, changes: dict[str, dict[str, Any]]
+) -> tuple[list[dict[str, Any]], Facts, Any]:
     """A routing in which the weights named are in groups of their own, with some options changed."""
     model, facts = known(model_type)
     groups = []
@@ -106,24 +118,94 @@ LAYER = "model.layers.0."
     [
         ("olmoe", "muon", "plain", LAYER + "mlp.gate.weight", {"role": "matrix", "rule": "muon"}, "so it is a router"),
         ("olmoe", "muon", "plain", LAYER + "self_attn.q_proj.weight", {"role": "router"}, "nothing is chosen"),
-        ("olmoe", "muon", "plain", LAYER + "self_attn.q_proj.weight", {"view": "transposed"}, "outputs lie along the first"),
+        (
+            "olmoe",
+            "muon",
+            "plain",
+            LAYER + "self_attn.q_proj.weight",
+            {"view": "transposed"},
+            "outputs lie along the first",
+        ),
         ("olmoe", "muon", "plain", LAYER + "self_attn.q_proj.weight", {"rule": "adamw"}, "no matrix rule gets"),
         ("olmoe", "muon", "plain", LAYER + "self_attn.q_norm.weight", {"rule": "muon"}, "it is a vector"),
-        ("olmoe", "muon", "plain", LAYER + "mlp.experts.down_proj", {"view": "transposed"}, "outputs lie along the first"),
+        (
+            "olmoe",
+            "muon",
+            "plain",
+            LAYER + "mlp.experts.down_proj",
+            {"view": "transposed"},
+            "outputs lie along the first",
+        ),
         ("olmoe", "muon", "plain", LAYER + "mlp.experts.gate_up_proj", {"view": "gate_up_stacked"}, "no pairs"),
-        ("olmoe", "muon", "plain", "model.embed_tokens.weight", {"role": "matrix", "rule": "muon"}, "it is an embedding"),
+        (
+            "olmoe",
+            "muon",
+            "plain",
+            "model.embed_tokens.weight",
+            {"role": "matrix", "rule": "muon"},
+            "it is an embedding",
+        ),
         ("olmoe", "muon", "plain", "lm_head.weight", {"role": "matrix", "rule": "muon"}, "its output embedding"),
-        ("olmoe", "muon", "plain", LAYER + "mlp.experts.down_proj", {"role": "embedding"}, "no rows of it are looked up"),
-        ("olmoe", "olmoe", "heads", LAYER + "self_attn.q_proj.weight", {"view": {"heads": 8, "dim": 0}}, "heads have sizes"),
-        ("olmoe", "olmoe", "heads", LAYER + "self_attn.o_proj.weight", {"view": {"heads": 16, "dim": 0}}, "along dimension 1"),
+        (
+            "olmoe",
+            "muon",
+            "plain",
+            LAYER + "mlp.experts.down_proj",
+            {"role": "embedding"},
+            "no rows of it are looked up",
+        ),
+        (
+            "olmoe",
+            "olmoe",
+            "heads",
+            LAYER + "self_attn.q_proj.weight",
+            {"view": {"heads": 8, "dim": 0}},
+            "heads have sizes",
+        ),
+        (
+            "olmoe",
+            "olmoe",
+            "heads",
+            LAYER + "self_attn.o_proj.weight",
+            {"view": {"heads": 16, "dim": 0}},
+            "along dimension 1",
+        ),
         ("olmoe", "olmoe", "heads", LAYER + "self_attn.k_proj.weight", {"view": "as_stored"}, "the view has none"),
-        ("olmoe", RESIDUAL, "residual", LAYER + "self_attn.o_proj.weight", {"view": "transposed"}, "the residual stream lies"),
-        ("olmoe", RESIDUAL, "residual", LAYER + "self_attn.q_proj.weight", {"view": "as_stored"}, "the residual stream lies"),
+        (
+            "olmoe",
+            RESIDUAL,
+            "residual",
+            LAYER + "self_attn.o_proj.weight",
+            {"view": "transposed"},
+            "the residual stream lies",
+        ),
+        (
+            "olmoe",
+            RESIDUAL,
+            "residual",
+            LAYER + "self_attn.q_proj.weight",
+            {"view": "as_stored"},
+            "the residual stream lies",
+        ),
         ("olmoe", RESIDUAL, "residual", "model.embed_tokens.weight", {"view": "as_stored"}, "along its columns"),
-        ("llama4_text", "muon", "plain", LAYER + "feed_forward.experts.down_proj", {"view": "as_stored"}, "along the last"),
+        (
+            "llama4_text",
+            "muon",
+            "plain",
+            LAYER + "feed_forward.experts.down_proj",
+            {"view": "as_stored"},
+            "along the last",
+        ),
         ("jamba", "muon", "plain", LAYER + "mamba.A_log", {"rule": "muon"}, "each element is to be taken for itself"),
         ("jamba", "muon", "plain", LAYER + "mamba.conv1d.weight", {"rule": "muon"}, "each element is to be taken"),
-        ("qwen2_moe", "muon", "plain", LAYER + "mlp.shared_expert_gate.weight", {"role": "router"}, "a gate of one row"),
+        (
+            "qwen2_moe",
+            "muon",
+            "plain",
+            LAYER + "mlp.shared_expert_gate.weight",
+            {"role": "router"},
+            "a gate of one row",
+        ),
         (
             *("bamba", "muon", "plain", LAYER + "mamba.in_proj.weight"),
             *({"view": {"sections": [8192, 8192, 640]}}, "also cut at [16640, 16896]"),
@@ -138,7 +220,14 @@ LAYER = "model.layers.0."
         ),
         ("bamba", "muon", "plain", LAYER + "mamba.in_proj.weight", {"view": "as_stored"}, "several matrices"),
         ("gpt_oss", "muon", "plain", LAYER + "mlp.router.bias", {"rule": "muon"}, "it is a vector"),
-        ("gpt_oss", "muon", "plain", LAYER + "mlp.experts.down_proj_bias", {"rule": "muon"}, "each element is to be taken"),
+        (
+            "gpt_oss",
+            "muon",
+            "plain",
+            LAYER + "mlp.experts.down_proj_bias",
+            {"rule": "muon"},
+            "each element is to be taken",
+        ),
     ],
 )
 def test_a_routing_that_is_wrong_is_found_out(

@@ -24,7 +24,11 @@ def test_training_under_fsdp2_is_that_of_one_process(ranks: Ranks, model_type: s
     assert without == {name for name in expected if any(fnmatchcase(name, pattern) for pattern in reasons)}
     for name, weight in expected.items():
         # Of experts in one tensor, each.
-        each = zip(weight, start[name], strict=True) if weight.ndim == 3 and "conv" not in name else [(weight, start[name])]
+        each = (
+            zip(weight, start[name], strict=True)
+            if weight.ndim == 3 and "conv" not in name
+            else [(weight, start[name])]
+        )
         assert name in without or not any(torch.equal(now, then) for now, then in each), name
 
 

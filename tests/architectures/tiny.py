@@ -57,7 +57,10 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "gemma3n_text": {
         **{"num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [48] * 4, "laurel_rank": 4},
-        **{"layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]},
+        **{
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        },
         **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 4, "altup_num_inputs": 2},
     },
     "bamba": _MAMBA | {"num_hidden_layers": 2, "attn_layer_indices": [1]},

@@ -1,6 +1,5 @@
 """What ranks run for the test of tiny models: three steps of each under FSDP2, or in one process."""
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard

@@ -1,12 +1,12 @@
 """What a model's own forward does with each weight, seen by following one forward pass on the meta device.
 
-These are the facts by which `judge.py` judges a routing. Nothing here knows names or roles: a weight is known by what it
-is multiplied with, by which of its dimensions is summed over, and by what becomes of the product.
+These are the facts by which `judge.py` judges a routing. Nothing here knows names or roles: a weight is known by what
+it is multiplied with, by which of its dimensions is summed over, and by what becomes of the product.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,7 +89,7 @@ class _Trace:
 
 _NOTHING = _Trace()
 _TRACE = "_trace_of_use"
-_SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "__isub__", "rsub", "index_add"}
+_SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "index_add"}
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "grouped_mm"}
 _OF_SHAPES_ONLY = {"zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"}
 _OF_SHAPES_ONLY |= {"new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"}
@@ -163,7 +163,7 @@ class Follower(TorchFunctionMode):
             self._rest(name, args, kwargs, tensors, result)
 
     def _multiply(self, a: Tensor, b: Tensor, result: Tensor, *, weight_last: bool, turned: bool) -> None:
-        """Note a product with a weight; `turned` if the last dimension of `b`, not the one before it, is summed over."""
+        """Note a product with a weight; `turned` if the last dimension of `b`, not the one before, is summed over."""
         weight, other = (b, a) if weight_last else (a, b)
         found = _trace(weight).weight
         if found is None:
@@ -233,9 +233,7 @@ class Follower(TorchFunctionMode):
         product = source.product if kept else None
         _mark(result, replace(source, product=product, weight=None) if by_channel else _Trace())
 
-    def _view_weight(
-        self, name: str, args: Sequence[Any], kwargs: dict[str, Any], weight: Tensor, result: Any
-    ) -> None:
+    def _view_weight(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], weight: Tensor, result: Any) -> None:
         found, swapped = _trace(weight).weight  # type: ignore[misc]
         if name in ("t", "turn"):
             swapped = not swapped
@@ -260,9 +258,7 @@ class Follower(TorchFunctionMode):
     def _rows(self, name: str) -> int:
         return self._shapes[name][-1 if self.uses[name].stored == {"in_out"} else -2]
 
-    def _rest(
-        self, name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor], result: Any
-    ) -> None:
+    def _rest(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], tensors: list[Tensor], result: Any) -> None:
         results = list(_tensors(result))
         if not results or results[0].dtype in (torch.bool, torch.long, torch.int):
             return
@@ -300,7 +296,7 @@ class Follower(TorchFunctionMode):
         streams = [t for t, trace in traces if trace.stream]
         if not streams:
             return _Trace(outputs=outputs)
-        if name.rstrip("_") in {s.rstrip("_") for s in _SUMS} and len(tensors) > 1:
+        if name.strip("_") in _SUMS and len(tensors) > 1:
             for output in outputs:
                 if self._rows(output) in self._widths:
                     self.uses[output].writes = True
@@ -312,7 +308,12 @@ class Follower(TorchFunctionMode):
         return _Trace(stream=stream, outputs=frozenset() if stream else outputs)
 
     def _cut(
-        self, first: Tensor, product: _Product | None, results: list[Tensor], args: Sequence[Any], kwargs: dict[str, Any]
+        self,
+        first: Tensor,
+        product: _Product | None,
+        results: list[Tensor],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
     ) -> list[_Product | None]:
         dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
         if product is None or not isinstance(dim, int) or dim % first.ndim != product.axis % first.ndim:
@@ -321,8 +322,9 @@ class Follower(TorchFunctionMode):
         sizes = [each.shape[dim] for each in results] if results[0].ndim == first.ndim else []
         if product.heads is not None:
             self.uses[product.weight].periods.add((product.heads, tuple(sizes)))
-            return [replace(product)] * len(results)
-        parts, start = [], product.start
+            return [product for _ in results]
+        parts: list[_Product | None] = []
+        start = product.start
         for size in sizes:
             parts.append(replace(product, start=start, stop=start + size))
             start += size
@@ -352,8 +354,10 @@ class Follower(TorchFunctionMode):
         return None, None
 
     def _slice(self, product: _Product | None, first: Tensor, key: Any, result: Tensor) -> _Product | None:
-        if product is None or result.ndim != first.ndim:
-            return product if product is not None and product.axis == -1 and result.shape[-1:] == first.shape[-1:] else None
+        if product is None:
+            return None
+        if result.ndim != first.ndim:
+            return product if product.axis == -1 and result.shape[-1:] == first.shape[-1:] else None
         keys = key if isinstance(key, tuple) else (key,)
         if Ellipsis in [k for k in keys if not isinstance(k, Tensor)]:
             keys = keys[[k is Ellipsis for k in keys].index(True) + 1 :]
@@ -398,12 +402,10 @@ class Follower(TorchFunctionMode):
             return replace(product, axis=product.axis + 1) if product.axis < -1 else None
         elif any(_trace(t).product is not None or _trace(t).stream for t in tensors if t is not first):
             return None
-        elif result.ndim == first.ndim and result.shape[product.axis] == first.shape[product.axis]:
-            return product
-        elif result.ndim and product.axis == -1 and result.shape[-1] == first.shape[-1]:
-            return product
         else:
-            return None
+            same = result.ndim == first.ndim or product.axis == -1
+            kept = same and result.ndim > 0 and result.shape[product.axis] == first.shape[product.axis]
+            return product if kept else None
         return replace(product, axis=order.index(product.axis) - first.ndim)
 
 
@@ -431,31 +433,30 @@ def follow(model: nn.Module) -> Followed:
     return followed
 
 
-def _followed(model: nn.Module, *, skip: bool) -> Followed:
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    widths = {getattr(model.config.get_text_config(), "hidden_size", None)}  # type: ignore[operator, union-attr]
+def _followed(model: Any, *, skip: bool) -> Followed:
+    embedding = model.get_input_embeddings()
+    widths = {getattr(model.config.get_text_config(), "hidden_size", None)}
     widths |= {embedding.weight.shape[1]} if embedding is not None else set()
     follower = Follower(model, {width for width in widths if isinstance(width, int)})
     tokens, error = torch.zeros(2, 8, dtype=torch.long, device="meta"), None
     training, checked = model.training, torch.distributions.Distribution._validate_args
     model.eval()
-    if hasattr(model, "set_default_language"):  # X-MOD runs in one of its languages.
-        model.set_default_language(model.config.languages[0])  # type: ignore[operator, union-attr]
     torch.distributions.Distribution.set_default_validate_args(False)
-    if getattr(model, "set_experts_implementation", None) is not None and hasattr(model, "_can_set_experts_implementation"):
-        with suppress(ValueError):
-            model.set_experts_implementation("batched_mm")  # type: ignore[operator]
-    try:
-        with _each_kind_once(model) if skip else nullcontext({}) as twins:
+    if hasattr(model, "set_default_language"):  # X-MOD runs in one of its languages.
+        model.set_default_language(model.config.languages[0])
+    with suppress(ValueError):  # Of models without experts. Elsewhere this takes no numbers of tokens by expert.
+        model.set_experts_implementation("batched_mm")
+    with ExitStack() as stack:
+        twins = stack.enter_context(_each_kind_once(model)) if skip else {}
+        try:
             with torch.device("meta"), torch.no_grad(), follower:
                 model(input_ids=tokens, use_cache=False)
-    except Exception as raised:
-        error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
-    finally:
-        model.train(training)
-        torch.distributions.Distribution.set_default_validate_args(checked)
-        for parameter in model.parameters():
-            parameter.__dict__.pop(_TRACE, None)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
+    model.train(training)
+    torch.distributions.Distribution.set_default_validate_args(checked)
+    for parameter in model.parameters():
+        parameter.__dict__.pop(_TRACE, None)
     uses = {name: use for name, use in follower.uses.items() if name not in twins}
     return Followed(uses=uses, twins=twins, error=error)
 
