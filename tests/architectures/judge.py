@@ -21,6 +21,7 @@ Side = Literal["first", "last", "pairs"]
 LOOKED_UP = ("embedding", "tied_embedding", "position_embedding", "per_layer_embedding")
 APART = (*LOOKED_UP, "head", "router")
 ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_o", "attention_qkv")
+FEW = 8
 # Rules that take each element for itself; all others take a weight for matrices.
 COORDINATEWISE = ("adamw",)
 
@@ -156,7 +157,9 @@ def _of_weight(name: str, group: Mapping[str, Any], facts: Facts, asked: Asked) 
         yield f"{said}; it holds {shape[0]} experts, the configuration says {sorted(facts.experts)}"
     yield from _router(said, role, shape, use, facts)
     if not as_matrix:
-        if stored and "other" not in stored and role not in APART:
+        # A module's own parameter of a few vectors, such as learned queries, may be taken for these.
+        vectors = role == "other" and name.rpartition(".")[2] != "weight" and shape[-2] <= FEW
+        if stored and "other" not in stored and role not in APART and not vectors:
             yield f"{said}; it is a matrix, which no matrix rule gets"
     elif "other" in stored:
         yield f"{said}; it is no stack of matrices in its last two dimensions"

@@ -4,12 +4,12 @@ import functools
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import nn
-
-from symdist import load_recipe, route
+from symdist import load_recipe
+from symdist.routing.route import route_sites
+from symdist.routing.sites import find_sites
 from tests.architectures.judge import Asked, Facts, facts_of, judge
 from tests.architectures.models import Unbuilt, build
 from tests.architectures.uses import Use, follow
@@ -86,11 +86,12 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
     faults: dict[str, None] = {}
     lines: dict[str, str] = {}
     special: tuple[str, ...] = ()
+    sites = find_sites(model)  # `symdist.route` in its two halves, so that the model is searched once.
     for recipe, asked in RECIPES:
         if recipe == "small-moe" and not thorough:
             continue
         try:
-            groups, pasted = routed(model, recipe)
+            groups, pasted = routed(sites, recipe)
         except ValueError as error:
             faults[f"{asked}: {' '.join(str(error).split())}"] = None
             continue
@@ -115,8 +116,10 @@ def verdict(model_type: str, *, thorough: bool = False) -> Verdict:
     )
 
 
-def routed(model: nn.Module, recipe: str | Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Route a model, with the patterns that refusals print pasted into the recipe.
+def routed(
+    sites: Mapping[str, Any], recipe: str | Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Route what is in a model, with the patterns that refusals print pasted into the recipe.
 
     Returns:
         The groups, and the patterns that were pasted, by the name of the weight.
@@ -124,11 +127,11 @@ def routed(model: nn.Module, recipe: str | Mapping[str, Any]) -> tuple[list[dict
     Raises:
         ValueError: If a refusal prints no patterns, or these do not help.
     """
-    recipe = recipe if isinstance(recipe, Mapping) else _as_mapping(recipe)
+    base = load_recipe(recipe)
     pasted: dict[str, dict[str, Any]] = {}
     for _ in range(4):
         try:
-            return route(model, {**recipe, "patterns": list(pasted.values())}), pasted
+            return route_sites(sites, replace(base, patterns=(*pasted.values(), *base.patterns))), pasted
         except ValueError as error:
             message = str(error)
             if "[[patterns]]" not in message:
@@ -148,11 +151,6 @@ def kind_of(name: str) -> str:
 def _apart(name: str, facts: Facts) -> bool:
     use = facts.uses[facts.twins.get(name, name)]
     return not use.reads and not use.writes
-
-
-def _as_mapping(name: str) -> dict[str, Any]:
-    recipe = load_recipe(name)
-    return {**recipe.sections, "schedule": dict(recipe.schedules)}
 
 
 def _special(facts: Facts, groups: list[dict[str, Any]]) -> list[str]:
@@ -175,12 +173,29 @@ def _special(facts: Facts, groups: list[dict[str, Any]]) -> list[str]:
             found["fused q, k and v, head by head"] = None
         elif role in SPECIAL:
             found[SPECIAL[role]] = None
-        for shape in use.heads.values():
-            heads.setdefault(role, set()).add(shape[-1])
-    for role, letter in (("attention_q", "q"), ("attention_v", "v")):
+        if role in ("attention_q", "attention_o"):
+            for size in _head_sizes(use):
+                heads.setdefault(role, set()).add(size)
+        if role == "attention_q" and use.elsewhere and not use.reads:
+            found["queries from a latent"] = None
+        if role == "attention_q" and _halves(use):
+            found["q and its gate in one weight, head by head"] = None
+    for role, letter in (("attention_q", "q"), ("attention_o", "v")):
         if len(heads.get(role, ())) > 1:
             found[f"heads of {letter} differ by layer: {', '.join(map(str, sorted(heads[role])))}"] = None
-    q, v = heads.get("attention_q", set()), heads.get("attention_v", set())
+    q, v = heads.get("attention_q", set()), heads.get("attention_o", set())
     if q and v and not q & v:
         found[f"heads of q and v differ: {', '.join(map(str, sorted(q)))} and {', '.join(map(str, sorted(v)))}"] = None
     return list(found)
+
+
+def _halves(use: Use) -> bool:
+    """Whether each head of an output is cut into two of one size."""
+    return any(len(sizes) == 2 and len(set(sizes)) == 1 for _, sizes in use.periods)
+
+
+def _head_sizes(use: Use) -> set[int]:
+    """Return the head sizes of a projection's output, or of an input that was merged from heads."""
+    return {shape[-1] // (2 if _halves(use) else 1) for shape in use.heads.values()} or {
+        size for _, size in use.heads_in
+    }
