@@ -74,7 +74,7 @@ def facts_of(model: nn.Module, followed: Followed) -> Facts:
         shapes=shapes,
         vocabularies=frozenset(vocabularies),
         experts=frozenset(_numbers(config, r"expert")),
-        heads=frozenset(_numbers(config, r"head|group")),
+        heads=frozenset(_numbers(config, r"(attention_heads|key_value_heads|^num_heads|^n_heads?)$")),
         sizes=frozenset(_numbers(config, r"head_?dim|head_size|kv_channels|d_kv")),
         output=None if head is None else names.get(id(head.weight)),
     )
@@ -158,7 +158,7 @@ def _of_weight(name: str, group: Mapping[str, Any], facts: Facts, asked: Asked) 
     yield from _router(said, role, shape, use, facts)
     if not as_matrix:
         # A module's own parameter of a few vectors, such as learned queries, may be taken for these.
-        vectors = role == "other" and name.rpartition(".")[2] != "weight" and shape[-2] <= FEW
+        vectors = role == "other" and name.rpartition(".")[2] != "weight" and len(shape) > 1 and shape[-2] <= FEW
         if stored and "other" not in stored and role not in APART and not vectors:
             yield f"{said}; it is a matrix, which no matrix rule gets"
     elif "other" in stored:
@@ -282,7 +282,9 @@ def _heads(
     else:
         unit = shape[dim] // view["heads"]
         units = {unit for *_, heads in seen for unit in _units(heads, use, role)}
-        if units and unit not in units:
+        # Attention that joins heads, as a difference of two does, still has those of the configuration.
+        joined = side == "in" and view["heads"] in facts.heads and all(size % unit == 0 for size in units)
+        if units and unit not in units and not joined:
             yield f"{said}; its heads have sizes {sorted(units)}, those of the view {unit}"
         elif not units and not {view["heads"], view["heads"] / 3} & facts.heads and unit not in facts.sizes:
             yield f"{said}; the configuration names neither {view['heads']} heads nor a head size of {unit}"

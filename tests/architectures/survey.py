@@ -174,28 +174,18 @@ def _special(facts: Facts, groups: list[dict[str, Any]]) -> list[str]:
         elif role in SPECIAL:
             found[SPECIAL[role]] = None
         if role in ("attention_q", "attention_o"):
-            for size in _head_sizes(use):
-                heads.setdefault(role, set()).add(size)
-        if role == "attention_q" and use.elsewhere and not use.reads:
-            found["queries from a latent"] = None
-        if role == "attention_q" and _halves(use):
-            found["q and its gate in one weight, head by head"] = None
-    for role, letter in (("attention_q", "q"), ("attention_o", "v")):
-        if len(heads.get(role, ())) > 1:
-            found[f"heads of {letter} differ by layer: {', '.join(map(str, sorted(heads[role])))}"] = None
+            sizes = {shape[-1] for shape in use.heads.values()} or {size for _, size in use.heads_in}
+            heads.setdefault(role, set()).update(sizes)
     q, v = heads.get("attention_q", set()), heads.get("attention_o", set())
-    if q and v and not q & v:
-        found[f"heads of q and v differ: {', '.join(map(str, sorted(q)))} and {', '.join(map(str, sorted(v)))}"] = None
+    for sizes, letter in ((q, "q"), (v, "v")):
+        if len(sizes) > 1:
+            found[f"heads of {letter} differ by layer: {_listed(sizes)}"] = None
+    if q and q == {2 * size for size in v}:
+        found["q and its gate in one weight, head by head"] = None
+    elif q and v and not q & v:
+        found[f"heads of q and v differ: {_listed(q)} and {_listed(v)}"] = None
     return list(found)
 
 
-def _halves(use: Use) -> bool:
-    """Whether each head of an output is cut into two of one size."""
-    return any(len(sizes) == 2 and len(set(sizes)) == 1 for _, sizes in use.periods)
-
-
-def _head_sizes(use: Use) -> set[int]:
-    """Return the head sizes of a projection's output, or of an input that was merged from heads."""
-    return {shape[-1] // (2 if _halves(use) else 1) for shape in use.heads.values()} or {
-        size for _, size in use.heads_in
-    }
+def _listed(sizes: set[int]) -> str:
+    return ", ".join(map(str, sorted(sizes)))

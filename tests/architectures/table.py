@@ -17,13 +17,13 @@ PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "guide" / "archi
 _HEAD = """# Architectures
 
 How [routing](routing.md) does on every causal language model of transformers {version}, each at its default
-configuration. Of {total}, {built} build, {right} of these are right as they are, and {lines} need lines in the recipe.
+configuration. Of {total}, {built} build; {right} of these are right as they are, and {lines} need lines in the recipe.
 
-What is *right* is judged without the router. A forward pass of each model is followed, which shows of a weight which
-side is summed over, whether it reads the residual stream or writes to it, where its output is cut, what its heads are,
-whether its rows are looked up, and whether experts are chosen by it. Every weight's role, rule and view must agree with
-that, by a recipe of each kind of view: `muon`, `olmoe`, and one with `view = "residual"`. Weights that the pass does not
-come to, such as those of a vision tower, are judged by the classes of their modules.
+What is *right* is judged without the router. A forward pass of each model is followed. It shows of a weight which side
+is summed over, whether it reads the residual stream or writes to it, where its output is cut, what its heads are,
+whether its rows are looked up, and whether experts are chosen by it. Every weight's role, rule and view must agree
+with that, by a recipe of each kind of view: `muon`, `olmoe`, and one with `view = "residual"`. Weights that the pass
+does not come to, such as those of a vision tower, are judged by the classes of their modules.
 
 A *pattern* is what `route` prints when it refuses a weight, to be checked and pasted into the recipe. Where "by view
 `residual`" is added, only recipes that ask for this view need it.
