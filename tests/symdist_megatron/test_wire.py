@@ -75,6 +75,14 @@ def test_the_plan_is_what_is_sent(worlds: Worlds, layout: str, case: int) -> Non
             assert [(moved.kind, moved.size, moved.sent) for moved in counting.log] == started
 
 
+@pytest.mark.parametrize("kind", ["latent", "delta", "mamba"])
+def test_the_trace_of_every_kind_of_model_is_what_is_sent(worlds: Worlds, kind: str) -> None:
+    how = replace(LAYOUTS["tp2 dp2, distributed"], kind=kind, layers=4 if kind == "mamba" else 2)
+    for planned, started in worlds(4).run(4, COUNTED, how, recipe(0), {"vocabulary": 37}):
+        assert planned == started
+        assert started
+
+
 @pytest.mark.parametrize("layout", ["tp2 dp2", "tp2 dp2, distributed"])
 def test_collectives_do_not_grow_with_depth(worlds: Worlds, layout: str) -> None:
     kinds = []
