@@ -92,7 +92,7 @@ def megatron_site(leaf: str, parameter: nn.Parameter, chain: ModuleChain) -> Par
         known = ParamSite(role="matrix", stream="output", evidence="class")
     elif _is_a(parent, "MoELayer") and attribute in ("fc1_latent_proj", "fc2_latent_proj"):
         known = ParamSite(role="matrix", stream="input" if attribute[2] == "1" else "output", evidence="class")
-    elif attribute in ("gate", "router") and hasattr(parent, "experts"):
+    elif leaf == "weight" and attribute in ("gate", "router") and hasattr(parent, "experts"):
         known = ParamSite(role="router", stream="input", evidence="name")
     if known is None and leaf.startswith("weight") and _is_linear(module):
         known = _linear_site(module)

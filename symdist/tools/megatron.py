@@ -306,13 +306,13 @@ def _parameters(model: nn.Module, recipe: Recipe, mesh: MegatronMesh) -> Iterato
             layers.setdefault(int(found[1]), {})[found[2]] = tuple(parameter.shape)
         else:
             others[name] = tuple(parameter.shape)
+    if unknown := [name for name in others if not re.search(r"(embed_tokens|lm_head|\.norm)\.weight$", name)]:
+        raise ValueError(_unknown(unknown))
     if len(layers) < mesh.pp:
         raise ValueError(f"megatron: pp={mesh.pp} stages are more than the {len(layers)} layers")
     describe = functools.partial(_described, recipe, mesh)
     last = mesh.pp - 1
-    (embedding,) = (shape for name, shape in others.items() if "embed" in name)
-    if unknown := [name for name in others if not re.search(r"embed|lm_head|\.norm\.weight$", name)]:
-        raise ValueError(_unknown(unknown))
+    (embedding,) = (shape for name, shape in others.items() if "embed_tokens" in name)
     vocabulary = (_padded(embedding[0], mesh.vocabulary_multiple * mesh.tp) // mesh.tp, embedding[1])
     shared = config.tie_word_embeddings and mesh.pp > 1
     site = ParamSite(role="tied_embedding" if config.tie_word_embeddings else "embedding")
@@ -443,6 +443,9 @@ def _attention(shapes: Mapping[str, tuple[int, ...]], config: Any, mesh: Megatro
                 yield f"self_attention.{megatron_name}.weight", (rows, columns), {"site": site, "cut": cut}
         return
     queries, size = heads // groups, shapes["k_proj.weight"][0] // groups
+    if shapes["q_proj.weight"][0] != heads * size:
+        # Such as queries with gates.
+        raise ValueError(_unknown(["self_attn.q_proj.weight"]))
     counts = {"q": queries, "k": 1, "v": 1}
     sections = {
         name: (count * size, ParamSite(role=f"attention_{name}", heads=groups * count))

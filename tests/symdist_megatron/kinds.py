@@ -55,7 +55,9 @@ _LATENT: dict[str, Any] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "gpt": {},
     "latent": _LATENT,
-    # The indexer of sparse attention.
+    # With the projections down in one weight.
+    "joint": _LATENT,
+    # With the indexer of sparse attention.
     "sparse": _LATENT
     | {
         "experimental_attention_variant": "dsa",
@@ -77,6 +79,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mamba": {"mamba_state_dim": 3, "mamba_head_dim": 4, "mamba_num_groups": 2},
 }
 PATTERN = "M*ME"
+_LATENTS = ("latent", "joint", "sparse")
 Config = TransformerConfig | MLATransformerConfig
 
 
@@ -103,7 +106,7 @@ class PlainAttention(nn.Module):
 
 
 def config_class(how: How) -> type[Config]:
-    return MLATransformerConfig if how.kind in ("latent", "sparse") else TransformerConfig
+    return MLATransformerConfig if how.kind in _LATENTS else TransformerConfig
 
 
 def model_of(config: Any, how: How, *, first: bool, last: bool) -> Any:
@@ -122,8 +125,8 @@ def model_of(config: Any, how: How, *, first: bool, last: bool) -> Any:
     # Some of them are the same one.
     block.layer_specs = [copy.deepcopy(layer) for layer in block.layer_specs]
     for i, layer in enumerate(block.layer_specs):
-        if how.kind in ("latent", "sparse"):
-            _latent(layer.submodules.self_attention.submodules, sparse=how.kind == "sparse")
+        if how.kind in _LATENTS:
+            _latent(layer.submodules.self_attention, how.kind)
         elif how.kind == "delta" and not i:
             layer.submodules.self_attention = ModuleSpec(
                 module=GatedDeltaNet,
@@ -137,14 +140,18 @@ def model_of(config: Any, how: How, *, first: bool, last: bool) -> Any:
     )
 
 
-def _latent(attention: Any, *, sparse: bool) -> None:
+def _latent(spec: Any, kind: str) -> None:
     """One projection down cut, as in Megatron's modules, the other whole on all ranks, as in Transformer Engine's.
 
     Where this one is cut, Megatron does not sum the gradients of rotary keys over the ranks.
     """
+    attention = spec.submodules
     attention.linear_kv_down_proj = Linear
     attention.core_attention = PlainAttention
-    if sparse:
+    if kind == "joint":
+        spec.module = multi_latent_attention.FusedMLASelfAttention
+        attention.linear_qkv_down_proj = ColumnParallelLinear
+    elif kind == "sparse":
         attention.core_attention = ModuleSpec(
             module=dsa.DSAttention,
             submodules=dsa.DSAttentionSubmodules(

@@ -51,7 +51,7 @@ def _options(name: str, how: How, case: int) -> dict[str, Any]:
     role = role_of(name, how)
     role = {"tied_embedding": "embedding", "position_embedding": "embedding", "gate": "matrix"}.get(role, role)
     options = recipe(case)[role]
-    return recipe(case).get("attention_qkv", options) if "linear_qkv" in name else options
+    return recipe(case).get("attention_qkv", options) if "linear_qkv." in name else options
 
 
 def matrices(name: str, full: Tensor, options: dict[str, Any], how: How, config: Any) -> list[tuple[Tensor, Any]]:
@@ -74,6 +74,8 @@ def matrices(name: str, full: Tensor, options: dict[str, Any], how: How, config:
         assert sections is not None
         # As many as those of the gate.
         return [(full, {"heads": sections[0 if how.kind == "mamba" else 3][1], "dim": 1})]
+    if "linear_qkv_down_proj" in name:
+        return [(part, view) for part in full.split([config.q_lora_rank, len(full) - config.q_lora_rank])]
     if "linear_qkv" in name:
         queries = how.heads // how.groups
         gates = queries if config.attention_output_gate else 0

@@ -8,7 +8,7 @@ import pytest
 from tests.ranks import Ranks
 from tests.symdist_megatron.cases import CASES
 from tests.symdist_megatron.how import How
-from tests.symdist_megatron.versions import GROUPED
+from tests.symdist_megatron.versions import GROUPED, JOINT
 
 Worlds = Callable[[int], Ranks]
 
@@ -54,6 +54,8 @@ KINDS: dict[str, tuple[int, dict[str, Any]]] = {
     "mamba, tp2": (4, {"kind": "mamba", "layers": 4, "tp": 2, "etp": 2}),
     "mamba, stages": (4, {"kind": "mamba", "layers": 4, "tp": 2, "etp": 2, "pp": 2}),
 }
+if JOINT:
+    KINDS["latent attention, joint, tp2"] = (4, {"kind": "joint", "tp": 2, "etp": 2})
 
 STEPPED = "tests.symdist_megatron.parity_ranks:stepped"
 ALL = list(range(len(CASES)))

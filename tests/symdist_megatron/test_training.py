@@ -83,6 +83,9 @@ PLAIN = How(dtype="float32", moe=(0, 0))
 DISTRIBUTED = replace(PLAIN, distributed=True)
 MIXED = replace(DISTRIBUTED, dtype="bfloat16")
 FIRST = How(dtype="float32")
+MAMBA = How(dtype="float32", kind="mamba", layers=4)
+DELTA = How(dtype="float32", kind="delta", moe=(0, 0))
+LATENT = How(dtype="float32", kind="latent", mtp=1, moe=(0, 0))
 WAYS: dict[str, list[tuple[int, How]]] = {
     "plain": [(4, replace(PLAIN, tp=2)), (4, PLAIN), (4, replace(PLAIN, tp=4))],
     "distributed": [(4, replace(DISTRIBUTED, tp=2)), (4, DISTRIBUTED), (4, replace(DISTRIBUTED, tp=4))],
@@ -99,6 +102,10 @@ WAYS: dict[str, list[tuple[int, How]]] = {
         (4, replace(FIRST, pp=2, ep=2, distributed=True)),
         (4, replace(FIRST, ep=4, distributed=True)),
     ],
+    "mamba": [(2, replace(MAMBA, tp=2, etp=2)), (1, MAMBA)],
+    "mamba, distributed": [(4, replace(MAMBA, tp=2, etp=2, distributed=True)), (2, replace(MAMBA, distributed=True))],
+    "gated delta net": [(2, replace(DELTA, tp=2)), (1, DELTA)],
+    "latent attention, stages": [(2, replace(LATENT, pp=2)), (2, replace(LATENT, tp=2, etp=2))],
     "tied stages": [(2, replace(PLAIN, pp=2, tied=True)), (2, replace(PLAIN, tied=True))],
 }
 

@@ -1,10 +1,13 @@
 """What a step sends under Megatron is what its trace says, collective by collective."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from symdist.exchange import CountingTransport
 from symdist.tools.megatron import MegatronMesh
@@ -73,6 +76,37 @@ def test_the_plan_is_what_is_sent(worlds: Worlds, layout: str, case: int) -> Non
             counting = CountingTransport()
             simulated.step(counting, rank=rank)
             assert [(moved.kind, moved.size, moved.sent) for moved in counting.log] == started
+
+
+@pytest.mark.parametrize("kind", ["latent", "delta", "mamba"])
+def test_the_trace_of_every_kind_of_model_is_what_is_sent(worlds: Worlds, kind: str) -> None:
+    how = replace(LAYOUTS["tp2 dp2, distributed"], kind=kind, layers=4 if kind == "mamba" else 2)
+    for planned, started in worlds(4).run(4, COUNTED, how, recipe(0), {"vocabulary": 37}):
+        assert planned == started
+        assert started
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "bos_token_id": None, "eos_token_id": None}
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    [
+        ("qwen3_next", "linear_attn.dt_bias"),
+        ("qwen2_moe", "mlp.shared_expert.gate_proj.weight"),
+        ("mamba2", "backbone.norm_f.weight"),
+        ("gpt2", "transformer.wte.weight"),
+        ("opt", "embed_positions.weight"),
+    ],
+)
+def test_a_model_that_a_plan_knows_no_job_of_is_refused(kind: str, named: str) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "word_embed_proj_dim": 16}
+    mixers = {"num_heads": 8, "head_dim": 4, "expand": 2, "n_groups": 1} if kind == "mamba2" else heads
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SMALL, **mixers))
+    said = rf"not known how a Megatron job holds .*{re.escape(named)}"
+    with pytest.raises(ValueError, match=said), simulate(model, recipe(0), mesh=MegatronMesh()):
+        pass
 
 
 @pytest.mark.parametrize("layout", ["tp2 dp2", "tp2 dp2, distributed"])
