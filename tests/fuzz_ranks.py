@@ -74,12 +74,12 @@ def trained(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Weights and strategies by name after the steps; a strategy that a case cannot have gives way to "auto"."""
     groups: list[dict[str, Any]] = []
-    weights: list[tuple[Case, int, nn.Parameter]] = []
+    weights: dict[str, tuple[Case, int, nn.Parameter]] = {}
     for i, parameter in enumerate(case["parameters"]):
         named = []
         for copy in range(parameter["copies"]):
             weight = nn.Parameter(place(parameter, drawn(parameter, copy, 0)))
-            weights.append((parameter, copy, weight))
+            weights[f"{i}.{copy}"] = parameter, copy, weight
             named.append((f"{i}.{copy}", weight))
         group = {"params": named, **parameter["group"]}
         if "bounds" in parameter and ranks is not None:
@@ -94,11 +94,10 @@ def trained(
         groups.append(group)
     optimizer = SymDist(groups, exchange={"bucket_bytes": case["bucket_bytes"]}, **options)
     for step in range(1, case["steps"] + 1):
-        for parameter, copy, weight in weights:
+        for parameter, copy, weight in weights.values():
             weight.grad = gradient(parameter, copy, step)
         optimizer.step()
-    strategies = optimizer.strategies()
-    return {name: local(w).detach() for name, (_, _, w) in zip(strategies, weights, strict=True)}, strategies
+    return {name: local(w).detach() for name, (_, _, w) in weights.items()}, optimizer.strategies()
 
 
 def on_ranks(mesh: DeviceMesh, case: Case) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -177,8 +176,12 @@ def wrong(many: Ranks, case: Case, bound: float = BOUND) -> tuple[list[str], dic
     mesh = tuple(case["mesh"])
     results = many.run(mesh if len(mesh) > 1 else mesh[0], on_ranks, case)
     strategies = results[0][1]
+
+    def where(name: str) -> str:
+        return ", ".join(strategy for member, strategy in strategies.items() if member.partition("[")[0] == name)
+
     return [
-        f"{name} {case['parameters'][int(name.split('.')[0])]['shape']} at {strategies[name]}: {error:.1e}"
+        f"{name} {case['parameters'][int(name.split('.')[0])]['shape']} at {where(name)}: {error:.1e}"
         for name, error in errors(case, results).items()
         if not error < bound
     ], strategies

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,22 @@ from symdist.tools.models import build, shard
 
 # No precision is faster than another, so that the meta tensors of a plan take that of the ranks' device.
 EVEN = replace(HARDWARE["h100"], half_flops=None)
+MUON = {"role": "matrix", "rule": "muon", "lr": 0.1}
+# Of weights of olmoe-tiny: none has rows that end where ranks do.
+SECTIONS: dict[str, Any] = {
+    "default": {"rule": "adamw", "lr": 0.1},
+    "patterns": [
+        {"match": "*.q_proj.weight", **MUON, "view": {"sections": [70, 40, 18], "heads": [7, 1, 0]}},
+        {"match": "*.o_proj.weight", **MUON, "view": {"sections": [100, 28]}},
+        {"match": "*.gate.weight", **MUON, "rule": "row_norm", "view": {"sections": [5, 3]}},
+    ],
+}
 
 
 def on_the_wire(
     mesh: DeviceMesh,
     model: str,
-    recipe: str,
+    recipe: str | dict[str, Any],
     sizes: dict[str, int],
     communication_dtype: torch.dtype | None,
     bucket_bytes: int,

@@ -79,7 +79,7 @@ def groups_of(model: nn.Module, **changed: Any) -> list[dict[str, Any]]:
     named = dict(model.named_parameters())
     rules: list[tuple[list[str], dict[str, Any]]] = [
         (["embedding.weight"], {"rule": "row_norm", "lr": 0.1, "skip_zero_grad_rows": True}),
-        (["up.weight"], {"rule": "hybrid", "lr": 0.02, "alpha": 0.5}),
+        (["up.weight"], {"rule": "hybrid", "lr": 0.02, "alpha": 0.5, "view": {"sections": (7, 3)}}),
         (["down.weight"], {"rule": "muon", "lr": 0.02, "view": {"heads": 2, "dim": 1}, "weight_decay": 0.1}),
         (["router.weight"], {"rule": "left_spectral", "lr": 0.02}),
         (["experts.weight", "experts.back"], {"rule": "polar", "lr": 0.02}),
@@ -98,7 +98,10 @@ def remembering(model: nn.Module) -> list[dict[str, Any]]:
         ({"embedding.weight": "embedding.weight"}, {"role": "embedding", **shared, **columns}),
         ({"layers.0.up.weight": "up.weight"}, {"role": "mlp_up", **shared, **columns}),
         ({"layers.0.down.weight": "down.weight"}, {"role": "mlp_down", "base": "adam", **shared}),
-        ({"head.weight": "head.weight"}, {"role": "head", "base": "row_norm", **shared, **columns}),
+        (
+            {"head.weight": "head.weight"},
+            {"role": "head", "base": "row_norm", **shared, "view": {"sections": (9, 8), "transposed": True}},
+        ),
         # Gradients of all experts' rows add up to nothing but rounding: one direction of this one must count as none.
         ({"router.weight": "router.weight"}, {"rule": "aro", "base": "row_norm", "lr": 0.02, **columns}),
         ({name: name for name in ("experts.weight", "experts.back")}, {"rule": "normuon", "lr": 0.02}),

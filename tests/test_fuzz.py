@@ -110,9 +110,9 @@ COMMON = st.fixed_dictionaries(
 def shapes_and_views(draw: st.DrawFn, dims: int) -> tuple[list[int], Options]:
     p, q = draw(st.integers(1, 20)), draw(st.integers(1, 20))
     heads, unit = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    kind = draw(
-        one_of("as_stored", "as_stored", "transposed", "gate_up_stacked", "gate_up_interleaved", "heads_0", "heads_1")
-    )
+    turned = {"transposed": True} if draw(one_of(False, True)) else {}
+    kinds = ["as_stored", "as_stored", "transposed", "gate_up_stacked", "gate_up_interleaved", "heads_0", "heads_1"]
+    kind = draw(one_of(*kinds, *(["sections"] if dims == 2 else [])))
     view: Options = {"view": kind}
     match kind if dims > 1 else "vector":
         case "vector":
@@ -122,9 +122,13 @@ def shapes_and_views(draw: st.DrawFn, dims: int) -> tuple[list[int], Options]:
         case "gate_up_interleaved":
             q += q % 2
         case "heads_0":
-            p, view = heads * unit, {"view": {"heads": heads, "dim": 0}}
+            p, view = heads * unit, {"view": {"heads": heads, "dim": 0} | turned}
         case "heads_1":
-            q, view = heads * unit, {"view": {"heads": heads, "dim": 1}}
+            q, view = heads * unit, {"view": {"heads": heads, "dim": 1} | turned}
+        case "sections":
+            counts = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+            sizes = [draw(st.integers(1, 5)) * max(count, 1) for count in counts]
+            p, view = sum(sizes), {"view": {"sections": sizes, "heads": counts} | turned}
         case "as_stored" | "transposed" if dims == 2 and p > 1:
             view["padding_rows"] = draw(one_of(0, 0, 1, p - 1))
     return [draw(st.integers(1, 9)), p, q][3 - dims :], view
@@ -200,6 +204,7 @@ def check(many: Ranks, case: Case) -> list[str]:
         pytest.fail("\n".join([*found, fuzz_ranks.line(fuzz_ranks.smallest(many, case))]), pytrace=False)
     kinds = ["example", str(case["mesh"]), *strategies.values()]
     for parameter in case["parameters"]:
+        kinds += ["sections"] * ("sections" in parameter["group"].get("view", ()))
         kinds += ["submesh"] * (len(parameter["on"]) < len(case["mesh"]))
         way = "flat" if "bounds" in parameter else "plain" if parameter["cuts"] is None else "cut"
         padded = ["padding", f"{way} padding"] if parameter["group"].get("padding_rows") else []
@@ -248,7 +253,7 @@ def test_sharded_equals_the_single_process(many: Ranks) -> None:
         "right_spectral",
     ]
     kinds += ["left_spectral", "polar", "hybrid", "muon", "adamw", "normuon", "aurora", "scion", "aro"]
-    assert {kind: seen[kind] for kind in [*kinds, "flat", "padding"] if seen[kind] < 20} == {}
+    assert {kind: seen[kind] for kind in [*kinds, "flat", "padding", "sections"] if seen[kind] < 20} == {}
     assert {kind: seen[kind] for kind in ("flat padding", "cut padding", "plain padding") if not seen[kind]} == {}
 
 

@@ -11,6 +11,7 @@ import torch
 
 from symdist.diagnostics.memory import peak_bytes
 from symdist.exchange import HARDWARE, CountingTransport, ExchangeOptions, Hardware
+from symdist.routing.recipes import RecipeLike
 from symdist.tools.cli import main
 from symdist.tools.megatron import MegatronMesh
 from symdist.tools.models import build
@@ -26,7 +27,9 @@ ALL_WAVES = 1 << 30
 EVEN = plan_ranks.EVEN
 
 
-def expected(model: str, recipe: str, mesh: str, communication_dtype: torch.dtype | None, bucket_bytes: int) -> list:
+def expected(
+    model: str, recipe: RecipeLike, mesh: str, communication_dtype: torch.dtype | None, bucket_bytes: int
+) -> list:
     """Of every rank, every collective."""
     found = []
     with simulate(
@@ -62,10 +65,11 @@ def test_the_wire_carries_what_the_plan_says(ranks: Ranks, model: str, mesh: str
         ("normuon", None, 1 << 16),
         ("aurora", None, ALL_WAVES),
         ("scion", None, ALL_WAVES),
+        (plan_ranks.SECTIONS, None, ALL_WAVES),
     ],
 )
 def test_in_bfloat16_in_waves_and_with_another_recipe(
-    ranks: Ranks, recipe: str, communication_dtype: torch.dtype | None, bucket_bytes: int
+    ranks: Ranks, recipe: RecipeLike, communication_dtype: torch.dtype | None, bucket_bytes: int
 ) -> None:
     mesh = "dp=2,tp=2"
     given = (communication_dtype, bucket_bytes)

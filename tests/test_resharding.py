@@ -128,6 +128,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "another rule": ({"rule": "row_norm"}, ["has rule 'row_norm'", "the saved one has 'right_spectral'"]),
     "another option": ({"centered": False}, ["the saved run had centered=True, this one has centered=False"]),
     "another view": ({"view": "transposed"}, ["the saved run had view='as_stored', this one has view='transposed'"]),
+    "sections": ({"view": {"sections": [9, 8]}}, ["the saved run had view='as_stored'", "view={'sections': [9, 8]}"]),
     "another state": ({"rule": "adamw"}, ["has rule 'adamw'"]),
 }
 

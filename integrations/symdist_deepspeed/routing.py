@@ -154,8 +154,16 @@ def _with_gates(recipe: Recipe, model: nn.Module) -> Recipe:
 
 @contextmanager
 def _full_shapes(model: nn.Module, tensor_parallel: int) -> Iterator[None]:
-    """Show parameters that `zero.Init` or tensor parallelism has cut in full shape, without taking memory."""
+    """Show parameters that `zero.Init` or tensor parallelism has cut in full shape, without taking memory.
+
+    The linear layers of AutoTP, which are no `nn.Linear`, show what they are, too.
+    """
     originals: list[tuple[Any, torch.Tensor]] = []
+    layers: list[Any] = [
+        module
+        for module in model.modules()
+        if type(module).__module__.startswith("deepspeed.module_inject") and "Linear" in type(module).__name__
+    ]
     try:
         for name, parameter in model.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -164,7 +172,12 @@ def _full_shapes(model: nn.Module, tensor_parallel: int) -> Iterator[None]:
             if tuple(parameter.shape) != tuple(shape):
                 originals.append((parameter, parameter.data))
                 parameter.data = parameter.data.new_empty(()).expand(shape)
+        for layer in layers:
+            layer.out_features, layer.in_features = layer.weight.shape
         yield
     finally:
+        for layer in layers:
+            for name in ("out_features", "in_features"):
+                vars(layer).pop(name, None)
         for parameter, data in originals:
             parameter.data = data

@@ -21,6 +21,17 @@ RECIPE = {
     "mlp": {"rule": "hybrid", "lr": 0.02, "view": "neurons", "alpha": 0.0},
     "matrix": {"rule": "muon", "lr": 0.02},
     "other": {"rule": "adamw", "lr": 0.01},
+    # Of weights that are cut by columns and by rows: none ends where ranks do.
+    "patterns": [
+        {"match": "*.o_proj.weight", "role": "matrix", "rule": "muon", "lr": 0.02, "view": {"sections": [19, 13]}},
+        {
+            "match": "*.gate_proj.weight",
+            "role": "matrix",
+            "rule": "muon",
+            "lr": 0.02,
+            "view": {"sections": [7, 30, 11]},
+        },
+    ],
 }
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from symdist.exchange import CountingTransport
+from symdist.routing.recipes import RecipeLike
 from symdist.tools.simulate import simulate
 from tests.ranks import Ranks
 from tests.symdist_deepspeed import language
@@ -12,9 +13,17 @@ from tests.symdist_deepspeed import language
 Worlds = Callable[[int], Ranks]
 
 
-@pytest.mark.parametrize("recipe", ["small-moe", "olmoe", "muon"])
+SECTIONS = {
+    "default": {"rule": "adamw", "lr": 0.1},
+    "patterns": [{"match": "*.[qkv]_proj.weight", "rule": "muon", "lr": 0.1, "view": {"sections": [19, 9, 4]}}],
+}
+
+
+@pytest.mark.parametrize(
+    "recipe", ["small-moe", "olmoe", "muon", SECTIONS], ids=["small-moe", "olmoe", "muon", "sections"]
+)
 @pytest.mark.parametrize(("stage", "world"), [(1, 3), (2, 4), (3, 2), (3, 3)])
-def test_the_plan_is_what_is_sent(worlds: Worlds, stage: int, world: int, recipe: str) -> None:
+def test_the_plan_is_what_is_sent(worlds: Worlds, stage: int, world: int, recipe: RecipeLike) -> None:
     results = worlds(world).run(world, language.counted, language.config(stage, recipe))
     with simulate(language.meta_model(), recipe, mesh={"dp_shard": world}, zero=stage) as simulated:
         for rank, log in enumerate(results):
