@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from symdist import build_optimizer, route
-from symdist.matrix_views import View, bind_view
 from symdist.routing.sites import find_sites
+from tests.beyond_transformers.seen import Seen
 from tests.ranks import Ranks
 
 pytest.importorskip("torchtitan")
@@ -41,6 +41,7 @@ PUBLISHED: dict[str, str] = {
     "mlp.gate_proj.weight": "mlp_gate",
     "mlp.up_proj.weight": "mlp_up",
     "mlp.down_proj.weight": "mlp_down",
+    "post_feedforward_layernorm.weight": "output_norm",
     "mlp.experts.{}.gate_proj.weight": "expert_gate",
     "mlp.experts.{}.up_proj.weight": "expert_up",
     "mlp.experts.{}.down_proj.weight": "expert_down",
@@ -63,9 +64,8 @@ PUBLISHED: dict[str, str] = {
     "linear_attn.in_proj_b.weight": "attention_gate",
     "linear_attn.out_proj.weight": "attention_o",
     "linear_attn.A_log": "state_space",
-    "linear_attn.dt_bias": "state_space",
     "linear_attn.norm.weight": "norm",
-    "patch_embed.pos_emb.weight": "other",  # One for each row and column of an image: no table.
+    "patch_embed.pos_emb.weight": "position_embedding",
     "visual.pos_embed.weight": "position_embedding",
     "position_embedding_table.weight": "position_embedding",
     "attn.q_proj.weight": "attention_q",
@@ -120,6 +120,10 @@ def expected(name: str) -> dict[str, str]:
         if ends == {"attention_q", "attention_k", "attention_v"}:
             ends = {"attention_qkv"}
         (found[parameter],) = ends
+        if key.endswith("post_attention_norm.weight"):
+            # Where there is a norm before the MLP as well, the one after attention is before the sum.
+            assert "layers.{}.ffn_norm.weight" in names
+            found[parameter] = "output_norm"
     if model.config.enable_weight_tying:
         found["tok_embeddings.weight"] = "tied_embedding"
     return found
@@ -160,14 +164,6 @@ def test_no_linear_map_is_left_to_adamw(name: str) -> None:
     assert {parameter for parameter, rule in rules.items() if rule == "muon"} == matrices
 
 
-# By neurons and heads, wherever there are any.
-SEEN = {
-    "attention": {"rule": "muon", "view": "heads", "lr": 0.01},
-    "mlp": {"rule": "muon", "view": "neurons", "lr": 0.01},
-    "experts": {"rule": "muon", "view": "neurons", "lr": 0.01},
-    "matrix": {"rule": "muon", "lr": 0.01},
-    "default": {"rule": "adamw", "lr": 0.01},
-}
 # The layers that a CPU runs: the kernels of linear attention are for others.
 RUN = {
     "llama3": slice(1),
@@ -179,37 +175,6 @@ RUN = {
     "muse_glimmer": slice(1),
     "qwen3_5 experts": slice(3, 4),
 }
-
-
-class Seen:
-    """The weights of a part of a model, as the matrices that their views make of them, by role."""
-
-    def __init__(self, model: nn.Module, part: nn.Module):
-        held = {id(weight) for weight in part.parameters()}
-        self.weights: dict[str, nn.Parameter] = {}
-        self.views: dict[str, View] = {}
-        for group in route(model, SEEN):
-            for weight in group["params"]:
-                role = group["role"]
-                if id(weight) in held and role.startswith(("attention_", "mlp_", "expert_")):
-                    assert role not in self.weights
-                    self.weights[role] = weight
-                    self.views[role] = bind_view(group["view"], tuple(weight.shape), name=role)
-
-    def silence(self, role: str, where: tuple[Any, ...]) -> None:
-        """Set a part of the matrices of a weight to zero."""
-        weight, view = self.weights.pop(role), self.views.pop(role)
-        with torch.no_grad():
-            matrices = view.matrices(weight).clone()
-            matrices[where] = 0
-            weight.copy_(view.to_stored(matrices, tuple(weight.shape)))
-
-    def reached(self, output: Tensor) -> dict[str, Tensor]:
-        """By role, which rows of which matrices the output of the part is a function of."""
-        away = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        gradients = torch.autograd.grad((output * away.to(output.dtype)).sum(), list(self.weights.values()))
-        by_role = zip(self.weights, gradients, strict=True)
-        return {role: self.views[role].matrices(gradient).abs().amax(2) > 0 for role, gradient in by_role}
 
 
 def stream(model: Any) -> Tensor:
@@ -238,19 +203,8 @@ def test_what_comes_out_of_a_silent_neuron_is_lost(name: str) -> None:
     parts = list(feed_forwards(model))
     assert parts
     for module, part in parts:
-        seen = Seen(model, part)
-        (down,) = [role for role in seen.weights if role.endswith("_down")]
-        neurons = seen.weights[down].shape[-1]
-        assert seen.views[down].rows == neurons
-        seen.silence(down, (slice(None), 5))
-        reached = seen.reached(module(stream(model)))
-        assert {role.partition("_")[2] for role in reached} in ({"gate", "up"}, {"gate_up"})
-        for role, rows in reached.items():
-            busy = rows[rows.any(1)]  # Experts that got tokens.
-            assert len(busy) >= min(3, len(rows)), role
-            assert busy.shape[1] == neurons, role
-            assert not busy[:, 5].any(), role
-            assert busy.sum(1).eq(neurons - 1).all(), role
+        neurons = [weight.shape[-1] for name, weight in part.named_parameters() if "w2" in name or "mlp2_w" in name]
+        Seen(model, part).check_neurons(lambda run=module: run(stream(model)), *neurons)
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -260,31 +214,12 @@ def test_what_comes_out_of_a_silent_head_is_lost(name: str) -> None:
     block, config = next(iter(model.layers.values())), model.config.layers[0].attention
     attention = getattr(block, "attention", None) or block.attn
     seen = Seen(model, attention)
-    heads, groups = config.n_heads, getattr(config, "n_kv_heads", None) or config.n_heads
-    assert seen.views["attention_o"].count == heads
-    share, silent = heads // groups, heads - 2
-    seen.silence("attention_o", (silent,))
-    reached = seen.reached(attention(stream(model), None, titan.batch(0)[1]))
-    assert reached
-    for role, rows in reached.items():
-        lost = (~rows.any(1)).nonzero().flatten().tolist()
-        each, group = len(rows) // heads, silent // share
-        match role:
-            case "attention_q" | "attention_gate":
-                # A query may have its gate beside it.
-                assert lost == list(range(silent * each, (silent + 1) * each)), role
-            case "attention_k" | "attention_v":
-                assert len(rows) == groups
-                assert lost == ([group] if share == 1 else []), role
-            case "attention_qkv":
-                assert len(rows) == heads + 2 * groups
-                query = group * (share + 2) + silent % share
-                assert lost == ([query, query + 1, query + 2] if share == 1 else [query]), role
-            case _:
-                raise AssertionError(role)
+    found = set(seen.weights)
+    groups = getattr(config, "n_kv_heads", None) or config.n_heads
+    seen.check_heads(lambda: attention(stream(model), None, titan.batch(0)[1]), config.n_heads, groups, grouped=True)
     prefix = f"layers.{RUN[name].start or 0}.att"
     roles = {role for parameter, role in expected(name).items() if parameter.startswith(prefix)}
-    assert {role for role in roles if role.startswith("attention_")} == {*reached, "attention_o"}
+    assert {role for role in roles if role.startswith("attention_")} == found
 
 
 @pytest.mark.parametrize(
