@@ -1,4 +1,4 @@
-"""Models as people write them by hand, small and in the dtype of PyTorch's default; none has a config of transformers."""
+"""Models as people write them by hand: small, in any dtype, and none with a config of transformers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -232,6 +232,26 @@ class OutInExperts(nn.Module):
         return ((F.silu(x @ self.w1.mT) * (x @ self.w3.mT)) @ self.w2.mT).squeeze(-2)
 
 
+class AlternatingExperts(nn.Module):
+    """As of gpt-oss: gates and ups take turns along the rows of a weight stored `[expert, out, in]`, or its columns."""
+
+    def __init__(self, transposed: bool = False):
+        super().__init__()
+        self.stored_in_out = transposed
+        shapes = ((2 * HIDDEN, WIDTH), (WIDTH, HIDDEN))
+        sides = [shape[::-1] if transposed else shape for shape in shapes]
+        self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, *sides[0]) / 5)
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, *sides[1]) / 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (w if self.stored_in_out else w.mT for w in (self.gate_up_proj, self.down_proj))
+        return (alternating_swiglu(x[..., None, None, :] @ up) @ down).squeeze(-2)
+
+
+def alternating_swiglu(x: Tensor) -> Tensor:
+    return F.silu(x[..., ::2]) * (x[..., 1::2] + 1)
+
+
 class Stacked(nn.Module):
     """A mixture over experts that one module holds."""
 
@@ -359,6 +379,22 @@ class Seeing(nn.Module):
         for layer in model.layers:
             x = layer(x)
         return model.output(model.norm(x[:, -tokens.shape[1] :]))
+
+
+class Declared(nn.Module):
+    """A head that only the method which transformers asks for it tells: its vocabulary is not that of the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = Transformer()
+        self.trunk.output = nn.Identity()
+        self.scores = nn.Linear(WIDTH, VOCABULARY + 3, bias=False)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.scores
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.scores(self.trunk(tokens))
 
 
 class Foresight(nn.Module):

@@ -26,6 +26,11 @@ FEED_FORWARD = within("feed_forward", SWIGLU, "mlp_")
 ENDS = {"tok_embeddings.weight": "embedding", "norm.weight": "input_norm", "output.weight": "head"}
 LLAMA = {**ENDS, **within("layers.{}", ATTENTION | NORMS | FEED_FORWARD)}
 RAW = {"router.weight": "router", "experts.w1": "expert_gate", "experts.w2": "expert_down", "experts.w3": "expert_up"}
+GATE_UP = {
+    "router.weight": "router",
+    "experts.gate_up_proj": "expert_gate_up",
+    "experts.down_proj": "expert_down",
+}
 MIXTURE = {
     "gate.weight": "router",
     **within("experts.{}", SWIGLU, "expert_"),
@@ -37,6 +42,10 @@ MIXTURE = {
 def with_mixture(roles: dict[str, str]) -> dict[str, str]:
     block = within("layers.{}", ATTENTION | NORMS | within("feed_forward", roles))
     return ENDS | block
+
+
+def mixture_of(experts: Any) -> Any:
+    return partial(by_hand.Transformer, partial(by_hand.Stacked, experts))
 
 
 def biased(*names: str) -> dict[str, str]:
@@ -87,14 +96,10 @@ MODELS: dict[str, tuple[Any, dict[str, str]]] = {
     ),
     "llama": (by_hand.Transformer, LLAMA),
     "experts apart": (partial(by_hand.Transformer, by_hand.Mixture), with_mixture(MIXTURE)),
-    "experts [in, out]": (
-        partial(by_hand.Transformer, partial(by_hand.Stacked, by_hand.InOutExperts)),
-        with_mixture(RAW),
-    ),
-    "experts [out, in]": (
-        partial(by_hand.Transformer, partial(by_hand.Stacked, by_hand.OutInExperts)),
-        with_mixture(RAW),
-    ),
+    "experts [in, out]": (mixture_of(by_hand.InOutExperts), with_mixture(RAW)),
+    "experts [out, in]": (mixture_of(by_hand.OutInExperts), with_mixture(RAW)),
+    "experts alternating [out, in]": (mixture_of(by_hand.AlternatingExperts), with_mixture(GATE_UP)),
+    "experts alternating [in, out]": (mixture_of(partial(by_hand.AlternatingExperts, True)), with_mixture(GATE_UP)),
     "mamba": (
         by_hand.Mamba,
         {
@@ -152,6 +157,13 @@ MODELS: dict[str, tuple[Any, dict[str, str]]] = {
         {
             **{name: role for name, role in within("trunk", LLAMA).items() if role != "head"},
             "next_tokens.{}.weight": "head",
+        },
+    ),
+    "declared head": (
+        by_hand.Declared,
+        {
+            **{name: role for name, role in within("trunk", LLAMA).items() if role != "head"},
+            "scores.weight": "head",
         },
     ),
     "factored embedding": (
@@ -244,6 +256,8 @@ def test_a_head_is_a_matrix(name: str, attention: type[nn.Module], width: int, g
         ("experts apart", by_hand.FeedForward, by_hand.WIDTH, by_hand.HIDDEN),
         ("experts [in, out]", by_hand.InOutExperts, by_hand.WIDTH, by_hand.HIDDEN),
         ("experts [out, in]", by_hand.OutInExperts, by_hand.WIDTH, by_hand.HIDDEN),
+        ("experts alternating [out, in]", by_hand.AlternatingExperts, by_hand.WIDTH, by_hand.HIDDEN),
+        ("experts alternating [in, out]", by_hand.AlternatingExperts, by_hand.WIDTH, by_hand.HIDDEN),
         ("vision", by_hand.VisionMLP, 16, 48),
         # As wide as the embedding, which is not the residual stream.
         ("factored embedding", by_hand.FeedForward, by_hand.WIDTH, 16),
@@ -285,7 +299,9 @@ def test_experts_as_wide_as_the_stream_are_asked_for() -> None:
     """Nothing tells `[expert, in, out]` from `[expert, out, in]` then; a pattern does."""
     square = partial(by_hand.Stacked, partial(by_hand.InOutExperts, by_hand.WIDTH))
     model = by_hand.Transformer(square)
-    with pytest.raises(ValueError, match=r"layers\.0\.feed_forward\.experts\.w1 .*both of its sides are as wide") as error:
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.feed_forward\.experts\.w1 .*both of its sides are as wide"
+    ) as error:
         route(model, RECIPE)
     assert 'role = "expert' in str(error.value)
     patterns = [

@@ -1,4 +1,4 @@
-"""torchtitan's models, built small by its own code, and what it says of their weights: names in published checkpoints."""
+"""torchtitan's models, built small by its own code, and what checkpoints of transformers call their weights."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What ranks run for torchtitan's models: sharded and checkpointed by its own functions, and the same in one process."""
+"""What ranks run for torchtitan's models: sharded and checkpointed by its own functions; and what one process makes."""
 
 from typing import Any
 

@@ -25,6 +25,11 @@ def experts() -> nn.Module:
     return by_hand.Transformer(lambda: by_hand.Stacked(by_hand.InOutExperts))
 
 
+def alternating() -> nn.Module:
+    """How it stores gates and ups, only its code tells."""
+    return by_hand.Transformer(lambda: by_hand.Stacked(by_hand.AlternatingExperts))
+
+
 def gpt2() -> nn.Module:
     """Its `Conv1D` is known by its class."""
     return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=80, n_embd=24, n_layer=2, n_head=4, n_positions=16))
@@ -42,6 +47,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "nanochat": by_hand.Chat,
     "experts apart": lambda: by_hand.Transformer(by_hand.Mixture),
     "experts": experts,
+    "alternating": alternating,
+    "declared head": by_hand.Declared,
     "mamba": by_hand.Mamba,
     "vision": by_hand.Seeing,
     "gpt2": gpt2,
