@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("debugmodel", {}),
     "qwen3_5 experts": ("debugmodel_moe", {}),
 }
-VOCABULARY = 2048
+VOCABULARY = 128
 LENGTH = 16
 
 
@@ -69,9 +69,11 @@ def on_meta(name: str) -> Any:
 
 
 def trainable(name: str, layers: slice, dtype: torch.dtype = torch.float64) -> Any:
-    """The model with some of its layers, initialized as torchtitan does it, the same wherever it is built."""
+    """The model with some of its layers and a small vocabulary, as torchtitan initializes it; everywhere the same."""
     config = spec(name).model
     config.layers = config.layers[layers]
+    embedding = getattr(config.tok_embeddings, "embedding", config.tok_embeddings)
+    config.vocab_size = embedding.num_embeddings = config.lm_head.out_features = VOCABULARY
     with torch.device("meta"):
         model = config.build()
     model.to_empty(device="cpu")
