@@ -20,6 +20,14 @@ symdist_python() {
     return 1
 }
 
+# torchtitan, for tests of its models alone. What these import is in dev; some of the rest that torchtitan requires would
+# put older releases of other packages in the place of ours.
+symdist_install_models() {
+    case ",$1," in
+        *,dev,*) "$symdist_venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps torchtitan==0.3.0 ;;
+    esac
+}
+
 symdist_install() {
     local extras=$1 python mark torch pins
     pins=$symdist_root/launch/constraints.txt
@@ -31,12 +39,14 @@ symdist_install() {
     if [ -n "$symdist_newest" ]; then
         "$symdist_venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
             "${TORCH:-torch}" --editable "$symdist_root[$extras]" || return 1
+        symdist_install_models "$extras" || return 1
         "$symdist_venv/bin/python" -m pip freeze --disable-pip-version-check --exclude-editable
     else
         torch=$(grep '^torch==' "$pins")
         # Another PyTorch than the one pinned is its own business.
         "$symdist_venv/bin/python" -m pip install --quiet --disable-pip-version-check \
             --constraint <(grep -v "^torch==" "$pins") "${TORCH:-$torch}" --editable "$symdist_root[$extras]" || return 1
+        symdist_install_models "$extras" || return 1
     fi
     touch "$mark"
 }

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # The optimizer comes first, whole jobs last: a fault is shown where it is, not by what stands on it. Of the jobs the
 # longest file comes first, so that no worker ends long after the other.
 ENGINES = ("symdist_deepspeed", "symdist_megatron", "trainers")
-ORDER = ("rules", "", "models", "architectures", "diagnostics", *ENGINES, "launch/test_survival.py", "launch", "attacks", "gpu")
+MODELS = ("models", "architectures", "beyond_transformers")
+ORDER = ("rules", "", *MODELS, "diagnostics", *ENGINES, "launch/test_survival.py", "launch", "attacks", "gpu")
 
 # What gives a test ranks.
 RANKS = {"ranks", "many", "worlds", "pair"}
