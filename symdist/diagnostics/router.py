@@ -8,17 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.nn import functional
+
+from symdist.diagnostics.router_calls import router_calls
 
 # An expert whose load is below this fraction of an even load counts as dead.
 _DEAD = 0.1
 
 
 class RouterMonitor:
-    """Observes the routers of an OLMoE, Qwen3-MoE, Mixtral or gpt-oss model of `transformers`, by forward hooks.
+    """Observes the routers of a model: every module with a weight that routing gives the role "router".
 
     With E experts, k of them chosen per token, and N tokens, a layer has the load `f_i = count_i / (N·k)` and the mean
-    router probability `p_i`: the softmax over all E experts, averaged over the tokens.
+    router probability `p_i`: the softmax of the logits over all E experts, averaged over the tokens. The logits are the
+    product of the router's weight with the tokens, plus its bias if it has one. It is the same for routers that go on
+    with a sigmoid, a correction or a table. The chosen experts are those that the router chose, by these or without.
+
+    A router that runs several times in a forward is measured by its last run.
 
     `losses` uses the last forward. `accumulate` adds the last forward to running totals, so call it once per forward;
     `summary` computes statistics of these totals. Under FSDP the monitor can be created before or after `fully_shard`.
@@ -27,7 +33,8 @@ class RouterMonitor:
         model: The model.
 
     Attributes:
-        layers: The number of routers in the model. It is 0 for a dense model, for which all methods do nothing.
+        layers: The number of routers in the model, in the order of the model. It is 0 for a dense model, for which all
+            methods do nothing.
 
     Example:
         >>> monitor = symdist.RouterMonitor(model)
@@ -39,16 +46,12 @@ class RouterMonitor:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # By class name, since the library does not import transformers. FSDP2 only adds a prefix to a class name.
-        routers = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
-        self.layers = len(routers)
-        # Per layer, from the last forward: logits [N, E] with their autograd graph, and the chosen experts [N, k].
-        self._last: list[tuple[Tensor, Tensor] | None] = [None] * self.layers
-        # Per layer, a row of: counts (E), sums of probabilities (E), sum of logsumexp², number of tokens.
+        self._routers = router_calls(model)
+        self.layers = len(self._routers)
+        # Per layer, a row of: counts (E), sums of probabilities (E), sum of logsumexp², number of tokens. Where layers
+        # have different numbers of experts, both E are filled up to the largest with zeros.
         self._totals: Tensor | None = None
-        self._handles: list[RemovableHandle] = [
-            router.register_forward_hook(self._recorder(layer)) for layer, router in enumerate(routers)
-        ]
+        self._sizes: list[int] = []
 
     def losses(self) -> tuple[Tensor, Tensor]:
         """Return the auxiliary losses of the last forward on this rank.
@@ -82,12 +85,15 @@ class RouterMonitor:
         """
         if self.layers == 0:
             return
-        rows = []
-        for logits, chosen in self._captured():
+        captured, rows = self._captured(), []
+        self._sizes = [logits.shape[-1] for logits, _ in captured]
+        for logits, chosen in captured:
             logits = logits.float()
             z = logits.logsumexp(-1).square().sum(0, keepdim=True)
             tokens = z.new_tensor([logits.shape[0]])
-            rows.append(torch.cat([_counts(chosen, logits.shape[-1]), logits.softmax(-1).sum(0), z, tokens]))
+            per_expert = torch.stack([_counts(chosen, logits.shape[-1]), logits.softmax(-1).sum(0)])
+            filled = functional.pad(per_expert, (0, max(self._sizes) - logits.shape[-1]))
+            rows.append(torch.cat([*filled, z, tokens]))
         # float64, since counts of many steps exceed the integers that float32 represents exactly.
         totals = torch.stack(rows).double()
         self._totals = totals if self._totals is None else self._totals + totals
@@ -122,17 +128,22 @@ class RouterMonitor:
         if reduce is not None:
             reduce(totals.view(-1))
 
-        experts = (totals.shape[1] - 2) // 2
-        counts, probabilities, z, tokens = totals.split([experts, experts, 1, 1], dim=1)
-        load = counts / counts.sum(1, keepdim=True)
-        measures = {
-            "load_cv": load.std(1, unbiased=False) / load.mean(1),
-            "load_entropy": torch.special.entr(load).sum(1) / math.log(experts),
-            "dead": (load < _DEAD / experts).double().mean(1),
-            "top_load": load.amax(1),
-            "balance": experts * (load * probabilities / tokens).sum(1),
-            "z": (z / tokens).squeeze(1),
-        }
+        largest = (totals.shape[1] - 2) // 2
+        layers = []
+        for experts, row in zip(self._sizes or [largest] * len(totals), totals, strict=True):
+            counts, probabilities, z, tokens = row[:experts], row[largest : largest + experts], row[-2], row[-1]
+            load = counts / counts.sum()
+            layers.append(
+                {
+                    "load_cv": load.std(unbiased=False) / load.mean(),
+                    "load_entropy": torch.special.entr(load).sum() / math.log(experts),
+                    "dead": (load < _DEAD / experts).double().mean(),
+                    "top_load": load.max(),
+                    "balance": experts * (load * probabilities / tokens).sum(),
+                    "z": z / tokens,
+                }
+            )
+        measures = {name: torch.stack([layer[name] for layer in layers]) for name in layers[0]}
         return {
             "layers": {name: values.tolist() for name, values in measures.items()},
             "mean": {name: values.mean().item() for name, values in measures.items()},
@@ -144,25 +155,15 @@ class RouterMonitor:
 
     def close(self) -> None:
         """Remove the hooks and release the tensors of the last forward."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._last = [None] * self.layers
-
-    def _recorder(self, layer: int) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor, Tensor]], None]:
-        def record(router: nn.Module, inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-            logits, _, chosen = outputs
-            self._last[layer] = (logits, chosen)
-
-        return record
+        for router in self._routers:
+            router.close()
 
     def _captured(self) -> list[tuple[Tensor, Tensor]]:
-        captured = [pair for pair in self._last if pair is not None]
-        if len(captured) < self.layers:
-            raise RuntimeError(
-                "RouterMonitor has no outputs of some routers: run the model's forward after creating the monitor, and "
-                "do not use it after close()"
-            )
+        captured = []
+        for router in self._routers:
+            if router.last is None:
+                raise RuntimeError(f"RouterMonitor cannot measure router {router.name}: {router.problem}")
+            captured.append(router.last)
         return captured
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, NoReturn, Union, cast
 from symdist.tools.baselines import NAMES, Name
 from symdist.tools.texts import printable, printable_errors
 
+# The exit code if a weight has no role, for scripts; what is refused otherwise exits with 2.
+_UNPLACED = 3
 _EXTRA = ("bokeh", "matplotlib", "pydantic", "rich", "tyro")
 
 
@@ -20,8 +22,10 @@ _EXTRA = ("bokeh", "matplotlib", "pydantic", "rich", "tyro")
 class Route:
     """Show the role, rule, view and strategy of every parameter of a model, without creating weights."""
 
-    model: str
+    model: str | None = None
     """A preset, or a TOML file of the same form."""
+    hf: str | None = None
+    """In place of a preset, a model of transformers: a config.json or its folder, a model type, or a cached name."""
     recipe: str = "small-moe"
     """A recipe, or a TOML file of the same form."""
     ranks: int = 2
@@ -30,23 +34,51 @@ class Route:
     """Learning rate of the recipe's matrices; all others are scaled by the same factor."""
     override: tuple[str, ...] = ()
     """Option of a role that replaces the recipe's, as in router.rule=left_spectral; may be repeated."""
+    strict: bool = False
+    """Refuse linear layers of which no more is known than that they are matrices."""
+    check: bool = False
+    """Only say whether everything has a role; if not, print a pattern for each of the rest and exit with code 3."""
     all: bool = False
     """Show every parameter, instead of one row for parameters that differ only in the layer."""
 
     def run(self) -> None:
-        """Print the table and a line of totals."""
+        """Print the table and a line of totals; with `check`, a TOML file of patterns instead."""
         from symdist.routing.recipes import load_recipe, parse_overrides
+        from symdist.tools.models import build
+        from symdist.tools.models.outlines import outline
         from symdist.tools.preview import preview
         from symdist.tools.tables import route_table, show, totals
 
         recipe = load_recipe(self.recipe).adjusted(lr=self.lr, overrides=parse_overrides(self.override))
+        recipe = replace(recipe, strict=recipe.strict or self.strict)
         if self.ranks < 1:
             raise ValueError(f"ranks={self.ranks} must be 1 or more")
-        routing = preview(self.model, recipe, mesh={"dp_shard": self.ranks})
+        if (self.model is None) == (self.hf is None):
+            raise ValueError("give either --model with a preset or --hf with a model of transformers")
+        name = self.model or str(self.hf)
+        model = build(name, device="meta") if self.hf is None else outline(self.hf)
+        if self.check:
+            _check_roles(model, recipe, name=name)
+            return
+        routing = preview(model, recipe, mesh={"dp_shard": self.ranks})
         show(
-            route_table(routing, title=f"{self.model}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
+            route_table(routing, title=f"{name}, recipe {recipe.name}, {self.ranks} ranks", fold=not self.all),
             totals(routing),
         )
+
+
+def _check_roles(model: Any, recipe: Any, *, name: str) -> None:
+    """Print patterns for what has no role and exit, or say that there is nothing; what is printed is TOML."""
+    from symdist.routing.route import UnroutedError, route
+    from symdist.tools.texts import printable
+
+    try:
+        groups = route(model, recipe)
+    except UnroutedError as error:
+        print("\n".join(map(printable, error.snippet.splitlines())))
+        _refuse(_reason(error), code=_UNPLACED)
+    count = sum(len(group["params"]) for group in groups)
+    print(printable(f"# recipe {recipe.name} has a rule for each of the {count:,} parameters of {name}"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the subcommand given on the command line.
 
     Exits with code 2 and one line on stderr if a name, option or layout is refused, or an optional dependency is
-    missing.
+    missing; `route --check` with code 3 if a weight has no role.
 
     Args:
         arguments: The arguments without the program's name; those of the process by default.
@@ -246,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _parse(arguments).run()
     except ValueError as error:
-        _refuse(str(error))
+        _refuse(_reason(error))
     except OSError as error:
         _refuse(f"{error.filename or 'a file'} cannot be read or written: {error.strerror}")
     except ImportError as error:
@@ -273,9 +305,15 @@ def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
         return tyro.cli(kinds, prog="symdist", args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
 
 
-def _refuse(message: str) -> NoReturn:
+def _reason(error: ValueError) -> str:
+    """Return an error's message, without the patterns that it may have."""
+    reason, _, patterns = str(error).partition(". Put a pattern")
+    return f"{reason}; symdist route --check prints a pattern for each" if patterns else reason
+
+
+def _refuse(message: str, *, code: int = 2) -> NoReturn:
     print(f"symdist: {printable(' '.join(message.split()))}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

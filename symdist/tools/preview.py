@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from symdist.assignment import Assignment, assignment
 from symdist.exchange import CountingTransport
-from symdist.routing.recipes import RecipeLike
+from symdist.routing.recipes import Recipe, RecipeLike, load_recipe
+from symdist.routing.sites import find_sites
 from symdist.tools.simulate import simulate
 
 
@@ -23,6 +28,8 @@ class Preview:
         stacks: The number of stacks, which each run as one; parameters that PyTorch's AdamW steps are in none.
         collectives: The number of collectives that one rank starts per step.
         sent: The bytes that it sends per step.
+        evidence: By the name of a parameter, what told its role: "pattern" for a pattern of the recipe, otherwise the
+            evidence of its `symdist.routing.param_site.ParamSite`. Empty if it is not known.
     """
 
     parameters: list[Assignment]
@@ -30,10 +37,11 @@ class Preview:
     stacks: int
     collectives: int
     sent: float
+    evidence: Mapping[str, str] = field(default_factory=dict)
 
 
 def preview(
-    model: str | Path,
+    model: str | Path | nn.Module,
     recipe: RecipeLike,
     *,
     mesh: Mapping[str, int],
@@ -45,7 +53,8 @@ def preview(
     No process group may be open in this process, unless `zero` is given.
 
     Args:
-        model: A preset, or the path of a TOML file; see `symdist.tools.models.build`.
+        model: A preset, the path of a TOML file (see `symdist.tools.models.build`), or a module on the meta device,
+            which is sharded in place.
         recipe: A recipe's name, the path of a TOML file, a mapping of the same form, or a `Recipe`.
         mesh: The sizes by name of mesh dimension; see `symdist.tools.models.shard`.
         zero: A ZeRO stage (1, 2 or 3), to store the weights in its partitions instead of in FSDP2 shards. The mesh then
@@ -72,12 +81,25 @@ def preview(
             )
             for i, member in enumerate(simulated.members)
         }
+        evidence = _evidence(simulated.model, load_recipe(recipe))
         order = {name: i for i, (name, _) in enumerate(simulated.model.named_parameters())}
         return Preview(
             # Parts of a parameter that is cut in several come last.
             parameters=sorted(assignments.values(), key=lambda parameter: order.get(parameter.name, len(order))),
+            # The matrices of a stack in partitions are named by their number in it.
+            evidence={name: evidence[re.sub(r"\[\d+\]$", "", name)] for name in assignments},
             groups=len(simulated.groups),
             stacks=len({member.stack for member in simulated.members} - {None}),
             collectives=counting.collectives,
             sent=counting.sent,
         )
+
+
+def _evidence(model: nn.Module, recipe: Recipe) -> dict[str, str]:
+    """Return what told the role of each parameter, by its name."""
+    told: dict[str, str] = {}
+    for name, (_, site) in find_sites(model).items():
+        pattern = next((pattern for pattern in recipe.patterns if fnmatchcase(name, pattern["match"])), {})
+        # A pattern without a role changes options only, unless nothing else tells a role.
+        told[name] = "pattern" if "role" in pattern or site.role is None else site.evidence
+    return told

@@ -15,7 +15,7 @@ from symdist.tools.compare import Comparison
 from symdist.tools.preview import Preview
 from symdist.tools.texts import printable
 
-_FILE_WIDTH = 200
+_FILE_WIDTH = 240
 
 
 class PlainTable(Table):
@@ -72,19 +72,20 @@ def route_table(preview: Preview, *, title: str, fold: bool) -> Table:
         fold: Whether to join parameters into one row if they differ only in the numbers in their names.
 
     Returns:
-        The table.
+        The table. A column says what told each role, if the preview knows it.
     """
     rows: dict[tuple[str, ...], int] = {}
     for parameter in preview.parameters:
-        row = _route_row(parameter, fold=fold)
+        row = _route_row(parameter, preview.evidence.get(parameter.name), fold=fold)
         rows[row] = rows.get(row, 0) + 1
     table = PlainTable(title)
     table.add_column("parameter", overflow="fold", min_width=12)
     if fold:
         table.add_column("count", justify="right", no_wrap=True)
+    told = ["known by"] if preview.evidence else []
     # In a narrow terminal, wrap the columns whose cells have spaces, but not the names of roles and strategies.
-    for heading in ("shape", "role", "rule", "lr", "view", "strategy", "precision"):
-        wraps = heading in ("shape", "rule", "view", "precision")
+    for heading in ("shape", "role", *told, "rule", "lr", "view", "strategy", "precision"):
+        wraps = heading in ("shape", "known by", "rule", "view", "precision")
         table.add_column(heading, justify="right" if heading == "lr" else "left", no_wrap=not wraps)
     for (name, *cells), count in rows.items():
         table.add_row(name, *([str(count)] if fold else []), *cells)
@@ -185,12 +186,13 @@ def in_bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def _route_row(parameter: Assignment, *, fold: bool) -> tuple[str, ...]:
+def _route_row(parameter: Assignment, evidence: str | None, *, fold: bool) -> tuple[str, ...]:
     name = re.sub(r"(?<=\.)\d+(?=\.)", "*", parameter.name) if fold else parameter.name
     return (
         name,
         " × ".join(map(str, parameter.shape)),
         parameter.role,
+        *([] if evidence is None else [evidence]),
         " ".join([parameter.rule, *(_option(key, value) for key, value in parameter.options.items())]),
         f"{parameter.lr:g}",
         _view(parameter.view),
@@ -206,4 +208,5 @@ def _option(key: str, value: Any) -> str:
 def _view(view: Any) -> str:
     if not isinstance(view, Mapping):
         return str(view)
-    return ", ".join(f"dim {value}" if key == "dim" else f"{value} {key}" for key, value in view.items())
+    counts = {key: " + ".join(map(str, value)) if isinstance(value, list) else value for key, value in view.items()}
+    return ", ".join(f"dim {value}" if key == "dim" else f"{value} {key}" for key, value in counts.items())

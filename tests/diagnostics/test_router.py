@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn import functional
 
 import symdist.tools.models as models
 from symdist.diagnostics import RouterMonitor
@@ -17,11 +18,13 @@ MOE = ["gpt-oss-tiny", "olmoe-tiny", "qwen3-moe-tiny"]
 class FixedTopKRouter(nn.Module):
     """Answers as transformers' routers do, from the logits [N, E] it is given: (logits, weights, chosen)."""
 
-    def __init__(self, k: int):
+    def __init__(self, k: int, experts: int):
         super().__init__()
         self.k = k
+        self.weight = nn.Parameter(torch.eye(experts, dtype=torch.float64))
 
-    def forward(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, given: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = functional.linear(given, self.weight.to(given.dtype))
         weights, chosen = logits.softmax(-1).topk(self.k)
         return logits, weights, chosen
 
@@ -29,9 +32,9 @@ class FixedTopKRouter(nn.Module):
 class Stack(nn.Module):
     """One router a layer; takes logits [layers, N, E]."""
 
-    def __init__(self, *, layers: int, k: int):
+    def __init__(self, *, layers: int, k: int, experts: int = 16):
         super().__init__()
-        self.routers = nn.ModuleList(FixedTopKRouter(k) for _ in range(layers))
+        self.routers = nn.ModuleList(FixedTopKRouter(k, experts) for _ in range(layers))
 
     def forward(self, logits: Tensor) -> None:
         for router, layer in zip(self.routers, logits, strict=True):
@@ -66,7 +69,7 @@ def random_logits(*, layers: int = 3, tokens: int = 40, experts: int = 16) -> Te
 
 
 def one_forward(logits: Tensor, *, k: int) -> RouterMonitor:
-    model = Stack(layers=logits.shape[0], k=k)
+    model = Stack(layers=logits.shape[0], k=k, experts=logits.shape[-1])
     monitor = RouterMonitor(model)
     model(logits)
     monitor.accumulate()

@@ -82,7 +82,7 @@ def build(
     settings = {**given, **(overrides or {})}
     if vocabulary is not None:
         settings["vocab_size"] = vocabulary
-    transformers, where = _transformers(), str(name_or_path)
+    transformers, where = import_transformers(), str(name_or_path)
     config_class, model_class = (getattr(transformers, attribute) for attribute in _FAMILIES[family])
     # The file's own settings are checked as well where others replace them.
     for checked in (given, settings):
@@ -173,7 +173,15 @@ def _check_memory(model: nn.Module, dtype: torch.dtype, target: torch.device, *,
         )
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
+    """Import transformers.
+
+    Returns:
+        The module.
+
+    Raises:
+        ImportError: If it is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module("transformers")
     except ModuleNotFoundError as error:
