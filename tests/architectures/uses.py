@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -87,6 +88,8 @@ class _Trace:
     merged: tuple[int, int] | None = None
 
 
+# A mask on meta has no values; it then selects everything.
+ALL_NONZERO = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
 _NOTHING = _Trace()
 _TRACE = "_trace_of_use"
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "index_add"}
@@ -119,8 +122,6 @@ class Follower(TorchFunctionMode):
         first = args[0] if args else None
         if isinstance(first, Tensor) and first.is_meta and function in _ANSWERS:
             return _ANSWERS[function](first)
-        if function in (torch.where, Tensor.where) and len(args) == 1 and isinstance(first, Tensor) and first.is_meta:
-            return tuple(torch.zeros(1, dtype=torch.long, device="meta") for _ in range(first.ndim))
         if function in (torch.split, Tensor.split) and isinstance(sizes := args[1], list) and isinstance(first, Tensor):
             # Numbers of tokens by expert, which are not known: all go to the first one.
             size = first.shape[kwargs.get("dim", args[2] if len(args) > 2 else 0)]
@@ -428,9 +429,11 @@ class Followed:
 def follow(model: nn.Module) -> Followed:
     """Follow one forward pass of a causal language model on meta, on eight tokens. Layers built alike run once."""
     followed = _followed(model, skip=True)
-    if followed.error is not None:  # Layers may hand each other more than the residual stream.
-        followed = _followed(model, skip=False)
-    return followed
+    if followed.error is None:
+        return followed
+    # Layers may hand each other more than the residual stream: then all have to run.
+    whole = _followed(model, skip=False)
+    return followed if whole.error is not None else whole
 
 
 def _followed(model: Any, *, skip: bool) -> Followed:
@@ -449,7 +452,7 @@ def _followed(model: Any, *, skip: bool) -> Followed:
     with ExitStack() as stack:
         twins = stack.enter_context(_each_kind_once(model)) if skip else {}
         try:
-            with torch.device("meta"), torch.no_grad(), follower:
+            with torch.device("meta"), torch.no_grad(), ALL_NONZERO, follower:
                 model(input_ids=tokens, use_cache=False)
         except Exception as raised:
             error = f"{type(raised).__name__}: {' '.join(str(raised).split())}"
@@ -544,6 +547,4 @@ _ANSWERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.__index__: lambda tensor: 0,
     Tensor.__float__: lambda tensor: 0.0,
     Tensor.tolist: lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu").tolist(),
-    Tensor.nonzero: lambda tensor: torch.zeros(1, tensor.ndim, dtype=torch.long, device="meta"),
-    torch.nonzero: lambda tensor: torch.zeros(1, tensor.ndim, dtype=torch.long, device="meta"),
 }
