@@ -89,7 +89,7 @@ class _Trace:
 
 
 # A mask on meta has no values; it then selects everything.
-ALL_NONZERO = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
+ALL_NONZERO = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
 _NOTHING = _Trace()
 _TRACE = "_trace_of_use"
 _SUMS = {"add", "radd", "iadd", "sub", "rsub", "isub", "index_add"}
