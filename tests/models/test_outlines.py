@@ -1,4 +1,4 @@
-"""Outlines of transformers' models from names, files and the cache: whatever a file holds, nothing is fetched or run."""
+"""Outlines of transformers' models, from names, files and the cache: nothing in a file is fetched or run."""
 
 import copy
 import json
