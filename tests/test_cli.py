@@ -4,10 +4,12 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch
 
 from symdist.tools.baselines import ADAMW, parts
 from symdist.tools.cli import main
@@ -58,15 +60,15 @@ def test_layers_fold_into_one_row(capsys: pytest.CaptureFixture[str]) -> None:
     rows, _ = route(capsys, "--model", "olmoe-tiny")
     query = next(row for row in rows if "q_proj" in row[0])
     assert query[:2] == ["model.layers.*.self_attn.q_proj.weight", "4"]
-    assert " ".join(query[2:]) == "128 × 128 attention_q muon 0.01 4 heads, dim 0 local float32"
+    assert " ".join(query[2:]) == "128 × 128 attention_q name muon 0.01 4 heads, dim 0 local float32"
 
 
 def test_set_replaces_options(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--override", "router.rule=left_spectral", "--override", "router.alpha=1.0", "--override", "head.lr=0.2"]
     rows, _ = route(capsys, "--model", "olmoe-tiny", *given, "--override", "attention.view={heads = 2, dim = 0}")
     text = [" ".join(row) for row in rows]
-    assert any("router left_spectral centered alpha=1.0 0.01" in row for row in text)
-    assert any("head row_norm centered 0.2" in row for row in text)
+    assert any("router class left_spectral centered alpha=1.0 0.01" in row for row in text)
+    assert any("head config row_norm centered 0.2" in row for row in text)
     assert sum("2 heads, dim 0" in row for row in text) == 4
 
 
@@ -91,6 +93,98 @@ def test_strategies_follow_the_ranks() -> None:
     assert by_name("olmoe-tiny", "small-moe", 8)[name].strategy == "owner"
 
 
+def test_any_model_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    rows, line = route(capsys, "--hf", "deepseek_v32", "--ranks", "64", "--override", "router.lr=0.5")
+    cells = {row[0]: " ".join(row[1:]) for row in rows}
+    assert line.startswith("671,877,929,216 weights in 1214 parameters, ")
+    assert cells["model.layers.*.mlp.gate.weight"].startswith("58 256 × 7168 router class left_spectral centered 0.5 ")
+    assert cells["model.layers.*.self_attn.q_b_proj.weight"].startswith("61 24576 × 1536 attention_q name muon")
+
+
+def test_the_table_is_that_of_the_same_model_elsewhere(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    build("olmoe-tiny", device="meta").config.save_pretrained(tmp_path)
+    preset = route(capsys, "--model", "olmoe-tiny")
+    assert preset == route(capsys, "--hf", str(tmp_path)) == route(capsys, "--hf", str(tmp_path / "config.json"))
+
+
+def test_the_table_says_what_told_a_role(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    patterns = ('match = "*.q_proj.weight"\nrole = "matrix"', 'match = "*.up_proj.weight"\nlr = 1.0')
+    text = '[default]\nrule = "adamw"\nlr = 0.125\n' + "".join(f"[[patterns]]\n{each}\n" for each in patterns)
+    recipe.write_text(text)
+    rows, _ = route(capsys, "--hf", "mamba2", "--recipe", "adamw")
+    cells = {row[0]: " ".join(row[1:]) for row in rows}
+    assert " convolution class adamw" in cells["backbone.layers.*.mixer.conv1d.weight"]
+    rows, _ = route(capsys, "--model", "qwen3-tiny", "--recipe", str(recipe))
+    cells = {row[0]: " ".join(row[1:]) for row in rows}
+    assert " matrix pattern adamw 0.125" in cells["model.layers.*.self_attn.q_proj.weight"]
+    # A pattern that changes options alone does not tell a role.
+    assert " mlp_up name adamw 1 " in cells["model.layers.*.mlp.up_proj.weight"]
+
+
+def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int | str | None, str, str]:
+    """The exit code of `route --check`, and what it prints."""
+    code: int | str | None = 0
+    try:
+        main(["route", "--check", *arguments])
+    except SystemExit as exit:
+        code = exit.code
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.fixture
+def odd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model with a linear layer and raw matrices that nothing explains, whatever --hf names."""
+
+    def build_odd(source: str) -> torch.nn.Module:
+        model = build("olmoe-tiny", device="meta")
+        layers = model.model.layers
+        layers[1].mystery = torch.nn.Linear(96, 40, bias=False, device="meta")
+        for layer in (layers[0], layers[2]):
+            layer.register_parameter("riddle[0]", torch.nn.Parameter(torch.empty(96, 40, device="meta")))
+        return model
+
+    monkeypatch.setattr("symdist.tools.models.outlines.outline", build_odd)
+
+
+@pytest.mark.usefixtures("odd")
+def test_check_says_what_to_add(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, patterns, said = check(capsys, "--hf", "odd")
+    assert code == 3
+    assert said.count("\n") == 1
+    assert "model.layers.0.riddle[0] (96, 40) has no role" in said
+    listed = tomllib.loads(patterns)
+    assert set(listed) == {"patterns"}
+    assert [each["match"] for each in listed["patterns"]] == [f"model.layers.{i}.riddle[[]0]" for i in (0, 2)]
+    # Without --check, the same is refused as anything else is, in a line without the patterns.
+    with pytest.raises(SystemExit) as exit:
+        main(["route", "--hf", "odd"])
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == said
+
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[default]\nrule = "adamw"\nlr = 0.1\n\n' + check(capsys, "--hf", "odd", "--recipe", "adamw")[1])
+    code, placed, said = check(capsys, "--hf", "odd", "--recipe", str(recipe))
+    assert (code, said) == (0, "")
+    assert placed == "# recipe mine has a rule for each of the 50 parameters of odd\n"
+    rows, _ = route(capsys, "--hf", "odd", "--recipe", str(recipe))
+    assert sum("riddle" in row[0] and "pattern" in row for row in rows) == 1
+
+
+@pytest.mark.usefixtures("odd")
+def test_strict_refuses_what_only_its_type_tells(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[default]\nrule = "adamw"\nlr = 0.1\n\n[[patterns]]\nmatch = "*.riddle*"\nrole = "matrix"\n')
+    rows, _ = route(capsys, "--hf", "odd", "--recipe", str(recipe))
+    assert any("mystery" in row[0] and " matrix type adamw " in " ".join(row) for row in rows)
+    assert check(capsys, "--hf", "odd", "--recipe", str(recipe))[0] == 0
+    code, patterns, said = check(capsys, "--hf", "odd", "--recipe", str(recipe), "--strict")
+    assert code == 3
+    assert "model.layers.1.mystery.weight (40, 96)" in said
+    assert [each["match"] for each in tomllib.loads(patterns)["patterns"]] == ["model.layers.1.mystery.weight"]
+
+
 REFUSED = {
     "model": (["--model", "nope"], "no model 'nope'"),
     "recipe": (["--recipe", "nope"], "no recipe 'nope'"),
@@ -101,6 +195,13 @@ REFUSED = {
     "role named like an argument": (["--override", "model.lr=1"], "'model', which is no role"),
     "rule": (["--override", "head.rule=nope"], "no rule 'nope'"),
     "strategy": (["--override", "embedding.strategy=local"], "cannot run with strategy 'local'"),
+    "neither": (["--ranks", "2"], "give either --model with a preset or --hf"),
+    "both": (["--model", "olmoe-tiny", "--hf", "llama"], "give either --model with a preset or --hf"),
+    "model type": (["--hf", "deepseek_v33"], "no model type of transformers"),
+    "cached model": (["--hf", "nobody/nothing"], "download its config.json and give the path"),
+    "no language model": (["--hf", "vit"], "vit is no causal language model"),
+    "config file": (["--hf", "nope/config.json"], "nope/config.json does not exist"),
+    "check": (["--model", "olmoe-tiny", "--check", "--recipe", "nope"], "no recipe 'nope'"),
     "setting": (["--override", "head"], "should be role.option=value"),
     "ranks": (["--ranks", "0"], "ranks=0 must be 1 or more"),
 }
@@ -109,8 +210,9 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals_are_one_line(capsys: pytest.CaptureFixture[str], case: str) -> None:
     arguments, message = REFUSED[case]
+    given = {"--model", "--hf"} & {*arguments} or case == "neither"
     with pytest.raises(SystemExit) as exit:
-        main(["route", *(() if "--model" in arguments else ("--model", "olmoe-tiny")), *arguments])
+        main(["route", *(() if given else ("--model", "olmoe-tiny")), *arguments])
     printed = capsys.readouterr()
     assert exit.value.code == 2
     assert printed.out == ""

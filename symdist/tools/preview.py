@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -87,7 +86,7 @@ def preview(
             # Parts of a parameter that is cut in several come last.
             parameters=sorted(assignments.values(), key=lambda parameter: order.get(parameter.name, len(order))),
             # The matrices of a stack in partitions are named by their number in it.
-            evidence={name: evidence[re.sub(r"\[\d+\]$", "", name)] for name in assignments},
+            evidence={name: evidence.get(name) or evidence[name.rpartition("[")[0]] for name in assignments},
             groups=len(simulated.groups),
             stacks=len({member.stack for member in simulated.members} - {None}),
             collectives=counting.collectives,

@@ -76,9 +76,8 @@ def outline(source: str | Path) -> PreTrainedModel:
             said = "by default" if not settings else "from it"
             remedy = "give a config.json" if not settings else "correct it"
             raise ValueError(f"{name}: transformers cannot build {kind} {said} ({reason}); {remedy}") from None
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32)
-    return model
+    # Some models create the one or other weight on the CPU, or in another dtype.
+    return model.to(device="meta", dtype=torch.float32)
 
 
 def _find(source: str | Path, transformers: Any) -> Path:
