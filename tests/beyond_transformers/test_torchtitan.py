@@ -13,6 +13,7 @@ from tests.beyond_transformers.seen import Seen
 from tests.ranks import Ranks
 
 pytest.importorskip("torchtitan")
+pytest.importorskip("triton")
 
 from tests.beyond_transformers import titan, titan_ranks
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config, OlmoeConfig
 
 from symdist import route
+from symdist.param_names import class_name
 from tests.beyond_transformers import by_hand
 from tests.beyond_transformers.seen import RECIPE
 
@@ -132,11 +133,16 @@ def described(model: nn.Module) -> Described:
     }
 
 
-def routed(mesh: DeviceMesh, wrapper: str) -> dict[str, tuple[list[str], Described]]:
-    """By model, the names of its parameters once it is wrapped, and how it is routed."""
+def classes(model: nn.Module) -> set[str]:
+    return {class_name(module) for module in model.modules()}
+
+
+def routed(mesh: DeviceMesh, wrapper: str) -> dict[str, tuple[list[str], set[str], Described]]:
+    """By model: the names of its parameters once it is wrapped, those of its modules' classes, and how it is routed."""
     found = {}
     for name, make in MODELS.items():
         torch.manual_seed(0)
         model = WRAPPERS[wrapper](make(), mesh)
-        found[name] = [parameter for parameter, _ in nn.Module.named_parameters(model)], described(model)
+        names = [parameter for parameter, _ in nn.Module.named_parameters(model)]
+        found[name] = names, classes(model), described(model)
     return found
