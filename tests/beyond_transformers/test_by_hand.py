@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from symdist import build_optimizer, route
 from symdist.routing.sites import find_sites
 from tests.beyond_transformers import by_hand
-from tests.beyond_transformers.seen import RECIPE, Seen
+from tests.beyond_transformers.matrices import RECIPE, Matrices
 
 ATTENTION = {f"attention.w{part}.weight": f"attention_{part}" for part in "qkvo"}
 SWIGLU = {"w1.weight": "gate", "w2.weight": "down", "w3.weight": "up"}
@@ -244,7 +244,7 @@ def test_a_head_is_a_matrix(name: str, attention: type[nn.Module], width: int, g
     model = by_hand.build(MODELS[name][0])
     part = next(module for module in model.modules() if isinstance(module, attention))
     inputs = (of_width(width), None) if attention is by_hand.ChatAttention else (of_width(width),)
-    Seen(model, part).check_heads(lambda: part(*inputs), width // by_hand.HEAD, groups)
+    Matrices(model, part).check_heads(lambda: part(*inputs), width // by_hand.HEAD, groups)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_a_head_is_a_matrix(name: str, attention: type[nn.Module], width: int, g
 def test_a_neuron_is_a_row(name: str, part: type[nn.Module], width: int, neurons: int) -> None:
     model = by_hand.build(MODELS[name][0])
     module = next(module for module in model.modules() if isinstance(module, part))
-    Seen(model, module).check_neurons(lambda: module(of_width(width)), neurons)
+    Matrices(model, module).check_neurons(lambda: module(of_width(width)), neurons)
 
 
 def test_what_a_fused_weight_holds_is_told_by_its_sections() -> None:
