@@ -80,8 +80,9 @@ PUBLISHED: dict[str, str] = {
     "layers.{}.mlp.fc2.weight": "mlp_down",
     "mlp.linear_fc1.weight": "mlp_up",
     "mlp.linear_fc2.weight": "mlp_down",
-    "vision_adapter.fc1.weight": "mlp_up",
-    "vision_adapter.fc2.weight": "mlp_down",
+    # An MLP between two towers, which both call an adapter.
+    "vision_adapter.fc1.weight": "adapter",
+    "vision_adapter.fc2.weight": "adapter",
     "vision_projection.weight": "matrix",
     # Stored as matrices by torchtitan, as convolutions in checkpoints.
     "patch_embed.proj.weight": "matrix",
