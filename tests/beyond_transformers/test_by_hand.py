@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from symdist import build_optimizer, route
+from symdist.matrix_views import bind_view
 from symdist.routing.sites import find_sites
 from tests.beyond_transformers import by_hand
 from tests.beyond_transformers.matrices import RECIPE, Matrices
@@ -279,20 +280,34 @@ def test_what_a_fused_weight_holds_is_told_by_its_sections() -> None:
     assert sites[f"{mixer}.x_proj.weight"][1].sections == (3, 5, 5)
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_the_residual_stream_is_the_rows(side: str) -> None:
-    """By view "residual", which has the stream as rows, whatever the storage."""
-    recipe: dict[str, Any] = {
-        "matrix": {"rule": "aro", "view": "residual", "lr": 0.01},
-        "default": {"rule": "adamw", "lr": 0.01},
-    }
-    writes = {"wo.weight", "w2.weight"}
-    model = by_hand.Transformer()
-    for group in route(model, recipe):
-        if group["rule"] == "aro":
-            for name in group["param_names"]:
-                output = ".".join(name.split(".")[-2:]) in writes
-                assert group["view"] == ("as_stored" if output else "transposed"), name
+RESIDUAL: dict[str, Any] = {
+    "matrix": {"rule": "aro", "view": "residual", "lr": 0.01},
+    "default": {"rule": "adamw", "lr": 0.01},
+}
+READS = ("_q", "_k", "_v", "_qkv", "_gate", "_up", "gate", "router")
+WRITES = ("_o", "_down", "_out")
+# Of a state-space block what lies within, and what looks at a part of the stream.
+INSIDE = ("x_proj.weight", "dt_proj.weight", "ve_gate.weight", "projector.weight", "embed_proj.weight")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "adapters"])
+def test_the_residual_stream_is_the_rows(name: str) -> None:
+    """By view "residual": of what writes to the stream its outputs, of what reads from it its inputs."""
+    model = MODELS[name][0]()
+    weights, seen = dict(model.named_parameters()), 0
+    for group in route(model, RESIDUAL):
+        for parameter in group["param_names"] if group["rule"] == "aro" else ():
+            if parameter.endswith(INSIDE):
+                continue
+            width = 16 if "vision_tower" in parameter else by_hand.WIDTH
+            view = bind_view(group["view"], tuple(weights[parameter].shape), name=parameter)
+            assert view.rows == width, parameter
+            writes = group["role"].endswith(WRITES)
+            assert writes or group["role"].endswith((*READS, "_in")), parameter
+            if parameter.endswith(".weight"):  # A linear layer's, so that its outputs are its rows.
+                assert ("transposed" in str(group["view"])) != writes, parameter
+            seen += 1
+    assert seen
 
 
 def test_experts_as_wide_as_the_stream_are_asked_for() -> None:
