@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from symdist import build_optimizer, route
+from symdist.matrix_views import bind_view
 from symdist.routing.sites import find_sites
 from tests.beyond_transformers import by_hand
-from tests.beyond_transformers.seen import RECIPE, Seen
+from tests.beyond_transformers.matrices import RECIPE, Matrices
 
 ATTENTION = {f"attention.w{part}.weight": f"attention_{part}" for part in "qkvo"}
 SWIGLU = {"w1.weight": "gate", "w2.weight": "down", "w3.weight": "up"}
@@ -244,7 +245,7 @@ def test_a_head_is_a_matrix(name: str, attention: type[nn.Module], width: int, g
     model = by_hand.build(MODELS[name][0])
     part = next(module for module in model.modules() if isinstance(module, attention))
     inputs = (of_width(width), None) if attention is by_hand.ChatAttention else (of_width(width),)
-    Seen(model, part).check_heads(lambda: part(*inputs), width // by_hand.HEAD, groups)
+    Matrices(model, part).check_heads(lambda: part(*inputs), width // by_hand.HEAD, groups)
 
 
 @pytest.mark.parametrize(
@@ -266,7 +267,7 @@ def test_a_head_is_a_matrix(name: str, attention: type[nn.Module], width: int, g
 def test_a_neuron_is_a_row(name: str, part: type[nn.Module], width: int, neurons: int) -> None:
     model = by_hand.build(MODELS[name][0])
     module = next(module for module in model.modules() if isinstance(module, part))
-    Seen(model, module).check_neurons(lambda: module(of_width(width)), neurons)
+    Matrices(model, module).check_neurons(lambda: module(of_width(width)), neurons)
 
 
 def test_what_a_fused_weight_holds_is_told_by_its_sections() -> None:
@@ -279,20 +280,34 @@ def test_what_a_fused_weight_holds_is_told_by_its_sections() -> None:
     assert sites[f"{mixer}.x_proj.weight"][1].sections == (3, 5, 5)
 
 
-@pytest.mark.parametrize("side", ["input", "output"])
-def test_the_residual_stream_is_the_rows(side: str) -> None:
-    """By view "residual", which has the stream as rows, whatever the storage."""
-    recipe: dict[str, Any] = {
-        "matrix": {"rule": "aro", "view": "residual", "lr": 0.01},
-        "default": {"rule": "adamw", "lr": 0.01},
-    }
-    writes = {"wo.weight", "w2.weight"}
-    model = by_hand.Transformer()
-    for group in route(model, recipe):
-        if group["rule"] == "aro":
-            for name in group["param_names"]:
-                output = ".".join(name.split(".")[-2:]) in writes
-                assert group["view"] == ("as_stored" if output else "transposed"), name
+RESIDUAL: dict[str, Any] = {
+    "matrix": {"rule": "aro", "view": "residual", "lr": 0.01},
+    "default": {"rule": "adamw", "lr": 0.01},
+}
+READS = ("_q", "_k", "_v", "_qkv", "_gate", "_up", "gate", "router")
+WRITES = ("_o", "_down", "_out")
+# Of a state-space block what lies within, and what looks at a part of the stream.
+INSIDE = ("x_proj.weight", "dt_proj.weight", "ve_gate.weight", "projector.weight", "embed_proj.weight")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "adapters"])
+def test_the_residual_stream_is_the_rows(name: str) -> None:
+    """By view "residual": of what writes to the stream its outputs, of what reads from it its inputs."""
+    model = MODELS[name][0]()
+    weights, seen = dict(model.named_parameters()), 0
+    for group in route(model, RESIDUAL):
+        for parameter in group["param_names"] if group["rule"] == "aro" else ():
+            if parameter.endswith(INSIDE):
+                continue
+            width = 16 if "vision_tower" in parameter else by_hand.WIDTH
+            view = bind_view(group["view"], tuple(weights[parameter].shape), name=parameter)
+            assert view.rows == width, parameter
+            writes = group["role"].endswith(WRITES)
+            assert writes or group["role"].endswith((*READS, "_in")), parameter
+            if parameter.endswith(".weight"):  # A linear layer's, so that its outputs are its rows.
+                assert ("transposed" in str(group["view"])) != writes, parameter
+            seen += 1
+    assert seen
 
 
 def test_experts_as_wide_as_the_stream_are_asked_for() -> None:

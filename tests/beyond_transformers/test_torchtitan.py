@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from symdist import build_optimizer, route
 from symdist.routing.sites import find_sites
-from tests.beyond_transformers.seen import Seen
+from tests.beyond_transformers.matrices import Matrices
 from tests.ranks import Ranks
 
 pytest.importorskip("torchtitan")
+pytest.importorskip("triton")
 
 from tests.beyond_transformers import titan, titan_ranks
 
@@ -79,8 +80,9 @@ PUBLISHED: dict[str, str] = {
     "layers.{}.mlp.fc2.weight": "mlp_down",
     "mlp.linear_fc1.weight": "mlp_up",
     "mlp.linear_fc2.weight": "mlp_down",
-    "vision_adapter.fc1.weight": "mlp_up",
-    "vision_adapter.fc2.weight": "mlp_down",
+    # An MLP between two towers, which both call an adapter.
+    "vision_adapter.fc1.weight": "adapter",
+    "vision_adapter.fc2.weight": "adapter",
     "vision_projection.weight": "matrix",
     # Stored as matrices by torchtitan, as convolutions in checkpoints.
     "patch_embed.proj.weight": "matrix",
@@ -204,7 +206,7 @@ def test_what_comes_out_of_a_silent_neuron_is_lost(name: str) -> None:
     assert parts
     for module, part in parts:
         neurons = [weight.shape[-1] for name, weight in part.named_parameters() if "w2" in name or "mlp2_w" in name]
-        Seen(model, part).check_neurons(lambda run=module: run(stream(model)), *neurons)
+        Matrices(model, part).check_neurons(lambda run=module: run(stream(model)), *neurons)
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -213,10 +215,12 @@ def test_what_comes_out_of_a_silent_head_is_lost(name: str) -> None:
     model = titan.trainable(name, RUN[name])
     block, config = next(iter(model.layers.values())), model.config.layers[0].attention
     attention = getattr(block, "attention", None) or block.attn
-    seen = Seen(model, attention)
-    found = set(seen.weights)
+    matrices = Matrices(model, attention)
+    found = set(matrices.weights)
     groups = getattr(config, "n_kv_heads", None) or config.n_heads
-    seen.check_heads(lambda: attention(stream(model), None, titan.batch(0)[1]), config.n_heads, groups, grouped=True)
+    matrices.check_heads(
+        lambda: attention(stream(model), None, titan.batch(0)[1]), config.n_heads, groups, grouped=True
+    )
     prefix = f"layers.{RUN[name].start or 0}.att"
     roles = {role for parameter, role in expected(name).items() if parameter.startswith(prefix)}
     assert {role for role in roles if role.startswith("attention_")} == found

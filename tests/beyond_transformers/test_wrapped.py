@@ -21,8 +21,10 @@ MARKS = {
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_routing_sees_through(ranks: Ranks, wrapper: str) -> None:
     for found in ranks.run(2, wrapped_ranks.routed, wrapper):
-        for name, (parameters, described) in found.items():
+        for name, (parameters, classes, described) in found.items():
             marks = {mark for word, mark in MARKS.items() if word in wrapper and wrapper != "compiled in place"}
             words = {word for parameter in parameters for word in parameter.split(".")}
             assert words & set(MARKS.values()) == marks, name
-            assert described == wrapped_ranks.described(MODELS[name]()), name
+            plain = MODELS[name]()
+            assert classes >= wrapped_ranks.classes(plain), name
+            assert described == wrapped_ranks.described(plain), name

@@ -23,10 +23,10 @@ RECIPE: dict[str, Any] = {
     "default": {"rule": "adamw", "lr": 1e-2, "eps": 1e-3},
 }
 STEPS = 2
-Described = dict[str, tuple[str, str, str]]
+Routing = dict[str, tuple[str, str, str]]
 
 
-def described(model: nn.Module) -> Described:
+def described(model: nn.Module) -> Routing:
     """By a parameter's name: its role, rule and view."""
     return {
         name: (group["role"], group["rule"], str(group["view"]))
@@ -47,7 +47,7 @@ def alone(name: str, layers: slice) -> dict[str, Tensor]:
     return {parameter: weight.detach() for parameter, weight in model.named_parameters()}
 
 
-def trained(mesh: DeviceMesh, name: str, layers: slice) -> tuple[Described, dict[str, Tensor]]:
+def trained(mesh: DeviceMesh, name: str, layers: slice) -> tuple[Routing, dict[str, Tensor]]:
     """How weights are routed, and what they are after training as torchtitan shards and checkpoints the model."""
     from torchtitan.distributed.activation_checkpoint import FullAC
     from torchtitan.distributed.fsdp import apply_fsdp_to_decoder

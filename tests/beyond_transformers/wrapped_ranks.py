@@ -14,10 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config, OlmoeConfig
 
 from symdist import route
+from symdist.param_names import class_name
 from tests.beyond_transformers import by_hand
-from tests.beyond_transformers.seen import RECIPE
+from tests.beyond_transformers.matrices import RECIPE
 
-Described = dict[str, tuple[str, str, str]]
+Routing = dict[str, tuple[str, str, str]]
 SIZES: dict[str, Any] = {"vocab_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -123,7 +124,7 @@ WRAPPERS: dict[str, Wrap] = {
 }
 
 
-def described(model: nn.Module) -> Described:
+def described(model: nn.Module) -> Routing:
     """By a parameter's name: its role, rule and view."""
     return {
         name: (group["role"], group["rule"], str(group["view"]))
@@ -132,11 +133,16 @@ def described(model: nn.Module) -> Described:
     }
 
 
-def routed(mesh: DeviceMesh, wrapper: str) -> dict[str, tuple[list[str], Described]]:
-    """By model, the names of its parameters once it is wrapped, and how it is routed."""
+def classes(model: nn.Module) -> set[str]:
+    return {class_name(module) for module in model.modules()}
+
+
+def routed(mesh: DeviceMesh, wrapper: str) -> dict[str, tuple[list[str], set[str], Routing]]:
+    """By model: the names of its parameters once it is wrapped, those of its modules' classes, and how it is routed."""
     found = {}
     for name, make in MODELS.items():
         torch.manual_seed(0)
         model = WRAPPERS[wrapper](make(), mesh)
-        found[name] = [parameter for parameter, _ in nn.Module.named_parameters(model)], described(model)
+        names = [parameter for parameter, _ in nn.Module.named_parameters(model)]
+        found[name] = names, classes(model), described(model)
     return found

@@ -18,7 +18,7 @@ RECIPE = {
 }
 
 
-class Seen:
+class Matrices:
     """The weights of attention or an MLP as the matrices that their views make of them, by role.
 
     Args:
