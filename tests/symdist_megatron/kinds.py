@@ -1,6 +1,10 @@
-"""Kinds of Megatron models besides GPT's own: their configuration, their modules, and what it says of their weights."""
+"""Kinds of Megatron models besides GPT's own: their configuration, their modules, and what it says of their weights.
+
+Imported by `models` alone, after the stand-ins that Megatron needs.
+"""
 
 import copy
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -24,9 +28,15 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
 
 from tests.symdist_megatron.how import How
 
+absorbed_mla: Any = None
+if importlib.util.find_spec("megatron.core.transformer.experimental_attention_variant.absorbed_mla"):
+    from megatron.core.transformer.experimental_attention_variant import absorbed_mla
+
+    absorbed_mla.Linear = Linear
 if importlib.util.find_spec("megatron.core.models.hybrid"):
     from megatron.core.models.hybrid import hybrid_block as blocks
     from megatron.core.models.hybrid.hybrid_block import HybridStack as Stack
@@ -35,8 +45,6 @@ else:
     from megatron.core.ssm import mamba_block as blocks
     from megatron.core.ssm.mamba_block import MambaStack as Stack
     from megatron.core.ssm.mamba_block import MambaStackSubmodules as StackSubmodules
-
-from torch import Tensor, nn
 
 SEQUENCE = 16
 # Without Transformer Engine it has mocks of its modules, which it takes for the real ones, or none.
@@ -166,6 +174,14 @@ def _latent(spec: Any, kind: str) -> None:
                 )
             ),
         )
+        if absorbed_mla is not None:
+            # The same with other products of its matrices, of which some versions store keys and values apart.
+            spec.module, submodules = (
+                absorbed_mla.AbsorbedMLASelfAttention,
+                absorbed_mla.AbsorbedMLASelfAttentionSubmodules,
+            )
+            names = [each.name for each in dataclasses.fields(submodules)]
+            spec.submodules = submodules(**{name: getattr(attention, name, ColumnParallelLinear) for name in names})
 
 
 def _mamba(config: Any, common: dict[str, Any], how: How) -> Any:

@@ -217,7 +217,7 @@ def _ranks(name: str) -> tuple[int, int]:
 
 # Of a model's own modules: which weights tensor parallelism cuts along rows, and which along columns.
 _CUT_ROWS = (
-    r"word_embeddings|output_layer|linear_qkv|linear_fc1|linear_(q|q_up|kv_up|q_down)_proj|eh_proj|in_proj|conv1d|"
+    r"word_embeddings|output_layer|linear_qkv|linear_fc1|linear_(q|[qkv]_up|kv_up|q_down)_proj|eh_proj|in_proj|conv1d|"
     r"A_log|dt_bias|mixer\.D$|mixer\.norm|softmax_offset"
 )
 _CUT_COLUMNS = r"\.linear_proj|linear_fc2|out_proj"

@@ -1,5 +1,6 @@
 """In test ranks: steps of a Megatron model's weights by given gradients, and the same matrices stepped alone."""
 
+import re
 from typing import Any
 
 from tests.symdist_megatron.cases import STEPS, VOCABULARY, recipe
@@ -33,6 +34,8 @@ def role_of(name: str, how: How) -> str:
         "gate_weight": "gate",
         "linear_qkv.weight": "attention",
         "linear_q_up_proj.weight": "attention",
+        "linear_k_up_proj.weight": "attention",
+        "linear_v_up_proj.weight": "attention",
         ".linear_proj.weight": "attention",
         "in_proj.weight": "mixer" if how.kind == "mamba" else "attention",
         "out_proj.weight": "mixer" if how.kind == "mamba" else "attention",
@@ -86,7 +89,7 @@ def matrices(name: str, full: Tensor, options: dict[str, Any], how: How, config:
         if view == "heads":
             return [(part, "as_stored") for part in full.view(-1, how.kv_channels, how.hidden)]
         return [(part, view) for part in each.split(cuts, 1)]
-    if "linear_q_up_proj" in name and view == "heads":
+    if re.search("linear_[qkv]_up_proj", name) and view == "heads":
         return [(full, {"heads": how.heads, "dim": 0})]
     if ".linear_proj" in name and view in ("heads", "groups"):
         heads = {"heads": how.heads, "dim": 1} if view == "heads" else "as_stored"
