@@ -98,10 +98,7 @@ def remembering(model: nn.Module) -> list[dict[str, Any]]:
         ({"embedding.weight": "embedding.weight"}, {"role": "embedding", **shared, **columns}),
         ({"layers.0.up.weight": "up.weight"}, {"role": "mlp_up", **shared, **columns}),
         ({"layers.0.down.weight": "down.weight"}, {"role": "mlp_down", "base": "adam", **shared}),
-        (
-            {"head.weight": "head.weight"},
-            {"role": "head", "base": "row_norm", **shared, "view": {"sections": (9, 8), "transposed": True}},
-        ),
+        ({"head.weight": "head.weight"}, {"role": "head", "base": "row_norm", **shared, **columns}),
         # Gradients of all experts' rows add up to nothing but rounding: one direction of this one must count as none.
         ({"router.weight": "router.weight"}, {"rule": "aro", "base": "row_norm", "lr": 0.02, **columns}),
         ({name: name for name in ("experts.weight", "experts.back")}, {"rule": "normuon", "lr": 0.02}),
@@ -113,7 +110,21 @@ def remembering(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [(told, named[name]) for told, name in names.items()], **options} for names, options in rules]
 
 
-RULES = {"usual": groups_of, "remembering": remembering}
+def in_sections(model: nn.Module) -> list[dict[str, Any]]:
+    """Rules that remember, on rows that are several matrices. Of the router's the rotation hangs on rounding."""
+    groups = remembering(model)
+    views = {"up.weight": {"sections": (7, 3)} | TURNED, "head.weight": {"sections": (4, 11, 2)} | TURNED}
+    for group in groups:
+        names = [name.removeprefix("layers.0.") for name, _ in group["params"]]
+        group["view"] = views.get(names[0], group.get("view", "as_stored"))
+        if names == ["router.weight"]:
+            group.update(rule="normuon", view={"sections": (3, 2)})
+            del group["base"]
+    return groups
+
+
+TURNED = {"transposed": True}
+RULES = {"usual": groups_of, "remembering": remembering, "in sections": in_sections}
 
 
 def sharded(mesh: DeviceMesh, kind: str, seed: int = 0, dim: int = 0) -> tuple[nn.Module, DeviceMesh | None]:

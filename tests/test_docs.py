@@ -97,8 +97,8 @@ def test_python_runs(document: str, code: str) -> None:
     model = docs_ranks.model_and_tokens()
     optimizer = build_optimizer(model["model"], "olmoe")
     before = {name: weight.detach().clone() for name, weight in model["model"].named_parameters()}
-    q_proj = nn.Parameter(torch.zeros(8, 6))
-    space = docs_ranks.execute(code, {**model, **given, "optimizer": optimizer, "q_proj": q_proj})
+    weights = {"q_proj": nn.Parameter(torch.zeros(8, 6)), "qkv_proj": nn.Parameter(torch.zeros(48, 6))}
+    space = docs_ranks.execute(code, {**model, **given, "optimizer": optimizer, **weights})
     assert isinstance(space["optimizer"], SymDist)
     if "optimizer.step()" in code:
         moved = [name for name, weight in model["model"].named_parameters() if not torch.equal(weight, before[name])]

@@ -53,11 +53,12 @@ def distance(found: Weights, expected: Weights, start: Weights) -> float:
 @pytest.mark.parametrize(
     "move", ["fsdp 4 to one process", "fsdp 4 to fsdp x tp", "fsdp x tp to hsdp", "fsdp 2 to fsdp x tp on 3 x 2"]
 )
-def test_rotations_and_averages_go_along(many: Ranks, tmp_path: Path, move: str) -> None:
+@pytest.mark.parametrize("rules", ["remembering", "in sections"])
+def test_rotations_and_averages_go_along(many: Ranks, tmp_path: Path, rules: str, move: str) -> None:
     (there, *kept), (here, *taken) = MOVES[move]
-    uninterrupted = many.run(there, resharding_ranks.saving, *kept, str(tmp_path), False, "remembering")
-    resumed = many.run(here, resharding_ranks.loading, *taken, str(tmp_path), False, "remembering")
-    start, expected = alone("remembering")[len(BEFORE) - 1], alone("remembering")[len(BEFORE) :]
+    uninterrupted = many.run(there, resharding_ranks.saving, *kept, str(tmp_path), False, rules)
+    resumed = many.run(here, resharding_ranks.loading, *taken, str(tmp_path), False, rules)
+    start, expected = alone(rules)[len(BEFORE) - 1], alone(rules)[len(BEFORE) :]
     for ran in (*uninterrupted, *resumed):
         assert all(distance(a, b, start) < 1e-8 for a, b in zip(ran, expected, strict=True))
 
