@@ -57,8 +57,13 @@ def build_optimizer(
     """
     if replicate_group is None and isinstance(model, DistributedDataParallel):
         replicate_group = model.process_group
+    groups = route(model, recipe, lr=lr, overrides=overrides, strict=strict)
+    if not groups:
+        raise ValueError(
+            "the model has no trainable parameters: pass the one that is to be trained, or thaw some of it"
+        )
     return SymDist(
-        route(model, recipe, lr=lr, overrides=overrides, strict=strict),
+        groups,
         nonfinite=nonfinite,
         capturable=capturable,
         exchange=exchange,

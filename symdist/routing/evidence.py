@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from symdist.layouts.fsdp1 import whole_shape
 from symdist.param_names import class_name
 from symdist.routing import words
-from symdist.routing.facts import ModelFacts, ModuleChain, is_table
+from symdist.routing.facts import ModelFacts, ModuleChain, is_linear, is_table
 from symdist.routing.heads import count_heads, fused_heads, head_counts, head_sizes, mixer_sections
-from symdist.routing.param_site import Evidence, ParamSite, Stream
+from symdist.routing.param_site import Evidence, Fusion, ParamSite, Stream
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 _SHAPE_SUFFIX = re.compile(r"_([A-Z]{2,3})$")
@@ -55,7 +55,7 @@ class _Weight:
         self.attribute, self.module = chain[-1]
         self.parent = chain[-2][1] if len(chain) > 1 else self.module
         self.kind = class_name(self.module)
-        self.linear = len(shape) == 2 and leaf == "weight" and _is_linear(self.module)
+        self.linear = len(shape) == 2 and leaf == "weight" and is_linear(self.module)
         self.conv1d = self.kind.endswith("Conv1D") and len(shape) == 2
 
     @cached_property
@@ -109,7 +109,8 @@ class _Weight:
         if self.leaf.endswith("sinks"):
             return ParamSite(role="sink", evidence="name")
         if self._is_norm():
-            return ParamSite(role=words.norm_role(self.attribute, self.parent), evidence="class")
+            name = self.leaf if "norm" in self.leaf else self.attribute
+            return ParamSite(role=words.norm_role(name, self.parent), evidence="class")
         if self.leaf in words.STATE_SPACE:
             return ParamSite(role="state_space", evidence="name")
         if self._convolves():
@@ -140,21 +141,22 @@ class _Weight:
         return ParamSite(role="embedding", stream="input", evidence="config" if rows in vocabularies else "class")
 
     def _is_router(self) -> bool:
-        if len(self.shape) != 2 or self.shape[0] == 1 or not (self.leaf == "weight" or self.linear):
+        if len(self.shape) != 2 or self.shape[0] == 1 or self.leaf != "weight":
             return False
-        counts = self.facts.expert_counts(self.chain)
         for _, module in self.chain[-3:]:
             if _ROUTER_CLASS.search(class_name(module)):
-                # Only one matrix of a router scores experts; others, if any, lead up to it.
-                matrices = [p for p in module.parameters() if len(shape := whole_shape(p)) == 2 and shape[0] > 1]
-                last = min(reversed(matrices), key=lambda matrix: whole_shape(matrix)[0])
-                return last is getattr(self.module, self.leaf)
+                # The last matrix, and others like it, score experts; others, if any, lead up to these.
+                shapes = [whole_shape(parameter) for parameter in module.parameters()]
+                shapes = [shape for shape in shapes if len(shape) == 2 and shape[0] > 1]
+                return self.shape == min(reversed(shapes), key=lambda shape: shape[0])
+        if self.attribute not in ("router", "gate", "classifier", "wg"):
+            return False
+        counts = self.facts.expert_counts(self.chain)
+        if self.shape[0] in counts or (self.attribute == "router" and self.width and self.shape[0] < self.width):
+            return True
         around = [module for _, module in self.chain[-3:-1]]
         routes = any(hasattr(module, "experts") or hasattr(module, "local_experts") for module in around)
-        return routes and self.attribute in ("router", "gate", "classifier", "wg") and self._counts(counts)
-
-    def _counts(self, counts: set[int]) -> bool:
-        return not counts or self.shape[0] >= min(counts)
+        return routes and (not counts or self.shape[0] >= min(counts))
 
     def _is_router_bias(self) -> bool:
         if sum(size > 1 for size in self.shape) != 1:
@@ -169,8 +171,13 @@ class _Weight:
         )
 
     def _is_norm(self) -> bool:
-        named = "norm" in self.kind.lower() or (self.attribute.endswith("norm") and self.leaf in ("scale", "weight"))
-        return (named or "norm" in self.leaf) and not self.linear and len(self.shape) < 3
+        if self.linear or len(self.shape) > 2:
+            return False
+        if sum(size > 1 for size in self.shape) < 2:
+            return "norm" in f"{self.kind} {self.leaf} {self.attribute}".lower()
+        # Norms by heads have a row for each.
+        named = self.kind.endswith("Norm") or self.attribute.endswith("norm")
+        return named and self.leaf in ("weight", "scale", "gamma")
 
     def _convolves(self) -> bool:
         if isinstance(self.module, _CONVOLUTIONS) or "Convolution" in self.kind:
@@ -219,9 +226,8 @@ class _Weight:
         if not matrix and len(self.shape) not in (2, 3):
             return None
         word = self.word.lower()
-        if any(
-            mark in name.lower() for name in (self.leaf, *(name for name, _ in self.chain)) for mark in words.ADAPTERS
-        ):
+        near = (self.leaf, *(name for name, _ in self.chain[-3:]))
+        if any(mark in name.lower() for name in near for mark in words.ADAPTERS):
             return self._matrix("adapter", "name") if matrix or len(self.shape) == 2 else None
         if any("indexer" in name.lower() or "Indexer" in class_name(module) for name, module in self.chain):
             site = self._matrix("indexer", "name")
@@ -298,7 +304,9 @@ class _Weight:
                 site = replace(site, sections=(size // blocks,) * blocks)
             return site
         if role == "attention_qkv":
-            heads, sections, section_heads = fused_heads(self.word, size, self.around, self.facts)
+            heads, sections, section_heads = fused_heads(
+                self.word, size, self.shape[-2:][1 - index], self.around, self.facts
+            )
             sections = () if transposed and len(set(sections)) > 1 else sections
             groups = self.facts.number(self.holder, "heads_per_kv")
             if heads is not None and groups is not None and heads % (groups + 2) == 0:
@@ -318,7 +326,7 @@ class _Weight:
             part = "down"
         elif self.stream == "input" and part == "down":
             part = "up"
-        fused: Literal["stacked"] | None = "stacked" if part == "gate_up" else None
+        fused = self._fused(self.holder) if part == "gate_up" else None
         side: Stream = "output" if part == "down" else "input"
         evidence: Evidence = "name" if part == words.MLP[word] else "residual stream"
         transposed = self.outputs_first is False
@@ -340,7 +348,7 @@ class _Weight:
                 doubt="both of its sides are as wide as the residual stream, or neither, and its module does not say "
                 "which is the output",
             )
-        fused = self._fused() if part == "gate_up" else None
+        fused = self._fused(self.module) if part == "gate_up" else None
         stream: Stream = "output" if part == "down" else "input"
         evidence: Evidence = "residual stream" if self.outputs_first is None else "class"
         return ParamSite(role=role, transposed=not stored, fused=fused, stream=stream, evidence=evidence)
@@ -364,11 +372,15 @@ class _Weight:
         sides = self.sides(*shape[-2:])
         return None if len(sides) != 1 else (sides == {"p"}) == (part == "down")
 
-    def _fused(self) -> Literal["stacked", "interleaved"]:
-        declared = getattr(self.module, "is_concatenated", None)
+    def _fused(self, module: nn.Module) -> Fusion:
+        """Return how the output of a module's weight is cut into gates and ups, by what it declares or by its code."""
+        declared = getattr(module, "is_concatenated", None)
         if isinstance(declared, bool):
             return "stacked" if declared else "interleaved"
-        return "interleaved" if _takes_every_second(type(self.module)) else "stacked"
+        code = _code(type(module)) + (_code(type(self.parent)) if module is self.module else "")
+        if "::2" in code:
+            return "interleaved"
+        return "stacked" if re.search(r"(chunk|split)\(", code) else "unknown"
 
     # The type
 
@@ -419,22 +431,18 @@ class _Weight:
         return None
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-
-
 def _is_mixer(module: Any) -> bool:
     """Return whether a module mixes tokens along the sequence with a state or a short convolution."""
     return any(name in module._parameters or name in module._modules for name in _MIXER_ATTRIBUTES)
 
 
-def _takes_every_second(module_class: type[nn.Module]) -> bool:
-    """Return whether the code of a module takes every second element, as for gates and ups that alternate."""
+def _code(module_class: type[nn.Module]) -> str:
+    """Return the code of a module's methods and of the functions that they call; empty if it cannot be read."""
     # fully_shard makes a class of its own, on top of the module's.
     kinds = [kind for kind in module_class.__mro__ if not kind.__module__.startswith("torch.")]
     methods = [method for kind in kinds for method in vars(kind).values() if inspect.isfunction(method)]
     called = [method.__globals__.get(name) for method in methods for name in method.__code__.co_names]
-    return any("::2" in _source(function) for function in (*methods, *filter(inspect.isfunction, called)))
+    return "\n".join(map(_source, (*methods, *filter(inspect.isfunction, called))))
 
 
 def _source(function: Any) -> str:

@@ -29,10 +29,11 @@ def config_of(module: nn.Module) -> Any:
     Returns:
         The config: of models of several kinds of input, the part that describes their text model.
     """
-    config = getattr(module, "config", None)
-    if config is None or isinstance(config, dict):
+    try:
+        config = getattr(module, "config", None)
+        return None if isinstance(config, dict) else getattr(config, "text_config", None) or config
+    except Exception:  # A property may raise anything before the model is complete.
         return None
-    return getattr(config, "text_config", None) or config
 
 
 def sources(chain: ModuleChain) -> Iterator[Any]:
@@ -95,7 +96,13 @@ class ModelFacts:
         matrices = [shape for shape in shapes if len(shape) == 2 and shape[0] not in self.vocabularies]
         looked_up = [shape[1] for shape in tables if shape[0] in self.vocabularies] or [s[1] for s in tables[:1]]
         heads = [shape[1] for shape in shapes if len(shape) == 2 and shape[0] in self.vocabularies]
-        norms = [shape[0] for shape in shapes if len(shape) == 1]
+        norms = [
+            whole_shape(parameter)[0]
+            for module in model.modules()
+            if "norm" in class_name(module).lower()
+            for parameter in module.parameters(recurse=False)
+            if len(whole_shape(parameter)) == 1
+        ]
         candidates = list(dict.fromkeys([*looked_up, *heads, *(norms if looked_up else [])]))
         return max(candidates, key=lambda width: sum(width in shape for shape in matrices), default=None)
 
@@ -169,3 +176,10 @@ def is_table(module: Any) -> bool:
         return False
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and len(whole_shape(weight)) == 2
+
+
+def is_linear(module: Any) -> bool:
+    """Return whether a module multiplies by a weight `[out, in]`, as `nn.Linear` and those made after it do."""
+    sized = isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    weight = getattr(module, "weight", None)
+    return sized and isinstance(weight, Tensor) and len(whole_shape(weight)) == 2

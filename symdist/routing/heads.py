@@ -1,16 +1,22 @@
 """How many heads an attention weight consists of, and which rows of a fused weight belong to which projection."""
 
+from typing import Any
+
 from torch import nn
 
+from symdist.layouts.fsdp1 import whole_shape
 from symdist.param_names import class_name
-from symdist.routing.facts import ModelFacts, ModuleChain, sources
+from symdist.routing.facts import ModelFacts, ModuleChain, is_linear, sources
 from symdist.routing.words import CONTIGUOUS, KEYS_AND_VALUES
 
 _QUERIES = (
     *("num_heads", "n_heads", "n_head", "num_attention_heads", "nheads", "num_q_heads", "num_query_heads"),
     *("num_attn_heads", "attention_heads"),
 )
-_KEYS = ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "num_k_heads", "n_head_kv", "kv_n_heads")
+_KEYS = (
+    *("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_kv_head", "num_k_heads", "n_head_kv", "kv_n_heads"),
+    *("kv_heads", "n_kv", "num_kv", "n_query_groups", "num_query_groups"),
+)
 _VALUES = ("num_v_heads", "num_value_heads")
 _SIZES = ("head_dim", "attention_head_size", "head_size", "d_head", "d_kv", "dim_per_head", "attn_head_dim")
 _KEY_SIZES = ("qk_head_dim", "head_k_dim", "key_head_dim")
@@ -66,17 +72,24 @@ def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> 
     if role == "attention_gate" and size < min(filter(lambda each: each > 1, sizes), default=0):
         return size
     fitting = (size // head_size for head_size in sizes if head_size > 1 and size % head_size == 0)
-    return next(fitting, None) if sizes else next((count for count in counts if size % count == 0), None)
+    if sizes:
+        return next(fitting, None)
+    grouped = role in ("attention_k", "attention_v") and not facts.numbers(chain, (*_KEYS, *_VALUES))
+    if grouped and any(size < whole_shape(m.weight)[0] for m in _linear_layers(chain[-1][1])):
+        # Fewer heads than queries have, and nothing says how many.
+        return None
+    return next((count for count in counts if size % count == 0), None)
 
 
 def fused_heads(
-    word: str, size: int, chain: ModuleChain, facts: ModelFacts
+    word: str, size: int, into: int, chain: ModuleChain, facts: ModelFacts
 ) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
     """Return how queries, keys and values share a weight.
 
     Args:
         word: The name of the weight.
         size: The size of the dimension along which they lie.
+        into: The size of the other dimension.
         chain: The modules around it.
         facts: What is known of the model.
 
@@ -88,12 +101,14 @@ def fused_heads(
     counts = _fused_counts(chain, facts)
     if counts is None:
         return None, (), ()
-    q, k, v = counts
+    q, known_k, known_v = counts
+    k, v = known_k or q, known_v or q
     key_sizes, value_sizes = (head_sizes(role, chain, facts)[:1] for role in ("attention_q", "attention_v"))
     if not key_sizes:
-        # All of one size.
+        # All of one size. If no number of key heads is known, there are as many as query heads where all are square.
         head_size, rest = divmod(size, q + k + v)
-        return (None, (), ()) if rest else (q + k + v, *_sections(word, attention, (q, k, v), (head_size,) * 3))
+        unsure = rest or (known_k is None and size != 3 * into)
+        return (None, (), ()) if unsure else (q + k + v, *_sections(word, attention, (q, k, v), (head_size,) * 3))
     key_size, value_size = key_sizes[0], (value_sizes or key_sizes)[0]
     heads = size // key_size if key_size == value_size and size % key_size == 0 else None
     if word in KEYS_AND_VALUES and size == k * key_size + v * value_size:
@@ -103,7 +118,7 @@ def fused_heads(
     return heads, *_sections(word, attention, (q, k, v), (key_size, key_size, value_size))
 
 
-def _fused_counts(chain: ModuleChain, facts: ModelFacts) -> tuple[int, int, int] | None:
+def _fused_counts(chain: ModuleChain, facts: ModelFacts) -> tuple[int, int | None, int | None] | None:
     """Return the numbers of query, key and value heads, by the nearest module or config that names those of queries."""
     attention = chain[-1][1]
     linear, values = facts.number(attention, "num_k_heads"), facts.number(attention, "num_v_heads")
@@ -119,8 +134,12 @@ def _fused_counts(chain: ModuleChain, facts: ModelFacts) -> tuple[int, int, int]
                 attention, "new_decoder_architecture", False
             ):
                 keys = 1
-            return queries, keys or queries, keys or queries
+            return queries, keys, keys
     return None
+
+
+def _linear_layers(module: nn.Module) -> list[Any]:
+    return [child for child in module.children() if is_linear(child)]
 
 
 def _sections(

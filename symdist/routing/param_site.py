@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Evidence: TypeAlias = Literal["class", "residual stream", "config", "name", "type"]
+Fusion: TypeAlias = Literal["stacked", "interleaved", "unknown"]
 Stream: TypeAlias = Literal["input", "output"]
 
 
@@ -18,7 +19,7 @@ class ParamSite:
         groups: The number of query groups, if a fused q, k and v consists of them one after another; else None.
         transposed: Whether the matrix is stored as `[in, out]` instead of `[out, in]`.
         fused: How gate and up projections share a tensor: "stacked" (all gates, then all ups, in each of the `blocks`)
-            or "interleaved" (gates and ups alternate). None if they do not.
+            or "interleaved" (gates and ups alternate), or "unknown" if nothing tells. None if they do not.
         blocks: The number of blocks of a "stacked" tensor, each with the gates of some neurons and then their ups.
         latent: Whether the matrix projects to or from the latents of multi-head latent attention. Its input then counts
             as the residual stream.
@@ -36,7 +37,7 @@ class ParamSite:
     head_dim_index: int = 0
     groups: int | None = None
     transposed: bool = False
-    fused: Literal["stacked", "interleaved"] | None = None
+    fused: Fusion | None = None
     blocks: int = 1
     latent: bool = False
     stream: Stream | None = None

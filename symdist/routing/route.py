@@ -261,6 +261,16 @@ def _view(
     if not get_rule(options["rule"]).matrices:
         # A coordinate-wise rule ignores the view, so a section that several rules share may name any.
         return COMMON["view"]
+    if view in ("apart", "neurons") and site.fused == "unknown" and role == site.role:
+        halves = _heads(2, site.transposed, dim=int(site.transposed))
+        stacked = halves if view == "apart" else {"gate_up": 1, "dim": int(site.transposed)}
+        return _Unplaced(
+            name=name,
+            shape=shape,
+            reason=f"{name}: view {view!r} needs to know whether all gates come before all ups or both alternate, and "
+            "the code of its module does not show that",
+            lines=f'role = "{role}"\nview = {_toml(stacked)}  # if all gates come before all ups',
+        )
     match view:
         case "apart" if site.fused is not None:
             if site.fused != "stacked":
@@ -319,6 +329,10 @@ def _view(
                 return f"gate_up_{site.fused}"
             return "transposed" if (kind == "down") != site.transposed else "as_stored"
     return view
+
+
+def _toml(view: Mapping[str, Any]) -> str:
+    return "{ " + ", ".join(f"{key} = {str(value).lower()}" for key, value in view.items()) + " }"
 
 
 def _heads(count: int, transposed: bool, *, dim: int) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """Find every parameter of a model, and what it is used for."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from symdist.layouts.fsdp1 import read_units, whole_shape
 from symdist.param_names import is_wrapped, plain_name, unwrapped
 from symdist.routing.evidence import site_of
-from symdist.routing.facts import ModelFacts, ModuleChain, is_table
+from symdist.routing.facts import ModelFacts, ModuleChain, is_linear, is_table
 from symdist.routing.param_site import ParamSite
 from symdist.routing.words import HEADS
 
@@ -24,17 +27,20 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, ParamSite]]:
         appear once, under their first name.
 
     Raises:
-        ValueError: If FSDP has joined parameters into one flat parameter.
+        ValueError: If FSDP has joined parameters into one flat parameter, or a parameter has no shape yet.
 
     Example:
         >>> find_sites(model)["model.layers.3.self_attn.q_proj.weight"][1].role
         'attention_q'
     """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{name} has no shape before the first forward pass: run one, and then route the model")
     read_units(model)
     facts = ModelFacts([model])
     tables = {id(module.weight) for module in model.modules() if is_table(module)}
     heads = {id(weight) for weight in _output_weights(model, facts)}
-    sites: dict[str, tuple[nn.Parameter, ParamSite]] = {}
+    found: dict[str, tuple[nn.Parameter, ParamSite]] = {}
     for name, parameter, chain in walk([model]):
         if id(parameter) in heads:
             role = "tied_embedding" if id(parameter) in tables else "head"
@@ -43,9 +49,10 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, ParamSite]]:
             site = site_of(name.rsplit(".", 1)[-1], whole_shape(parameter), chain, facts)
             if site.role is None and id(parameter) in tables:
                 site = replace(site, role="embedding", stream="input", evidence="class")
-        plain = plain_name(name)
-        sites[plain if plain not in sites else name] = (parameter, site)
-    return sites
+        found[name] = (parameter, site)
+    # Without what wrappers add, names might be equal.
+    plain = Counter(map(plain_name, found))
+    return {plain_name(name) if plain[plain_name(name)] == 1 else name: each for name, each in found.items()}
 
 
 def walk(models: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter, ModuleChain]]:
@@ -83,15 +90,27 @@ def _output_weights(model: nn.Module, facts: ModelFacts) -> Iterator[Tensor]:
     Beside the declared one, these are linear layers as long as a vocabulary that are called a head or lie in no
     numbered layer, as those for several next tokens do.
     """
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(module, nn.Linear) or not isinstance(weight, Tensor):
-            continue
-        words = plain_name(name).split(".")
-        outside = not any(word.isdecimal() for word in words[:-1])
-        named = any(word in HEADS for word in words[-3:])
-        if (named and len(words) == 1) or (whole_shape(weight)[0] in facts.vocabularies and (named or outside)):
+    top = unwrapped(model)
+    declared: object = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        declared = getattr(top, "get_output_embeddings", lambda: None)()
+    if isinstance(weight := getattr(declared, "weight", None), Tensor):
+        yield weight
+    width = facts.width([("", top)])
+    linear = [
+        (plain_name(name).split("."), module.weight) for name, module in model.named_modules() if is_linear(module)
+    ]
+    inner = {whole_shape(weight)[0] for words, weight in linear if _in_layer(words)}
+    for words, weight in linear:
+        rows, columns = whole_shape(weight)
+        if len(words) == 1 and words[0] in HEADS and rows > 1:
             yield weight
-    declared = getattr(getattr(unwrapped(model), "get_output_embeddings", lambda: None)(), "weight", None)
-    if isinstance(declared, Tensor):
-        yield declared
+        elif rows in facts.vocabularies and columns == width:
+            # Where other layers are as large as the vocabulary, only a name tells.
+            named = words[-1] in (HEADS - {"output", "decoder"} if _in_layer(words) else HEADS)
+            if named or not (_in_layer(words) or rows == width or rows in inner):
+                yield weight
+
+
+def _in_layer(words: list[str]) -> bool:
+    return any(word.isdecimal() for word in words[:-1])
