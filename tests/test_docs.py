@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from launch.engines.deepspeed.config import DeepSpeedRun
 from launch.engines.fsdp.config import FsdpRun
@@ -284,8 +285,12 @@ def test_commands_know_their_options(document: str, line: str) -> None:
 
 def check_symdist(words: list[str]) -> None:
     command = _parse(words)
-    if isinstance(command, Route | Plan):
+    if isinstance(command, Route) and command.hf is not None:
+        assert command.model is None
+        assert command.hf in CONFIG_MAPPING or command.hf == "path/to/config.json"
+    elif isinstance(command, Route | Plan):
         assert command.model in names()
+    if isinstance(command, Route | Plan):
         assert load_recipe(command.recipe).adjusted(lr=command.lr, overrides=parse_overrides(command.override))
     if isinstance(command, Plan):
         assert parse_mesh(command.mesh) if command.mesh else MegatronMesh.parse(command.megatron)

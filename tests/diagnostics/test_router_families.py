@@ -270,3 +270,17 @@ def test_recomputed_and_compiled_forwards(family: str) -> None:
     compiled, traced = step(torch.compile(model, backend="eager"))
     assert compiled == counts
     torch.testing.assert_close(traced, gradient)
+
+
+@pytest.mark.parametrize("name", ["qwen3 experts", "deepseek_v3", "gpt_oss"])
+def test_torchtitan_counts_the_same_itself(name: str) -> None:
+    pytest.importorskip("torchtitan")
+    from tests.beyond_transformers import titan
+
+    model = titan.trainable(name, slice(0, 3), torch.bfloat16 if name == "gpt_oss" else torch.float32)
+    monitor = RouterMonitor(model)
+    model(*titan.batch(0))
+    monitor.accumulate()
+    theirs = [buffer.int().tolist() for name, buffer in model.named_buffers() if "tokens_per_expert" in name]
+    assert len(theirs) >= 2
+    assert counts_of(monitor) == theirs
