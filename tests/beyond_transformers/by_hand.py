@@ -412,20 +412,23 @@ class Foresight(nn.Module):
 
 
 class Factored(nn.Module):
-    """A narrow embedding that a matrix widens; its width is that of the hidden layer of the MLPs."""
+    """A narrow embedding that a matrix widens, as wide as the hidden layer of the MLPs; its head may be it again."""
 
-    def __init__(self, narrow: int = 16):
+    def __init__(self, tied: bool = False, narrow: int = 16):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, narrow)
         self.embed_proj = nn.Linear(narrow, WIDTH, bias=False)
         self.layers = nn.ModuleList([TransformerBlock(FeedForward(WIDTH, narrow)) for _ in range(LAYERS)])
-        self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head_proj = nn.Linear(WIDTH, narrow, bias=False) if tied else nn.Identity()
+        self.lm_head = nn.Linear(narrow if tied else WIDTH, VOCABULARY, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_proj(self.embed(tokens))
         for layer in self.layers:
             x = layer(x)
-        return self.lm_head(x)
+        return self.lm_head(self.head_proj(x))
 
 
 class LowRank(nn.Module):

@@ -176,6 +176,15 @@ MODELS: dict[str, tuple[Any, dict[str, str]]] = {
             **{name: role for name, role in LLAMA.items() if name.startswith("layers")},
         },
     ),
+    "factored embedding, tied": (
+        partial(by_hand.Factored, True),
+        {
+            "embed.weight": "tied_embedding",
+            "embed_proj.weight": "matrix",
+            "head_proj.weight": "matrix",
+            **{name: role for name, role in LLAMA.items() if name.startswith("layers")},
+        },
+    ),
     "adapters": (
         by_hand.adapted,
         within("layers.{}.attention", {f"w{part}.lora_{side}": "adapter" for part in "qkvo" for side in "AB"}),
@@ -262,6 +271,7 @@ def test_a_head_is_a_matrix(name: str, attention: type[nn.Module], width: int, g
         ("vision", by_hand.VisionMLP, 16, 48),
         # As wide as the embedding, which is not the residual stream.
         ("factored embedding", by_hand.FeedForward, by_hand.WIDTH, 16),
+        ("factored embedding, tied", by_hand.FeedForward, by_hand.WIDTH, 16),
     ],
 )
 def test_a_neuron_is_a_row(name: str, part: type[nn.Module], width: int, neurons: int) -> None:
@@ -287,7 +297,14 @@ RESIDUAL: dict[str, Any] = {
 READS = ("_q", "_k", "_v", "_qkv", "_gate", "_up", "gate", "router")
 WRITES = ("_o", "_down", "_out")
 # Of a state-space block what lies within, and what looks at a part of the stream.
-INSIDE = ("x_proj.weight", "dt_proj.weight", "ve_gate.weight", "projector.weight", "embed_proj.weight")
+INSIDE = (
+    "x_proj.weight",
+    "dt_proj.weight",
+    "ve_gate.weight",
+    "projector.weight",
+    "embed_proj.weight",
+    "head_proj.weight",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "adapters"])
