@@ -209,4 +209,6 @@ def _view(view: Any) -> str:
     if not isinstance(view, Mapping):
         return str(view)
     counts = {key: " + ".join(map(str, value)) if isinstance(value, list) else value for key, value in view.items()}
-    return ", ".join(f"dim {value}" if key == "dim" else f"{value} {key}" for key, value in counts.items())
+    return ", ".join(
+        key if value is True else f"dim {value}" if key == "dim" else f"{value} {key}" for key, value in counts.items()
+    )

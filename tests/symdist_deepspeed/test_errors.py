@@ -42,7 +42,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nonfinite that is none": (params(nonfinite="ignore"), "nonfinite='ignore' is not 'raise', 'skip' or 'zero'"),
     "no role": (
         params(recipe={"patterns": RECIPE["patterns"][1:], "matrix": RECIPE["matrix"]}),
-        "p0 (17, 6) has no role: symdist does not recognize this kind of weight. Add a pattern for each to the recipe",
+        "p0 (17, 6) has no role: symdist does not recognize this kind of weight; the likeliest are matrix,",
     ),
     "rule that does not fit": (
         params(recipe={**RECIPE, "patterns": [*RECIPE["patterns"][:2], {**RECIPE["patterns"][2], "rule": "muon"}]}),
