@@ -90,6 +90,8 @@ class ThinkingRouter(nn.Module):
         (module(router=linear(16, 4), mlps=nn.ModuleList([linear(16, 8)])), {"router.weight"}),
         (module(num_experts=4, gate=linear(16, 4), others=linear(16, 8)), {"gate.weight"}),
         (module(gate=linear(16, 4), experts=nn.ModuleList([linear(16, 8)])), {"gate.weight"}),
+        (module(w_gate=linear(16, 3), experts=nn.ModuleList([linear(16, 8) for _ in range(3)])), {"w_gate.weight"}),
+        (module(score=linear(16, 3), experts=module(w1=torch.zeros(3, 16, 8))), {"score.weight"}),
         # Those are no routers: an MLP's gate, a shared expert's, an attention's.
         (module(mlp=module(gate=linear(16, 24), up=linear(16, 24))), set()),
         (module(num_experts=4, shared_expert_gate=linear(16, 1)), set()),
@@ -97,7 +99,8 @@ class ThinkingRouter(nn.Module):
     ],
 )
 def test_routers_are_those_that_score_experts(mixture: nn.Module, expected: set[str]) -> None:
-    assert {name for name, role in roles(language_model(mixture)).items() if role == "router"} == expected
+    found = roles(language_model(module(mixture=mixture)))
+    assert {name.removeprefix("mixture.") for name, role in found.items() if role == "router"} == expected
 
 
 def views(model: nn.Module, **sections: Any) -> dict[str, Any]:

@@ -28,6 +28,7 @@ _ROUTER_CLASS = re.compile(r"(Router|Gating)$")
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)|mla$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _BEFORE_HEAD = re.compile(r"lm_?head|Head$|predictions|HeadTransform|pooler", re.IGNORECASE)
+_EXPERTS = ("experts", "local_experts")
 _MIXER_ATTRIBUTES = ("A_log", "dt_bias", "conv1d", "conv_1d", "conv", "time_decay", "rg_lru")
 
 
@@ -149,14 +150,15 @@ class _Weight:
                 shapes = [whole_shape(parameter) for parameter in module.parameters()]
                 shapes = [shape for shape in shapes if len(shape) == 2 and shape[0] > 1]
                 return self.shape == min(reversed(shapes), key=lambda shape: shape[0])
+        around = [module for _, module in self.chain[-3:-1]]
+        beside = [module._modules[name] for module in around for name in _EXPERTS if name in module._modules]
+        if self.linear and any(self.shape[0] == _count_experts(experts) for experts in beside):
+            return True
         if self.attribute not in ("router", "gate", "classifier", "wg"):
             return False
-        counts = self.facts.expert_counts(self.chain)
-        if self.shape[0] in counts or (self.attribute == "router" and self.width and self.shape[0] < self.width):
+        if self.attribute == "router" and self.width and self.shape[0] < self.width:
             return True
-        around = [module for _, module in self.chain[-3:-1]]
-        routes = any(hasattr(module, "experts") or hasattr(module, "local_experts") for module in around)
-        return routes and (not counts or self.shape[0] >= min(counts))
+        return bool(beside) or self.shape[0] in self.facts.expert_counts(self.chain)
 
     def _is_router_bias(self) -> bool:
         if sum(size > 1 for size in self.shape) != 1:
@@ -429,6 +431,14 @@ class _Weight:
             # Writes what another tower has seen into the residual stream.
             return ParamSite(role="matrix", transposed=columns == self.width, stream="output", evidence="class")
         return None
+
+
+def _count_experts(experts: Any) -> int | None:
+    """Return the number of experts in a list of them, or in a module that stacks their weights."""
+    if isinstance(experts, nn.ModuleList):
+        return len(experts)
+    shapes = (whole_shape(parameter) for parameter in experts.parameters()) if experts is not None else ()
+    return next((shape[0] for shape in shapes if len(shape) == 3), None)
 
 
 def _is_mixer(module: Any) -> bool:

@@ -162,3 +162,8 @@ def test_hostile_configurations(tmp_path: Path, batch: int) -> None:
         one_line(outcome(lambda: main(["route", "--hf", str(path), "--recipe", "adamw"]), tmp_path))
 
     attack(spoilt(copy.deepcopy(SMALL), KEYS), check, batch=batch, cases=15)
+
+
+def test_a_table_of_labels_is_not_made(tmp_path: Path) -> None:
+    model = outline(write(tmp_path, num_labels=10**12))
+    assert model.config.num_labels < 10

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Settings that do not change which weights there are. By some of them, transformers would download code and run it.
 _WITHOUT_WEIGHTS = (
     *("auto_map", "custom_pipelines", "quantization_config", "dtype", "torch_dtype", "_name_or_path"),
+    # Of labels, however many, transformers makes a table.
+    *("num_labels", "id2label", "label2id"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
 )
