@@ -95,6 +95,7 @@ class ThinkingRouter(nn.Module):
         # Those are no routers: an MLP's gate, a shared expert's, an attention's.
         (module(mlp=module(gate=linear(16, 24), up=linear(16, 24))), set()),
         (module(num_experts=4, shared_expert_gate=linear(16, 1)), set()),
+        (module(experts=nn.ModuleList([linear(16, 8)] * 3), shared=module(up_proj=linear(16, 3))), set()),
         (module(num_experts=4, self_attn=module(num_heads=2, gate=linear(16, 2))), set()),
     ],
 )

@@ -150,15 +150,14 @@ class _Weight:
                 shapes = [whole_shape(parameter) for parameter in module.parameters()]
                 shapes = [shape for shape in shapes if len(shape) == 2 and shape[0] > 1]
                 return self.shape == min(reversed(shapes), key=lambda shape: shape[0])
-        around = [module for _, module in self.chain[-3:-1]]
-        beside = [module._modules[name] for module in around for name in _EXPERTS if name in module._modules]
-        if self.linear and any(self.shape[0] == _count_experts(experts) for experts in beside):
+        beside = [_experts_in(module) for _, module in self.chain[-3:-1]]
+        if self.linear and beside and beside[-1] is not None and self.shape[0] == _count_experts(beside[-1]):
             return True
         if self.attribute not in ("router", "gate", "classifier", "wg"):
             return False
         if self.attribute == "router" and self.width and self.shape[0] < self.width:
             return True
-        return bool(beside) or self.shape[0] in self.facts.expert_counts(self.chain)
+        return any(experts is not None for experts in beside) or self.shape[0] in self.facts.expert_counts(self.chain)
 
     def _is_router_bias(self) -> bool:
         if sum(size > 1 for size in self.shape) != 1:
@@ -433,11 +432,15 @@ class _Weight:
         return None
 
 
-def _count_experts(experts: Any) -> int | None:
+def _experts_in(module: nn.Module) -> nn.Module | None:
+    return next((module._modules[name] for name in _EXPERTS if name in module._modules), None)
+
+
+def _count_experts(experts: nn.Module) -> int | None:
     """Return the number of experts in a list of them, or in a module that stacks their weights."""
     if isinstance(experts, nn.ModuleList):
         return len(experts)
-    shapes = (whole_shape(parameter) for parameter in experts.parameters()) if experts is not None else ()
+    shapes = (whole_shape(parameter) for parameter in experts.parameters())
     return next((shape[0] for shape in shapes if len(shape) == 3), None)
 
 
