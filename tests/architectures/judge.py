@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tests.architectures.uses import Followed, Use
 
-Asked = Literal["plain", "heads", "residual"]
+ViewKind = Literal["plain", "heads", "residual"]
 Side = Literal["first", "last", "pairs"]
 
 LOOKED_UP = ("embedding", "tied_embedding", "position_embedding", "per_layer_embedding")
@@ -90,7 +90,9 @@ def _numbers(config: Any, key: str) -> Iterator[int]:
                 yield each
 
 
-def judge(facts: Facts, groups: Sequence[Mapping[str, Any]], trainable: Mapping[str, Any], asked: Asked) -> list[str]:
+def judge(
+    facts: Facts, groups: Sequence[Mapping[str, Any]], trainable: Mapping[str, Any], asked: ViewKind
+) -> list[str]:
     """Return what is wrong with a routing, one line for each kind of weight; an empty list if it is right.
 
     Args:
@@ -138,7 +140,7 @@ def _partition(groups: Sequence[Mapping[str, Any]], trainable: Mapping[str, Any]
         yield names[0], "is in a group, but is no trainable parameter"
 
 
-def _of_weight(name: str, group: Mapping[str, Any], facts: Facts, asked: Asked) -> Iterator[str]:
+def _of_weight(name: str, group: Mapping[str, Any], facts: Facts, asked: ViewKind) -> Iterator[str]:
     role, view, as_matrix = group["role"], group["view"], group["rule"] not in COORDINATEWISE
     shape, module, use = facts.shapes[name], facts.modules[name], facts.uses[name]
     said = f"role {role!r}, rule {group['rule']!r}, view {view!r}"
@@ -220,7 +222,7 @@ def _rows(view: Any) -> Side:
     return "pairs" if pairs else "first"
 
 
-def _sides(said: str, view: Any, stored: set[str], use: Use, looked_up: bool, asked: Asked) -> Iterator[str]:
+def _sides(said: str, view: Any, stored: set[str], use: Use, looked_up: bool, asked: ViewKind) -> Iterator[str]:
     """Rows are the outputs; or, if the residual stream is asked for, whichever side of the weight it is."""
     rows = _rows(view)
     if rows == "pairs":

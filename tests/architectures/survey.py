@@ -10,7 +10,7 @@ from typing import Any, Literal
 from symdist import load_recipe
 from symdist.routing.route import route_sites
 from symdist.routing.sites import find_sites
-from tests.architectures.judge import Asked, Facts, facts_of, judge
+from tests.architectures.judge import Facts, ViewKind, facts_of, judge
 from tests.architectures.models import Unbuilt, build
 from tests.architectures.uses import Use, follow
 
@@ -20,7 +20,7 @@ RESIDUAL: dict[str, Any] = {
     "other": {"rule": "adamw", "lr": 0.01},
     "router": {"rule": "adamw", "lr": 0.01},
 }
-RECIPES: tuple[tuple[str | dict[str, Any], Asked], ...] = (
+RECIPES: tuple[tuple[str | dict[str, Any], ViewKind], ...] = (
     ("muon", "plain"),
     ("olmoe", "heads"),
     ("small-moe", "heads"),
@@ -149,8 +149,9 @@ def kind_of(name: str) -> str:
 
 
 def _apart(name: str, facts: Facts) -> bool:
+    """Whether a weight was seen to have no part in the residual stream."""
     use = facts.uses[facts.twins.get(name, name)]
-    return not use.reads and not use.writes
+    return use != Use() and not use.reads and not use.writes
 
 
 def _special(facts: Facts, groups: list[dict[str, Any]]) -> list[str]:

@@ -28,7 +28,7 @@ does not come to, such as those of a vision tower, are judged by the classes of 
 A *pattern* is what `route` prints when it refuses a weight, to be checked and pasted into the recipe. Where "by view
 `residual`" is added, only recipes that ask for this view need it.
 
-`python -m tests.architectures.table` writes this page.
+`tests/architectures/table.py` writes this page, and a test compares the two.
 
 | architecture | routing | what is special |
 |---|---|---|

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from symdist import route
-from tests.architectures.judge import Asked, Facts, facts_of, judge
+from tests.architectures.judge import Facts, ViewKind, facts_of, judge
 from tests.architectures.models import build
 from tests.architectures.survey import RESIDUAL
 from tests.architectures.uses import Use, follow
@@ -231,7 +231,7 @@ LAYER = "model.layers.0."
     ],
 )
 def test_a_routing_that_is_wrong_is_found_out(
-    model_type: str, recipe: Any, asked: Asked, weight: str, change: dict[str, Any], fault: str
+    model_type: str, recipe: Any, asked: ViewKind, weight: str, change: dict[str, Any], fault: str
 ) -> None:
     groups, facts, trainable = regrouped(model_type, recipe, {})
     assert judge(facts, groups, trainable, asked) == []
