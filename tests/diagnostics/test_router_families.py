@@ -231,6 +231,20 @@ def test_frozen_weights_are_measured_and_stay_frozen() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_weights_that_deepspeed_has_cut_are_found_by_their_full_shape() -> None:
+    model = Grouped()
+    whole = {parameter: parameter.data for parameter in model.parameters()}
+    for parameter in whole:
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    monitor = RouterMonitor(model)
+    assert {parameter.numel() for parameter in whole} == {0}
+    for parameter, data in whole.items():
+        parameter.data = data
+    model(torch.randn(2, 5, 6))
+    monitor.accumulate()
+    assert counts_of(monitor) == [model.counts.tolist()]
+
+
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
     model = Grouped()
     monitor = RouterMonitor(nn.Sequential(model))
