@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+SEQUENCE = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class How:

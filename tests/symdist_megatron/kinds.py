@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from tests.symdist_megatron.how import How
+from tests.symdist_megatron.how import SEQUENCE, How
 
 absorbed_mla: Any = None
 if importlib.util.find_spec("megatron.core.transformer.experimental_attention_variant.absorbed_mla"):
@@ -46,7 +46,6 @@ else:
     from megatron.core.ssm.mamba_block import MambaStack as Stack
     from megatron.core.ssm.mamba_block import MambaStackSubmodules as StackSubmodules
 
-SEQUENCE = 16
 # Without Transformer Engine it has mocks of its modules, which it takes for the real ones, or none.
 multi_latent_attention.HAVE_TE = False
 multi_latent_attention.Linear = Linear

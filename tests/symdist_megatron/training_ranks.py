@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.symdist_megatron.how import How
-from tests.symdist_megatron.models import SEQUENCE, build, keep_written_results, optimizer_config, parameters, part_of
+from tests.symdist_megatron.how import SEQUENCE, How
+from tests.symdist_megatron.models import build, keep_written_results, optimizer_config, parameters, part_of
 
 import torch
 import torch.distributed as dist
