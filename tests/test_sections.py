@@ -1,6 +1,7 @@
 """Sections: a weight whose rows are matrices of several sizes is stepped as if each were a parameter of its own."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from symdist import SymDist
 from symdist.diagnostics.steps import StepMonitor
 from symdist.exchange import CountingTransport
 from symdist.layouts import FlatLayout, Group
-from symdist.layouts.layout import Layout, cut_along
+from symdist.layouts.layout import Interleaving, Layout, cut_along
 from symdist.matrix_views import bind_view, sections_of
 from symdist.toml_file import read_toml
 from tests.cases import CASES
@@ -334,6 +335,30 @@ def test_a_rank_with_elements_of_several_blocks_of_columns_is_refused() -> None:
     group = {"params": [("w", weight)], "layouts": [layout], "rule": "muon", "lr": 0.1, "view": {"sections": [1, 3]}}
     with pytest.raises(ValueError, match=r"w: bounds \(0, 18, 24\) give a rank elements of several"):
         SymDist([group])
+
+
+def test_rows_that_are_not_in_their_order_are_refused() -> None:
+    """Columns may be in any: no rule depends on their order, or says so."""
+    for dim, shape in ((0, (2, 6)), (1, (4, 3))):
+        layout = replace(
+            cut_along((4, 6), dim=dim, sizes=[(4, 6)[dim] // 2] * 2, ranks=(0, 1), index=0),
+            interleaved=(Interleaving(dim=dim, parts=2 if dim == 0 else 3, ranks=2),),
+        )
+        weight = nn.Parameter(torch.ones(shape))
+        group = {
+            "params": [("w", weight)],
+            "layouts": [layout],
+            "rule": "muon",
+            "lr": 0.1,
+            "view": {"sections": [3, 1]},
+        }
+        if dim == 0:
+            with pytest.raises(
+                ValueError, match=r"w: its rows are sharded .* shard the parameter without interleaving"
+            ):
+                SymDist([group])
+        else:
+            assert len(SymDist([group], transport=CountingTransport()).assignments()) == 2
 
 
 def test_what_a_section_is_read_as() -> None:

@@ -82,10 +82,14 @@ def preview(
         }
         evidence = _evidence(simulated.model, load_recipe(recipe))
         order = {name: i for i, (name, _) in enumerate(simulated.model.named_parameters())}
+
+        def place(parameter: Assignment) -> int:
+            # Sections, and the matrices of a stack in partitions, are named by their number in the parameter.
+            name = parameter.name
+            return order.get(name, order.get(name.rpartition("[")[0], len(order)))
+
         return Preview(
-            # Parts of a parameter that is cut in several come last.
-            parameters=sorted(assignments.values(), key=lambda parameter: order.get(parameter.name, len(order))),
-            # The matrices of a stack in partitions are named by their number in it.
+            parameters=sorted(assignments.values(), key=place),
             evidence={name: evidence.get(name) or evidence[name.rpartition("[")[0]] for name in assignments},
             groups=len(simulated.groups),
             stacks=len({member.stack for member in simulated.members} - {None}),
