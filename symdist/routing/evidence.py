@@ -28,6 +28,7 @@ _ROUTER_CLASS = re.compile(r"(Router|Gating)$")
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)|mla$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _BEFORE_HEAD = re.compile(r"lm_?head|Head$|predictions|HeadTransform|pooler", re.IGNORECASE)
+_PROJECTOR = re.compile(r"projector|visual_projection", re.IGNORECASE)
 _EXPERTS = ("experts", "local_experts")
 _MIXER_ATTRIBUTES = ("A_log", "dt_bias", "conv1d", "conv_1d", "conv", "time_decay", "rg_lru")
 
@@ -392,12 +393,7 @@ class _Weight:
             site = self._matrix("gate" if self.shape[0] == 1 else "matrix", evidence)
             if site.stream is None:
                 # Both sides are as wide as the stream, and at last names tell which of them it is.
-                word = self.word.lower()
-                head = any(_BEFORE_HEAD.search(name) for name, _ in self.chain) or _BEFORE_HEAD.search(
-                    class_name(self.holder)
-                )
-                side: Stream | None = "input" if head or word in words.MIXER_IN else None
-                side = "output" if word in words.MIXER_OUT else side
+                side = self._by_name()
                 site = replace(site, stream=side, evidence="name" if side is not None else evidence)
             return site
         known = self._known_raw()
@@ -411,6 +407,13 @@ class _Weight:
         # Whoever has the stream as its first dimension is no stack of matrices, but one matrix by heads.
         stack = self.shape[0] != self.width
         return ParamSite(role=None, likely=("matrix", "experts", "other") if stack else ("other", "matrix", "experts"))
+
+    def _by_name(self) -> Stream | None:
+        word, names = self.word.lower(), [name for name, _ in self.chain]
+        if any(_BEFORE_HEAD.search(name) for name in (*names, class_name(self.holder))) or word in words.MIXER_IN:
+            return "input"
+        # What a tower has seen is written into the stream of the text.
+        return "output" if word in words.MIXER_OUT or any(_PROJECTOR.search(name) for name in names) else None
 
     def _known_raw(self) -> ParamSite | None:
         """Return the site of a matrix that its module holds itself, if its module's class tells its use."""
