@@ -24,6 +24,7 @@ from symdist.routing.param_site import Evidence, Fusion, ParamSite, Stream
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 _SHAPE_SUFFIX = re.compile(r"_([A-Z]{2,3})$")
 """How torchtitan ends the names of raw parameters: a letter for each dimension, D for the residual stream."""
+_ROUTER_NAMES = ("router", "gate", "classifier", "wg")
 _ROUTER_CLASS = re.compile(r"(Router|Gating)$")
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)|mla$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
@@ -152,9 +153,10 @@ class _Weight:
                 shapes = [shape for shape in shapes if len(shape) == 2 and shape[0] > 1]
                 return self.shape == min(reversed(shapes), key=lambda shape: shape[0])
         beside = [_experts_in(module) for _, module in self.chain[-3:-1]]
-        if self.linear and beside and beside[-1] is not None and self.shape[0] == _count_experts(beside[-1]):
-            return True
-        if self.attribute not in ("router", "gate", "classifier", "wg"):
+        own = beside[-1] if beside else None
+        if own is not None and not _has_router(self.parent) and self.shape[0] == _count_experts(own):
+            return self.linear
+        if self.attribute not in _ROUTER_NAMES:
             return False
         if self.attribute == "router" and self.width and self.shape[0] < self.width:
             return True
@@ -433,6 +435,12 @@ class _Weight:
             # Writes what another tower has seen into the residual stream.
             return ParamSite(role="matrix", transposed=columns == self.width, stream="output", evidence="class")
         return None
+
+
+def _has_router(module: nn.Module) -> bool:
+    """Return whether a module holds what its name or class calls a router."""
+    children = module.named_children()
+    return any(name in _ROUTER_NAMES or _ROUTER_CLASS.search(class_name(child)) for name, child in children)
 
 
 def _experts_in(module: nn.Module) -> nn.Module | None:
