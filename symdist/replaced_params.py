@@ -73,10 +73,12 @@ def in_model(model: nn.Module, specs: list[ParamSpec], parameters: list[Tensor])
         ValueError: If `read_units` rejects an FSDP1 unit.
     """
     read_units(model)
-    by_name = {plain_name(name): weight for name, weight in model.named_parameters(remove_duplicate=False)}
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    by_plain_name = {plain_name(name): weight for name, weight in by_name.items()}
     current = []
     for spec, parameter in zip(specs, parameters, strict=True):
-        weight = by_name.get(plain_name(spec.name), parameter)
+        # Without what wrappers add, names might be equal.
+        weight = by_name.get(spec.name, by_plain_name.get(plain_name(spec.name), parameter))
         gathered = isinstance(parameter, DTensor) and not isinstance(weight, DTensor)
         current.append(parameter if gathered or weight.is_meta else weight)
     return current

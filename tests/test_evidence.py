@@ -92,6 +92,20 @@ class ThinkingRouter(nn.Module):
         (module(gate=linear(16, 4), experts=nn.ModuleList([linear(16, 8)])), {"gate.weight"}),
         (module(w_gate=linear(16, 3), experts=nn.ModuleList([linear(16, 8) for _ in range(3)])), {"w_gate.weight"}),
         (module(score=linear(16, 3), experts=module(w1=torch.zeros(3, 16, 8))), {"score.weight"}),
+        (module(gate=linear(16, 4), routed_experts=nn.ModuleList([linear(16, 8)] * 4)), {"gate.weight"}),
+        (
+            module(score=linear(16, 2), experts=nn.ModuleDict({"a": linear(16, 8), "b": linear(16, 8)})),
+            {"score.weight"},
+        ),
+        # A shared expert, and a latent as wide as there are experts, beside the router.
+        (
+            module(router=linear(16, 3), gate=linear(16, 24), experts=nn.ModuleList([linear(16, 8)] * 3)),
+            {"router.weight"},
+        ),
+        (
+            module(gate=linear(16, 3), latent=linear(16, 3), experts=nn.ModuleList([linear(16, 8)] * 3)),
+            {"gate.weight"},
+        ),
         # Those are no routers: an MLP's gate, a shared expert's, an attention's.
         (module(mlp=module(gate=linear(16, 24), up=linear(16, 24))), set()),
         (module(num_experts=4, shared_expert_gate=linear(16, 1)), set()),
@@ -122,6 +136,64 @@ def test_keys_have_fewer_heads_than_queries_only_if_something_says_how_many() ->
     assert views(attention(), attention=MUON)["attn.wk.weight"] == "as_stored"
 
 
+class Config:
+    """Numbers of a model, or of a part of one."""
+
+    def __init__(self, **numbers: int):
+        self.__dict__.update(numbers)
+
+
+def test_heads_are_those_of_the_nearest_module_that_counts_them() -> None:
+    tower = module(
+        config=Config(hidden_size=24, num_attention_heads=4),
+        attn=module(num_heads=4, q_proj=linear(24, 24), qkv=linear(24, 72)),
+    )
+    model = language_model(module(vision=tower))
+    model.config = Config(hidden_size=16, num_attention_heads=2, head_dim=8, vocab_size=50)
+    found = views(model, attention=MUON | {"view": "heads"})
+    assert found["vision.attn.q_proj.weight"] == {"heads": 4, "dim": 0}
+    assert found["vision.attn.qkv.weight"] == {"heads": 12, "dim": 0}
+
+
+def test_keys_are_compared_with_queries_not_with_the_mlp_beside_them() -> None:
+    layers = {name: linear(16, 16) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    model = language_model(module(n_heads=4, up_proj=linear(16, 64), **layers))
+    assert views(model, attention=MUON | {"view": "heads"})["k_proj.weight"] == {"heads": 4, "dim": 0}
+
+
+def test_short_names_beside_each_other_tell() -> None:
+    block = module(
+        n_heads=4, **{name: linear(16, 16) for name in "qkvo"}, mlp=module(up=linear(16, 64), down=linear(64, 16))
+    )
+    found = roles(language_model(block))
+    assert [found[f"{name}.weight"] for name in "qkvo"] == [f"attention_{name}" for name in "qkvo"]
+    assert (found["mlp.up.weight"], found["mlp.down.weight"]) == ("mlp_up", "mlp_down")
+
+
+def test_a_mixer_is_cut_by_its_inner_width() -> None:
+    mixer = module(
+        A_log=torch.zeros(24, 4),
+        D=torch.zeros(24),
+        conv1d=nn.Conv1d(24, 24, 3, groups=24),
+        in_proj=linear(16, 48),
+        x_proj=linear(24, 9),
+        out_proj=linear(24, 16),
+    )
+    gated = module(conv=nn.Conv1d(16, 16, 3, groups=16), in_proj=linear(16, 48), out_proj=linear(16, 16))
+    found = find_sites(language_model(module(mamba=mixer, short=gated)))
+    assert found["layers.0.mamba.in_proj.weight"][1].sections == (24, 24)
+    assert found["layers.0.short.in_proj.weight"][1].sections == (16, 16, 16)
+    assert found["layers.0.mamba.A_log"][1].role == "state_space"
+
+
+def test_a_name_of_one_letter_says_nothing_of_a_matrix_alone() -> None:
+    block = module(
+        A=torch.zeros(3, 16), w_unbias=torch.zeros(3, 16), exposed=torch.zeros(3, 16), pos_table=torch.zeros(9, 16)
+    )
+    found = roles(language_model(block))
+    assert [found[name] for name in ("A", "w_unbias", "exposed", "pos_table")] == [None] * 3 + ["position_embedding"]
+
+
 def test_parts_of_one_weight_are_not_guessed() -> None:
     def attention(rows: int, **counts: int) -> nn.Module:
         return language_model(module(attn=module(n_heads=4, qkv=linear(16, rows), **counts)))
@@ -133,11 +205,30 @@ def test_parts_of_one_weight_are_not_guessed() -> None:
     assert views(attention(24), attention=MUON)[name] == "as_stored"
 
 
+def test_heads_of_wrapped_models_and_of_towers() -> None:
+    padded = language_model(module(wq=linear(16, 16)), vocabulary=64)
+    padded.config = Config(vocab_size=50, hidden_size=16)
+    assert roles(module(model=padded, loss=nn.CrossEntropyLoss()))["model.lm_head.weight"] == "head"
+    small, large = (language_model(module(fc1=linear(w, 2 * w)), width=w) for w in (16, 32))
+    pair = roles(module(student=small, teacher=large))
+    assert pair["student.lm_head.weight"] == pair["teacher.lm_head.weight"] == "head"
+    positions = module(pos_emb=nn.Embedding(9, 16), tok_emb=nn.Embedding(50, 16), lm_head=linear(16, 50))
+    found = roles(module(model=positions, other=linear(16, 16)))
+    assert (found["model.pos_emb.weight"], found["model.tok_emb.weight"]) == ("position_embedding", "embedding")
+    assert found["model.lm_head.weight"] == "head"
+
+
 def test_equal_names_without_wrappers_lose_no_weight() -> None:
     model = module(module=module(x=nn.Linear(8, 8)), x=nn.Linear(8, 8))
     held = [parameter for group in route(model, ADAMW) for parameter in group["params"]]
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in model.parameters()}
     assert set(find_sites(model)) == {"module.x.weight", "module.x.bias", "x.weight", "x.bias"}
+    optimizer = build_optimizer(model, ADAMW)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(not torch.equal(new, old) for new, old in zip(model.parameters(), before, strict=True))
 
 
 def test_a_head_of_one_row_is_a_gate_that_moves() -> None:

@@ -37,7 +37,7 @@ class RouterMonitor:
             methods do nothing.
 
     Example:
-        >>> monitor = symdist.RouterMonitor(model)
+        >>> monitor = symdist.diagnostics.RouterMonitor(model)
         >>> loss = model(input_ids=tokens, labels=tokens).loss
         >>> balance, z = monitor.losses()
         >>> (loss + 0.01 * balance + 0.001 * z).backward()

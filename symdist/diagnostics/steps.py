@@ -24,7 +24,7 @@ class StepMonitor:
         optimizer: The `SymDist` optimizer.
 
     Example:
-        >>> monitor = symdist.StepMonitor(optimizer)
+        >>> monitor = symdist.diagnostics.StepMonitor(optimizer)
         >>> monitor.arm()
         >>> optimizer.step()
         >>> values = monitor.summary()  # of this rank's pieces; pass `gather` for all ranks

@@ -24,13 +24,13 @@ from symdist.routing.param_site import Evidence, Fusion, ParamSite, Stream
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 _SHAPE_SUFFIX = re.compile(r"_([A-Z]{2,3})$")
 """How torchtitan ends the names of raw parameters: a letter for each dimension, D for the residual stream."""
+_BIAS = re.compile(r"(^|_)bias$")
 _ROUTER_NAMES = ("router", "gate", "classifier", "wg")
 _ROUTER_CLASS = re.compile(r"(Router|Gating)$")
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)|mla$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _BEFORE_HEAD = re.compile(r"lm_?head|Head$|predictions|HeadTransform|pooler", re.IGNORECASE)
 _PROJECTOR = re.compile(r"projector|visual_projection", re.IGNORECASE)
-_EXPERTS = ("experts", "local_experts")
 _MIXER_ATTRIBUTES = ("A_log", "dt_bias", "conv1d", "conv_1d", "conv", "time_decay", "rg_lru")
 
 
@@ -107,21 +107,21 @@ class _Weight:
             return self._of_table()
         if self._is_router():
             return ParamSite(role="router", stream=self.stream or "input", evidence="class")
-        if _SHAPE_SUFFIX.sub("", self.leaf).endswith("bias"):
+        if _BIAS.search(_SHAPE_SUFFIX.sub("", self.leaf)):
             return ParamSite(role="router_bias" if self._is_router_bias() else "bias", evidence="class")
         if self.leaf.endswith("sinks"):
             return ParamSite(role="sink", evidence="name")
         if self._is_norm():
             name = self.leaf if "norm" in self.leaf else self.attribute
             return ParamSite(role=words.norm_role(name, self.parent), evidence="class")
-        if self.leaf in words.STATE_SPACE:
+        mixes = any(_is_mixer(module) for _, module in self.chain[-2:])
+        if self.leaf in words.STATE_SPACE and (mixes or self.leaf in words.SURE_STATE_SPACE or len(self.shape) < 2):
             return ParamSite(role="state_space", evidence="name")
         if self._convolves():
             return ParamSite(role="convolution", evidence="class")
         if not self.linear and sum(size > 1 for size in self.shape) < 2:
-            mixes = any(_is_mixer(module) for _, module in self.chain[-2:])
             return ParamSite(role="state_space" if mixes else "other", evidence="class")
-        if not self.linear and not self.conv1d and any(word in self.leaf for word in words.POSITIONS):
+        if not self.linear and not self.conv1d and words.POSITIONS.search(self.leaf):
             rows = len(self.shape) == 2 or (
                 len(self.shape) == 3 and (self.shape[-1] == self.width or self.shape[0] == 1)
             )
@@ -138,7 +138,7 @@ class _Weight:
         per_layer = "per_layer" in name or (self.attribute.isdecimal() and columns != self.width)
         if per_layer:
             return ParamSite(role="per_layer_embedding", stream="input", evidence="class")
-        positions = any(word in around.lower() for word in words.POSITIONS for around, _ in self.chain[-2:])
+        positions = any(words.POSITIONS.search(around) for around, _ in self.chain[-2:])
         if rows not in vocabularies and (positions or rows < min(vocabularies, default=0)):
             return ParamSite(role="position_embedding", stream="input", evidence="config")
         return ParamSite(role="embedding", stream="input", evidence="config" if rows in vocabularies else "class")
@@ -154,10 +154,15 @@ class _Weight:
                 return self.shape == min(reversed(shapes), key=lambda shape: shape[0])
         beside = [_experts_in(module) for _, module in self.chain[-3:-1]]
         own = beside[-1] if beside else None
-        if own is not None and not _has_router(self.parent) and self.shape[0] == _count_experts(own):
+        experts = None if own is None else _count_experts(own)
+        if experts is not None and not _has_router(self.parent) and self.shape[0] == experts:
             return self.linear
         if self.attribute not in _ROUTER_NAMES:
             return False
+        if experts is not None and self.shape[0] != experts:
+            # A shared expert's gate may lie beside, too.
+            others = (child for child in self.parent.children() if is_linear(child) and child is not self.module)
+            return all(whole_shape(other.weight)[0] != experts for other in others)  # type: ignore[arg-type]
         if self.attribute == "router" and self.width and self.shape[0] < self.width:
             return True
         return any(experts is not None for experts in beside) or self.shape[0] in self.facts.expert_counts(self.chain)
@@ -241,7 +246,7 @@ class _Weight:
         experts = any("experts" in name and "shared" not in name for name, _ in self.chain)
         if experts or "Expert" in self.kind or (len(self.shape) == 3 and any("expert" in n for n, _ in self.chain)):
             return self._of_expert(word)
-        mixes = any(_is_mixer(module) for _, module in self.chain[-3:])
+        mixes = self.block != "mlp" and any(_is_mixer(module) for _, module in self.chain[-3:])
         attends = self.block == "attention" or (self.block is None and self._beside_queries())
         if mixes and not (attends and self._has_heads()):
             if word in words.MIXER_IN | words.MIXER_OUT:
@@ -444,12 +449,13 @@ def _has_router(module: nn.Module) -> bool:
 
 
 def _experts_in(module: nn.Module) -> nn.Module | None:
-    return next((module._modules[name] for name in _EXPERTS if name in module._modules), None)
+    held = ((name, child) for name, child in module.named_children() if "experts" in name and "shared" not in name)
+    return next((child for _, child in held), None)
 
 
 def _count_experts(experts: nn.Module) -> int | None:
     """Return the number of experts in a list of them, or in a module that stacks their weights."""
-    if isinstance(experts, nn.ModuleList):
+    if isinstance(experts, nn.ModuleList | nn.ModuleDict):
         return len(experts)
     shapes = (whole_shape(parameter) for parameter in experts.parameters())
     return next((shape[0] for shape in shapes if len(shape) == 3), None)

@@ -60,10 +60,12 @@ class ModelFacts:
 
     Attributes:
         vocabularies: The sizes of its vocabularies.
+        tables: The numbers of rows of all its tables, padded or not.
     """
 
     def __init__(self, models: Iterable[nn.Module] = ()):
         self.vocabularies: set[int] = set()
+        self.tables: set[int] = set()
         self._widths: list[int | None] = []
         self._width_by_module: dict[int, int | None] = {}
         self._numbers: dict[tuple[int, str], int | None] = {}
@@ -80,11 +82,14 @@ class ModelFacts:
             inputs = [declared()] if declared is not None else []
         except (AttributeError, NotImplementedError):
             inputs = []
-        tables = [m for m in inputs if is_table(m)] or [m for m in model.modules() if is_table(m)]
-        shapes = [whole_shape(table.weight) for table in tables]
+        tables: list[Any] = [m for m in model.modules() if is_table(m)]
+        self.tables |= {whole_shape(table.weight)[0] for table in tables}
+        shapes = [whole_shape(table.weight) for table in ([m for m in inputs if is_table(m)] or tables)]
         if not self.vocabularies and shapes:
-            # Without a config, the first table is the one of tokens.
-            self.vocabularies.add(shapes[0][0])
+            # Without a config, the table of tokens is as long as a head, or else the first.
+            layers: list[Any] = [module for module in model.modules() if is_linear(module)]
+            linear = {whole_shape(layer.weight)[0] for layer in layers}
+            self.vocabularies.add(next((rows for rows, _ in shapes if rows in linear), shapes[0][0]))
         self._widths.append(self._width_without_config(model, shapes))
 
     def _width_without_config(self, model: nn.Module, tables: Sequence[tuple[int, ...]]) -> int | None:
@@ -181,5 +186,6 @@ def is_table(module: Any) -> bool:
 def is_linear(module: Any) -> bool:
     """Return whether a module multiplies by a weight `[out, in]`, as `nn.Linear` and those made after it do."""
     sized = isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
-    weight = getattr(module, "weight", None)
+    # Not one that the module passes on, as adapters do with the weight of what they adapt.
+    weight = module._parameters.get("weight") if isinstance(module, nn.Module) else None
     return sized and isinstance(weight, Tensor) and len(whole_shape(weight)) == 2

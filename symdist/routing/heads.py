@@ -7,7 +7,7 @@ from torch import nn
 from symdist.layouts.fsdp1 import whole_shape
 from symdist.param_names import class_name
 from symdist.routing.facts import ModelFacts, ModuleChain, is_linear, sources
-from symdist.routing.words import CONTIGUOUS, KEYS_AND_VALUES
+from symdist.routing.words import ATTENTION, CONTIGUOUS, KEYS_AND_VALUES
 
 _QUERIES = (
     *("num_heads", "n_heads", "n_head", "num_attention_heads", "nheads", "num_q_heads", "num_query_heads"),
@@ -18,6 +18,7 @@ _KEYS = (
     *("kv_heads", "n_kv", "num_kv", "n_query_groups", "num_query_groups"),
 )
 _VALUES = ("num_v_heads", "num_value_heads")
+_STATES = ("A_log", "dt_bias", "x_proj")
 _SIZES = ("head_dim", "attention_head_size", "head_size", "d_head", "d_kv", "dim_per_head", "attn_head_dim")
 _KEY_SIZES = ("qk_head_dim", "head_k_dim", "key_head_dim")
 _VALUE_SIZES = ("v_head_dim", "head_v_dim", "value_head_dim")
@@ -34,6 +35,7 @@ def head_counts(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
     Returns:
         The numbers, the likeliest first.
     """
+    chain = _nearest(chain, facts)
     own = {"attention_k": _KEYS, "attention_v": (*_VALUES, *_KEYS), "attention_q": ()}.get(role, _VALUES)
     rest = (*_QUERIES, *_KEYS) if role == "attention_q" else _QUERIES
     return list(dict.fromkeys([*facts.numbers(chain, own), *facts.numbers(chain, rest)]))
@@ -41,8 +43,17 @@ def head_counts(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
 
 def head_sizes(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
     """Return the sizes of a head that the modules around an attention weight, or their configs, name."""
+    chain = _nearest(chain, facts)
     first = _KEY_SIZES if role in ("attention_q", "attention_k") else _VALUE_SIZES
     return list(dict.fromkeys([*facts.numbers(chain, first), *facts.numbers(chain, _SIZES)]))
+
+
+def _nearest(chain: ModuleChain, facts: ModelFacts) -> ModuleChain:
+    """Return the modules from the nearest one that counts heads, itself or by its config; others may be of a tower."""
+    for depth in reversed(range(len(chain))):
+        if facts.numbers(chain[depth : depth + 1], (*_QUERIES, *_KEYS, *_VALUES)):
+            return chain[depth:]
+    return chain
 
 
 def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> int | None:
@@ -75,7 +86,7 @@ def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> 
     if sizes:
         return next(fitting, None)
     grouped = role in ("attention_k", "attention_v") and not facts.numbers(chain, (*_KEYS, *_VALUES))
-    if grouped and any(size < whole_shape(m.weight)[0] for m in _linear_layers(chain[-1][1])):
+    if grouped and any(size < rows for rows in _rows_of_queries(chain[-1][1])):
         # Fewer heads than queries have, and nothing says how many.
         return None
     return next((count for count in counts if size % count == 0), None)
@@ -138,8 +149,9 @@ def _fused_counts(chain: ModuleChain, facts: ModelFacts) -> tuple[int, int | Non
     return None
 
 
-def _linear_layers(module: nn.Module) -> list[Any]:
-    return [child for child in module.children() if is_linear(child)]
+def _rows_of_queries(module: Any) -> list[int]:
+    queries = [child for name, child in module.named_children() if ATTENTION.get(name.lower()) == "attention_q"]
+    return [whole_shape(child.weight)[0] for child in queries if is_linear(child)]
 
 
 def _sections(
@@ -172,10 +184,13 @@ def mixer_sections(word: str, rows: int, columns: int, mixer: nn.Module, facts: 
         return next((value for name in names if (value := facts.number(mixer, name)) is not None), 0)
 
     inner = size("intermediate_size", "d_inner", "mamba_intermediate_size")
+    out: Any = getattr(mixer, "out_proj", None)
+    if not inner and is_linear(out):
+        inner = whole_shape(out.weight)[1]
     state, groups = size("ssm_state_size", "d_state", "state_size"), size("n_groups", "ngroups", "num_groups") or 1
     heads, rank = size("num_heads", "nheads", "mamba_num_heads"), size("time_step_rank", "dt_rank")
     forms: list[tuple[int, ...]] = [(rank, state, state)]
     if word != "x_proj":
         forms = [(inner, inner), (inner, inner, groups * state, groups * state, heads)]
-        forms += [] if inner else [(columns,) * 3]
+        forms += [] if any(hasattr(mixer, name) for name in _STATES) else [(columns,) * 3]
     return next((form for form in forms if all(form) and sum(form) == rows), ())

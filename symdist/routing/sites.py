@@ -4,6 +4,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -13,7 +14,7 @@ from symdist.param_names import is_wrapped, plain_name, unwrapped
 from symdist.routing.evidence import site_of
 from symdist.routing.facts import ModelFacts, ModuleChain, is_linear, is_table
 from symdist.routing.param_site import ParamSite
-from symdist.routing.words import HEADS
+from symdist.routing.words import HEADS, SURE_HEADS
 
 
 def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, ParamSite]]:
@@ -65,23 +66,22 @@ def walk(models: Iterable[nn.Module]) -> Iterator[tuple[str, nn.Parameter, Modul
         The name, which includes what wrappers add; the parameter; and the modules around it. In their chain, a wrapped
         module takes the place of its wrapper.
     """
-
-    def descend(module: nn.Module, prefix: str, chain: ModuleChain) -> Iterator[tuple[str, nn.Parameter, ModuleChain]]:
-        for leaf, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield prefix + leaf, parameter, chain
-        for attribute, child in module.named_children():
-            if is_wrapped(attribute, module):
-                inner = [*chain[:-1], (chain[-1][0], child)]
-            else:
-                inner = [*chain, (attribute, child)]
-            yield from descend(child, f"{prefix}{attribute}.", inner)
-
     visited: set[int] = set()
     for model in models:
-        for name, parameter, chain in descend(model, "", [("", model)]):
-            if parameter.requires_grad and id(parameter) not in visited:
-                visited.add(id(parameter))
-                yield name, parameter, chain
+        for prefix, chain in _modules(model, "", [("", model)]):
+            for leaf, parameter in chain[-1][1].named_parameters(recurse=False, remove_duplicate=False):
+                if parameter.requires_grad and id(parameter) not in visited:
+                    visited.add(id(parameter))
+                    yield prefix + leaf, parameter, chain
+
+
+def _modules(module: nn.Module, prefix: str, chain: ModuleChain) -> Iterator[tuple[str, ModuleChain]]:
+    """Yield every module as the last of its chain, with what the names of its parameters begin with."""
+    yield prefix, chain
+    for attribute, child in module.named_children():
+        around = chain[:-1] if is_wrapped(attribute, module) else chain
+        place = chain[-1][0] if is_wrapped(attribute, module) else attribute
+        yield from _modules(child, f"{prefix}{attribute}.", [*around, (place, child)])
 
 
 def _output_weights(model: nn.Module, facts: ModelFacts) -> Iterator[Tensor]:
@@ -96,20 +96,23 @@ def _output_weights(model: nn.Module, facts: ModelFacts) -> Iterator[Tensor]:
         declared = getattr(top, "get_output_embeddings", lambda: None)()
     if isinstance(weight := getattr(declared, "weight", None), Tensor):
         yield weight
-    width = facts.width([("", top)])
-    linear = [
-        (plain_name(name).split("."), module.weight) for name, module in model.named_modules() if is_linear(module)
-    ]
-    inner = {whole_shape(weight)[0] for words, weight in linear if _in_layer(words)}
-    for words, weight in linear:
+    linear: list[tuple[list[str], Tensor, int | None]] = []
+    for _, chain in _modules(model, "", [("", model)]):
+        module: Any = chain[-1][1]
+        if is_linear(module):
+            linear.append(([name for name, _ in chain[1:]], module.weight, facts.width(chain)))
+    inner = {whole_shape(weight)[0] for words, weight, _ in linear if _in_layer(words)}
+    for words, weight, width in linear:
         rows, columns = whole_shape(weight)
-        if len(words) == 1 and words[0] in HEADS and rows > 1:
+        last = words[-1] if words else ""
+        if rows == 1 or (rows not in facts.vocabularies | facts.tables and len(words) > 1):
+            continue
+        named = last in HEADS and (len(words) == 1 or last in SURE_HEADS or not _in_layer(words))
+        # Where other layers are as large as the vocabulary, only a name tells.
+        fits = rows in facts.vocabularies and columns == width
+        only = not (_in_layer(words) or rows == width or rows in inner)
+        if named or (fits and (only or last in HEADS - {"output", "decoder"})):
             yield weight
-        elif rows in facts.vocabularies and columns == width:
-            # Where other layers are as large as the vocabulary, only a name tells.
-            named = words[-1] in (HEADS - {"output", "decoder"} if _in_layer(words) else HEADS)
-            if named or not (_in_layer(words) or rows == width or rows in inner):
-                yield weight
 
 
 def _in_layer(words: list[str]) -> bool:

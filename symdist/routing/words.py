@@ -1,8 +1,11 @@
 """The names by which models call their weights, as far as no better evidence says what these are for."""
 
+import re
+
 from torch import nn
 
 HEADS = {"lm_head", "output", "head", "unembed", "embed_out", "output_layer", "heads", "lm_heads", "decoder"}
+SURE_HEADS = {"lm_head", "lm_heads", "unembed", "embed_out", "output_layer"}
 # Words of a module that only holds a weight: what it is for is said by the module around it.
 HOLDERS = {"linear", "layer", "lin", "base_layer", "inner"}
 # Rows of these projections of multi-head latent attention are not one head after another, so they get the plain role
@@ -22,7 +25,7 @@ ATTENTION = {
     **dict.fromkeys(("linear_k", "k_linear", "in_proj_k"), "attention_k"),
     **dict.fromkeys(("v_proj", "wv", "value", "to_v", "v", "v_lin", "project_v", "value_proj", "c_v"), "attention_v"),
     **dict.fromkeys(("linear_v", "v_linear", "in_proj_v"), "attention_v"),
-    **dict.fromkeys(("o_proj", "wo", "out_proj", "dense", "c_proj", "proj", "attention_out"), "attention_o"),
+    **dict.fromkeys(("o_proj", "wo", "out_proj", "dense", "c_proj", "proj", "attention_out", "o"), "attention_o"),
     **dict.fromkeys(("out_lin", "to_out", "linear_out", "output"), "attention_o"),
     **dict.fromkeys(("qkv_proj", "qkv", "c_attn", "in_proj", "wqkv", "query_key_value"), "attention_qkv"),
     **dict.fromkeys(
@@ -39,10 +42,12 @@ CONTIGUOUS = {"qkv_proj", "qkv", "c_attn", "in_proj", "Wqkv", "in_proj_qkv"}
 KEYS_AND_VALUES = {"kv_proj", "c_kv", "linear_kv"}
 MLP = {
     **dict.fromkeys(("gate_proj", "w1", "wg", "gate", "proj_up_gate", "w_0", "linear_v"), "gate"),
-    **dict.fromkeys(("up_proj", "w3", "fc1", "c_fc", "linear1", "dense_h_to_4h", "fc_in", "lin1", "proj_up"), "up"),
+    **dict.fromkeys(
+        ("up_proj", "w3", "fc1", "c_fc", "linear1", "dense_h_to_4h", "fc_in", "lin1", "proj_up", "up"), "up"
+    ),
     **dict.fromkeys(("intermediate", "layer_1", "w_1", "wi", "linear_fc1"), "up"),
     **dict.fromkeys(("down_proj", "w2", "fc2", "c_proj", "linear2", "dense_4h_to_h", "fc_out", "wo", "lin2"), "down"),
-    **dict.fromkeys(("output", "layer_2", "w_out", "output_linear", "proj_down", "linear_fc2", "mlp2"), "down"),
+    **dict.fromkeys(("output", "layer_2", "w_out", "output_linear", "proj_down", "linear_fc2", "mlp2", "down"), "down"),
     **dict.fromkeys(("gate_up_proj", "input_linear", "mlp1"), "gate_up"),
 }
 MIXER_IN = {
@@ -50,8 +55,12 @@ MIXER_IN = {
     *("key", "value", "receptance"),
 }
 MIXER_OUT = {"out_proj", "linear_out", "o_proj", "output"}
+# Others of these names, of two dimensions, are state-space parameters only beside a convolution or a state.
+SURE_STATE_SPACE = {"A_log", "a_log", "dt_bias", "time_decay", "time_first", "recurrent_param"}
 STATE_SPACE = {"A_log", "a_log", "D", "dt_bias", "A", "dt", "time_decay", "time_first", "recurrent_param"}
-POSITIONS = ("pos", "wpe", "rel_", "relative", "type", "segment")
+POSITIONS = re.compile(
+    r"(^|_)(pos|positions?|positional|posi\w*|wpe|rel|relative|types?|segments?|ngram)(_|\d|$)", re.I
+)
 ADAPTERS = ("lora_", "adapter")
 # Whether weight decay of a norm's scale helps depends on whether the norm comes before or after a linear map
 # (arXiv 2605.26895).

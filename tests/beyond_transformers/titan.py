@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import sys
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,10 +52,40 @@ class PlainAttention(Module):
         return out if out_transform is None else out_transform(out, scores.logsumexp(-1).transpose(1, 2))
 
 
+class NoKernels(ModuleType):
+    """Stands for a package of kernels for cards, of which a model on meta needs the names only."""
+
+    __path__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"apply": None})
+
+
+def models_of(family: str) -> Any:
+    """torchtitan's package of a family of models.
+
+    qwen3_5 imports `fla`, whose kernels run on cards. Installed, transformers would take them on a CPU, too; so that it
+    never sees the stand-in, this is gone as soon as torchtitan has it.
+    """
+    inside = ("", ".modules", ".modules.conv", ".modules.conv.triton", ".modules.conv.triton.ops", ".ops")
+    rules = (".ops.gated_delta_rule", ".ops.gated_delta_rule.chunk", ".ops.gated_delta_rule.fused_recurrent")
+    names = [f"fla{name}" for name in (*inside, *rules, ".modules.conv.causal_conv1d")]
+    if family != "qwen3_5" or "fla" in sys.modules:
+        return import_module(f"torchtitan.models.{family}")
+    sys.modules.update((name, NoKernels(name)) for name in names)
+    try:
+        return import_module(f"torchtitan.models.{family}")
+    finally:
+        for name in names:
+            del sys.modules[name]
+
+
 def spec(name: str) -> Any:
     """torchtitan's specification of a model, whose attention runs on a CPU."""
     flavor, options = MODELS[name]
-    found = import_module(f"torchtitan.models.{name.split()[0]}").model_registry(flavor, **options)
+    found = models_of(name.split()[0]).model_registry(flavor, **options)
     found.model.layers = found.model.layers[:6]
     for layer in found.model.layers:
         if getattr(layer, "attention", None) is not None:
