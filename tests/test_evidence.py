@@ -74,6 +74,15 @@ class NoisyRouter(nn.Module):
         self.score, self.noise = linear(16, 4), linear(16, 4)
 
 
+class NarrowRouter(nn.Module):
+    """Scores of experts after a layer that is narrower than there are experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = 4
+        self.inner, self.score = linear(16, 2), linear(2, 4)
+
+
 class ThinkingRouter(nn.Module):
     """Scores of experts after a layer of its own."""
 
@@ -85,8 +94,12 @@ class ThinkingRouter(nn.Module):
 @pytest.mark.parametrize(
     ("mixture", "expected"),
     [
-        (module(moe_router=NoisyRouter()), {"moe_router.score.weight", "moe_router.noise.weight"}),
+        (module(moe_router=NoisyRouter()), {"moe_router.score.weight"}),
         (module(deep=ThinkingRouter()), {"deep.score.weight"}),
+        (module(narrow=NarrowRouter()), {"narrow.score.weight"}),
+        (module(gate=module(linear=linear(16, 4)), experts=nn.ModuleList([linear(16, 8)] * 4)), {"gate.linear.weight"}),
+        (module(gate=nn.Sequential(linear(16, 4)), experts=nn.ModuleList([linear(16, 8)] * 4)), {"gate.0.weight"}),
+        (module(experts_gate=linear(16, 4), experts=nn.ModuleList([linear(16, 8)] * 4)), {"experts_gate.weight"}),
         (module(router=linear(16, 4), mlps=nn.ModuleList([linear(16, 8)])), {"router.weight"}),
         (module(num_experts=4, gate=linear(16, 4), others=linear(16, 8)), {"gate.weight"}),
         (module(gate=linear(16, 4), experts=nn.ModuleList([linear(16, 8)])), {"gate.weight"}),
@@ -155,6 +168,14 @@ def test_heads_are_those_of_the_nearest_module_that_counts_them() -> None:
     assert found["vision.attn.qkv.weight"] == {"heads": 12, "dim": 0}
 
 
+def test_what_the_nearest_module_does_not_say_is_taken_from_further_out() -> None:
+    layers = {"wq": linear(16, 16), "wk": linear(16, 8), "wv": linear(16, 8), "qkv": linear(16, 32)}
+    model = language_model(module(attn=module(n_heads=4, **layers)))
+    model.config = Config(hidden_size=16, n_heads=4, n_kv_heads=2, head_dim=4, vocab_size=50)
+    found = views(model, attention=MUON | {"view": "heads"})
+    assert [found[f"attn.{name}.weight"]["heads"] for name in layers] == [4, 2, 2, 8]
+
+
 def test_keys_are_compared_with_queries_not_with_the_mlp_beside_them() -> None:
     layers = {name: linear(16, 16) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     model = language_model(module(n_heads=4, up_proj=linear(16, 64), **layers))
@@ -216,6 +237,11 @@ def test_heads_of_wrapped_models_and_of_towers() -> None:
     found = roles(module(model=positions, other=linear(16, 16)))
     assert (found["model.pos_emb.weight"], found["model.tok_emb.weight"]) == ("position_embedding", "embedding")
     assert found["model.lm_head.weight"] == "head"
+    # As many positions as a layer has rows.
+    block = module(fc1=linear(16, 9))
+    first = module(pos_emb=nn.Embedding(9, 16), tok_emb=nn.Embedding(50, 16), layers=nn.ModuleList([block]))
+    found = roles(first)
+    assert (found["pos_emb.weight"], found["tok_emb.weight"]) == ("position_embedding", "embedding")
 
 
 def test_equal_names_without_wrappers_lose_no_weight() -> None:
@@ -259,6 +285,14 @@ class Gated(nn.Module):
         super().__init__()
         self.num_experts = 3
         self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(3, 24, 16)), nn.Parameter(torch.randn(3, 16, 12))
+
+
+def test_the_stream_tells_how_experts_are_stored_whatever_sizes_their_module_names() -> None:
+    experts = module(
+        in_features=16, out_features=8, w1=torch.zeros(3, 8, 16), w2=torch.zeros(3, 16, 8), w3=torch.zeros(3, 8, 16)
+    )
+    found = find_sites(language_model(module(mlp=module(experts=experts))))
+    assert not any(found[f"layers.0.mlp.experts.w{i}"][1].transposed for i in (1, 2, 3))
 
 
 class Halves(Gated):

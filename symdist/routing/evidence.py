@@ -6,6 +6,7 @@ reads or writes it, whatever it is called. Names only choose between what these 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from dataclasses import replace
@@ -26,7 +27,7 @@ _SHAPE_SUFFIX = re.compile(r"_([A-Z]{2,3})$")
 """How torchtitan ends the names of raw parameters: a letter for each dimension, D for the residual stream."""
 _BIAS = re.compile(r"(^|_)bias$")
 _ROUTER_NAMES = ("router", "gate", "classifier", "wg")
-_ROUTER_CLASS = re.compile(r"(Router|Gating)$")
+_ROUTER_CLASS = re.compile(r"(Router|RouterMLP|Gating)$")
 _ATTENTION = re.compile(r"attn|attention|(^|_)att($|_)|mla$", re.IGNORECASE)
 _MLP = re.compile(r"mlp|feed_?forward|ffn", re.IGNORECASE)
 _BEFORE_HEAD = re.compile(r"lm_?head|Head$|predictions|HeadTransform|pooler", re.IGNORECASE)
@@ -105,8 +106,8 @@ class _Weight:
         """Return the site if the class of a module, or the shape, tells it."""
         if is_table(self.module) and self.leaf == "weight":
             return self._of_table()
-        if self._is_router():
-            return ParamSite(role="router", stream=self.stream or "input", evidence="class")
+        if (evidence := self.router_evidence()) is not None:
+            return ParamSite(role="router", stream=self.stream or "input", evidence=evidence)
         if _BIAS.search(_SHAPE_SUFFIX.sub("", self.leaf)):
             return ParamSite(role="router_bias" if self._is_router_bias() else "bias", evidence="class")
         if self.leaf.endswith("sinks"):
@@ -143,36 +144,49 @@ class _Weight:
             return ParamSite(role="position_embedding", stream="input", evidence="config")
         return ParamSite(role="embedding", stream="input", evidence="config" if rows in vocabularies else "class")
 
-    def _is_router(self) -> bool:
+    def router_evidence(self) -> Evidence | None:
+        """Return what tells that the weight scores experts; None if it does not."""
         if len(self.shape) != 2 or self.shape[0] == 1 or self.leaf != "weight":
-            return False
+            return None
+        counts = self.facts.expert_counts(self.chain)
         for _, module in self.chain[-3:]:
             if _ROUTER_CLASS.search(class_name(module)):
-                # The last matrix, and others like it, score experts; others, if any, lead up to these.
-                shapes = [whole_shape(parameter) for parameter in module.parameters()]
-                shapes = [shape for shape in shapes if len(shape) == 2 and shape[0] > 1]
-                return self.shape == min(reversed(shapes), key=lambda shape: shape[0])
-        beside = [_experts_in(module) for _, module in self.chain[-3:-1]]
-        own = beside[-1] if beside else None
+                # One matrix scores experts; others, if any, lead up to it, or scale noise.
+                named = [(name, whole_shape(p)) for name, p in module.named_parameters() if "noise" not in name]
+                shapes = [shape for _, shape in named if len(shape) == 2 and shape[0] > 1]
+                scores = [shape for shape in shapes if shape[0] in counts] or shapes
+                is_score = self.shape == scores[-1] if scores else False
+                return "class" if is_score and "noise" not in self.attribute else None
+        if not self.linear:
+            return None
+        # Where the layer is all that a gate holds, its place is that of the gate.
+        name, holder = (self.attribute, self.parent) if not self._held else (self.word, self.holder)
+        own = _experts_in(holder)
         experts = None if own is None else _count_experts(own)
-        if experts is not None and not _has_router(self.parent) and self.shape[0] == experts:
-            return self.linear
-        if self.attribute not in _ROUTER_NAMES:
-            return False
+        if experts is not None and not _has_router(holder) and self.shape[0] == experts:
+            return "config"
+        if name not in _ROUTER_NAMES:
+            return None
         if experts is not None and self.shape[0] != experts:
             # A shared expert's gate may lie beside, too.
-            others = (child for child in self.parent.children() if is_linear(child) and child is not self.module)
-            return all(whole_shape(other.weight)[0] != experts for other in others)  # type: ignore[arg-type]
-        if self.attribute == "router" and self.width and self.shape[0] < self.width:
-            return True
-        return any(experts is not None for experts in beside) or self.shape[0] in self.facts.expert_counts(self.chain)
+            others: list[Any] = [m for m in holder.children() if is_linear(m) and m is not self.module]
+            return "name" if all(whole_shape(other.weight)[0] != experts for other in others) else None
+        if self.shape[0] in counts:
+            return "config"
+        beside = any(_experts_in(module) is not None for _, module in self.chain[-3:-1])
+        few = name == "router" and self.width is not None and self.shape[0] < self.width
+        return "name" if beside or few else None
+
+    @property
+    def _held(self) -> bool:
+        return self.attribute in words.HOLDERS or self.attribute.isdecimal()
 
     def _is_router_bias(self) -> bool:
         if sum(size > 1 for size in self.shape) != 1:
             return False
         own = getattr(self.module, "weight", None)
         if isinstance(own, Tensor):
-            return _Weight("weight", whole_shape(own), self.chain, self.facts)._is_router()
+            return _Weight("weight", whole_shape(own), self.chain, self.facts).router_evidence() is not None
         in_router = any(_ROUTER_CLASS.search(class_name(module)) for _, module in self.chain[-3:])
         routes = in_router or hasattr(self.module, "experts")
         return routes and (
@@ -364,9 +378,9 @@ class _Weight:
 
     def _stored_outputs_first(self, part: str) -> bool | None:
         """Return whether stacked experts are stored `[expert, out, in]`, by the side that is the residual stream."""
-        if self.outputs_first is not None:
-            return self.outputs_first
-        found = self._told_by(part, self.shape)
+        declared = isinstance(getattr(self.module, "is_transposed", None), bool)
+        found = None if declared else self._told_by(part, self.shape)
+        found = self.outputs_first if found is None else found
         if found is not None:
             return found
         # Both sides are as wide as the stream. The other weights of the module are stored alike.
@@ -449,8 +463,10 @@ def _has_router(module: nn.Module) -> bool:
 
 
 def _experts_in(module: nn.Module) -> nn.Module | None:
-    held = ((name, child) for name, child in module.named_children() if "experts" in name and "shared" not in name)
-    return next((child for _, child in held), None)
+    for name, child in module.named_children():
+        if "experts" in name and "shared" not in name and not is_linear(child):
+            return child
+    return None
 
 
 def _count_experts(experts: nn.Module) -> int | None:
@@ -466,7 +482,8 @@ def _is_mixer(module: Any) -> bool:
     return any(name in module._parameters or name in module._modules for name in _MIXER_ATTRIBUTES)
 
 
-def _code(module_class: type[nn.Module]) -> str:
+@functools.cache
+def _code(module_class: Any) -> str:
     """Return the code of a module's methods and of the functions that they call; empty if it cannot be read."""
     # fully_shard makes a class of its own, on top of the module's.
     kinds = [kind for kind in module_class.__mro__ if not kind.__module__.startswith("torch.")]

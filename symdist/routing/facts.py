@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from symdist.layouts.fsdp1 import whole_shape
 from symdist.param_names import class_name, unwrapped
+from symdist.routing.words import POSITIONS
 
 ModuleChain: TypeAlias = list[tuple[str, nn.Module]]
 """The modules around a parameter, from the root to its own, each with the attribute that holds it; without wrappers."""
@@ -82,9 +83,10 @@ class ModelFacts:
             inputs = [declared()] if declared is not None else []
         except (AttributeError, NotImplementedError):
             inputs = []
-        tables: list[Any] = [m for m in model.modules() if is_table(m)]
-        self.tables |= {whole_shape(table.weight)[0] for table in tables}
-        shapes = [whole_shape(table.weight) for table in ([m for m in inputs if is_table(m)] or tables)]
+        named: list[tuple[str, Any]] = [(name, m) for name, m in model.named_modules() if is_table(m)]
+        self.tables |= {whole_shape(table.weight)[0] for _, table in named}
+        tables = [m for m in inputs if is_table(m)] or [m for name, m in named if not POSITIONS.search(name)]
+        shapes = [whole_shape(table.weight) for table in tables]
         if not self.vocabularies and shapes:
             # Without a config, the table of tokens is as long as a head, or else the first.
             layers: list[Any] = [module for module in model.modules() if is_linear(module)]
@@ -131,22 +133,22 @@ class ModelFacts:
             self._numbers[key] = value if is_count else None
         return self._numbers[key]
 
-    def numbers(self, chain: ModuleChain, names: Sequence[str]) -> list[int]:
-        """Return the numbers that the modules around a parameter, or their configs, have under any of the names.
+    def numbers(self, around: Iterable[Any], names: Sequence[str]) -> list[int]:
+        """Return the numbers that modules or configs have under any of the names.
 
         Args:
-            chain: The modules around the parameter.
+            around: The modules and configs, see `sources`.
             names: The names.
 
         Returns:
-            The numbers, each once: those of the nearest module or config first, and of each in the order of the names.
+            The numbers, each once: those of the first module or config first, and of each in the order of the names.
         """
-        found = (self.number(source, name) for source in sources(chain) for name in names)
+        found = (self.number(source, name) for source in around for name in names)
         return list(dict.fromkeys(value for value in found if value is not None))
 
     def expert_counts(self, chain: ModuleChain) -> set[int]:
         """Return the numbers of routed experts that the modules around a parameter, or their configs, name."""
-        return set(self.numbers(chain, _EXPERTS))
+        return set(self.numbers(sources(chain), _EXPERTS))
 
     def width(self, chain: ModuleChain) -> int | None:
         """Return the width of the residual stream around a parameter; None if nothing tells it.

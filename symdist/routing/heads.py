@@ -35,25 +35,45 @@ def head_counts(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
     Returns:
         The numbers, the likeliest first.
     """
-    chain = _nearest(chain, facts)
+    around = _agreeing(chain, facts)
+    near = _nearest(around, facts)
     own = {"attention_k": _KEYS, "attention_v": (*_VALUES, *_KEYS), "attention_q": ()}.get(role, _VALUES)
-    rest = (*_QUERIES, *_KEYS) if role == "attention_q" else _QUERIES
-    return list(dict.fromkeys([*facts.numbers(chain, own), *facts.numbers(chain, rest)]))
+    found = [(near, own), (near, _QUERIES), (around, own), (around, (*_QUERIES, *_KEYS))]
+    return list(dict.fromkeys(count for where, names in found for count in facts.numbers(where, names)))
 
 
 def head_sizes(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
-    """Return the sizes of a head that the modules around an attention weight, or their configs, name."""
-    chain = _nearest(chain, facts)
+    """Return the sizes of a head that the modules around an attention weight, or their configs, name.
+
+    Args:
+        role: The role of the weight.
+        chain: The modules around it.
+        facts: What is known of the model.
+
+    Returns:
+        The sizes, the likeliest first.
+    """
+    around = _agreeing(chain, facts)
     first = _KEY_SIZES if role in ("attention_q", "attention_k") else _VALUE_SIZES
-    return list(dict.fromkeys([*facts.numbers(chain, first), *facts.numbers(chain, _SIZES)]))
+    return list(dict.fromkeys([*facts.numbers(around, first), *facts.numbers(around, _SIZES)]))
 
 
-def _nearest(chain: ModuleChain, facts: ModelFacts) -> ModuleChain:
-    """Return the modules from the nearest one that counts heads, itself or by its config; others may be of a tower."""
-    for depth in reversed(range(len(chain))):
-        if facts.numbers(chain[depth : depth + 1], (*_QUERIES, *_KEYS, *_VALUES)):
-            return chain[depth:]
-    return chain
+def _agreeing(chain: ModuleChain, facts: ModelFacts) -> list[Any]:
+    """Return the modules and configs around a weight without those that count query heads otherwise than the nearest.
+
+    These describe another tower of the model.
+    """
+    around = list(sources(chain))
+    queries = facts.numbers(around, _QUERIES)[:1]
+    return [source for source in around if set(facts.numbers([source], _QUERIES)) <= set(queries)]
+
+
+def _nearest(around: list[Any], facts: ModelFacts) -> list[Any]:
+    """Return the modules and configs up to the nearest that counts query heads, and the config of that module."""
+    depth = next((i for i, source in enumerate(around) if facts.numbers([source], _QUERIES)), len(around))
+    counts_itself = isinstance(around[depth], nn.Module) if depth < len(around) else False
+    has_config = counts_itself and depth + 1 < len(around) and not isinstance(around[depth + 1], nn.Module)
+    return around[: depth + 1 + has_config]
 
 
 def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> int | None:
@@ -71,9 +91,10 @@ def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> 
         nothing tells.
     """
     counts, sizes = head_counts(role, chain, facts), head_sizes(role, chain, facts)
+    around = _agreeing(chain, facts)
     if role == "attention_gate":
         # A gate has a number for each head, or one for each element of each head of the values or of the queries.
-        sizes = [*sizes, *facts.numbers(chain, _KEY_SIZES), 1]
+        sizes = [*sizes, *facts.numbers(around, _KEY_SIZES), 1]
     for count in counts:
         if size % count == 0 and size // count in sizes:
             return count
@@ -83,12 +104,18 @@ def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> 
     if role == "attention_gate" and size < min(filter(lambda each: each > 1, sizes), default=0):
         return size
     fitting = (size // head_size for head_size in sizes if head_size > 1 and size % head_size == 0)
-    if sizes:
+    counted, sized = (
+        next((depth for depth, source in enumerate(around) if facts.numbers([source], names)), len(around))
+        for names in ((*_QUERIES, *_KEYS, *_VALUES), (*_KEY_SIZES, *_VALUE_SIZES, *_SIZES))
+    )
+    if sizes and sized <= counted:
         return next(fitting, None)
-    grouped = role in ("attention_k", "attention_v") and not facts.numbers(chain, (*_KEYS, *_VALUES))
-    if grouped and any(size < rows for rows in _rows_of_queries(chain[-1][1])):
-        # Fewer heads than queries have, and nothing says how many.
-        return None
+    if role in ("attention_k", "attention_v"):
+        if keys := facts.numbers(around, (*_KEYS, *_VALUES)):
+            return next((count for count in keys if size % count == 0), None)
+        if any(size < rows for rows in _rows_of_queries(chain[-1][1])):
+            # Fewer heads than queries have, and nothing says how many.
+            return None
     return next((count for count in counts if size % count == 0), None)
 
 
@@ -109,44 +136,43 @@ def fused_heads(
         number of heads of each. What is not known is None or empty.
     """
     attention = chain[-1][1]
-    counts = _fused_counts(chain, facts)
-    if counts is None:
-        return None, (), ()
-    q, known_k, known_v = counts
-    k, v = known_k or q, known_v or q
+    queries, choices = _fused_counts(chain, facts)
     key_sizes, value_sizes = (head_sizes(role, chain, facts)[:1] for role in ("attention_q", "attention_v"))
     if not key_sizes:
         # All of one size. If no number of key heads is known, there are as many as query heads where all are square.
-        head_size, rest = divmod(size, q + k + v)
-        unsure = rest or (known_k is None and size != 3 * into)
-        return (None, (), ()) if unsure else (q + k + v, *_sections(word, attention, (q, k, v), (head_size,) * 3))
+        for q, k, v in choices or ([(queries,) * 3] if queries is not None and size == 3 * into else []):
+            if size % (q + k + v) == 0:
+                head_size = size // (q + k + v)
+                return q + k + v, *_sections(word, attention, (q, k, v), (head_size,) * 3)
+        return None, (), ()
     key_size, value_size = key_sizes[0], (value_sizes or key_sizes)[0]
     heads = size // key_size if key_size == value_size and size % key_size == 0 else None
-    if word in KEYS_AND_VALUES and size == k * key_size + v * value_size:
-        return heads, (k * key_size, v * value_size), (k, v)
-    if (q + k) * key_size + v * value_size != size:
-        return heads, (), ()
-    return heads, *_sections(word, attention, (q, k, v), (key_size, key_size, value_size))
+    for q, k, v in (*choices, *([(queries,) * 3] if queries is not None else [])):
+        if word in KEYS_AND_VALUES and size == k * key_size + v * value_size and _counts_keys(attention, facts):
+            return heads, (k * key_size, v * value_size), (k, v)
+        if (q + k) * key_size + v * value_size == size:
+            return heads, *_sections(word, attention, (q, k, v), (key_size, key_size, value_size))
+    return (heads if queries is not None else None), (), ()
 
 
-def _fused_counts(chain: ModuleChain, facts: ModelFacts) -> tuple[int, int | None, int | None] | None:
-    """Return the numbers of query, key and value heads, by the nearest module or config that names those of queries."""
+def _fused_counts(chain: ModuleChain, facts: ModelFacts) -> tuple[int | None, list[tuple[int, int, int]]]:
+    """Return the number of query heads, and what the numbers of query, key and value heads may be, likeliest first."""
     attention = chain[-1][1]
     linear, values = facts.number(attention, "num_k_heads"), facts.number(attention, "num_v_heads")
     if linear is not None and values is not None:
-        return linear, linear, values
-    keys: int | None = None
-    for source in sources(chain):
-        keys = keys or next(filter(None, (facts.number(source, name) for name in _KEYS)), None)
-        queries = next(filter(None, (facts.number(source, name) for name in _QUERIES)), None)
-        if queries is not None:
-            # Falcon's one key head, which its new architecture does not have.
-            if getattr(attention, "multi_query", False) is True and not getattr(
-                attention, "new_decoder_architecture", False
-            ):
-                keys = 1
-            return queries, keys, keys
-    return None
+        return linear, [(linear, linear, values)]
+    around = _agreeing(chain, facts)
+    queries = next(iter(facts.numbers(around, _QUERIES)), None)
+    if queries is None:
+        return None, []
+    # Falcon's one key head, which its new architecture does not have.
+    one = getattr(attention, "multi_query", False) is True and not getattr(attention, "new_decoder_architecture", False)
+    keys = [1] if one else [*facts.numbers(_nearest(around, facts), _KEYS), *facts.numbers(around, _KEYS)]
+    return queries, [(queries, count, count) for count in dict.fromkeys(keys)]
+
+
+def _counts_keys(attention: nn.Module, facts: ModelFacts) -> bool:
+    return any(facts.number(attention, name) is not None for name in _KEYS)
 
 
 def _rows_of_queries(module: Any) -> list[int]:

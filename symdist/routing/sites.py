@@ -45,7 +45,8 @@ def find_sites(model: nn.Module) -> dict[str, tuple[nn.Parameter, ParamSite]]:
     for name, parameter, chain in walk([model]):
         if id(parameter) in heads:
             role = "tied_embedding" if id(parameter) in tables else "head"
-            site = ParamSite(role=role, stream="input", evidence="config")
+            counted = whole_shape(parameter)[0] in facts.vocabularies
+            site = ParamSite(role=role, stream="input", evidence="config" if counted else "name")
         else:
             site = site_of(name.rsplit(".", 1)[-1], whole_shape(parameter), chain, facts)
             if site.role is None and id(parameter) in tables:
