@@ -400,7 +400,8 @@ class _Weight:
         declared = getattr(module, "is_concatenated", None)
         if isinstance(declared, bool):
             return "stacked" if declared else "interleaved"
-        code = _code(type(module)) + (_code(type(self.parent)) if module is self.module else "")
+        kinds: list[Any] = [type(module), *([type(self.parent)] if module is self.module else [])]
+        code = "".join(map(_code, kinds))
         if "::2" in code:
             return "interleaved"
         return "stacked" if re.search(r"(chunk|split)\(", code) else "unknown"
