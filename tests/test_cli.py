@@ -156,7 +156,7 @@ def test_check_says_what_to_add(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "model.layers.0.riddle[0] (96, 40) has no role" in said
     listed = tomllib.loads(patterns)
     assert set(listed) == {"patterns"}
-    assert [each["match"] for each in listed["patterns"]] == [f"model.layers.{i}.riddle[[]0]" for i in (0, 2)]
+    assert [each["match"] for each in listed["patterns"]] == ["model.layers.*.riddle[[]0]"]
     # Without --check, the same is refused as anything else is, in a line without the patterns.
     with pytest.raises(SystemExit) as exit:
         main(["route", "--hf", "odd"])

@@ -465,6 +465,31 @@ def test_all_that_has_no_role_is_told_with_patterns_that_work(recipe: dict[str, 
     build_optimizer(model, {**recipe, "patterns": patterns}, strict=True)
 
 
+def test_layers_alike_have_one_pattern() -> None:
+    def layer() -> nn.Module:
+        made = nn.Module()
+        made.mix = nn.Parameter(torch.zeros(6, 6))
+        return made
+
+    model = nn.ModuleDict({"layers": nn.ModuleList(layer() for _ in range(12)), "fc1": nn.Linear(6, 8)})
+    with pytest.raises(UnroutedError, match=r"layers\.0\.mix .* \(and 11 others\)") as error:
+        route(model, "muon")
+    assert error.value.snippet.splitlines()[:2] == ["[[patterns]]  # 12 of (6, 6)", 'match = "layers.*.mix"']
+    patterns = tomllib.loads(error.value.snippet)["patterns"]
+    assert len(patterns) == 1
+    base = load_recipe("muon")
+    found = route(model, {**base.sections, "patterns": patterns})
+    assert sum(group["role"] == "matrix" for group in found for _ in group["params"]) == 12
+    # A pattern must not take a weight along that has a role.
+    model["layers"].append(nn.ModuleDict({"inner": nn.ModuleDict({"mix": nn.Linear(6, 6)})}))
+    model["layers"][12].inner.mix.register_parameter("mix", nn.Parameter(torch.zeros(6, 6)))
+    model["layers"][3].norm = nn.LayerNorm(6)
+    with pytest.raises(UnroutedError) as error:
+        route(model, "muon")
+    groups = route(model, {**base.sections, "patterns": tomllib.loads(error.value.snippet)["patterns"]})
+    assert {name: group["role"] for group in groups for name in group["param_names"]}["layers.3.norm.weight"] == "norm"
+
+
 def test_a_linear_layer_of_which_no_more_is_known_is_a_matrix_unless_routing_is_strict() -> None:
     model = Strange()
     del model.mixer

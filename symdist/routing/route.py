@@ -136,7 +136,7 @@ def route_sites(
         group["params"].append(parameter)
         group["param_names"].append(name)
     if unplaced:
-        raise _advice(unplaced)
+        raise _advice(unplaced, list(sites))
     if used_patterns is None:
         check_patterns(recipe, used, list(sites))
     return list(groups.values())
@@ -160,6 +160,10 @@ def check_patterns(recipe: Recipe, used_patterns: set[int], names: Sequence[str]
             "earlier patterns match all that it does; correct or remove it. Parameters have names like "
             + ", ".join(names[:3])
         )
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([\[*?])", r"[\1]", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,12 +196,21 @@ def _without_role(name: str, shape: tuple[int, ...], site: ParamSite, recipe: Re
     return _Unplaced(name=name, shape=shape, reason=reason, lines=lines)
 
 
-def _advice(unplaced: Sequence[_Unplaced]) -> UnroutedError:
-    """Return an error about weights that cannot be placed, with patterns that can be pasted into the recipe."""
-    patterns = []
+def _advice(unplaced: Sequence[_Unplaced], names: Sequence[str]) -> UnroutedError:
+    """Return an error about weights that cannot be placed, with patterns that can be pasted into the recipe.
+
+    Weights that differ in the numbers of layers only have one pattern, if that matches none of the other names.
+    """
+    alike: dict[tuple[str, str], list[_Unplaced]] = {}
     for each in unplaced:
-        match = re.sub(r"([\[*?])", r"[\1]", each.name)
-        patterns.append(f'[[patterns]]  # {each.shape}\nmatch = "{match}"\n{each.lines}')
+        alike.setdefault((re.sub(r"(?<=\.)\d+(?=\.)", "*", _escaped(each.name)), each.lines), []).append(each)
+    patterns = []
+    for (match, lines), members in alike.items():
+        if len(members) > 1 and sum(fnmatchcase(name, match) for name in names) == len(members):
+            patterns.append(f'[[patterns]]  # {len(members)} of {members[0].shape}\nmatch = "{match}"\n{lines}')
+        else:
+            found = (f'[[patterns]]  # {each.shape}\nmatch = "{_escaped(each.name)}"\n{lines}' for each in members)
+            patterns += found
     more = len(unplaced) - 1
     snippet = "\n\n".join(patterns)
     return UnroutedError(

@@ -5,6 +5,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from symdist import load_recipe
@@ -131,15 +132,15 @@ def routed(
     pasted: dict[str, dict[str, Any]] = {}
     for _ in range(4):
         try:
-            return route_sites(sites, replace(base, patterns=(*pasted.values(), *base.patterns))), pasted
+            # One pattern may be for the weights of many layers.
+            patterns = {pattern["match"]: pattern for pattern in pasted.values()}.values()
+            return route_sites(sites, replace(base, patterns=(*patterns, *base.patterns))), pasted
         except ValueError as error:
             message = str(error)
             if "[[patterns]]" not in message:
                 raise
             patterns = tomllib.loads(message[message.index("[[patterns]]") :])["patterns"]
-            pasted = {re.sub(r"\[(.)\]", r"\1", pattern["match"]): pattern for pattern in patterns} | {
-                name: pattern for name, pattern in pasted.items() if pattern["match"] not in message
-            }
+            pasted |= {name: pattern for pattern in patterns for name in sites if fnmatchcase(name, pattern["match"])}
     raise ValueError(f"with what it prints pasted four times, it is still refused: {message}")
 
 
