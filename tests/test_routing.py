@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from symdist import build_optimizer, load_recipe, recipe_names, route
+from symdist.routing.roles import FALLBACK
 from symdist.routing.route import UnroutedError
 from symdist.routing.sites import find_sites
 from symdist.routing.words import norm_role
@@ -254,6 +255,18 @@ def test_every_recipe_builds_on_every_family(model: str, recipe: str) -> None:
     held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(held) == sorted(id(parameter) for parameter in built.parameters())
     assert len(optimizer.strategies()) == len(held)
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_has_a_rule_for_every_role_and_none_for_a_vector_that_needs_a_matrix(recipe: str) -> None:
+    rules = {role: (load_recipe(recipe).options(role) or {}).get("rule") for role in FALLBACK}
+    without = {role for role, rule in rules.items() if rule is None}
+    assert without <= ({"router"} if recipe in ("qwen3", "gemma3") else set())
+    vectors = ("norm", "bias", "router_bias", "sink", "convolution", "state_space", "other")
+    assert {rules[role] for role in vectors} == {"adamw"}
+    of_matrices = {rules[role] for role in ("gate", "adapter", "indexer", "mixer_in", "mixer_out", "attention_gate")}
+    assert of_matrices == {rules["matrix"]}
+    assert rules["position_embedding"] == rules["per_layer_embedding"] == rules["embedding"]
 
 
 class Attention(nn.Module):
