@@ -125,8 +125,9 @@ class FolderLock:
             holder, beat = self._holder(self._path)
         except FileNotFoundError:
             return
+        line = ""
         if "lock" not in holder:
-            self._say(f"{self._path} is damaged and says of no run that holds the folder: it is passed over")
+            line = f"{self._path} is damaged and says of no run that holds the folder: it is passed over"
         elif self._lives(holder, beat):
             job = f", job {holder['job']}" if holder.get("job") else ""
             raise ValueError(
@@ -136,19 +137,45 @@ class FolderLock:
         elif holder.get("launch") == self._own["launch"]:
             self.begun = self._own["begun"] = bool(holder.get("begun"))
         else:
-            self._say(
+            line = (
                 f"the run that held {self._folder}, process {holder.get('pid')} on {holder.get('host')}, is dead: "
                 "this one takes the folder over"
             )
-        moved = self._path.with_name(f"{_FILE}.{self._own['lock']}.before")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self._path, moved)
-            if self._holder(moved)[0] != holder:
-                # Another launch was faster, and this is its file.
-                with contextlib.suppress(FileExistsError):
-                    os.link(moved, self._path)
-            if not moved.is_dir():
-                moved.unlink()
+        if self._replace(holder) and line:
+            self._say(line)
+
+    def _replace(self, holder: dict[str, Any]) -> bool:
+        """Put this launch's file in the place of a dead one's, and return whether no other launch has done so."""
+        if self._path.is_dir():
+            os.rename(self._path, self._path.with_name(f"{_FILE}.{self._own['lock']}.before"))
+            return True
+        lock = str(holder.get("lock", ""))
+        # Whoever makes this file, whose name only one dead launch has, is alone in replacing that launch's.
+        taken = self._path.with_name(f"{_FILE}.{lock if lock.isalnum() else 'damaged'}.taken")
+        try:
+            os.close(os.open(taken, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            self._wait_for(taken)
+            return False
+        writing = self._path.with_name(f"{_FILE}.{self._own['lock']}")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                if self._holder(self._path)[0] == holder:
+                    self._write(writing)
+                    os.replace(writing, self._path)
+                    return True
+        finally:
+            taken.unlink(missing_ok=True)
+        return False
+
+    def _wait_for(self, taken: Path) -> None:
+        """Wait until another launch has taken over, or is taken for dead itself."""
+        deadline = time.monotonic() + DEAD
+        while taken.exists():
+            if time.monotonic() > deadline:
+                taken.unlink(missing_ok=True)
+                return
+            time.sleep(0.01)
 
     def _lives(self, holder: dict[str, Any], beat: float) -> bool:
         if holder.get("place") == self._own["place"]:

@@ -111,24 +111,42 @@ def test_what_is_refused_leaves_no_folder(launches: Launches) -> None:
     assert not launches.folder.exists()
 
 
-def test_one_of_many_takes_over(launches: Launches) -> None:
-    launches(started=1).acquire()
-    won, refused = [], []
+def test_one_of_many_takes_over(tmp_path: Path) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for attempt in range(60):
+            launches = Launches(tmp_path / str(attempt))
+            launches("dead", started=1).acquire()
+            won, refused = [], []
 
-    def start(number: int) -> None:
-        try:
-            launches(str(number)).acquire()
-            won.append(number)
-        except ValueError as error:
-            refused.append(str(error))
+            def start(number: int) -> None:
+                try:
+                    launches(str(number)).acquire()  # noqa: B023
+                    won.append(number)  # noqa: B023
+                except ValueError as error:
+                    refused.append(str(error))  # noqa: B023
 
-    threads = [threading.Thread(target=start, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert len(refused) == 7
+            threads = [threading.Thread(target=start, args=(number,)) for number in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            for lock in launches.made:
+                lock._ended.set()
+            assert (len(won), len(refused), len(launches.said)) == (1, 7, 1)
+            assert os.listdir(launches.folder) == [".launch"]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_launch_that_died_taking_over_is_not_waited_for(launches: Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "DEAD", 0.05)
+    dead = launches("dead", started=1)
+    dead.acquire()
+    (launches.folder / f".launch.{dead._own['lock']}.taken").touch()
+    launches("b").acquire()
+    assert json.loads((launches.folder / ".launch").read_text())["launch"] == "b"
     assert os.listdir(launches.folder) == [".launch"]
 
 

@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(corpus: Path, whole: Path, tm
         (Config(lr=float("inf")), 1, "--lr is inf: input should be a finite number"),
         (Config(lr=float("nan")), 1, "--lr is nan: input should be a finite number"),
         (Config(override=("router",)), 1, "should be role.option=value"),
-        (Config(override=("gate.lr=1",)), 1, "which is no role"),
+        (Config(override=("gates.lr=1",)), 1, "which is no role"),
     ],
 )
 def test_what_cannot_run_is_refused(config: Config, ranks: int, message: str) -> None:
