@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from symdist import UnroutedError, build_optimizer, route
+from symdist.routing.facts import ModelFacts
 from symdist.routing.sites import find_sites
 
 ADAMW = {"default": {"rule": "adamw", "lr": 1.0}}
@@ -176,6 +177,11 @@ def test_what_the_nearest_module_does_not_say_is_taken_from_further_out() -> Non
     assert [found[f"attn.{name}.weight"]["heads"] for name in layers] == [4, 2, 2, 8]
 
 
+def test_configs_made_at_each_access_are_not_taken_for_one_another() -> None:
+    facts = ModelFacts()
+    assert [facts.number(Config(heads=heads), "heads") for heads in range(1, 100)] == list(range(1, 100))
+
+
 def test_keys_are_compared_with_queries_not_with_the_mlp_beside_them() -> None:
     layers = {name: linear(16, 16) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     model = language_model(module(n_heads=4, up_proj=linear(16, 64), **layers))
@@ -317,6 +323,22 @@ class Otherwise(Gated):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = (x @ self.gate_up_proj.mT).unflatten(-1, (-1, 2)).unbind(-1)
         return F.silu(gate) * up @ self.down_proj.mT
+
+
+class Dense(nn.Module):
+    """Gate and up of an MLP in one weight, cut in a way that the code does not show at a glance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = linear(16, 48), linear(24, 16)
+
+
+def test_how_a_dense_mlp_cuts_gates_and_ups_is_asked_for() -> None:
+    model = language_model(module(mlp=Dense()))
+    with pytest.raises(UnroutedError, match="whether all gates come before all ups") as error:
+        route(model, ADAMW | {"mlp": MUON})
+    assert "view = { heads = 2, dim = 0 }" in error.value.snippet
+    assert views(model, mlp=MUON, mlp_gate_up=MUON)["mlp.gate_up_proj.weight"] == "as_stored"
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,9 @@ def _full_shapes(model: nn.Module, tensor_parallel: int) -> Iterator[None]:
     layers: list[Any] = [
         module
         for module in model.modules()
-        if type(module).__module__.startswith("deepspeed.module_inject") and "Linear" in type(module).__name__
+        if type(module).__module__.startswith("deepspeed.module_inject")
+        and "Linear" in type(module).__name__
+        and not hasattr(module, "out_features")
     ]
     try:
         for name, parameter in model.named_parameters():

@@ -70,6 +70,8 @@ class ModelFacts:
         self._widths: list[int | None] = []
         self._width_by_module: dict[int, int | None] = {}
         self._numbers: dict[tuple[int, str], int | None] = {}
+        # Kept alive, for configs that are made anew at each access may otherwise have the id of an earlier one.
+        self._sources: dict[int, Any] = {}
         for model in models:
             self._read(model)
 
@@ -125,6 +127,7 @@ class ModelFacts:
         """
         key = id(source), name
         if key not in self._numbers:
+            self._sources[id(source)] = source
             try:
                 value = getattr(source, name, None)
             except Exception:  # A config whose layers differ may raise anything where asked for what they do not share.

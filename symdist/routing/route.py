@@ -28,20 +28,24 @@ _LOOKED_UP = ("embedding", "tied_embedding", "position_embedding", "per_layer_em
 class UnroutedError(ValueError):
     """Weights have no role, or none of the view that the recipe gives them.
 
-    Attributes:
+    Args:
+        reason: What is not known of the first of them, and how many others there are.
         snippet: TOML, to paste into a recipe: a pattern for each of these weights.
+
+    Attributes:
+        reason: As given.
+        snippet: As given.
     """
 
-    def __init__(self, message: str, *, snippet: str):
-        super().__init__(message)
-        self.snippet = snippet
+    def __init__(self, reason: str, snippet: str):
+        super().__init__(reason, snippet)
+        self.reason, self.snippet = reason, snippet
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _unrouted, (str(self), self.snippet)
-
-
-def _unrouted(message: str, snippet: str) -> UnroutedError:
-    return UnroutedError(message, snippet=snippet)
+    def __str__(self) -> str:
+        return (
+            f"{self.reason}. Put a pattern for each before the recipe's others. These are guesses, so check them:\n\n"
+            + self.snippet
+        )
 
 
 def route(
@@ -212,13 +216,8 @@ def _advice(unplaced: Sequence[_Unplaced], names: Sequence[str]) -> UnroutedErro
             found = (f'[[patterns]]  # {each.shape}\nmatch = "{_escaped(each.name)}"\n{lines}' for each in members)
             patterns += found
     more = len(unplaced) - 1
-    snippet = "\n\n".join(patterns)
-    return UnroutedError(
-        unplaced[0].reason
-        + (f" (and {more} other{'s' if more > 1 else ''})" if more else "")
-        + f". Put a pattern for each before the recipe's others. These are guesses, so check them:\n\n{snippet}",
-        snippet=snippet,
-    )
+    others = f" (and {more} other{'s' if more > 1 else ''})" if more else ""
+    return UnroutedError(unplaced[0].reason + others, "\n\n".join(patterns))
 
 
 def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tuple[str, dict[str, Any]] | None:
@@ -229,12 +228,11 @@ def _options(name: str, site: ParamSite, recipe: Recipe, used: set[int]) -> tupl
     """
     unknown = site.role is None or (recipe.strict and site.evidence == "type")
     role, pattern_options = None if unknown else recipe.grouped_role(str(site.role)), {}
-    for i, pattern in enumerate(recipe.patterns):
-        if fnmatchcase(name, pattern["match"]):
-            used.add(i)
-            role = pattern.get("role", role)
-            pattern_options = {key: value for key, value in pattern.items() if key not in ("match", "role")}
-            break
+    if (index := recipe.pattern_of(name)) is not None:
+        used.add(index)
+        pattern = recipe.patterns[index]
+        role = pattern.get("role", role)
+        pattern_options = {key: value for key, value in pattern.items() if key not in ("match", "role")}
     if role is None and "rule" not in pattern_options:
         return None
     role = role or "other"
@@ -274,14 +272,15 @@ def _view(
     if not get_rule(options["rule"]).matrices:
         # A coordinate-wise rule ignores the view, so a section that several rules share may name any.
         return COMMON["view"]
-    if view in ("apart", "neurons") and site.fused == "unknown" and role == site.role:
+    cuts = view in ("apart", "neurons") or (view is None and role == "mlp_gate_up" and role not in recipe.sections)
+    if cuts and site.fused == "unknown" and role == site.role:
         halves = _heads(2, site.transposed, dim=int(site.transposed))
-        stacked = halves if view == "apart" else {"gate_up": 1, "dim": int(site.transposed)}
+        stacked = {"gate_up": 1, "dim": int(site.transposed)} if view == "neurons" else halves
         return _Unplaced(
             name=name,
             shape=shape,
-            reason=f"{name}: view {view!r} needs to know whether all gates come before all ups or both alternate, and "
-            "the code of its module does not show that",
+            reason=f"{name}: to take gates and ups apart or in pairs, it must be known whether all gates come before "
+            "all ups or both alternate, and the code of its module does not show that",
             lines=f'role = "{role}"\nview = {_toml(stacked)}  # if all gates come before all ups',
         )
     match view:

@@ -58,9 +58,7 @@ MIXER_OUT = {"out_proj", "linear_out", "o_proj", "output"}
 # Others of these names, of two dimensions, are state-space parameters only beside a convolution or a state.
 SURE_STATE_SPACE = {"A_log", "a_log", "dt_bias", "time_decay", "time_first", "recurrent_param"}
 STATE_SPACE = {"A_log", "a_log", "D", "dt_bias", "A", "dt", "time_decay", "time_first", "recurrent_param"}
-POSITIONS = re.compile(
-    r"(^|_)(pos|positions?|positional|posi\w*|wpe|rel|relative|types?|segments?|ngram)(_|\d|$)", re.I
-)
+POSITIONS = re.compile(r"(^|_)(pos|posi\w*|wpe|rel|relative|types?|segments?|ngram)(_|\d|$)", re.I)
 ADAPTERS = ("lora_", "adapter")
 # Whether weight decay of a norm's scale helps depends on whether the norm comes before or after a linear map
 # (arXiv 2605.26895).

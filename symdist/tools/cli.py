@@ -307,8 +307,11 @@ def _parse(arguments: Sequence[str] | None) -> Route | Plan | Compare | Report:
 
 def _reason(error: ValueError) -> str:
     """Return an error's message, without the patterns that it may have."""
-    reason, _, patterns = str(error).partition(". Put a pattern")
-    return f"{reason}; symdist route --check prints a pattern for each" if patterns else reason
+    from symdist.routing.route import UnroutedError
+
+    if isinstance(error, UnroutedError):
+        return f"{error.reason}; symdist route --check prints a pattern for each"
+    return str(error)
 
 
 def _refuse(message: str, *, code: int = 2) -> NoReturn:

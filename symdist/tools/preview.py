@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,8 @@ def _evidence(model: nn.Module, recipe: Recipe) -> dict[str, str]:
     """Return what told the role of each parameter, by its name."""
     told: dict[str, str] = {}
     for name, (_, site) in find_sites(model).items():
-        pattern = next((pattern for pattern in recipe.patterns if fnmatchcase(name, pattern["match"])), {})
+        index = recipe.pattern_of(name)
+        pattern = {} if index is None else recipe.patterns[index]
         # A pattern without a role changes options only, unless nothing else tells a role.
         told[name] = "pattern" if "role" in pattern or site.role is None else site.evidence
     return told

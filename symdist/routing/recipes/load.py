@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -70,6 +71,17 @@ class Recipe:
         """
         is_named = role in self.sections or role in self.schedules
         return "norm" if FALLBACK.get(role) == "norm" and not is_named else role
+
+    def pattern_of(self, name: str) -> int | None:
+        """Return which pattern applies to a parameter: the first that matches its name.
+
+        Args:
+            name: The parameter's name.
+
+        Returns:
+            The pattern's index; None if none matches.
+        """
+        return next((i for i, pattern in enumerate(self.patterns) if fnmatchcase(name, pattern["match"])), None)
 
     def kind_of(self, role: str, rule: str) -> tuple[int, str | None]:
         """Return what parameters must have in common to be stored in one flat vector by an engine.
