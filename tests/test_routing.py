@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from symdist import build_optimizer, load_recipe, recipe_names, route
+from symdist.routing.residual_stream import ResidualStage, residual_stage
 from symdist.routing.roles import FALLBACK
 from symdist.routing.route import UnroutedError
 from symdist.routing.sites import find_sites
@@ -267,6 +268,12 @@ def test_every_recipe_has_a_rule_for_every_role_and_none_for_a_vector_that_needs
     of_matrices = {rules[role] for role in ("gate", "adapter", "indexer", "mixer_in", "mixer_out", "attention_gate")}
     assert of_matrices == {rules["matrix"]}
     assert rules["position_embedding"] == rules["per_layer_embedding"] == rules["embedding"]
+
+
+def test_tables_of_tokens_and_of_positions_write_to_the_first_stage() -> None:
+    stages = {residual_stage("wte.weight", "embedding"), residual_stage("wpe.weight", "position_embedding")}
+    assert stages == {ResidualStage(tower=None, number=0)}
+    assert residual_stage("h.2.mamba.out_proj.weight", "mixer_out") == ResidualStage(tower="h", number=3)
 
 
 class Attention(nn.Module):

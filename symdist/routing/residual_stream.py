@@ -50,7 +50,7 @@ def residual_stage(name: str, role: str) -> ResidualStage:
         >>> residual_stage("model.layers.3.mlp.down_proj.weight", "mlp_down")
         ResidualStage(tower='model.layers', number=4)
     """
-    if role in ("embedding", "tied_embedding"):
+    if role in ("embedding", "tied_embedding", "position_embedding"):
         return ResidualStage(tower=None, number=0)
     if role == "head":
         return ResidualStage(tower=None, number=None)
