@@ -138,7 +138,7 @@ def _by_block(weight: Weight) -> ParamSite | None:
 
 
 def _has_heads(weight: Weight) -> bool:
-    counts, sizes = (f("attention_q", weight.around, weight.facts) for f in (head_counts, head_sizes))
+    counts, sizes = (f("attention_q", weight.attention, weight.facts) for f in (head_counts, head_sizes))
     return bool(counts or sizes)
 
 
@@ -191,14 +191,14 @@ def _of_attention(weight: Weight, word: str, *, role: str = "") -> ParamSite | N
         return site
     if role == "attention_qkv":
         heads, sections, section_heads = fused_heads(
-            weight.word, size, weight.shape[-2:][1 - index], weight.around, weight.facts
+            weight.word, size, weight.shape[-2:][1 - index], weight.attention, weight.facts
         )
         sections = () if transposed and len(set(sections)) > 1 else sections
         groups = weight.facts.number(weight.holder, "heads_per_kv")
         if heads is not None and groups is not None and heads % (groups + 2) == 0:
             site = replace(site, groups=heads // (groups + 2))
         return replace(site, heads=heads, sections=sections, section_heads=section_heads if sections else ())
-    return replace(site, heads=count_heads(role, size, weight.around, weight.facts))
+    return replace(site, heads=count_heads(role, size, weight.attention, weight.facts))
 
 
 def _of_mlp(weight: Weight, word: str, prefix: str) -> ParamSite:

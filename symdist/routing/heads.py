@@ -24,48 +24,52 @@ _KEY_SIZES = ("qk_head_dim", "head_k_dim", "key_head_dim")
 _VALUE_SIZES = ("v_head_dim", "head_v_dim", "value_head_dim")
 
 
-def head_counts(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
+def modules_of_attention(chain: ModuleChain, facts: ModelFacts) -> list[Any]:
+    """Return the modules around an attention weight and their configs, nearest first, that describe its attention.
+
+    Args:
+        chain: The modules around the weight, without its own layer.
+        facts: What is known of the model.
+
+    Returns:
+        Modules and configs, without those that count query heads otherwise than the nearest: they describe another
+        tower of the model.
+    """
+    around = list(sources(chain))
+    queries = facts.numbers(around, _QUERIES)[:1]
+    return [source for source in around if facts.numbers([source], _QUERIES)[:1] in ([], queries)]
+
+
+def head_counts(role: str, around: list[Any], facts: ModelFacts) -> list[int]:
     """Return the numbers of heads that the modules around an attention weight, or their configs, name.
 
     Args:
         role: The role of the weight.
-        chain: The modules around it.
+        around: See `modules_of_attention`.
         facts: What is known of the model.
 
     Returns:
         The numbers, the likeliest first.
     """
-    around = _agreeing(chain, facts)
     near = _nearest(around, facts)
     own = {"attention_k": _KEYS, "attention_v": (*_VALUES, *_KEYS), "attention_q": ()}.get(role, _VALUES)
     found = [(near, own), (near, _QUERIES), (around, own), (around, (*_QUERIES, *_KEYS))]
     return list(dict.fromkeys(count for where, names in found for count in facts.numbers(where, names)))
 
 
-def head_sizes(role: str, chain: ModuleChain, facts: ModelFacts) -> list[int]:
+def head_sizes(role: str, around: list[Any], facts: ModelFacts) -> list[int]:
     """Return the sizes of a head that the modules around an attention weight, or their configs, name.
 
     Args:
         role: The role of the weight.
-        chain: The modules around it.
+        around: See `modules_of_attention`.
         facts: What is known of the model.
 
     Returns:
         The sizes, the likeliest first.
     """
-    around = _agreeing(chain, facts)
     first = _KEY_SIZES if role in ("attention_q", "attention_k") else _VALUE_SIZES
     return list(dict.fromkeys([*facts.numbers(around, first), *facts.numbers(around, _SIZES)]))
-
-
-def _agreeing(chain: ModuleChain, facts: ModelFacts) -> list[Any]:
-    """Return the modules and configs around a weight without those that count query heads otherwise than the nearest.
-
-    These describe another tower of the model.
-    """
-    around = list(sources(chain))
-    queries = facts.numbers(around, _QUERIES)[:1]
-    return [source for source in around if set(facts.numbers([source], _QUERIES)) <= set(queries)]
 
 
 def _nearest(around: list[Any], facts: ModelFacts) -> list[Any]:
@@ -76,22 +80,21 @@ def _nearest(around: list[Any], facts: ModelFacts) -> list[Any]:
     return around[: depth + 1 + has_config]
 
 
-def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> int | None:
+def count_heads(role: str, size: int, around: list[Any], facts: ModelFacts) -> int | None:
     """Return how many heads, one after another, a projection of attention consists of.
 
     Args:
         role: The role of the projection: "attention_q", "attention_k", "attention_v", "attention_o" or
             "attention_gate".
         size: The size of the dimension along which the heads lie.
-        chain: The modules around the projection.
+        around: See `modules_of_attention`.
         facts: What is known of the model.
 
     Returns:
         The number of heads. Queries that share a weight with a gate of their size, head by head, count as two. None if
         nothing tells.
     """
-    counts, sizes = head_counts(role, chain, facts), head_sizes(role, chain, facts)
-    around = _agreeing(chain, facts)
+    counts, sizes = head_counts(role, around, facts), head_sizes(role, around, facts)
     if role == "attention_gate":
         # A gate has a number for each head, or one for each element of each head of the values or of the queries.
         sizes = [*sizes, *facts.numbers(around, _KEY_SIZES), 1]
@@ -113,14 +116,14 @@ def count_heads(role: str, size: int, chain: ModuleChain, facts: ModelFacts) -> 
     if role in ("attention_k", "attention_v"):
         if keys := facts.numbers(around, (*_KEYS, *_VALUES)):
             return next((count for count in keys if size % count == 0), None)
-        if any(size < rows for rows in _rows_of_queries(chain[-1][1])):
+        if any(size < rows for rows in _rows_of_queries(around[0])):
             # Fewer heads than queries have, and nothing says how many.
             return None
     return next((count for count in counts if size % count == 0), None)
 
 
 def fused_heads(
-    word: str, size: int, into: int, chain: ModuleChain, facts: ModelFacts
+    word: str, size: int, into: int, around: list[Any], facts: ModelFacts
 ) -> tuple[int | None, tuple[int, ...], tuple[int, ...]]:
     """Return how queries, keys and values share a weight.
 
@@ -128,16 +131,16 @@ def fused_heads(
         word: The name of the weight.
         size: The size of the dimension along which they lie.
         into: The size of the other dimension.
-        chain: The modules around it.
+        around: See `modules_of_attention`.
         facts: What is known of the model.
 
     Returns:
         The number of heads, if all have the same size; the sizes of q, k and v, if they lie one after another; and the
         number of heads of each. What is not known is None or empty.
     """
-    attention = chain[-1][1]
-    queries, choices = _fused_counts(chain, facts)
-    key_sizes, value_sizes = (head_sizes(role, chain, facts)[:1] for role in ("attention_q", "attention_v"))
+    attention = around[0]
+    queries, choices = _fused_counts(around, facts)
+    key_sizes, value_sizes = (head_sizes(role, around, facts)[:1] for role in ("attention_q", "attention_v"))
     if not key_sizes:
         # All of one size. If no number of key heads is known, there are as many as query heads where all are square.
         for q, k, v in choices or ([(queries,) * 3] if queries is not None and size == 3 * into else []):
@@ -155,13 +158,12 @@ def fused_heads(
     return (heads if queries is not None else None), (), ()
 
 
-def _fused_counts(chain: ModuleChain, facts: ModelFacts) -> tuple[int | None, list[tuple[int, int, int]]]:
+def _fused_counts(around: list[Any], facts: ModelFacts) -> tuple[int | None, list[tuple[int, int, int]]]:
     """Return the number of query heads, and what the numbers of query, key and value heads may be, likeliest first."""
-    attention = chain[-1][1]
+    attention = around[0]
     linear, values = facts.number(attention, "num_k_heads"), facts.number(attention, "num_v_heads")
     if linear is not None and values is not None:
         return linear, [(linear, linear, values)]
-    around = _agreeing(chain, facts)
     queries = next(iter(facts.numbers(around, _QUERIES)), None)
     if queries is None:
         return None, []

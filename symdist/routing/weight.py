@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from symdist.param_names import class_name
 from symdist.routing import words
 from symdist.routing.facts import ModelFacts, ModuleChain, is_linear
+from symdist.routing.heads import modules_of_attention
 from symdist.routing.param_site import Stream
 
 _SHAPE_SUFFIX = re.compile(r"_([A-Z]{2,3})$")
@@ -87,9 +88,10 @@ class Weight:
         return None
 
     @cached_property
-    def around(self) -> ModuleChain:
-        """The modules around the weight, without its own layer, which knows no heads."""
-        return self.chain[:-1] if (self.linear or self.conv1d) and len(self.chain) > 1 else self.chain
+    def attention(self) -> list[Any]:
+        """The modules and configs that describe its attention; its own layer knows no heads."""
+        own_layer = (self.linear or self.conv1d) and len(self.chain) > 1
+        return modules_of_attention(self.chain[:-1] if own_layer else self.chain, self.facts)
 
     @property
     def held(self) -> bool:
